@@ -1,0 +1,53 @@
+"""Every test starts from the same seed, and no test may read memory that nothing wrote."""
+
+import os
+import random
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never depends on a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where ops run in this session: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seed torch and the standard library; a test that needs numpy takes its own generator."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def poisoned(allocate):
+    """`allocate`, with NaN in every floating-point result: a kernel that forgets a store gives NaN, not luck."""
+
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() and not tensor.is_meta:
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory(monkeypatch) -> None:
+    """Patch the allocators, since torch.use_deterministic_algorithms would also hide nondeterminism of ours."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

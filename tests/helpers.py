@@ -1,0 +1,49 @@
+"""What several tests share: the accuracy bound of every op, and where data outside the repository lies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def assert_as_accurate(got: Tensor, same_dtype: Tensor, exact: Tensor, name: str, factor: float = 2.0) -> None:
+    """Fail unless `got` is about as close to the truth as plain torch is in the same dtype.
+
+    The bound is max|got - exact| <= factor * max|same_dtype - exact| + 4 eps(dtype) max|exact|: no guessed tolerance,
+    and it tightens by itself where plain torch is exact.
+
+    Args:
+        got: what the fast path computed, any floating dtype.
+        same_dtype: the reference run in the dtype of `got`.
+        exact: the reference run in float64 on the same inputs.
+        name: names the tensor in the message, e.g. "dw1".
+        factor: slack over plain torch's own error; 3 only for bfloat16 in Triton's interpreter.
+    """
+    assert got.shape == same_dtype.shape == exact.shape, (
+        f"{name}: shapes differ: {tuple(got.shape)}, {tuple(same_dtype.shape)}, {tuple(exact.shape)}"
+    )
+    assert got.dtype == same_dtype.dtype, f"{name}: dtypes differ: {got.dtype}, {same_dtype.dtype}"
+    if exact.numel() == 0:
+        return
+    got, same_dtype, exact = got.detach(), same_dtype.detach(), exact.detach().double()
+    assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
+    error = (got.double() - exact).abs()
+    own_error = (same_dtype.double() - exact).abs().max()
+    bound = factor * own_error + 4 * torch.finfo(got.dtype).eps * exact.abs().max()
+    worst = int(error.argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape))
+    assert error.max() <= bound, (
+        f"{name}: error {error.max():.3e} at {place} (got {got.flatten()[worst]:.6g}, exact {exact.flatten()[worst]:.6g});"
+        f" bound {bound:.3e}, plain torch's own error {own_error:.3e}"
+    )
+
+
+def shared_path(relative: str) -> Path:
+    """Path of data that is not part of the repository, in a folder beside it; skips the test where it is missing."""
+    path = ROOT.parent / "shared" / relative
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{relative}, which is not part of the repository")
+    return path
