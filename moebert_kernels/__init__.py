@@ -1,0 +1,24 @@
+"""Mixture-of-Experts feed-forward layers that are really faster: kernels, routing, conversion and distillation.
+
+Importing this package imports torch and nothing heavier: models, converters and the distillation loop live in the
+subpackages `nn`, `models`, `convert` and `distill`.
+"""
+
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops.expert_gemm import expert_gemm
+from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
+from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
+from moebert_kernels.ops.group_tokens import group_tokens, group_tokens_by_hash
+from moebert_kernels.ops.hash_route import hash_route
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Grouping",
+    "expert_gemm",
+    "fused_moe_ffn",
+    "fused_moe_ffn_add_norm",
+    "group_tokens",
+    "group_tokens_by_hash",
+    "hash_route",
+]

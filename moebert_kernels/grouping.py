@@ -1,0 +1,83 @@
+"""`Grouping`: which rows belong to which expert, made once from expert ids and used by every kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """The assignments of T tokens to `top_k` experts each, sorted by expert.
+
+    An assignment `a = t * top_k + j` is the j-th expert of token t; a row `r` is a position in the grouped order. Routed
+    rows come first, by expert and stable in token order; skipped assignments (ids outside [0, E)) follow.
+
+    Attributes:
+        offsets: (E + 1,) int32. Rows of expert e are `offsets[e]:offsets[e + 1]`; `offsets[E]` rows are routed.
+        row_to_token: (T * top_k,) int32. Assignment held by each row, a full permutation (with top_k = 1: the token).
+        token_to_row: (T * top_k,) int32. The inverse of `row_to_token`.
+        top_k: experts per token.
+    """
+
+    offsets: Tensor
+    row_to_token: Tensor
+    token_to_row: Tensor
+    top_k: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_rows(self) -> int:
+        """T * top_k: routed and skipped assignments together."""
+        return self.row_to_token.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows // self.top_k
+
+    def tile_map(self, block_rows: int) -> Tensor:
+        """Row tiles of at most `block_rows` rows that never cross an expert, without reading `offsets` back.
+
+        Returns:
+            (num_rows // block_rows + E, 2) int32: expert and first row of each tile; surplus tiles hold (E, num_rows).
+        """
+        num_tiles = self.num_rows // block_rows + self.num_experts
+        first_row = self.offsets[:-1]
+        tiles_per_expert = (self.offsets.diff() + block_rows - 1) // block_rows
+        last_tile = tiles_per_expert.cumsum(0)
+        tile = torch.arange(num_tiles, device=self.offsets.device)
+        expert = torch.searchsorted(last_tile, tile, right=True)
+        inside = expert < self.num_experts
+        owner = expert.clamp(max=self.num_experts - 1)
+        row = first_row[owner] + (tile - (last_tile - tiles_per_expert)[owner]) * block_rows
+        return torch.stack([expert, row.where(inside, self.num_rows)], dim=1).int()
+
+    def to(self, device: torch.device | str) -> Grouping:
+        return Grouping(self.offsets.to(device), self.row_to_token.to(device), self.token_to_row.to(device), self.top_k)
+
+
+def _flatten(grouping: Grouping) -> tuple[list[Any], Any]:
+    return [grouping.offsets, grouping.row_to_token, grouping.token_to_row], grouping.top_k
+
+
+def _unflatten(values: Any, top_k: Any) -> Grouping:
+    return Grouping(*values, top_k)
+
+
+pytree.register_pytree_node(
+    Grouping,
+    _flatten,
+    _unflatten,
+    serialized_type_name="moebert_kernels.Grouping",
+    flatten_with_keys_fn=lambda grouping: (
+        [(pytree.GetAttrKey(name), getattr(grouping, name)) for name in ("offsets", "row_to_token", "token_to_row")],
+        grouping.top_k,
+    ),
+)

@@ -1,0 +1,1 @@
+"""The public ops: check, allocate, launch, differentiate. One op, one file."""

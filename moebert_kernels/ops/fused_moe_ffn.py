@@ -1,0 +1,114 @@
+"""The Mixture-of-Experts feed-forward: y[t] = sum_j p[t, j] * FFN_e(x[t])."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import backend, dropout
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops._checks import (
+    autocast_dtype,
+    check_dtypes_and_devices,
+    check_ffn_weights,
+    check_probability,
+    check_seed,
+    check_tensor,
+    opaque,
+    to_dtype,
+)
+from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+
+
+def fused_moe_ffn(
+    x: Tensor, routing: Grouping | Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *,
+    routing_weights: Tensor | None = None, activation: str = "gelu",
+    hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None, recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """Send each token through its experts: y[t] = sum_j p[t, j] * (w2[e] dropout(act(w1[e] x[t] + b1[e])) + b2[e]).
+
+    Args:
+        x: (..., H) float.
+        routing: a `Grouping`, or expert ids: integer (...) for top-1, (..., top_k) for top-k. Assignments with ids
+            outside [0, E) are skipped: they add nothing to y or to any gradient.
+        w1: (E, I, H), or (E, 2I, H) with the gate's rows first for gated activations. Any strides.
+        b1: (E, I) or (E, 2I), or None.
+        w2: (E, H, I). Any strides.
+        b2: (E, H), or None.
+        routing_weights: p, shape of the expert ids; None means 1.
+        activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
+        hidden_dropout_p: probability of dropping an activation, in [0, 1).
+        dropout_seed: () int64 on x's device; drawn from torch's generator when None.
+        recompute: keep only the inputs for backward instead of the pre-activations (T * top_k, I).
+
+    Returns:
+        Shape of `x`. Its dtype; under autocast the autocast dtype, as torch.nn.functional.linear does it.
+
+    Raises:
+        ValueError: a shape, dtype, device or value disagrees with the above.
+
+    Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.
+    """
+    check_tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
+    check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
+    check_probability("hidden_dropout_p", hidden_dropout_p)
+    check_seed(dropout_seed)
+    grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=None)
+    routing_weights = resolve_routing_weights(x, grouping, routing_weights)
+    tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "routing_weights": routing_weights}
+    check_dtypes_and_devices("x", x, tensors)
+    if hidden_dropout_p > 0 and dropout_seed is None:
+        dropout_seed = dropout.draw_seed(x.device)
+
+    flat, *operands = to_dtype(autocast_dtype(x), x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, routing_weights)
+    save = not recompute and _FUSED_MOE_FFN.needs_saving(flat, *operands)
+    y = _FUSED_MOE_FFN(
+        opaque(x), flat, *operands, grouping.offsets, grouping.row_to_token, grouping.token_to_row, dropout_seed,
+        grouping.top_k, activation, float(hidden_dropout_p), save,
+    )  # fmt: skip
+    return y.view(x.shape)
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, routing_weights: Tensor | None,
+    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
+    top_k: int, activation: str, hidden_dropout_p: float, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    with torch.autocast(x.device.type, enabled=False):
+        return backend.implementation("fused_moe_ffn").forward(
+            x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
+        )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    routing_weights: Tensor | None, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
+    h_pre: Tensor, top_k: int, activation: str, hidden_dropout_p: float, save: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = backend.implementation("fused_moe_ffn").backward(
+            dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
+        )  # fmt: skip
+    return or_empty(dy, grads)
+
+
+def _fake_forward(x, w1, b1, w2, b2, routing_weights, offsets, row_to_token, token_to_row, seed,
+                  top_k, activation, hidden_dropout_p, save):  # fmt: skip
+    return x.new_empty(x.shape), x.new_empty(row_to_token.shape[0] if save else 0, w1.shape[1])
+
+
+def _fake_backward(dy, x, w1, b1, w2, b2, routing_weights, offsets, row_to_token, token_to_row, seed, h_pre,
+                   top_k, activation, hidden_dropout_p, save, needs):  # fmt: skip
+    inputs = (x, w1, b1, w2, b2, routing_weights)
+    return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))
+
+
+_FUSED_MOE_FFN = Differentiable(
+    "fused_moe_ffn", _forward, _backward, _fake_forward, _fake_backward,
+    tensor_arguments=10, differentiable=(0, 1, 2, 3, 4, 5),
+)  # fmt: skip

@@ -1,0 +1,140 @@
+"""The MoEBERT expert: y[t] = p[t] * LayerNorm_e(x[t] + dropout(FFN_e(x[t])))."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import backend, dropout
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops._checks import (
+    autocast_dtype,
+    check_dtypes_and_devices,
+    check_ffn_weights,
+    check_probability,
+    check_seed,
+    check_shape,
+    check_tensor,
+    opaque,
+    to_dtype,
+)
+from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+
+
+def fused_moe_ffn_add_norm(
+    x: Tensor, routing: Grouping | Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm_weight: Tensor, norm_bias: Tensor, *,
+    routing_weights: Tensor | None = None, eps: float = 1e-12, activation: str = "gelu",
+    dropout_p: float = 0.0, hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:  # fmt: skip
+    """Feed-forward, dropout, residual and per-expert LayerNorm: y[t] = p[t] * LN_e(x[t] + dropout(FFN_e(x[t]))).
+
+    Args:
+        x: (..., H) float. Also the residual.
+        routing: a top-1 `Grouping`, or expert ids: integer (...) or (..., 1). Tokens with ids outside [0, E) pass
+            unchanged: y = x and dx = dy.
+        w1: (E, I, H), or (E, 2I, H) with the gate's rows first for gated activations. Any strides.
+        b1: (E, I) or (E, 2I), or None.
+        w2: (E, H, I). Any strides.
+        b2: (E, H), or None.
+        norm_weight: (E, H).
+        norm_bias: (E, H).
+        routing_weights: p, shape of the expert ids; None means 1.
+        eps: added to the variance.
+        activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
+        dropout_p: probability of dropping an element of the FFN's output, in [0, 1).
+        hidden_dropout_p: probability of dropping an activation, in [0, 1).
+        dropout_seed: () int64 on x's device; drawn from torch's generator when None.
+        recompute: keep only the inputs for backward.
+
+    Returns:
+        Shape of `x`. Its dtype; under autocast float32, as torch.nn.functional.layer_norm does it.
+
+    Raises:
+        ValueError: a shape, dtype, device or value disagrees with the above.
+
+    Differentiable once in x, all weights and biases, the norm's parameters and routing_weights.
+    Source: MoEBERT (arXiv 2204.07675), section 3, and the authors' expert layer. Reference:
+    `moebert_kernels.reference.fused_moe_ffn_add_norm`.
+    """
+    check_tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
+    hidden = x.shape[-1]
+    check_ffn_weights(hidden, w1, b1, w2, b2, activation)
+    check_shape("norm_weight", norm_weight, {"E": w1.shape[0], "H": hidden})
+    check_shape("norm_bias", norm_bias, {"E": w1.shape[0], "H": hidden})
+    check_probability("dropout_p", dropout_p)
+    check_probability("hidden_dropout_p", hidden_dropout_p)
+    check_seed(dropout_seed)
+    grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=1)
+    routing_weights = resolve_routing_weights(x, grouping, routing_weights)
+    tensors = {
+        "w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias,
+        "routing_weights": routing_weights,
+    }  # fmt: skip
+    check_dtypes_and_devices("x", x, tensors)
+    if (dropout_p > 0 or hidden_dropout_p > 0) and dropout_seed is None:
+        dropout_seed = dropout.draw_seed(x.device)
+
+    gemm_dtype = autocast_dtype(x)
+    operands = to_dtype(gemm_dtype, w1, b1, w2, b2)
+    add_dtype = None if gemm_dtype is None else torch.float32
+    flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
+    save = not recompute and _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *operands, *norm)
+    y = _FUSED_MOE_FFN_ADD_NORM(
+        opaque(x), flat, *operands, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), save,
+    )  # fmt: skip
+    return y.view(x.shape)
+
+
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
+    routing_weights: Tensor | None, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
+    eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grouping = Grouping(offsets, row_to_token, token_to_row)
+    with torch.autocast(x.device.type, enabled=False):
+        return backend.implementation("fused_moe_ffn_add_norm").forward(
+            x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
+            dropout_p, hidden_dropout_p, seed, save,
+        )  # fmt: skip
+
+
+def _backward(
+    dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None,
+    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None, h_pre: Tensor, z: Tensor,
+    eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grouping = Grouping(offsets, row_to_token, token_to_row)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = backend.implementation("fused_moe_ffn_add_norm").backward(
+            dy, x, h_pre, z, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
+            dropout_p, hidden_dropout_p, seed, tuple(needs),
+        )  # fmt: skip
+    return or_empty(dy, grads)
+
+
+def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token, token_to_row,
+                  seed, eps, activation, dropout_p, hidden_dropout_p, save):  # fmt: skip
+    rows = row_to_token.shape[0] if save else 0
+    acc_dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), w1.new_empty(rows, w1.shape[1]), x.new_empty(rows, x.shape[1], dtype=acc_dtype)
+
+
+def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token,
+                   token_to_row, seed, h_pre, z, eps, activation, dropout_p, hidden_dropout_p, save, needs):  # fmt: skip
+    inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights)
+    return tuple(
+        t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+_FUSED_MOE_FFN_ADD_NORM = Differentiable(
+    "fused_moe_ffn_add_norm", _forward, _backward, _fake_forward, _fake_backward,
+    tensor_arguments=12, differentiable=(0, 1, 2, 3, 4, 5, 6, 7),
+)  # fmt: skip

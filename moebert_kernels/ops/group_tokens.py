@@ -1,0 +1,84 @@
+"""Grouping: sort the assignments of tokens to experts by expert, stably, for one layer or for all at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import backend
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops._checks import check_integers, check_num_experts, opaque
+from moebert_kernels.ops.hash_route import check_token_ids, route_flat
+
+
+def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
+    """Group tokens by expert.
+
+    Args:
+        expert_ids: (T,) or (T, top_k) integer. Ids outside [0, num_experts) are skipped.
+        num_experts: E >= 1.
+
+    Returns:
+        Grouping with int32 offsets (E + 1,), row_to_token and token_to_row (T * top_k,).
+
+    Raises:
+        ValueError: a dtype or shape disagrees with the above.
+    """
+    check_integers("expert_ids", expert_ids)
+    check_num_experts(num_experts)
+    if expert_ids.ndim not in (1, 2):
+        raise ValueError(f"expert_ids: expected shape (T,) or (T, top_k), got {tuple(expert_ids.shape)}")
+    top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
+    if top_k < 1:
+        raise ValueError(f"expert_ids: expected top_k >= 1, got {tuple(expert_ids.shape)}")
+    offsets, row_to_token, token_to_row = _run(expert_ids.reshape(1, -1), num_experts)
+    return Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k)
+
+
+def group_tokens_by_hash(
+    token_ids: Tensor, tables: Tensor, num_experts: int, attention_mask: Tensor | None = None
+) -> list[Grouping]:
+    """Route by hash and group, for all layers at once: hash routing depends on the token ids alone.
+
+    Args:
+        token_ids: any shape, integer, flattened to T tokens.
+        tables: (L, V) integer. One table per layer.
+        num_experts: E >= 1.
+        attention_mask: shape of `token_ids`; tokens where it is 0 are skipped.
+
+    Returns:
+        One Grouping per layer.
+
+    Raises:
+        ValueError: a dtype, shape or device disagrees with the above.
+    """
+    check_integers("tables", tables)
+    check_num_experts(num_experts)
+    if tables.ndim != 2:
+        raise ValueError(f"tables: expected shape (L, V), got {tuple(tables.shape)}")
+    check_token_ids(token_ids, tables, attention_mask)
+    mask = None if attention_mask is None else attention_mask.reshape(-1)
+    maps = _run(route_flat(token_ids.reshape(-1), tables, mask), num_experts)
+    return [Grouping(*layer) for layer in zip(*(m.unbind(0) for m in maps), strict=True)]
+
+
+def _run(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
+    return run(expert_ids, num_experts)
+
+
+def _group_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return backend.implementation("group_tokens").forward(expert_ids, num_experts)
+
+
+@torch.library.custom_op("moebert_kernels::group_tokens", mutates_args=())
+def _group_tokens_op(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _group_tokens(expert_ids, num_experts)
+
+
+@_group_tokens_op.register_fake
+def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    layers, rows = expert_ids.shape
+    offsets = expert_ids.new_empty(layers, num_experts + 1, dtype=torch.int32)
+    permutation = expert_ids.new_empty(layers, rows, dtype=torch.int32)
+    return offsets, permutation, torch.empty_like(permutation)

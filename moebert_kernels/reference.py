@@ -1,0 +1,131 @@
+"""Every op in plain torch, naive and in the papers' notation. It defines what is right.
+
+Works in any floating dtype including float64, differentiates through autograd, and computes each expert for every token:
+nothing is grouped, nothing is skipped early. Routing is always expert ids here, never a `Grouping`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebert_kernels import dropout
+from moebert_kernels.activation import GATED, is_gated
+from moebert_kernels.grouping import Grouping
+
+
+def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Expert of each token: table[token_id], or -1 where masked or outside the table (MoEBERT, section 3.2)."""
+    inside = (token_ids >= 0) & (token_ids < table.shape[0])
+    if attention_mask is not None:
+        inside = inside & (attention_mask != 0)
+    expert_ids = torch.full(token_ids.shape, -1, dtype=torch.int32, device=token_ids.device)
+    expert_ids[inside] = table[token_ids[inside].long()].int()
+    return expert_ids
+
+
+def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
+    """Sort the assignments by expert, one expert after the other, in token order; the skipped ones come last."""
+    top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
+    flat = expert_ids.reshape(-1)
+    rows = [torch.nonzero(flat == e)[:, 0] for e in range(num_experts)]
+    counts = [len(group) for group in rows]
+    rows.append(torch.nonzero((flat < 0) | (flat >= num_experts))[:, 0])
+    row_to_token = torch.cat(rows)
+    token_to_row = torch.empty_like(row_to_token)
+    token_to_row[row_to_token] = torch.arange(len(flat), device=flat.device)
+    offsets = torch.tensor([0, *counts], device=flat.device).cumsum(0)
+    return Grouping(offsets.int(), row_to_token.int(), token_to_row.int(), top_k)
+
+
+def group_tokens_by_hash(
+    token_ids: Tensor, tables: Tensor, num_experts: int, attention_mask: Tensor | None = None
+) -> list[Grouping]:
+    """`group_tokens` of `hash_route`, for each layer's table."""
+    return [group_tokens(hash_route(token_ids, table, attention_mask).reshape(-1), num_experts) for table in tables]
+
+
+def expert_gemm(
+    x: Tensor, w: Tensor, grouping: Grouping, bias: Tensor | None = None, *, gather: bool = False
+) -> Tensor:
+    """y[r] = w[e] @ x[r] + bias[e] for the rows r of expert e; zero past the routed rows."""
+    if gather:
+        x = x[grouping.row_to_token.long() // grouping.top_k]
+    row = torch.arange(x.shape[0], device=x.device)
+    y = x.new_zeros(x.shape[0], w.shape[1])
+    for e in range(w.shape[0]):
+        mine = (row >= grouping.offsets[e]) & (row < grouping.offsets[e + 1])
+        y = torch.where(mine[:, None], F.linear(x, w[e], None if bias is None else bias[e]), y)
+    return y
+
+
+def activate(h_pre: Tensor, activation: str) -> Tensor:
+    """The activation on the pre-activation; gated ones take (..., 2I), gate first, and return (..., I)."""
+    if is_gated(activation):
+        gate, up = h_pre.chunk(2, dim=-1)
+        return activate(gate, GATED[activation]) * up
+    functions = {
+        "gelu": F.gelu,
+        "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+        "relu": F.relu,
+        "silu": F.silu,
+        "identity": lambda h: h,
+    }
+    return functions[activation](h_pre)
+
+
+def _drop(x: Tensor, seed: Tensor | None, rows: Tensor, p: float, stream: int) -> Tensor:
+    if p == 0 or seed is None:
+        return x
+    keep = dropout.keep_mask(seed, rows, x.shape[-1], p, stream)
+    return torch.where(keep, x * dropout.scale(p), torch.zeros_like(x))
+
+
+def fused_moe_ffn(
+    x: Tensor, expert_ids: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *,
+    routing_weights: Tensor | None = None, activation: str = "gelu",
+    hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y[t] = sum_j p[t, j] * (w2[e] dropout(act(w1[e] x[t] + b1[e])) + b2[e]) with e = expert_ids[t, j].
+
+    Shapes: x (T, H), expert_ids (T,) or (T, top_k), w1 (E, I, H) or (E, 2I, H) if gated, w2 (E, H, I).
+    """
+    top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
+    ids = expert_ids.reshape(-1, top_k)
+    weights = None if routing_weights is None else routing_weights.reshape(-1, top_k)
+    y = torch.zeros_like(x)
+    for j in range(top_k):
+        assignments = torch.arange(x.shape[0], device=x.device) * top_k + j
+        for e in range(w1.shape[0]):
+            h = activate(F.linear(x, w1[e], None if b1 is None else b1[e]), activation)
+            h = _drop(h, dropout_seed, assignments, hidden_dropout_p, dropout.HIDDEN_STREAM)
+            out = F.linear(h, w2[e], None if b2 is None else b2[e])
+            if weights is not None:
+                out = out * weights[:, j, None]
+            y = y + torch.where((ids[:, j] == e)[:, None], out, torch.zeros_like(out))
+    return y
+
+
+def fused_moe_ffn_add_norm(
+    x: Tensor, expert_ids: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm_weight: Tensor, norm_bias: Tensor, *,
+    routing_weights: Tensor | None = None, eps: float = 1e-12, activation: str = "gelu",
+    dropout_p: float = 0.0, hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The MoEBERT expert: y[t] = p[t] * LayerNorm_e(x[t] + dropout(FFN_e(x[t]))); y[t] = x[t] where no expert is."""
+    ids = expert_ids.reshape(-1)
+    tokens = torch.arange(x.shape[0], device=x.device)
+    y = x
+    for e in range(w1.shape[0]):
+        everyone = torch.full_like(ids, e)
+        ffn = fused_moe_ffn(
+            x, everyone, w1, b1, w2, b2,
+            activation=activation, hidden_dropout_p=hidden_dropout_p, dropout_seed=dropout_seed,
+        )  # fmt: skip
+        ffn = _drop(ffn, dropout_seed, tokens, dropout_p, dropout.OUTPUT_STREAM)
+        out = F.layer_norm(x + ffn, x.shape[-1:], norm_weight[e], norm_bias[e], eps)
+        if routing_weights is not None:
+            out = out * routing_weights.reshape(-1, 1)
+        y = torch.where((ids == e)[:, None], out, y)
+    return y

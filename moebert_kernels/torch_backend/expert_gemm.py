@@ -1,0 +1,93 @@
+"""Grouped GEMM as one library GEMM per non-empty expert, on rows sorted by expert.
+
+`bounds` is `offsets` on the host: rows of expert e are bounds[e]:bounds[e + 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.grouping import Grouping
+
+
+def host_bounds(grouping: Grouping) -> list[int]:
+    """The offsets as Python ints. On a GPU this waits for it: this backend is the fallback there."""
+    return grouping.offsets.tolist()
+
+
+def spans(bounds: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, row past the last) of each expert that has rows."""
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)) if hi > lo]
+
+
+def routed_tokens(grouping: Grouping, routed: int) -> Tensor:
+    """(R,) token of each routed row."""
+    assignments = grouping.row_to_token[:routed]
+    return assignments if grouping.top_k == 1 else assignments // grouping.top_k
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x (M, K) @ w (N, K).T + bias, into `out` where given."""
+    if bias is None:
+        return torch.mm(x, w.t(), out=out)
+    return torch.addmm(bias, x, w.t(), out=out)
+
+
+def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
+    """Rows (num_rows, N); zero past the routed ones."""
+    bounds = host_bounds(grouping)
+    if gather:
+        x = x.index_select(0, routed_tokens(grouping, bounds[-1]))
+    y = x.new_empty(grouping.num_rows, w.shape[1])
+    y[bounds[-1] :].zero_()
+    for e, lo, hi in spans(bounds):
+        linear(x[lo:hi], w[e], None if bias is None else bias[e], out=y[lo:hi])
+    return y
+
+
+def weight_gradients(
+    dy: Tensor, x: Tensor, bounds: list[int], num_experts: int, need_dw: bool, need_db: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dw (E, N, K) and db (E, N) of y = x @ w[e].T + bias[e]; zero for experts without rows."""
+    dw = dy.new_empty(num_experts, dy.shape[1], x.shape[1]) if need_dw else None
+    db = dy.new_empty(num_experts, dy.shape[1]) if need_db else None
+    for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if dw is not None:
+            torch.mm(dy[lo:hi].t(), x[lo:hi], out=dw[e])
+        if db is not None:
+            torch.sum(dy[lo:hi], 0, out=db[e])
+    return dw, db
+
+
+def backward(
+    dy: Tensor, x: Tensor, w: Tensor, grouping: Grouping, gather: bool, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dw, db); an entry is None where `needs` says so. dx has the order of x."""
+    bounds = host_bounds(grouping)
+    routed = bounds[-1]
+    dy = dy.contiguous()
+    dx = None
+    if needs[0]:
+        dx = dy.new_empty(grouping.num_rows, w.shape[2])
+        dx[routed:].zero_()
+        for e, lo, hi in spans(bounds):
+            torch.mm(dy[lo:hi], w[e], out=dx[lo:hi])
+        if gather:
+            dx = rows_to_tokens(dx[:routed], grouping)
+    if gather and (needs[1] or needs[2]):
+        x = x.index_select(0, routed_tokens(grouping, routed))
+    dw, db = weight_gradients(dy, x, bounds, w.shape[0], needs[1], needs[2])
+    return dx, dw, db
+
+
+def rows_to_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
+    """Routed rows (R, H) back to token order (T, H), summed over a token's experts; zero where it has none."""
+    if rows.shape[0] == grouping.num_rows:
+        assignments = rows.index_select(0, grouping.token_to_row)
+    else:
+        assignments = rows.new_zeros(grouping.num_rows, rows.shape[1])
+        assignments.index_copy_(0, grouping.row_to_token[: rows.shape[0]].long(), rows)
+    if grouping.top_k == 1:
+        return assignments
+    return assignments.view(grouping.num_tokens, grouping.top_k, -1).sum(1)

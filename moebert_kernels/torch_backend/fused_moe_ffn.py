@@ -1,0 +1,152 @@
+"""The expert feed-forward: gather once, two GEMMs per non-empty expert, un-permute once.
+
+The two GEMMs of an expert run back to back so that its rows stay in the cache between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import dropout
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.torch_backend.activation import activate, activate_backward
+from moebert_kernels.torch_backend.expert_gemm import (
+    host_bounds,
+    linear,
+    routed_tokens,
+    rows_to_tokens,
+    spans,
+    weight_gradients,
+)
+
+
+def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: int, p: float) -> Tensor | None:
+    if p == 0 or seed is None:
+        return None
+    return dropout.keep_mask(seed, grouping.row_to_token[:routed], columns, p, dropout.HIDDEN_STREAM)
+
+
+def ffn_rows(
+    x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, grouping: Grouping,
+    bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(R, H) gathered rows -> (R, H) expert outputs, and the pre-activations (num_rows, I or 2I) if `save`."""
+    routed = bounds[-1]
+    keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
+    h_pre = x_rows.new_empty(grouping.num_rows if save else 0, w1.shape[1])
+    if save:
+        h_pre[routed:].zero_()
+    y_rows = x_rows.new_empty(routed, w2.shape[1])
+    for e, lo, hi in spans(bounds):
+        bias1, bias2 = None if b1 is None else b1[e], None if b2 is None else b2[e]
+        pre = linear(x_rows[lo:hi], w1[e], bias1, out=h_pre[lo:hi] if save else None)
+        h = activate(pre, activation, inplace=not save)
+        if keep is not None:
+            h = (h * keep[lo:hi]).mul_(dropout.scale(hidden_dropout_p))
+        linear(h, w2[e], bias2, out=y_rows[lo:hi])
+    return y_rows, h_pre
+
+
+def ffn_rows_backward(
+    dy_rows: Tensor, x_rows: Tensor, h_pre: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    grouping: Grouping, bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None,
+    p_rows: Tensor | None, needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of p * ffn_rows: [dx_rows, dw1, db1, dw2, db2, dp_rows], None where `needs` is false.
+
+    `dy_rows` (R, H) does not yet hold the routing weight p (R, 1). An empty `h_pre` is recomputed from the rows.
+    """
+    need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dp = needs
+    routed = bounds[-1]
+    if h_pre.shape[0] < routed:
+        h_pre = x_rows.new_empty(routed, w1.shape[1])
+        for e, lo, hi in spans(bounds):
+            linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo:hi])
+    h_pre = h_pre[:routed]
+    keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
+    factor = dropout.scale(hidden_dropout_p)
+
+    h = dp = None
+    if need_dw2 or need_dp:
+        h = activate(h_pre, activation, inplace=False)
+        if keep is not None:
+            h = (h * keep).mul_(factor)
+    dy_weighted = dy_rows if p_rows is None else dy_rows * p_rows
+    dw2, db2 = (
+        weight_gradients(dy_weighted, h if h is not None else dy_weighted, bounds, w2.shape[0], need_dw2, need_db2)
+        if need_dw2 or need_db2
+        else (None, None)
+    )
+    dx_rows = dw1 = db1 = None
+    if need_dx or need_dw1 or need_db1 or need_dp:
+        dh = dy_rows.new_empty(routed, w2.shape[2])
+        for e, lo, hi in spans(bounds):
+            torch.mm(dy_rows[lo:hi], w2[e], out=dh[lo:hi])
+        if need_dp:
+            # <dy, w2 h + b2> without computing the expert's output again: <w2' dy, h> + <dy, b2>
+            dp = (dh * h).sum(1)
+            if b2 is not None:
+                for e, lo, hi in spans(bounds):
+                    dp[lo:hi] += dy_rows[lo:hi] @ b2[e]
+        if p_rows is not None:
+            dh *= p_rows
+        if keep is not None:
+            dh.mul_(keep).mul_(factor)
+        dh_pre = activate_backward(dh, h_pre, activation)
+        dw1, db1 = weight_gradients(dh_pre, x_rows, bounds, w1.shape[0], need_dw1, need_db1)
+        if need_dx:
+            dx_rows = torch.empty_like(x_rows)
+            for e, lo, hi in spans(bounds):
+                torch.mm(dh_pre[lo:hi], w1[e], out=dx_rows[lo:hi])
+    return [dx_rows, dw1, db1, dw2, db2, dp]
+
+
+def row_weights(routing_weights: Tensor | None, grouping: Grouping, routed: int) -> Tensor | None:
+    """(T, top_k) routing weights -> (R, 1), one per routed row."""
+    if routing_weights is None:
+        return None
+    return routing_weights.reshape(-1).index_select(0, grouping.row_to_token[:routed])[:, None]
+
+
+def assignment_gradient(dp_rows: Tensor, grouping: Grouping) -> Tensor:
+    """(R,) gradients of the routing weights -> (T, top_k); zero for skipped assignments."""
+    dp = dp_rows.new_zeros(grouping.num_rows)
+    dp.index_copy_(0, grouping.row_to_token[: dp_rows.shape[0]].long(), dp_rows)
+    return dp.view(grouping.num_tokens, grouping.top_k)
+
+
+def forward(
+    x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    routing_weights: Tensor | None, activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (T, H) and, if `save`, the pre-activations in row order."""
+    bounds = host_bounds(grouping)
+    x_rows = x.index_select(0, routed_tokens(grouping, bounds[-1]))
+    y_rows, h_pre = ffn_rows(
+        x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
+    )  # fmt: skip
+    p_rows = row_weights(routing_weights, grouping, bounds[-1])
+    if p_rows is not None:
+        y_rows *= p_rows
+    return rows_to_tokens(y_rows, grouping), h_pre
+
+
+def backward(
+    dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, routing_weights: Tensor | None,
+    activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: tuple[bool, bool, bool, bool, bool, bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """[dx, dw1, db1, dw2, db2, drouting_weights], None where `needs` is false."""
+    bounds = host_bounds(grouping)
+    tokens = routed_tokens(grouping, bounds[-1])
+    p_rows = row_weights(routing_weights, grouping, bounds[-1])
+    grads = ffn_rows_backward(
+        dy.index_select(0, tokens), x.index_select(0, tokens), h_pre, w1, b1, w2, b2, grouping, bounds,
+        activation, hidden_dropout_p, seed, p_rows, needs,
+    )  # fmt: skip
+    if grads[0] is not None:
+        grads[0] = rows_to_tokens(grads[0], grouping)
+    if grads[5] is not None:
+        grads[5] = assignment_gradient(grads[5], grouping)
+    return grads

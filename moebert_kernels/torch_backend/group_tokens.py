@@ -1,0 +1,21 @@
+"""Grouping by one stable sort per layer: deterministic, and cheap beside the GEMMs that use it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, N) expert ids -> offsets (L, E + 1), row_to_token (L, N), token_to_row (L, N), all int32."""
+    layers, rows = expert_ids.shape
+    routed = (expert_ids >= 0) & (expert_ids < num_experts)
+    key = expert_ids.where(routed, num_experts)
+    # Small keys sort faster; int16 holds every id up to num_experts itself.
+    key = key.to(torch.int16 if num_experts < 2**15 else torch.int64)
+    sorted_key, row_to_token = key.sort(dim=1, stable=True)
+    token_to_row = torch.empty_like(row_to_token)
+    token_to_row.scatter_(1, row_to_token, torch.arange(rows, device=key.device).expand(layers, rows))
+    bounds = torch.arange(num_experts + 1, device=key.device, dtype=key.dtype)
+    offsets = torch.searchsorted(sorted_key, bounds.expand(layers, -1).contiguous(), out_int32=True)
+    return offsets, row_to_token.int(), token_to_row.int()
