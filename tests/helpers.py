@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moebert_kernels.accuracy import error_and_bound
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def assert_as_accurate(got: Tensor, same_dtype: Tensor, exact: Tensor, name: str, factor: float = 2.0) -> None:
     """Fail unless `got` is about as close to the truth as plain torch is in the same dtype.
-
-    The bound is max|got - exact| <= factor * max|same_dtype - exact| + 4 eps(dtype) max|exact|: no guessed tolerance,
-    and it tightens by itself where plain torch is exact.
 
     Args:
         got: what the fast path computed, any floating dtype.
@@ -26,19 +25,15 @@ def assert_as_accurate(got: Tensor, same_dtype: Tensor, exact: Tensor, name: str
         f"{name}: shapes differ: {tuple(got.shape)}, {tuple(same_dtype.shape)}, {tuple(exact.shape)}"
     )
     assert got.dtype == same_dtype.dtype, f"{name}: dtypes differ: {got.dtype}, {same_dtype.dtype}"
-    if exact.numel() == 0:
+    not_finite = int((~torch.isfinite(got.detach())).sum())
+    assert not_finite == 0, f"{name}: {not_finite} values are not finite"
+    if got.numel() == 0:
         return
-    got, same_dtype, exact = got.detach(), same_dtype.detach(), exact.detach().double()
-    assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} values are not finite"
-    error = (got.double() - exact).abs()
-    own_error = (same_dtype.double() - exact).abs().max()
-    bound = factor * own_error + 4 * torch.finfo(got.dtype).eps * exact.abs().max()
+    error, bound = error_and_bound(got, same_dtype, exact, factor)
     worst = int(error.argmax())
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), exact.shape))
-    assert error.max() <= bound, (
-        f"{name}: error {error.max():.3e} at {place} (got {got.flatten()[worst]:.6g}, exact {exact.flatten()[worst]:.6g});"
-        f" bound {bound:.3e}, plain torch's own error {own_error:.3e}"
-    )
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    values = f"got {got.flatten()[worst]:.6g}, exact {exact.flatten()[worst]:.6g}"
+    assert error.max() <= bound, f"{name}: error {error.max():.3e} at {place}, {values}, bound {bound:.3e}"
 
 
 def shared_path(relative: str) -> Path:

