@@ -1,0 +1,117 @@
+"""Configuration of MoEBERT models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from moebert_kernels.errors import UserError
+
+FORMAT_VERSION = 1
+HASH_ROUTERS = ("hash-random", "hash-balance")
+GATE_ROUTERS = ("gate-token", "gate-sentence")
+ROUTERS = HASH_ROUTERS + GATE_ROUTERS
+PRESETS = ("default", "paper")
+STYLES = ("bert", "roberta")
+
+# transformers' name -> the ops' name
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "linear": "identity",
+}
+
+
+class MoEBertConfig(PreTrainedConfig):
+    """A BERT or RoBERTa encoder whose feed-forward layers are mixtures of experts.
+
+    The fields of transformers' BertConfig, and:
+
+    Args:
+        num_experts: E, experts per layer.
+        expert_size: I, neurons of each expert.
+        shared: neurons that conversion copied into every expert. For information only.
+        router: "hash-random" or "hash-balance" (a table of experts by token id in each layer), "gate-token" or
+            "gate-sentence" (a learned gate).
+        expert_dropout: dropout on the experts' output. None: `hidden_dropout_prob`.
+        load_balance: weight of the gates' balance loss in `loss`.
+        preset: "default" skips padding where an attention mask says so; "paper" routes and computes it, as published.
+        route_padding: the same switch by itself. None: what `preset` says.
+        style: "bert" or "roberta": position ids, heads and their names as in transformers' models of that name.
+        original_batch1: gate-sentence leaves the probability out at batch size 1, as the original code does.
+        format_version: of the checkpoint's keys.
+
+    Raises:
+        UserError: a value that no model can be built from.
+    """
+
+    model_type = "moebert"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    classifier_dropout: float | None = None
+    tie_word_embeddings: bool = True
+    # transformers' attention modules read these two; a MoEBERT is always an encoder.
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+
+    num_experts: int = 4
+    expert_size: int = 768
+    shared: int = 512
+    router: str = "hash-random"
+    expert_dropout: float | None = None
+    load_balance: float = 0.0
+    preset: str = "default"
+    route_padding: bool | None = None
+    style: str = "bert"
+    original_batch1: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.route_padding is None:
+            self.route_padding = self.preset == "paper"
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @property
+    def is_hash_routed(self) -> bool:
+        return self.router in HASH_ROUTERS
+
+    def check(self) -> None:
+        """Raise a UserError that names the first field no model can be built from."""
+        for name, allowed in (("router", ROUTERS), ("preset", PRESETS), ("style", STYLES), ("hidden_act", ACTIVATIONS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        for name in ("num_experts", "expert_size", "num_hidden_layers", "hidden_size", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
+            raise UserError(f"expert_dropout: expected a probability in [0, 1), got {self.expert_dropout!r}")
+        if not self.load_balance >= 0:
+            raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
+        if self.is_decoder or self.add_cross_attention:
+            raise UserError("is_decoder: expected False, MoEBERT is an encoder, got True")
+        if self.format_version != FORMAT_VERSION:
+            raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")

@@ -1,0 +1,248 @@
+"""The MoEBERT encoder: transformers' BERT with a router and experts in place of each feed-forward layer.
+
+Under hash routing the experts follow from the token ids alone, so the groupings of all layers are built once, before
+the first layer. A gate needs its layer's input and groups there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.bert.modeling_bert import BertAttention, BertEmbeddings, BertLMPredictionHead, BertPooler
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLMHead
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.models.checkpoint import check_checkpoint, check_model_type, one_line_errors
+from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
+from moebert_kernels.models.outputs import MoEBertModelOutput
+from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward
+from moebert_kernels.ops.group_tokens import group_tokens_by_hash
+
+
+class MoEBertLayer(GradientCheckpointingLayer):
+    """Self-attention as in BERT, then a router and experts."""
+
+    def __init__(self, config: MoEBertConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention = BertAttention(config, layer_idx=layer_idx)
+        self.router = _make_router(config)
+        dropout = config.hidden_dropout_prob if config.expert_dropout is None else config.expert_dropout
+        self.experts = MoEFeedForward(
+            config.hidden_size, config.expert_size, config.num_experts,
+            activation=ACTIVATIONS[config.hidden_act], eps=config.layer_norm_eps, dropout=dropout,
+        )  # fmt: skip
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, grouping: Grouping | None = None,
+        token_mask: Tensor | None = None, **attention_options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """Returns hidden states (B, T, H), attention probabilities and balance loss, each None if there is none.
+
+        Args:
+            hidden_states: (B, T, H).
+            attention_mask: in the form the attention implementation takes.
+            grouping: of all B * T tokens, under hash routing.
+            token_mask: (B, T), 0 where a token is padding; read by a gate.
+        """
+        hidden_states, attention = self.attention(hidden_states, attention_mask, **attention_options)
+        if grouping is not None:
+            return self.experts(hidden_states, grouping), attention, None
+        expert_ids, routing_weights, balance_loss = self.router(hidden_states, token_mask)
+        return self.experts(hidden_states, expert_ids, routing_weights), attention, balance_loss
+
+
+class MoEBertEncoder(nn.Module):
+    def __init__(self, config: MoEBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList([MoEBertLayer(config, i) for i in range(config.num_hidden_layers)])
+
+    def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping]:
+        """The grouping of every layer, under hash routing."""
+        tables = torch.stack([layer.router.table for layer in self.layer])
+        mask = None if self.config.route_padding else token_mask
+        return group_tokens_by_hash(token_ids, tables, self.config.num_experts, mask)
+
+
+class MoEBertPreTrainedModel(PreTrainedModel):
+    config_class = MoEBertConfig
+    base_model_prefix = "moebert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoEBertLayer"]  # noqa: RUF012 - transformers reads and copies it
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: MoEBertConfig, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any,
+        config: Any = None, ignore_mismatched_sizes: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """As in transformers; a file that is not a MoEBERT checkpoint, or not a whole one, is a UserError."""
+        path = pretrained_model_name_or_path
+        with one_line_errors(path):
+            if path is not None:
+                check_model_type(path, kwargs)
+                if not ignore_mismatched_sizes:
+                    check_checkpoint(path, config)
+            loaded = super().from_pretrained(
+                path, *model_args, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
+            )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, module in model.named_modules():
+            if isinstance(module, HashRouter):
+                module.validate(model.config.vocab_size, f"{name}.table")
+        return loaded
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the hash tables follow, and new tokens get random experts."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, HashRouter) and module.vocab_size != embeddings.num_embeddings:
+                module.resize(embeddings.num_embeddings)
+        return embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MoEFeedForward):
+            for weight in (module.w1, module.w2):
+                init.normal_(weight, std=self.config.initializer_range)
+            for bias in (module.b1, module.b2, module.norm_bias):
+                init.zeros_(bias)
+            init.ones_(module.norm_weight)
+        elif isinstance(module, HashRouter):
+            init.copy_(module.table, _new_table(self.config))
+        elif isinstance(module, (BertLMPredictionHead, RobertaLMHead)):
+            init.zeros_(module.bias)
+        elif isinstance(module, (BertEmbeddings, RobertaEmbeddings)):
+            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+            init.zeros_(module.token_type_ids)
+
+
+class MoEBertModel(MoEBertPreTrainedModel):
+    """The encoder with embeddings and, unless `add_pooling_layer` is False, BERT's pooler."""
+
+    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = RobertaEmbeddings(config) if config.style == "roberta" else BertEmbeddings(config)
+        self.encoder = MoEBertEncoder(config)
+        self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MoEBertModelOutput | tuple[Any, ...]:
+        """As transformers' BertModel.
+
+        Args:
+            input_ids: (B, T) int64. Hash routing needs them even if `inputs_embeds` is given.
+            attention_mask: (B, T), 0 where a token is padding; such tokens pass the experts by, unless
+                `config.route_padding`. A mask of more dimensions reaches the attention only.
+            token_type_ids, position_ids: (B, T) int64.
+            inputs_embeds: (B, T, H), used instead of the word embeddings.
+
+        Raises:
+            UserError: no input, or no token ids under hash routing.
+        """
+        config = self.config
+        self._check_inputs(input_ids, inputs_embeds)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if return_dict is None:
+            return_dict = config.return_dict
+
+        hidden_states = self.embeddings(
+            input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        token_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        attention_mask = create_bidirectional_mask(
+            config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        layers = self.encoder.layer
+        groupings = self.encoder.group_tokens(input_ids, token_mask) if config.is_hash_routed else [None] * len(layers)
+        options = {"output_attentions": True} if output_attentions else {}
+
+        all_hidden_states = [hidden_states]
+        all_attentions = []
+        balance_loss = hidden_states.new_zeros((), dtype=torch.float32)
+        for layer, grouping in zip(layers, groupings, strict=True):
+            hidden_states, attention, layer_balance = layer(
+                hidden_states, attention_mask, grouping, token_mask, **options
+            )
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions and attention is not None:
+                all_attentions.append(attention)
+            if layer_balance is not None:
+                balance_loss = balance_loss + layer_balance
+
+        output = MoEBertModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=None if self.pooler is None else self.pooler(hidden_states),
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+            balance_loss=balance_loss,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if input_ids is None:
+            if inputs_embeds is None:
+                raise UserError("input_ids: expected token ids or inputs_embeds, got neither")
+            if self.config.is_hash_routed:
+                raise UserError(
+                    f"input_ids: expected token ids, which router={self.config.router!r} routes by, "
+                    "got inputs_embeds alone"
+                )
+        elif inputs_embeds is not None and input_ids.shape != inputs_embeds.shape[:-1]:
+            raise UserError(
+                f"input_ids: expected the shape of inputs_embeds, {tuple(inputs_embeds.shape[:-1])}, "
+                f"got {tuple(input_ids.shape)}"
+            )
+
+
+def _make_router(config: MoEBertConfig) -> HashRouter | GateRouter:
+    if config.is_hash_routed:
+        # Filled by `_init_weights` in a new model, by the checkpoint in a loaded one.
+        return HashRouter(torch.zeros(config.vocab_size, dtype=torch.int32), config.num_experts)
+    return GateRouter(
+        config.hidden_size, config.num_experts, "token" if config.router == "gate-token" else "sentence",
+        original_batch1=config.original_batch1, route_padding=config.route_padding,
+    )  # fmt: skip
+
+
+def _new_table(config: MoEBertConfig) -> Tensor:
+    """A layer's table before anything is known of the data: random, or balanced for equally frequent tokens."""
+    if config.router == "hash-balance":
+        return torch.arange(config.vocab_size, dtype=torch.int32) % config.num_experts
+    return torch.randint(0, config.num_experts, (config.vocab_size,)).to(torch.int32)

@@ -1,0 +1,106 @@
+"""Learned routing: a linear gate on each token, or on the mean of each sentence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.errors import UserError
+
+
+class GateRouter(nn.Module):
+    """Send a token, or a whole sentence, to the most probable expert of a softmax gate.
+
+    The output of the expert is multiplied by that probability, so the gate learns from the task's loss.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        per: "token" gates each token, "sentence" the mean over each sentence's valid tokens.
+        original_batch1: with "sentence" and batch size 1, give no probability and no balance loss, as the original
+            code does (`MoELayer._forward_sentence_single_expert`). Otherwise a sentence alone is treated as in a batch.
+        route_padding: route padding like any token, and count it in the balance loss. The mean over a sentence
+            leaves padding out in any case.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, per: Literal["token", "sentence"] = "token", *,
+        original_batch1: bool = False, route_padding: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if per not in ("token", "sentence"):
+            raise UserError(f"per: expected 'token' or 'sentence', got {per!r}")
+        self.per = per
+        self.original_batch1 = original_batch1
+        self.route_padding = route_padding
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Choose an expert for every token.
+
+        Args:
+            x: (B, T, H) float.
+            attention_mask: (B, T), 0 where a token is padding. None: no padding.
+
+        Returns:
+            expert_ids (B, T) int64, -1 for padding that is not routed; routing_weights (B, T) of the dtype of x, or
+            None for 1; balance_loss, a scalar of at least float32.
+        """
+        valid = None if attention_mask is None else attention_mask != 0
+        counted = None if self.route_padding else valid
+        if self.per == "token":
+            probabilities = self._probabilities(x)
+            weights, expert_ids = probabilities.max(dim=-1)
+            loss = balance_loss(probabilities, expert_ids, counted)
+        else:
+            probabilities = self._probabilities(_masked_mean(x, valid))
+            weights, expert_ids = probabilities.max(dim=-1)
+            loss = balance_loss(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
+            weights, expert_ids = (v.unsqueeze(1).expand(x.shape[:2]) for v in (weights, expert_ids))
+        if counted is not None:
+            expert_ids = expert_ids.masked_fill(~counted, -1)
+        if self.original_batch1 and self.per == "sentence" and x.shape[0] == 1:
+            return expert_ids, None, torch.zeros_like(loss)
+        return expert_ids, weights.to(x.dtype), loss
+
+    def _probabilities(self, x: Tensor) -> Tensor:
+        # Two experts' logits often differ by less than a bfloat16 step, so autocast does not reach the gate.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.gate(x.to(self.gate.weight.dtype))
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"per={self.per!r}, original_batch1={self.original_batch1}, route_padding={self.route_padding}"
+
+
+def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
+    """E * sum_e(mean probability of e * fraction routed to e): 1 if balanced, E if all go to one (Switch, 2101.03961).
+
+    Args:
+        probabilities: (..., E) float.
+        expert_ids: (...), values in [0, E).
+        counted: (...) bool, True for what enters the means. None: all.
+
+    Returns:
+        A scalar, dtype of `probabilities`; 0 if nothing is counted. Differentiable in `probabilities`.
+    """
+    num_experts = probabilities.shape[-1]
+    chosen = expert_ids.unsqueeze(-1) == torch.arange(num_experts, device=expert_ids.device)
+    chosen = chosen.to(probabilities.dtype)
+    over = tuple(range(expert_ids.ndim))
+    if counted is None:
+        return num_experts * (probabilities.mean(over) * chosen.mean(over)).sum()
+    weight = counted.to(probabilities.dtype).unsqueeze(-1)
+    number = weight.sum().clamp(min=1)
+    return num_experts * ((probabilities * weight).sum(over) / number * ((chosen * weight).sum(over) / number)).sum()
+
+
+def _masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid tokens of x (B, T, H), summed in at least float32; 0 for a sentence without any."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if valid is None:
+        return x.mean(dim=1, dtype=dtype)
+    total = x.masked_fill(~valid.unsqueeze(-1), 0).sum(dim=1, dtype=dtype)
+    return total / valid.sum(dim=1, keepdim=True).clamp(min=1).to(dtype)

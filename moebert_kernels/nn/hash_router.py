@@ -1,0 +1,83 @@
+"""Hash routing: a fixed table, token id -> expert, saved and moved with the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.ops.hash_route import hash_route
+
+
+class HashRouter(nn.Module):
+    """Route each token by its id alone: `expert_ids = table[token_ids]` (MoEBERT, 2204.07675, section 3.2).
+
+    Args:
+        table: (V,) of any integer dtype, values in [0, num_experts). Kept as a persistent int32 buffer `table`.
+        num_experts: E.
+
+    Raises:
+        UserError: a table of another shape, dtype or range, here and in `load_state_dict`.
+    """
+
+    table: Tensor
+
+    def __init__(self, table: Tensor, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.register_buffer("table", checked_table(table, num_experts).clone())
+
+    def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Expert ids, int32 of the shape of `token_ids`; -1 where `attention_mask` is 0 or the id has no entry."""
+        return hash_route(token_ids, self.table, attention_mask)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.table.shape[0]
+
+    def set_table(self, table: Tensor) -> None:
+        """Replace the table by one for the same vocabulary."""
+        self.table.copy_(checked_table(table, self.num_experts, self.vocab_size))
+
+    def validate(self, vocab_size: int | None = None, name: str = "table") -> None:
+        """Raise a UserError unless the table has values in [0, E) and, if given, `vocab_size` entries."""
+        checked_table(self.table, self.num_experts, vocab_size, name)
+
+    def resize(self, vocab_size: int) -> None:
+        """Cut the table, or extend it: new tokens get random experts from torch's CPU generator."""
+        extra = vocab_size - self.vocab_size
+        if extra > 0:
+            drawn = torch.randint(0, self.num_experts, (extra,), dtype=self.table.dtype)
+            self.table = torch.cat([self.table, drawn.to(self.table.device)])
+        else:
+            self.table = self.table[:vocab_size].clone()
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.vocab_size}, num_experts={self.num_experts}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "table"
+        if key in state_dict:
+            state_dict[key] = checked_table(state_dict[key], self.num_experts, self.vocab_size, key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def checked_table(table: Tensor, num_experts: int, vocab_size: int | None = None, name: str = "table") -> Tensor:
+    """The table as contiguous int32, after checking its shape, dtype and values.
+
+    Raises:
+        UserError: what was expected and what came.
+    """
+    entries = "(V,)" if vocab_size is None else f"({vocab_size},), one entry per token of the vocabulary"
+    if table.ndim != 1 or (vocab_size is not None and table.shape[0] != vocab_size):
+        raise UserError(f"{name}: expected shape {entries}, got {tuple(table.shape)}")
+    if table.dtype.is_floating_point or table.dtype.is_complex or table.dtype == torch.bool:
+        raise UserError(f"{name}: expected integers, got {table.dtype}")
+    # On the meta device, where transformers builds a model before it loads it, there are no values yet.
+    if not table.is_meta and table.numel():
+        low, high = table.min().item(), table.max().item()
+        if low < 0 or high >= num_experts:
+            raise UserError(f"{name}: expected experts in [0, {num_experts}), got values from {low} to {high}")
+    return table.to(torch.int32).contiguous()

@@ -1,0 +1,74 @@
+"""The mixture-of-experts feed-forward layer of MoEBERT, with the residual and LayerNorm inside each expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.activation import is_gated
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
+
+
+class MoEFeedForward(nn.Module):
+    """y = p * LayerNorm_e(x + dropout(w2_e act(w1_e x + b1_e) + b2_e)), one expert per token; y = x where skipped.
+
+    Args:
+        hidden_size: H.
+        expert_size: I.
+        num_experts: E.
+        activation: one of the ops' names; see `fused_moe_ffn_add_norm`. Gated ones double the rows of `w1`.
+        eps: of the LayerNorms.
+        dropout: probability, applied to the output of the second matrix in training.
+
+    Parameters: w1 (E, I, H), b1 (E, I), w2 (E, H, I), b2 (E, H), norm_weight and norm_bias (E, H).
+    """
+
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, *,
+        activation: str = "gelu", eps: float = 1e-12, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.activation = activation
+        self.eps = eps
+        self.dropout = dropout
+        rows = 2 * expert_size if is_gated(activation) else expert_size
+        self.w1 = nn.Parameter(torch.empty(num_experts, rows, hidden_size))
+        self.b1 = nn.Parameter(torch.empty(num_experts, rows))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.norm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Initialise as BERT does: weights normal(0, std), biases 0, norms 1."""
+        for weight in (self.w1, self.w2):
+            nn.init.normal_(weight, std=std)
+        for bias in (self.b1, self.b2, self.norm_bias):
+            nn.init.zeros_(bias)
+        nn.init.ones_(self.norm_weight)
+
+    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """Apply to each token its expert.
+
+        Args:
+            x: (..., H) float.
+            routing: a Grouping of the flattened tokens, or expert ids of shape (...).
+            routing_weights: (...) of the dtype of x, multiplied with the output; None means 1.
+
+        Returns:
+            (..., H), dtype of x (float32 under autocast).
+        """
+        return fused_moe_ffn_add_norm(
+            x, routing, self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias,
+            routing_weights=routing_weights, eps=self.eps, activation=self.activation,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        num_experts, hidden_size, expert_size = self.w2.shape
+        return (
+            f"hidden_size={hidden_size}, expert_size={expert_size}, num_experts={num_experts}, "
+            f"activation={self.activation!r}, eps={self.eps}, dropout={self.dropout}"
+        )
