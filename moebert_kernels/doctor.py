@@ -1,0 +1,276 @@
+"""What runs here and why: versions, devices, the backend of each op, and a self-test of each against the reference.
+
+It always prints: a probe that fails reports its error instead of ending the report. `python -m moebert_kernels.doctor`
+is `moebert doctor` without what the command line imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import moebert_kernels
+from moebert_kernels import backend, reference
+from moebert_kernels.accuracy import error_and_bound
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
+NATIVE_MODULE = "moebert_kernels._C"
+TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
+
+
+def collect() -> dict[str, Any]:
+    """The whole report, as plain data for JSON. `ok` is False if an op disagrees with its reference or fails to run."""
+    tests = self_test()
+    return {
+        "versions": {"moebert_kernels": moebert_kernels.__version__, "python": platform.python_version()}
+        | {name: _probe(importlib.metadata.version, name) for name in PACKAGES},
+        "machine": {
+            "platform": platform.platform(),
+            "cpu": _probe(_cpu_name),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.version.cuda or "this torch is built without CUDA",
+            "gpus": _probe(_gpus),
+        },
+        "triton": _probe(_triton),
+        "native": _probe(_native),
+        "backends": _probe(
+            lambda: {choice.op: {"backend": choice.backend, "reason": choice.reason} for choice in backend.explain()}
+        ),
+        "self_test": tests,
+        "ok": all(result["ok"] for result in tests.values()),
+    }
+
+
+def self_test() -> dict[str, dict[str, Any]]:
+    """Run each op on 64 tokens, in float32 with gradients, against `moebert_kernels.reference`.
+
+    Returns:
+        op -> `ok`, and `message`: the worst error as a share of what is allowed, or what went wrong.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {}
+    for op, test in _SELF_TESTS.items():
+        try:
+            results[op] = {"ok": True, "message": test(device)}
+        except Exception as error:  # whatever an op raises is what the report is for
+            results[op] = {"ok": False, "message": f"{type(error).__name__}: {_first_line(error)}"}
+    return results
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    lines = []
+    for title in ("versions", "machine", "triton", "native"):
+        lines += [title, *_table(report[title])]
+    lines += ["backend of each op"]
+    backends = report["backends"]
+    if isinstance(backends, str):
+        lines += _table(backends)
+    else:
+        lines += _table({op: f"{choice['backend']:8} {choice['reason']}" for op, choice in backends.items()})
+    lines += [f"self-test, {TOKENS} tokens against the reference"]
+    lines += _table({op: f"{'ok' if r['ok'] else 'FAILED':8} {r['message']}" for op, r in report["self_test"].items()})
+    lines += ["every op agrees with its reference" if report["ok"] else "AN OP DISAGREES WITH ITS REFERENCE"]
+    return "\n".join(lines)
+
+
+def run(as_json: bool = False) -> int:
+    """Print the report; the exit status is 1 if an op disagrees with its reference."""
+    report = collect()
+    print(json.dumps(report, indent=2) if as_json else render(report))
+    return 0 if report["ok"] else 1
+
+
+def _probe(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:  # a broken part of the machine must not hide the rest of the report
+        return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _table(values: Any) -> list[str]:
+    if not isinstance(values, dict):
+        return [f"  {values}"]
+    width = max(len(name) for name in values)
+    return [f"  {name:{width}}  {_text(value)}" for name, value in values.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return "; ".join(str(item) for item in value) or "none"
+    return str(value)
+
+
+def _cpu_name() -> str:
+    if sys.platform.startswith("linux"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        gpus.append(
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    return gpus
+
+
+def _triton() -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        return {"usable": False, "reason": "not installed", "interpreter": False}
+    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreter:
+        return {"usable": False, "reason": "no CUDA device; TRITON_INTERPRET=1 would interpret", "interpreter": False}
+    return {"usable": True, "reason": "interpreted on the CPU" if interpreter else "GPU", "interpreter": interpreter}
+
+
+def _native() -> dict[str, Any]:
+    if importlib.util.find_spec(NATIVE_MODULE) is None:
+        return {"built": False, "reason": "this version has no CUDA sources to build"}
+    importlib.import_module(NATIVE_MODULE)
+    return {"built": True, "reason": f"{NATIVE_MODULE} imports"}
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)  # our own: a report must not move the caller's random state
+
+
+def _expert_ids(device: torch.device) -> Tensor:
+    ids = torch.randint(0, EXPERTS - 1, (TOKENS,), generator=_generator())  # the last expert gets nobody
+    ids[::7] = -1  # skipped tokens
+    return ids.to(device)
+
+
+def _same(op: str, got: list[Tensor], expected: list[Tensor]) -> str:
+    for g, e in zip(got, expected, strict=True):
+        if g.shape != e.shape or not torch.equal(g, e):
+            raise AssertionError(f"{op} differs from the reference")
+    return "equal"
+
+
+def _test_hash_route(device: torch.device) -> str:
+    table = torch.randint(0, EXPERTS, (100,), generator=_generator()).to(device)
+    token_ids = torch.arange(70, 70 + TOKENS, device=device)  # the last ones lie outside the table
+    mask = (torch.arange(TOKENS, device=device) % 5 != 0).long()
+    got, expected = (run(token_ids, table, mask) for run in (moebert_kernels.hash_route, reference.hash_route))
+    return _same("hash_route", [got], [expected])
+
+
+def _test_group_tokens(device: torch.device) -> str:
+    ids = _expert_ids(device)
+    got, expected = (run(ids, EXPERTS) for run in (moebert_kernels.group_tokens, reference.group_tokens))
+    return _same("group_tokens", _parts(got), _parts(expected))
+
+
+def _test_group_tokens_by_hash(device: torch.device) -> str:
+    tables = torch.randint(0, EXPERTS, (3, 100), generator=_generator()).to(device)
+    token_ids = torch.arange(70, 70 + TOKENS, device=device)
+    got, expected = (
+        [part for grouping in run(token_ids, tables, EXPERTS) for part in _parts(grouping)]
+        for run in (moebert_kernels.group_tokens_by_hash, reference.group_tokens_by_hash)
+    )
+    return _same("group_tokens_by_hash", got, expected)
+
+
+def _parts(grouping: moebert_kernels.Grouping) -> list[Tensor]:
+    return [grouping.offsets, grouping.row_to_token, grouping.token_to_row]
+
+
+def _test_expert_gemm(device: torch.device) -> str:
+    grouping = moebert_kernels.group_tokens(_expert_ids(device), EXPERTS)
+    shapes = ((TOKENS, HIDDEN), (EXPERTS, INTERMEDIATE, HIDDEN), (EXPERTS, INTERMEDIATE))
+    return _as_accurate(
+        lambda x, w, bias: moebert_kernels.expert_gemm(x, w, grouping, bias),
+        lambda x, w, bias: reference.expert_gemm(x, w, grouping, bias),
+        shapes, device,
+    )  # fmt: skip
+
+
+_FFN_SHAPES = (
+    (TOKENS, HIDDEN), (EXPERTS, INTERMEDIATE, HIDDEN), (EXPERTS, INTERMEDIATE), (EXPERTS, HIDDEN, INTERMEDIATE),
+    (EXPERTS, HIDDEN),
+)  # fmt: skip
+
+
+def _test_fused_moe_ffn(device: torch.device) -> str:
+    ids = _expert_ids(device)
+    return _as_accurate(
+        lambda x, *weights: moebert_kernels.fused_moe_ffn(x, ids, *weights),
+        lambda x, *weights: reference.fused_moe_ffn(x, ids, *weights),
+        _FFN_SHAPES, device,
+    )  # fmt: skip
+
+
+def _test_fused_moe_ffn_add_norm(device: torch.device) -> str:
+    ids = _expert_ids(device)
+    return _as_accurate(
+        lambda x, *weights: moebert_kernels.fused_moe_ffn_add_norm(x, ids, *weights),
+        lambda x, *weights: reference.fused_moe_ffn_add_norm(x, ids, *weights),
+        (*_FFN_SHAPES, (EXPERTS, HIDDEN), (EXPERTS, HIDDEN)), device,
+    )  # fmt: skip
+
+
+def _as_accurate(
+    op: Callable[..., Tensor], naive: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> str:
+    """Output and all gradients of `op` in float32, within the bound of `error_and_bound`."""
+    generator = _generator()
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).float() for shape in shapes]
+    got = _outputs(op, inputs, torch.float32, device)
+    same_dtype = _outputs(naive, inputs, torch.float32, device)
+    exact = _outputs(naive, inputs, torch.float64, device)
+    worst = 0.0
+    for i, tensors in enumerate(zip(got, same_dtype, exact, strict=True)):
+        name = "output" if i == 0 else f"gradient of argument {i}"
+        if not torch.isfinite(tensors[0]).all():
+            raise AssertionError(f"{name} is not finite")
+        error, bound = error_and_bound(*tensors)
+        if float(error.max()) > bound:
+            raise AssertionError(f"{name}: expected an error of at most {bound:.1e}, got {float(error.max()):.1e}")
+        worst = max(worst, float(error.max()) / bound)
+    return f"worst error {worst:.0%} of what is allowed, gradients included"
+
+
+def _outputs(op: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
+        y = op(*leaves)
+        return [y, *torch.autograd.grad(y.sin().sum(), leaves)]  # sin: a gradient that differs from place to place
+
+
+_SELF_TESTS = {
+    "hash_route": _test_hash_route,
+    "group_tokens": _test_group_tokens,
+    "group_tokens_by_hash": _test_group_tokens_by_hash,
+    "expert_gemm": _test_expert_gemm,
+    "fused_moe_ffn": _test_fused_moe_ffn,
+    "fused_moe_ffn_add_norm": _test_fused_moe_ffn_add_norm,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(run(as_json="--json" in sys.argv[1:]))
