@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import MoEBertConfig
+from moebert_kernels.nn.hash_router import checked_table
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -26,15 +27,33 @@ def one_line_errors(path: str | os.PathLike | None) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip().splitlines() or [repr(error)])[0].strip("'\"")
+        raise UserError(f"checkpoint: expected a readable MoEBERT checkpoint, got {path} ({reason})") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
         raise UserError(
-            f"checkpoint: expected a readable MoEBERT checkpoint, got {path} ({reason[0] if reason else error!r})"
+            f"checkpoint: expected tensors of the configuration's shapes, got others in {path}; "
+            "ignore_mismatched_sizes=True would initialise them anew"
         ) from error
 
 
-def check_model_type(path: str | os.PathLike, options: dict[str, Any]) -> None:
-    """Raise a UserError unless the configuration at `path` (a folder or a Hub name) is a MoEBERT's."""
+def read_config(path: str | os.PathLike, given: Any, options: dict[str, Any]) -> MoEBertConfig:
+    """The configuration that a model at `path` (a folder or a Hub name) will be loaded with.
+
+    Args:
+        path: of the checkpoint.
+        given: a MoEBertConfig, the path of one, or None for the checkpoint's own.
+        options: keyword arguments of `from_pretrained`; those that name a field override the checkpoint's own.
+
+    Raises:
+        UserError: the checkpoint, or `given`, is not a MoEBERT's.
+    """
+    if isinstance(given, PreTrainedConfig) and not isinstance(given, MoEBertConfig):
+        raise UserError(f"config: expected a MoEBertConfig, got a {type(given).__name__}")
     hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    if not hub.get("subfolder"):
+        _check_folder(path)
     found, _ = PreTrainedConfig.get_config_dict(path, **hub)
     model_type = found.get("model_type")
     if model_type != MoEBertConfig.model_type:
@@ -42,37 +61,50 @@ def check_model_type(path: str | os.PathLike, options: dict[str, Any]) -> None:
             f"checkpoint: expected model_type 'moebert', got {model_type!r} in {path}: not a MoE checkpoint; "
             "to make one of a dense model, use convert"
         )
+    if given is None:
+        return MoEBertConfig.from_dict(found | {name: options[name] for name in options if name in found})
+    return given if isinstance(given, MoEBertConfig) else MoEBertConfig.from_pretrained(given)
 
 
-def check_checkpoint(path: str | os.PathLike, config: Any) -> None:
-    """Check the routers' and experts' tensors in the headers of a local folder's safetensors files.
+def check_tensors(folder: str | os.PathLike, config: MoEBertConfig) -> None:
+    """Check the routers' and experts' tensors in a local folder's safetensors files; a Hub name has none yet.
+
+    Only headers and hash tables are read.
 
     Raises:
-        UserError: a damaged file, a missing tensor, or one of another shape than the configuration says.
+        UserError: a damaged file, a missing tensor, one of another shape than `config` says, or a table with values
+            that are not experts.
     """
-    folder = Path(path)
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
+    tables: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in list(opened.keys()):
+                    shapes[key] = tuple(opened.get_slice(key).get_shape())
+                    if key.endswith(".router.table"):
+                        tables[key] = opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"checkpoint: expected a whole safetensors file, got a damaged {file} ({error})") from error
+    if not shapes:
         return
-    if not isinstance(config, MoEBertConfig):
-        config = MoEBertConfig.from_pretrained(folder if config is None else config)
-    shapes = _shapes(files)
     prefix = "moebert." if any(key.startswith("moebert.") for key in shapes) else ""
     for layer in range(config.num_hidden_layers):
         for name, shape in expected_shapes(config).items():
             key = f"{prefix}encoder.layer.{layer}.{name}"
             if key not in shapes:
                 raise UserError(f"checkpoint: expected a tensor {key}, got none in {folder}")
-            if shapes[key] != shape:
-                raise UserError(f"{key}: expected shape {shape}, got {shapes[key]} in {folder}")
+            if key in tables:
+                checked_table(tables[key], config.num_experts, config.vocab_size, key)
+            elif shapes[key] != shape:
+                raise UserError(f"{key}: expected shape {shape}, got {shapes[key]}")
 
 
 def expected_shapes(config: MoEBertConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a MoE layer has in place of a dense feed-forward layer, by their key in the layer."""
     E, I, H = config.num_experts, config.expert_size, config.hidden_size
-    router = (
-        {"router.table": (config.vocab_size,)} if config.is_hash_routed else {"router.gate.weight": (E, H)}
-    )
+    router: dict[str, tuple[int, ...]]
+    router = {"router.table": (config.vocab_size,)} if config.is_hash_routed else {"router.gate.weight": (E, H)}
     return router | {
         "experts.w1": (E, I, H),
         "experts.b1": (E, I),
@@ -83,12 +115,11 @@ def expected_shapes(config: MoEBertConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                shapes.update({key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint: expected a whole safetensors file, got a damaged {file} ({error})") from error
-    return shapes
+def _check_folder(path: str | os.PathLike) -> None:
+    """A Hub name is `name` or `owner/name`; anything else, and whatever exists here, is a folder."""
+    text = os.fspath(path)
+    if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
+            raise UserError(f"checkpoint: expected a folder with a config.json, got {text} without one")
+    elif os.path.exists(text) or os.path.isabs(text) or text.startswith(".") or text.count("/") > 1:
+        raise UserError(f"checkpoint: expected a folder with a MoEBERT model, got {text}, which is not a folder")

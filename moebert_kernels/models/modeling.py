@@ -20,7 +20,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.models.checkpoint import check_checkpoint, check_model_type, one_line_errors
+from moebert_kernels.models.checkpoint import check_tensors, one_line_errors, read_config
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward
@@ -93,11 +93,14 @@ class MoEBertPreTrainedModel(PreTrainedModel):
     ) -> Any:  # fmt: skip
         """As in transformers; a file that is not a MoEBERT checkpoint, or not a whole one, is a UserError."""
         path = pretrained_model_name_or_path
+        if "preset" in kwargs:
+            # Saved configurations hold what their own preset said.
+            kwargs.setdefault("route_padding", kwargs["preset"] == "paper")
         with one_line_errors(path):
             if path is not None:
-                check_model_type(path, kwargs)
+                wanted = read_config(path, config, kwargs)
                 if not ignore_mismatched_sizes:
-                    check_checkpoint(path, config)
+                    check_tensors(path, wanted)
             loaded = super().from_pretrained(
                 path, *model_args, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
             )
@@ -234,7 +237,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
 def _make_router(config: MoEBertConfig) -> HashRouter | GateRouter:
     if config.is_hash_routed:
         # Filled by `_init_weights` in a new model, by the checkpoint in a loaded one.
-        return HashRouter(torch.zeros(config.vocab_size, dtype=torch.int32), config.num_experts)
+        return HashRouter(torch.zeros(config.vocab_size, dtype=torch.int64), config.num_experts)
     return GateRouter(
         config.hidden_size, config.num_experts, "token" if config.router == "gate-token" else "sentence",
         original_batch1=config.original_batch1, route_padding=config.route_padding,
@@ -244,5 +247,5 @@ def _make_router(config: MoEBertConfig) -> HashRouter | GateRouter:
 def _new_table(config: MoEBertConfig) -> Tensor:
     """A layer's table before anything is known of the data: random, or balanced for equally frequent tokens."""
     if config.router == "hash-balance":
-        return torch.arange(config.vocab_size, dtype=torch.int32) % config.num_experts
-    return torch.randint(0, config.num_experts, (config.vocab_size,)).to(torch.int32)
+        return torch.arange(config.vocab_size) % config.num_experts
+    return torch.randint(0, config.num_experts, (config.vocab_size,))

@@ -15,7 +15,8 @@ class HashRouter(nn.Module):
     """Route each token by its id alone: `expert_ids = table[token_ids]` (MoEBERT, 2204.07675, section 3.2).
 
     Args:
-        table: (V,) of any integer dtype, values in [0, num_experts). Kept as a persistent int32 buffer `table`.
+        table: (V,) of any integer dtype, values in [0, num_experts). Kept as a persistent buffer `table` of
+            `table_dtype(num_experts)`.
         num_experts: E.
 
     Raises:
@@ -64,8 +65,13 @@ class HashRouter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def table_dtype(num_experts: int) -> torch.dtype:
+    """uint8 where it is enough: all layers' tables are read in every forward. int16 cannot be broadcast by DDP."""
+    return torch.uint8 if num_experts <= 256 else torch.int32
+
+
 def checked_table(table: Tensor, num_experts: int, vocab_size: int | None = None, name: str = "table") -> Tensor:
-    """The table as contiguous int32, after checking its shape, dtype and values.
+    """The table, contiguous and of `table_dtype`, after checking its shape, dtype and values.
 
     Raises:
         UserError: what was expected and what came.
@@ -80,4 +86,4 @@ def checked_table(table: Tensor, num_experts: int, vocab_size: int | None = None
         low, high = table.min().item(), table.max().item()
         if low < 0 or high >= num_experts:
             raise UserError(f"{name}: expected experts in [0, {num_experts}), got values from {low} to {high}")
-    return table.to(torch.int32).contiguous()
+    return table.to(table_dtype(num_experts)).contiguous()
