@@ -9,6 +9,7 @@ import torch
 
 import moebert_kernels
 from moebert_kernels import backend, doctor
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,7 @@ def test_leaves_the_random_state_alone(report):
 
 
 def test_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "moebert_kernels.doctor", "--json"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "moebert_kernels.doctor", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"]

@@ -1,0 +1,40 @@
+"""A dense BERT becomes a MoEBERT, is saved, and is loaded by transformers' own AutoModel.
+
+A small random BERT and random sentences stand in for your fine-tuned checkpoint and your training data.
+"""
+
+import tempfile
+
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+import moebert_kernels.models  # makes AutoModel* know MoEBERT
+from moebert_kernels.convert import convert_to_moe, importance_scores
+
+torch.manual_seed(0)
+config = BertConfig(
+    vocab_size=500, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+)
+teacher = BertForSequenceClassification(config).eval()
+batches = [
+    {
+        "input_ids": torch.randint(0, 500, (8, 20)),
+        "attention_mask": torch.ones(8, 20, dtype=torch.long),
+        "labels": torch.randint(0, 3, (8,)),
+    }
+    for _ in range(4)
+]
+
+importance = importance_scores(teacher, batches)  # (layers, neurons), one backward pass per batch
+student = convert_to_moe(teacher, importance, num_experts=4, expert_size=16, shared=8, seed=0).eval()
+
+with tempfile.TemporaryDirectory() as folder:
+    student.save_pretrained(folder)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+inputs = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
+with torch.no_grad():
+    same = torch.equal(student(**inputs).logits, reloaded(**inputs).logits)
+assert isinstance(reloaded, moebert_kernels.models.MoEBertForSequenceClassification)
+print("importance", tuple(importance.shape), "- the same logits after a reload:", same)
+assert same

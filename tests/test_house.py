@@ -1,0 +1,225 @@
+"""The rules that no reviewer should have to remember: layers, the weight of the import, file sizes, true documents."""
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moebert_kernels
+from moebert_kernels import reference
+from tests.helpers import ROOT
+
+PACKAGE = "moebert_kernels"
+MAX_LINES = 400
+
+# Low to high. A module imports from the lines above its own, and from its own folder.
+LAYERS = (
+    ("errors", "grouping", "activation", "dropout", "accuracy"),
+    ("backend",),
+    ("reference", "torch_backend", "kernels", "_C"),
+    ("ops",),
+    ("__init__",),
+    ("nn", "integrations"),
+    ("models",),
+    ("convert",),
+    ("distill",),
+    ("demo", "doctor"),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+CODE_FOLDERS = (PACKAGE, "tests", "benchmarks", "examples", "experiments", "csrc", "python")
+CODE = sorted(
+    path
+    for folder in CODE_FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")
+)
+MODULES = [path for path in CODE if path.is_relative_to(ROOT / PACKAGE)]
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+DOCS += sorted((ROOT / "experiments").rglob("*.md"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def layer_of(module: str) -> str:
+    """ "moebert_kernels.ops._checks" -> "ops"; the package itself -> "__init__"."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """Line and dotted name of everything a file of the package imports from the package, at any depth in the code."""
+    relative = path.relative_to(ROOT).with_suffix("")
+    package = ".".join(relative.parts[:-1])  # of the file, and for an __init__.py of the folder itself
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
+                )
+            for alias in node.names:
+                is_module = base == PACKAGE and alias.name in RANK
+                found.append((node.lineno, f"{base}.{alias.name}" if is_module else base))
+    return [(line, name) for line, name in found if name.split(".")[0] == PACKAGE]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    mine = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    assert mine in RANK, f"{name_of(path)}: {mine} has no place in LAYERS"
+    for line, module in imports_of(path):
+        theirs = layer_of(module)
+        assert theirs in RANK, f"{name_of(path)}:{line} imports {module}, which has no place in LAYERS"
+        assert theirs == mine or RANK[theirs] < RANK[mine], f"{name_of(path)}:{line}: {mine} must not import {module}"
+
+
+def new_modules(statement: str) -> set[str]:
+    """Top-level packages that `statement` loads in a fresh interpreter, beyond what `import torch` loads."""
+    code = f"import sys, torch; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names)
+
+
+def test_import_loads_torch_and_nothing_heavier():
+    assert new_modules(f"import {PACKAGE}") == {PACKAGE}
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_files_stay_readable(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines; split what it does in two"
+
+
+@pytest.mark.parametrize("op", sorted(set(moebert_kernels.__all__) - {"Grouping"}))
+def test_every_op_has_its_five_places(op):
+    """One name through every layer: the op's file, its reference, its tests, its benchmark, its row in the docs."""
+    assert callable(getattr(reference, op))
+    ops = "\n".join(path.read_text() for path in (ROOT / PACKAGE / "ops").glob("*.py"))
+    assert re.search(rf"^def {op}\(", ops, re.MULTILINE)
+    assert any(f"{op}(" in path.read_text() for path in (ROOT / "tests" / "ops").glob("test_*.py"))
+    assert any(re.search(rf"\b{op}\b", path.read_text()) for path in (ROOT / "benchmarks").glob("bench_*.py"))
+    assert re.search(rf"^\| `{op}`", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+
+
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_makefile_has_the_promised_targets():
+    assert {"demo", "test", "check", "smoke", "bench", "doctor"} <= makefile_targets()
+
+
+def spans_of(text: str) -> list[str]:
+    """What a document shows as code: inline spans, and the lines of fenced and of indented blocks."""
+    fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", prose)
+    lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^    (.*)$", prose, re.MULTILINE)
+    return [span.strip().removeprefix("$ ") for span in inline + lines]
+
+
+def top_level() -> set[str]:
+    """Names a repository path can start with."""
+    return {path.name for path in ROOT.iterdir()} | set(CODE_FOLDERS)
+
+
+def paths_in(text: str) -> set[str]:
+    """Repository paths that a document names as code or links to, without placeholders and what a run writes."""
+    words = {word for span in spans_of(text) for word in re.split(r"[\s,:=()\"']+", span)}
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    file_names = {word for word in words if re.fullmatch(r"[\w.-]+\.(py|md|toml|txt|yaml|cff)", word)}
+    tree = {
+        word.removeprefix("./")
+        for word in words
+        if "/" in word and word.removeprefix("./").split("/")[0] in top_level()
+    }
+    named = {word.rstrip("./") for word in tree | file_names if not re.search(r"[<>*{}$]|\.\.\.", word)}
+    return {path for path in named | links if path and not path.startswith(("demo/", ".venv/", "build/"))}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_paths_in_documents_exist(path):
+    for name in paths_in(path.read_text()):
+        places = [ROOT / name, path.parent / name, *ROOT.glob(f"{PACKAGE}/{name}")]
+        assert any(place.exists() for place in places), f"{name_of(path)} names {name}, which does not exist"
+
+
+def test_paths_in_the_makefile_and_ci_exist():
+    for script in ("Makefile", ".ci/run"):
+        text = (ROOT / script).read_text()
+        for name in re.findall(r"(?<![\w/.$)-])((?:tests|benchmarks|examples|docs|moebert_kernels)\b[\w/.-]*)", text):
+            assert (ROOT / name.rstrip(".")).exists(), f"{script} names {name}, which does not exist"
+        for name in re.findall(r"[\w-]+\.(?:txt|toml|py)\b", text):
+            assert (ROOT / name).exists() or list((ROOT / "tests").rglob(name)), f"{script} names {name}"
+
+
+def cli_options() -> dict[str, set[str]]:
+    """Command -> its options, from the typer application itself."""
+    from typer.main import get_command
+
+    from moebert_kernels.cli import app
+
+    commands = get_command(app).commands
+    return {
+        name: {"--help", *(o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts))}
+        for name, command in commands.items()
+    }
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_commands_in_documents_exist(path):
+    spans = spans_of(path.read_text())
+    targets = makefile_targets()
+    for span in spans:
+        if match := re.match(r"make ([a-z-]+)", span):
+            assert match[1] in targets, f"{name_of(path)}: `{span}`: no such target"
+    commands = [shlex.split(span, comments=True) for span in spans if re.match(r"moebert [a-z-]", span)]
+    options = cli_options() if commands else {}
+    for words in commands:
+        if words[1].startswith("-"):
+            continue
+        for name in words[1].split("|"):
+            assert name in options, f"{name_of(path)}: `{' '.join(words)}`: no command {name}"
+            for word in words[2:]:
+                option = word.partition("=")[0]
+                assert not option.startswith("--") or option in options[name], (
+                    f"{name_of(path)}: `{' '.join(words)}`: {name} has no option {option}"
+                )
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_names_of_the_package_in_documents_exist(path):
+    for span in spans_of(path.read_text()):
+        for dotted in re.findall(rf"\b{PACKAGE}(?:\.\w+)+", span):
+            if dotted.endswith((".egg", "._C")):
+                continue
+            assert resolves(dotted), f"{name_of(path)} names {dotted}, which does not exist"
+
+
+def resolves(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            if not hasattr(value, name):
+                return False
+            value = getattr(value, name)
+        return True
+    return False
