@@ -1,0 +1,144 @@
+"""Importance of every FFN neuron: MoEBERT (2204.07675), eq. 4, in one backward pass per batch.
+
+    I_j = sum over samples of | <w1_j, dL/dw1_j> + <w2_j, dL/dw2_j> |          L: the loss of one sample
+
+The gradient of a weight is a sum over tokens, so both inner products are sums over tokens of quantities that one
+backward pass of the *summed* loss already holds, sample by sample and for all layers at once:
+
+    <w1_j, dL/dw1_j> = sum_t dL/dpre[t, j] (pre[t, j] - b1[j])          pre = w1 x + b1
+    <w2_j, dL/dw2_j> = sum_t dL/dh[t, j] h[t, j]                        h = act(pre)
+
+No weight gradient is computed, and nothing below the first FFN is differentiated.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.convert.encoders import DenseFFN, dense_ffns
+from moebert_kernels.convert.sample_loss import LABEL_KEYS, sample_loss
+from moebert_kernels.errors import UserError
+
+
+def importance_scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    start: Tensor | None = None,
+    on_batch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Score every FFN neuron of a fine-tuned dense model; higher is more important.
+
+    The model runs in eval mode, in its own dtype, without autocast; its weights, their `requires_grad` and the mode of
+    its modules are as before when this returns. The scores are sums over samples: they do not depend on how the samples
+    are batched or padded.
+
+    Args:
+        model: a BERT-style transformers model with a task head.
+        batches: mappings of tensors (B, ...) with the labels: `labels`, or `start_positions` and `end_positions`.
+            Entries that the model's forward does not take (an example id) are ignored.
+        start: (L, D) float64, totals of batches scored before, to continue an interrupted run.
+        on_batch: called after each batch with its number of samples and the running totals (L, D) float64.
+
+    Returns:
+        (L, D) float32 on the CPU, accumulated in float64.
+
+    Raises:
+        UserError: no dense FFNs, no batch, no or impossible labels, a shape of `start` that does not fit, scores that
+            are not finite.
+    """
+    ffns = dense_ffns(model)
+    shape = (len(ffns), ffns[0].first.out_features)
+    device = ffns[0].first.weight.device
+    totals = torch.zeros(shape, dtype=torch.float64)
+    if start is not None:
+        if start.shape != shape:
+            raise UserError(f"start: expected shape (L={shape[0]}, D={shape[1]}), got {tuple(start.shape)}")
+        totals = start.to(torch.float64, copy=True).cpu()
+    accepted = set(inspect.signature(model.forward).parameters)
+
+    seen = 0
+    with _frozen_eval(model), torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            tensors = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            scores = _batch_scores(model, ffns, tensors, accepted)
+            if not torch.isfinite(scores).all():
+                raise UserError(f"model: expected finite gradients, got nan or inf in batch {seen}")
+            totals += scores.cpu()
+            seen += 1
+            if on_batch is not None:
+                samples = next(iter(tensors.values())).shape[0]
+                on_batch(samples, totals)
+    if seen == 0 and start is None:
+        raise UserError("batches: expected at least one batch, got none")
+    return totals.to(torch.float32)
+
+
+def _batch_scores(model: nn.Module, ffns: list[DenseFFN], batch: dict[str, Tensor], accepted: set[str]) -> Tensor:
+    """Scores of one batch, (L, D) float64."""
+    inputs = {name: value for name, value in batch.items() if name in accepted and name not in LABEL_KEYS}
+    with _recording(ffns) as (products, roots):
+        outputs = model(**inputs, return_dict=True)
+        loss = sample_loss(outputs, batch, getattr(model, "config", None)).sum()
+        if not roots:
+            raise UserError(f"model: expected its FFN layers to run in forward, got none from {type(model).__name__}")
+        torch.autograd.grad(loss, roots, allow_unused=True)
+    zero = torch.zeros(ffns[0].first.out_features, dtype=torch.float64, device=loss.device)
+    # a layer whose output cannot reach the loss has no product and matters nothing
+    return torch.stack([products[n].abs().sum(0) if n in products else zero for n in range(len(ffns))])
+
+
+@contextmanager
+def _recording(ffns: list[DenseFFN]) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
+    """Collect layer -> per-sample inner products (B, D) float64 in backward, and the tensors to differentiate by."""
+    products: dict[int, Tensor] = {}
+    roots: list[Tensor] = []
+
+    def add(layer: int, product: Tensor) -> None:
+        # (B, T, D) -> (B, D): the absolute value comes after the sum over tokens and over both weights
+        per_sample = product.sum(dim=1, dtype=torch.float64)
+        products[layer] = products[layer] + per_sample if layer in products else per_sample
+
+    def after_first(layer: int, bias: Tensor | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], pre: Tensor) -> None:
+            if not pre.requires_grad:
+                pre.requires_grad_()
+                roots.append(pre)
+            value = pre.detach()
+            pre.register_hook(lambda grad: add(layer, grad * (value if bias is None else value - bias)))
+
+        return hook
+
+    def before_second(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            h = args[0]
+            value = h.detach()
+            h.register_hook(lambda grad: add(layer, grad * value))
+
+        return hook
+
+    with ExitStack() as stack, torch.enable_grad():
+        for layer, (first, second) in enumerate(ffns):
+            stack.callback(first.register_forward_hook(after_first(layer, first.bias)).remove)
+            stack.callback(second.register_forward_pre_hook(before_second(layer)).remove)
+        yield products, roots
+
+
+@contextmanager
+def _frozen_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode without weight gradients; both are put back, module by module and parameter by parameter."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,210 @@
+"""A dense BERT or RoBERTa-style model -> a MoEBERT with the same head, weights and labels."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels import models
+from moebert_kernels.convert.encoders import dense_ffns, encoder_style
+from moebert_kernels.convert.importance_file import check_scores
+from moebert_kernels.convert.split import check_split, expert_indices
+from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
+from moebert_kernels.errors import UserError
+
+_HEADS = ("Model", "ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM", "ForTokenClassification")
+# a dense encoder's own: the converted model says these itself, or has no use for them
+_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "use_cache")
+
+
+def convert_to_moe(
+    model: nn.Module,
+    importance: Tensor | None = None,
+    num_experts: int = 4,
+    expert_size: int = 768,
+    shared: int = 512,
+    router: str = "hash-random",
+    seed: int = 0,
+    *,
+    token_counts: Tensor | None = None,
+    tables: Any = None,
+    **config_options: Any,
+) -> Any:
+    """Split every feed-forward layer of a dense model into experts and return the MoE model; `model` is not changed.
+
+    w1 rows, b1 entries and w2 columns of each expert's neurons are copied, b2 and LayerNorm whole to every expert. What
+    is random (a missing importance, hash-random tables, gates) depends on `seed` alone, and torch's own generators are
+    left as they were.
+
+    Args:
+        model: a transformers model of the families bert, roberta, xlm-roberta or camembert: the bare encoder, or with
+            a head for sequence or token classification, question answering or masked words.
+        importance: (L, D) scores from `importance_scores`. None: a random ranking, with a warning.
+        num_experts, expert_size, shared: the split; see `expert_indices`.
+        router: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
+        seed: of everything random here.
+        token_counts: (V,) integers, for "hash-balance"; see `count_tokens`.
+        tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are.
+        config_options: further fields of MoEBertConfig (`preset`, `load_balance`, `expert_dropout`, ...).
+
+    Returns:
+        The MoEBert model with the same head, on the same device, in the same dtype and mode.
+
+    Raises:
+        UserError: a model that is a MoE already or of another family or head, scores of another shape, a split that
+            cannot be filled, tables that do not fit, or no tables and counts where they are needed.
+    """
+    ffns = dense_ffns(model)
+    style, moe_class = encoder_style(model), _moe_class(model)
+    source: Any = model
+    D = ffns[0].first.out_features
+    check_split(D, num_experts, expert_size, shared)
+    indices = expert_indices(_ranking(model, importance, seed), num_experts, expert_size, shared)
+
+    config = moe_config(
+        source.config.to_dict(), attn_implementation=source.config._attn_implementation, style=style, router=router,
+        num_experts=num_experts, expert_size=expert_size, shared=shared, **config_options,
+    )  # fmt: skip
+    state = dict(source.state_dict())
+    if moe_class is not models.MoEBertModel:
+        state = {_renamed(key, source.base_model_prefix): tensor for key, tensor in state.items()}
+        prefix = "moebert."
+    else:
+        prefix = ""
+    for layer, ffn in enumerate(ffns):
+        _replace_ffn(state, f"{prefix}encoder.layer.{layer}.", indices[layer].to(ffn.first.weight.device))
+    state |= router_state(config, prefix, tables=tables, token_counts=token_counts, seed=seed)
+    options = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
+    return build_model(moe_class, config, state, like=source, **options)
+
+
+def dense_student(model: nn.Module, importance: Tensor | None, width: int, seed: int = 0) -> Any:
+    """Return a dense model of the same class whose feed-forward layers keep their `width` most important neurons.
+
+    Args:
+        model: as for `convert_to_moe`; not changed.
+        importance: (L, D) scores. None: a random ranking by `seed`, with a warning.
+        width: neurons kept, 1 to D.
+
+    Raises:
+        UserError: as `convert_to_moe`.
+    """
+    ffns = dense_ffns(model)
+    source: Any = model
+    D = ffns[0].first.out_features
+    if not 1 <= width <= D:
+        raise UserError(f"width: expected 1 to D={D}, got {width}")
+    kept = expert_indices(_ranking(model, importance, seed), 1, width, width)[:, 0]
+    config = type(source.config)(
+        **{k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "transformers_version")}
+        | {"intermediate_size": width, "attn_implementation": source.config._attn_implementation}
+    )
+    state = dict(source.state_dict())
+    prefix = "" if source.base_model is source else f"{source.base_model_prefix}."
+    for layer, ffn in enumerate(ffns):
+        idx = kept[layer].to(ffn.first.weight.device)
+        base = f"{prefix}encoder.layer.{layer}."
+        for name, dim in (("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0), ("output.dense.weight", 1)):
+            state[base + name] = state[base + name].index_select(dim, idx)
+    options = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
+    return build_model(type(source), config, state, like=source, **options)
+
+
+def expert_weights(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor, norm_bias: Tensor, indices: Tensor
+) -> dict[str, Tensor]:
+    """Gather a dense layer's weights into experts: MoEBERT (2204.07675), section 3.1.
+
+    Args:
+        w1, b1, w2, b2: (D, H), (D,), (H, D), (H,): the dense layer in nn.Linear layout.
+        norm_weight, norm_bias: (H,): its LayerNorm.
+        indices: (E, F) from `expert_indices`.
+
+    Returns:
+        w1 (E, F, H), b1 (E, F), w2 (E, H, F), b2, norm_weight and norm_bias (E, H).
+    """
+    E = indices.shape[0]
+    whole = {"b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    return {
+        "w1": w1[indices],
+        "b1": b1[indices],
+        "w2": w2[:, indices].transpose(0, 1),  # (H, E, F) -> (E, H, F)
+        **{name: tensor.expand(E, -1) for name, tensor in whole.items()},
+    }
+
+
+def moe_config(dense: dict[str, Any], **options: Any) -> models.MoEBertConfig:
+    """Return the configuration of a MoE model with the fields of a dense one and `options` over them."""
+    known = set(models.MoEBertConfig().to_dict()) | {"attn_implementation", "num_labels"}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"{unknown[0]}: expected an option of convert_to_moe or a field of MoEBertConfig, got neither")
+    return models.MoEBertConfig(**{k: v for k, v in dense.items() if k not in _NOT_CARRIED} | options)
+
+
+def router_state(
+    config: models.MoEBertConfig, prefix: str, *, tables: Any, token_counts: Tensor | None, seed: int
+) -> dict[str, Tensor]:
+    """Return every layer's table or gate, by key."""
+    L, V, E = config.num_hidden_layers, config.vocab_size, config.num_experts
+    keys = [f"{prefix}encoder.layer.{layer}.router." for layer in range(L)]
+    generator = torch.Generator().manual_seed(seed)
+    if not config.is_hash_routed:
+        if tables is not None:
+            raise UserError(f"tables: expected none with router={config.router!r}, got some")
+        std = config.initializer_range
+        return {k + "gate.weight": torch.randn(E, config.hidden_size, generator=generator) * std for k in keys}
+    if tables is None and config.router == "hash-random":
+        tables = torch.stack([random_hash_table(V, E, generator) for _ in range(L)])
+    elif tables is None:
+        if token_counts is None:
+            raise UserError("token_counts: expected counts (or tables) with router='hash-balance', got none")
+        if token_counts.shape != (V,):
+            raise UserError(f"token_counts: expected shape (V={V},), got {tuple(token_counts.shape)}")
+        tables = balanced_hash_table(token_counts, E, seed=seed)
+    return {k + "table": table for k, table in zip(keys, stacked_tables(tables, L, V, E), strict=True)}
+
+
+def build_model(model_class: Any, config: Any, state: dict[str, Tensor], *, like: Any = None, **options: Any) -> Any:
+    """Return a model with exactly these weights; torch's generators are left as they were."""
+    with torch.random.fork_rng(devices=[]):
+        built = model_class(config, **options)
+    if like is not None:
+        built = built.to(device=like.device, dtype=like.dtype).train(like.training)
+    try:
+        built.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: expected the weights of a {model_class.__name__}, got others: {reason}") from error
+    return built
+
+
+def _ranking(model: nn.Module, importance: Tensor | None, seed: int) -> Tensor:
+    if importance is None:
+        warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
+        ffns = dense_ffns(model)
+        shape = (len(ffns), ffns[0].first.out_features)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    check_scores(importance, model)
+    return importance.detach().cpu()
+
+
+def _moe_class(model: nn.Module) -> Any:
+    name = type(model).__name__
+    for head in _HEADS:
+        if name.endswith(head):
+            return getattr(models, f"MoEBert{head}")
+    raise UserError(f"model: expected the bare model or one of {', '.join(_HEADS[1:])}, got {name}")
+
+
+def _renamed(key: str, prefix: str) -> str:
+    return f"moebert.{key.removeprefix(prefix + '.')}" if key.startswith(prefix + ".") else key
+
+
+def _replace_ffn(state: dict[str, Tensor], layer: str, indices: Tensor) -> None:
+    """Put experts in the place of one layer's dense weights."""
+    first, second, norm = f"{layer}intermediate.dense", f"{layer}output.dense", f"{layer}output.LayerNorm"
+    names = [f"{module}.{kind}" for module in (first, second, norm) for kind in ("weight", "bias")]
+    w1, b1, w2, b2, norm_weight, norm_bias = (state.pop(name) for name in names)
+    experts = expert_weights(w1, b1, w2, b2, norm_weight, norm_bias, indices)
+    state.update({f"{layer}experts.{name}": tensor for name, tensor in experts.items()})

@@ -1,0 +1,56 @@
+"""Which neurons of the dense FFN each expert takes: MoEBERT (2204.07675), section 3.1."""
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.errors import UserError
+
+
+def expert_indices(scores: Tensor, num_experts: int, expert_size: int, shared: int) -> Tensor:
+    """Split the neurons of a layer, or of all layers, into experts by importance.
+
+    With `rank` the neurons by descending score, expert e takes rank[:shared] and every E-th of the rest starting with
+    the e-th, cut to `expert_size`: the shared neurons are copied into every expert, the next are dealt out, the least
+    important are left over. Equal scores go by neuron number.
+
+    Args:
+        scores: (D,) or (L, D), higher is more important.
+        num_experts: E >= 1.
+        expert_size: F, neurons per expert.
+        shared: neurons that every expert gets, at most F.
+
+    Returns:
+        (E, F) or (L, E, F) int64 neuron numbers, in the order in which the experts store them.
+
+    Raises:
+        UserError: a number is out of range, the experts cannot be filled, or a score is not finite.
+    """
+    if scores.ndim not in (1, 2):
+        raise UserError(f"scores: expected shape (D,) or (L, D), got {tuple(scores.shape)}")
+    if not torch.isfinite(scores).all():
+        raise UserError("scores: expected finite numbers, got nan or inf")
+    check_split(scores.shape[-1], num_experts, expert_size, shared)
+    rank = scores.argsort(dim=-1, descending=True, stable=True)
+    top, rest = rank[..., :shared], rank[..., shared:]
+    own = expert_size - shared
+    # (..., own * E) -> (..., E, own): position p of the rest goes to expert p % E
+    dealt = rest[..., : own * num_experts].unflatten(-1, (own, num_experts)).transpose(-1, -2)
+    everyone = top.unsqueeze(-2).expand(*dealt.shape[:-1], shared)
+    return torch.cat([everyone, dealt], dim=-1).contiguous()
+
+
+def check_split(D: int, num_experts: int, expert_size: int, shared: int) -> None:
+    """Raise UserError unless experts of `expert_size`, `shared` of it shared, can be filled from D neurons."""
+    if num_experts < 1:
+        raise UserError(f"num_experts: expected at least 1, got {num_experts}")
+    if not 1 <= expert_size <= D:
+        raise UserError(f"expert_size: expected 1 to D={D}, got {expert_size}")
+    if not 0 <= shared <= expert_size:
+        raise UserError(f"shared: expected 0 to expert_size={expert_size}, got {shared}")
+    most = shared + (D - shared) // num_experts
+    if expert_size > most:
+        fills = next(s for s in range(shared, expert_size + 1) if s + (D - s) // num_experts >= expert_size)
+        raise UserError(
+            f"expert_size: expected at most {most} for {num_experts} experts with {shared} shared of D={D} neurons "
+            f"(or shared >= {fills}), got {expert_size}"
+        )

@@ -1,0 +1,83 @@
+"""The split into experts, against the original code's."""
+
+import numpy as np
+import pytest
+import torch
+
+from moebert_kernels.convert import expert_indices, load_importance
+from moebert_kernels.convert.moe import expert_weights
+from moebert_kernels.errors import UserError
+from tests.golden_arrays import golden
+from tests.helpers import shared_path
+
+FILLED = ["base", "share0", "shareall", "two", "one", "eight"]
+
+
+@pytest.mark.parametrize("case", [*FILLED, "ragged"])
+def test_indices_equal_the_original(case):
+    arrays = golden("a_split", f"{case}.")
+    _, E, F, S, _ = arrays["params"].tolist()
+    assert torch.equal(expert_indices(arrays["scores"], E, F, S), arrays["expert_idx"])
+
+
+@pytest.mark.parametrize("case", FILLED)
+def test_weights_equal_the_original(case):
+    arrays = golden("a_split", f"{case}.")
+    _, E, F, S, _ = arrays["params"].tolist()
+    indices = expert_indices(arrays["scores"], E, F, S)
+    dense = (arrays[f"dense.{name}"] for name in ("w1", "b1", "w2", "b2", "ln_w", "ln_b"))
+    for name, got in expert_weights(*dense, indices).items():
+        assert torch.equal(got, arrays["expert." + name.replace("norm_weight", "ln_w").replace("norm_bias", "ln_b")])
+
+
+def test_an_expert_that_cannot_be_filled_says_what_could_be():
+    arrays = golden("a_split", "short.")
+    D, E, F, S, _ = arrays["params"].tolist()
+    with pytest.raises(UserError, match=rf"expert_size: expected at most 36 .* D={D} .*shared >= 22\), got {F}"):
+        expert_indices(arrays["scores"], E, F, S)
+    assert torch.equal(expert_indices(arrays["scores"], E, 36, S), arrays["expert_idx"])
+    assert expert_indices(arrays["scores"], E, F, 22).shape == (E, F)
+
+
+def test_authors_mnli_split():
+    path = shared_path("golden/moebert/a_authors_mnli.npz")
+    with np.load(path) as arrays:
+        rank, wanted = arrays["rank"].astype(np.int64), arrays["expert_idx"].astype(np.int64)
+    scores, _ = load_importance(path)
+    assert np.array_equal(scores.argsort(descending=True, stable=True).numpy(), rank)
+    assert np.array_equal(expert_indices(scores, 4, 768, 512).numpy(), wanted)
+
+
+def test_layers_are_split_one_by_one():
+    scores = torch.rand(3, 50)
+    together = expert_indices(scores, 4, 12, 7)
+    assert torch.equal(together, torch.stack([expert_indices(row, 4, 12, 7) for row in scores]))
+
+
+def test_experts_share_the_top_and_nothing_else():
+    scores = torch.rand(50)
+    experts = expert_indices(scores, 4, 12, 7)
+    rank = scores.argsort(descending=True)
+    assert all(torch.equal(expert[:7], rank[:7]) for expert in experts)
+    own = experts[:, 7:].flatten()
+    assert sorted(own.tolist()) == sorted(rank[7 : 7 + 20].tolist())
+
+
+def test_equal_scores_go_by_neuron_number():
+    assert expert_indices(torch.zeros(6), 2, 3, 1).tolist() == [[0, 1, 3], [0, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ((torch.rand(2, 3, 4), 1, 1, 0), r"scores: expected shape \(D,\) or \(L, D\), got \(2, 3, 4\)"),
+        ((torch.tensor([1.0, float("nan")]), 1, 1, 0), "scores: expected finite numbers"),
+        ((torch.rand(8), 0, 4, 0), "num_experts: expected at least 1, got 0"),
+        ((torch.rand(8), 2, 9, 0), "expert_size: expected 1 to D=8, got 9"),
+        ((torch.rand(8), 2, 4, 5), "shared: expected 0 to expert_size=4, got 5"),
+        ((torch.rand(8), 2, 4, -1), "shared: expected 0 to expert_size=4, got -1"),
+    ],
+)
+def test_rejects(arguments, message):
+    with pytest.raises(UserError, match=message):
+        expert_indices(*arguments)
