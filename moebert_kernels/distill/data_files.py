@@ -1,0 +1,209 @@
+"""Rows of local data files: csv, tsv, jsonl and SQuAD's json, plain or gzipped, found by GLUE's and SQuAD's names.
+
+A reader gives plain dicts and does not know about tasks. GLUE's tsv files have no quoting: a tab always separates and a
+quotation mark is text. csv files are quoted as Python's csv module reads them.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels.errors import UserError
+
+Row = dict[str, Any]
+
+FORMATS = (".tsv", ".csv", ".txt", ".jsonl", ".json")
+# What files of a split are called, after their suffixes are taken off; the first that exists is taken.
+SPLIT_STEMS = {
+    "train": ("train", "msr_paraphrase_train"),
+    "validation": ("dev", "validation", "valid", "val", "dev_matched", "validation_matched"),
+    "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
+    "test": ("test_labeled", "test"),
+}
+_FEW_MALFORMED = 0.01  # a larger share of rows with too few columns means another format, not damage
+
+
+def split_name(file: Path) -> tuple[str, str]:
+    """The stem and the format of a file: `dev.tsv.gz` -> ("dev", ".tsv")."""
+    name = file.name.removesuffix(".gz")
+    suffix = Path(name).suffix.lower()
+    # GLUE's and SQuAD's names hold versions (train-v1.1.json): only a known format is a suffix.
+    return (name.removesuffix(Path(name).suffix), suffix) if suffix in FORMATS else (name, "")
+
+
+def find_split_files(folder: Path) -> dict[str, Path]:
+    """The data files of a folder by split. An exact name (dev.tsv) is preferred to a longer one (dev_part.tsv).
+
+    Raises:
+        UserError: several files may be the split, or no file is one.
+    """
+    files = {file: split_name(file)[0] for file in sorted(folder.iterdir()) if split_name(file)[1]}
+    found: dict[str, Path] = {}
+    for split, stems in SPLIT_STEMS.items():
+        exact = [file for stem in stems for file, name in files.items() if name == stem]
+        longer = [
+            file
+            for stem in stems
+            for file, name in files.items()
+            if name.startswith((f"{stem}_", f"{stem}-", f"{stem}.")) and not _is_of_another_split(name, split)
+        ]
+        candidates = exact[:1] or sorted(set(longer))
+        if len(candidates) > 1:
+            names = ", ".join(file.name for file in candidates)
+            raise UserError(f"data: expected one {split} file in {folder}, got {names}; name one with {split}=FILE")
+        if candidates:
+            found[split] = candidates[0]
+    if not found:
+        raise UserError(f"data: expected train.tsv, dev.tsv or the like in {folder}, got no such file")
+    return found
+
+
+def _is_of_another_split(name: str, split: str) -> bool:
+    return split == "validation" and "mismatched" in name
+
+
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Row], list[str]]:
+    """Rows of a file, and the columns that it names itself.
+
+    Args:
+        columns: names of the columns of a tsv or csv file that has no header line. None: its first line is the header.
+
+    Raises:
+        UserError: the file is missing, not a known format, damaged, or not text.
+    """
+    _, suffix = split_name(file)
+    if suffix not in FORMATS:
+        raise UserError(f"data: expected one of {', '.join(FORMATS)} (or with .gz), got {file}")
+    text = _read_text(file)
+    if suffix == ".jsonl":
+        rows = [
+            _json(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        ]
+    elif suffix == ".json":
+        rows = _json_rows(_json(text, str(file)), file)
+    else:
+        return _table_rows(file, _lines(text, "," if suffix == ".csv" else "\t"), columns)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"data: expected an object of columns in {file}, row {number}, got {type(row).__name__}")
+    return rows, sorted({name for row in rows for name in row})
+
+
+def peek(file: Path, count: int = 20) -> list[list[str]]:
+    """The fields of a tsv or csv file's first lines; [] for other formats, and where `read_rows` would raise."""
+    _, suffix = split_name(file)
+    if suffix not in (".tsv", ".csv", ".txt"):
+        return []
+    try:
+        with _opened(file) as lines:
+            text = "".join(islice(lines, count))
+    except (EOFError, zlib.error, UnicodeDecodeError, OSError):
+        return []
+    return list(_lines(text, "," if suffix == ".csv" else "\t"))
+
+
+def _opened(file: Path) -> io.TextIOBase:
+    # The byte-order mark that MRPC's files start with is not part of the first column's name.
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="\n")
+    return file.open(encoding="utf-8-sig", newline="\n")
+
+
+def _read_text(file: Path) -> str:
+    try:
+        with _opened(file) as lines:
+            return lines.read()
+    except FileNotFoundError:
+        raise UserError(f"data: expected a file, got {file}, which does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"data: expected UTF-8 text, got other bytes in {file} at position {error.start}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"data: expected a whole gzip file, got {file} ({error})") from None
+    except OSError as error:
+        raise UserError(f"data: expected a readable file, got {file} ({error.strerror or error})") from None
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"data: expected JSON in {where}, got something else ({error})") from None
+
+
+def _json_rows(content: Any, file: Path) -> list[Row]:
+    """SQuAD's nested articles as flat rows, or a plain list of rows."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise UserError(f'data: expected a list of rows or SQuAD\'s {{"data": [...]}} in {file}, got neither')
+    if content["data"] and "paragraphs" not in content["data"][0]:
+        return content["data"]
+    try:
+        return [
+            {
+                "id": question["id"],
+                "context": paragraph["context"],
+                "question": question["question"],
+                "answers": {
+                    "text": [answer["text"] for answer in question["answers"]],
+                    "answer_start": [answer["answer_start"] for answer in question["answers"]],
+                },
+            }
+            for article in content["data"]
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"data: expected SQuAD's articles, paragraphs and qas in {file}, got none of {error}") from None
+
+
+def _lines(text: str, separator: str) -> Iterable[list[str]]:
+    if separator == ",":
+        return (fields for fields in csv.reader(io.StringIO(text, newline="")) if fields)
+    return (line.rstrip("\r").split(separator) for line in text.split("\n") if line.strip("\r"))
+
+
+def _table_rows(file: Path, lines: Iterable[list[str]], columns: Sequence[str] | None) -> tuple[list[Row], list[str]]:
+    lines = iter(lines)
+    header = list(columns) if columns is not None else [name.strip() for name in next(lines, [])]
+    rows: list[Row] = []
+    malformed: list[int] = []
+    for number, fields in enumerate(lines, 1 if columns is not None else 2):
+        if len(fields) < len(header):
+            malformed.append(number)
+        else:
+            rows.append(dict(zip(header, fields, strict=False)))
+    if malformed and len(malformed) > max(1, _FEW_MALFORMED * len(rows)):
+        raise UserError(
+            f"data: expected {len(header)} columns in each line of {file}, got fewer in {len(malformed)}, the first of"
+            f" them line {malformed[0]}"
+        )
+    if malformed:
+        warnings.warn(f"{file}: left out {len(malformed)} lines with too few columns", stacklevel=2)
+    return rows, header
+
+
+def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, str]:
+    """Which of the found columns is each wanted one; the wanted names are tried in order.
+
+    Raises:
+        UserError: none of the names of a wanted column is there.
+    """
+    found = list(found)
+    chosen = {}
+    for ours, names in wanted.items():
+        match = next((name for name in names if name in found), None)
+        if match is None:
+            names_text = " or ".join(dict.fromkeys(names))
+            raise UserError(f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}")
+        chosen[ours] = match
+    return chosen

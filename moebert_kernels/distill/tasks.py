@@ -1,0 +1,352 @@
+"""Tasks and their data: all of GLUE, SQuAD v1.1 and v2, and any table with named columns.
+
+A task says what its rows are; `load_task` reads them from local files or the Hub into `datasets.Dataset`s whose columns
+are the same wherever they came from: the task's text columns, `label` (or, for questions, `answers`) and `example_id`,
+the row's number in its split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moebert_kernels.distill.data_files import Row, find_split_files, peek, read_rows, require_columns
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Kind = Literal["classification", "regression", "qa"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the rows of a task are, and how predictions on them are judged."""
+
+    name: str
+    kind: Kind
+    text_columns: tuple[str, ...]  # one or two; for questions always ("question", "context")
+    metrics: tuple[str, ...]
+    label_names: tuple[str, ...] = ()  # by class number; empty: taken from the data
+    hub: tuple[str, ...] = ()  # arguments of datasets.load_dataset
+    label_column: str = "label"
+    file_columns: Mapping[str, str] = field(default_factory=dict)  # ours -> the name in the task's own files
+    # Columns by position, for files without a header line: number of fields -> name of each, "" where it is not used.
+    without_header: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that says which checkpoint is best; larger is better for all of them."""
+        return self.metrics[0]
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the model's head."""
+        return {"classification": len(self.label_names), "regression": 1, "qa": 2}[self.kind]
+
+
+def _glue(name: str, text: str, metrics: str, labels: str = "", **options: Any) -> Task:
+    kind: Kind = "classification" if labels else "regression"
+    return Task(
+        name, kind, tuple(text.split()), tuple(metrics.split()), tuple(labels.split()), ("glue", name), **options
+    )
+
+
+_ENTAILMENT = "entailment not_entailment"
+_PAIR = "sentence1 sentence2"
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _glue("cola", "sentence", "matthews accuracy", "unacceptable acceptable",
+              without_header={4: ("", "label", "", "sentence")}),
+        _glue("sst2", "sentence", "accuracy", "negative positive"),
+        _glue("mrpc", _PAIR, "f1 accuracy", "not_equivalent equivalent",
+              file_columns={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"}),
+        _glue("qqp", "question1 question2", "f1 accuracy", "not_duplicate duplicate",
+              file_columns={"label": "is_duplicate"},
+              without_header={6: ("", "", "", "question1", "question2", "label")}),
+        _glue("stsb", _PAIR, "spearman pearson", file_columns={"label": "score"}),
+        _glue("mnli", "premise hypothesis", "accuracy", "entailment neutral contradiction",
+              file_columns={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
+              without_header={3: ("label", "premise", "hypothesis")}),
+        _glue("qnli", "question sentence", "accuracy", _ENTAILMENT),
+        _glue("rte", _PAIR, "accuracy", _ENTAILMENT),
+        _glue("wnli", _PAIR, "accuracy", "not_entailment entailment"),
+        Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad",)),
+        Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad_v2",)),
+    )
+}  # fmt: skip
+_HUB_REPOSITORIES = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
+_HUB_SPLITS = {"validation_matched": "validation", "test_matched": "test"}
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and its splits, as far as there are any: train, validation, test, and MNLI's validation_mismatched."""
+
+    task: Task
+    splits: dict[str, Dataset]
+
+    @property
+    def train(self) -> Dataset:
+        return self.split("train")
+
+    @property
+    def validation(self) -> Dataset:
+        return self.split("validation")
+
+    def split(self, name: str) -> Dataset:
+        """A split by name.
+
+        Raises:
+            UserError: the data has none of that name.
+        """
+        if name not in self.splits:
+            have = ", ".join(self.splits) or "none"
+            raise UserError(f"data: expected a {name} split, got {have}; name a file with {name}=FILE")
+        return self.splits[name]
+
+    def with_label_order(self, names: Sequence[str]) -> TaskData:
+        """The same data with classes numbered as `names`, a model's, are; see `label_order`."""
+        order = label_order(self.task, names)
+        if order == list(range(len(order))):
+            return self
+        renumber = {old: new for new, old in enumerate(order)}
+        splits = {
+            split: data.map(lambda row: {"label": renumber[row["label"]]}, load_from_cache_file=False)
+            for split, data in self.splits.items()
+        }
+        return TaskData(replace(self.task, label_names=tuple(names)), splits)
+
+
+def label_order(task: Task, names: Sequence[str]) -> list[int]:
+    """For each class of a model, the number that the task gives it.
+
+    Names that a model got by default (LABEL_0, ...) say nothing, and so keep the task's order.
+
+    Raises:
+        UserError: the model has other classes than the task.
+    """
+    if task.kind != "classification":
+        return list(range(task.num_labels))
+    if len(names) == len(task.label_names):
+        if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+            return list(range(len(names)))
+        lowered = [name.lower() for name in task.label_names]
+        if sorted(lowered) == sorted(name.lower() for name in names):
+            return [lowered.index(name.lower()) for name in names]
+    raise UserError(
+        f"labels: expected the model's {len(names)} ({', '.join(names)}), got {len(task.label_names)} in task"
+        f" {task.name} ({', '.join(task.label_names)})"
+    )
+
+
+def custom_task(
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    *,
+    regression: bool = False,
+    label_names: Sequence[str] = (),
+) -> Task:
+    """A task on a table of one's own, with one or two columns of text.
+
+    `label_names` () takes the classes of the training split, in the order of their sorted names.
+
+    Raises:
+        UserError: no column of text, or more than two.
+    """
+    if len(text_columns) not in (1, 2):
+        raise UserError(f"text_columns: expected one or two names, got {len(text_columns)}")
+    kind: Kind = "regression" if regression else "classification"
+    metrics = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
+    return Task("custom", kind, tuple(text_columns), metrics, tuple(label_names), label_column=label_column)
+
+
+def get_task(name: str) -> Task:
+    """A task by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in TASKS:
+        raise UserError(f"task: expected one of {', '.join(TASKS)} or custom, got {name!r}")
+    return TASKS[name]
+
+
+def load_task(
+    task: Task | str, data: str | Path | Mapping[str, str | Path] | None = None, *, file_split: str = "train"
+) -> TaskData:
+    """Read a task's data.
+
+    Args:
+        task: a `Task`, or the name of one in `TASKS`.
+        data: a folder with the task's files, one file, files by split, or the name of a dataset on the Hub. None: the
+            task's own dataset on the Hub.
+        file_split: the split that a single file is.
+
+    Raises:
+        UserError: unknown task, missing file or column, a label that the task does not have, an unreachable dataset.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    files = _local_files(data, file_split)
+    if files is None:
+        tables = _from_hub(task, (str(data),) if data is not None else task.hub)
+    else:
+        tables = {}
+        for split, file in files.items():
+            rows, where = _read(task, file), str(file)
+            labelled = not rows or task.kind == "qa" or task.label_column in rows[0]
+            if split != "test" or labelled:  # GLUE's own test files have no labels
+                tables[split] = (rows, where)
+            if not labelled and split != "test":
+                names = dict.fromkeys((task.file_columns.get("label", task.label_column), task.label_column))
+                raise UserError(f"data: expected a column {' or '.join(names)} in {file}, got {', '.join(rows[0])}")
+    if task.kind == "classification" and not task.label_names:
+        task = replace(task, label_names=_label_names(task, tables))
+    return TaskData(task, {split: _dataset(task, rows, where) for split, (rows, where) in tables.items()})
+
+
+def _local_files(data: Any, file_split: str) -> dict[str, Path] | None:
+    if data is None:
+        return None
+    if isinstance(data, Mapping):
+        return {split: Path(file) for split, file in data.items()}
+    path = Path(data)
+    if path.is_dir():
+        return find_split_files(path)
+    if path.exists():
+        return {file_split: path}
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(data)) and not path.suffix:
+        return None  # the form of a name on the Hub
+    raise UserError(f"data: expected a file or a folder, got {data}, which does not exist")
+
+
+def _read(task: Task, file: Path) -> list[Row]:
+    """Rows of a file under the task's column names; `label` is missing where the file has none."""
+    if not file.exists():
+        raise UserError(f"data: expected a file, got {file}, which does not exist")
+    if task.kind == "qa":
+        rows, found = read_rows(file)
+        return [_question(row, file) for row in rows] if rows else _no_rows(file, found)
+    wanted = {name: (task.file_columns.get(name, name), name) for name in task.text_columns}
+    first = peek(file)
+    header = [name.strip() for name in first[0]] if first else []
+    headed = all(any(name in header for name in names) for names in wanted.values())
+    widths = Counter(len(fields) for fields in first)  # one line may be damaged, the first one too
+    columns = None if headed or not first else task.without_header.get(widths.most_common(1)[0][0])
+    rows, found = read_rows(file, columns)
+    if not rows:
+        return _no_rows(file, found)
+    chosen = require_columns(found, wanted, str(file))
+    label = next((n for n in (task.file_columns.get("label"), task.label_column, "label") if n and n in found), None)
+    if label is not None:
+        chosen[task.label_column] = label
+    try:
+        return [{ours: row[theirs] for ours, theirs in chosen.items()} for row in rows]
+    except KeyError as error:
+        raise UserError(
+            f"data: expected a column {error.args[0]} in each row of {file}, got a row without it"
+        ) from None
+
+
+def _no_rows(file: Path, columns: Sequence[str]) -> list[Row]:
+    raise UserError(f"data: expected rows in {file}, got none")
+
+
+def _question(row: Row, file: Path) -> Row:
+    missing = [name for name in ("question", "context", "answers") if name not in row]
+    if missing:
+        raise UserError(f"data: expected a column {missing[0]} in {file}, got {', '.join(sorted(row))}")
+    answers = row["answers"]
+    if not isinstance(answers, dict) or len(answers.get("text", ())) != len(answers.get("answer_start", (None,))):
+        raise UserError(f"data: expected answers with as many text as answer_start in {file}, got {answers!r}"[:300])
+    return {"question": row["question"], "context": row["context"], "answers": answers}
+
+
+def _label_names(task: Task, tables: Mapping[str, tuple[list[Row], str]]) -> tuple[str, ...]:
+    rows, where = tables.get("train") or next(iter(tables.values()))
+    names = {str(row[task.label_column]) for row in rows if row[task.label_column] is not None}
+    if not 2 <= len(names) <= 1000:
+        raise UserError(f"labels: expected between 2 and 1000 classes in {where}, got {len(names)}")
+    return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name)))
+
+
+def _class_number(task: Task, value: Any, numbers: Mapping[str, int]) -> int | None:
+    """The class of a label given by name or, as GLUE's own files do, by number."""
+    if str(value) in numbers:
+        return numbers[str(value)]
+    if task.name not in TASKS:  # the names of a table's own classes may be numbers themselves
+        return None
+    try:
+        number = int(str(value))
+    except ValueError:
+        return None
+    return number if 0 <= number < len(task.label_names) else None
+
+
+def _dataset(task: Task, rows: list[Row], where: str) -> Dataset:
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = {}
+    for name in task.text_columns:
+        columns[name] = [row[name] for row in rows]
+        for number, text in enumerate(columns[name], 1):
+            if not isinstance(text, str):
+                raise UserError(f"{name}: expected text in {where}, row {number}, got {text!r}")
+    if task.kind == "qa":
+        columns["answers"] = [row["answers"] for row in rows]
+    else:
+        numbers = {name: number for number, name in enumerate(task.label_names)}
+        convert = _score if task.kind == "regression" else _class_number
+        columns["label"] = []
+        for number, row in enumerate(rows, 1):
+            label = convert(task, row[task.label_column], numbers)
+            if label is None:
+                wanted = f"one of {', '.join(task.label_names)}" if task.label_names else "a number"
+                raise UserError(
+                    f"{task.label_column}: expected {wanted} in {where}, row {number}, got {row[task.label_column]!r}"
+                )
+            columns["label"].append(label)
+    columns["example_id"] = list(range(len(rows)))
+    return Dataset.from_dict(columns)
+
+
+def _score(task: Task, value: Any, numbers: Mapping[str, int]) -> float | None:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if abs(score) < float("inf") else None
+
+
+def _from_hub(task: Task, name: tuple[str, ...]) -> dict[str, tuple[list[Row], str]]:
+    from datasets import load_dataset
+
+    if not name:
+        raise UserError(f"data: expected a file, a folder or a dataset's name for task {task.name}, got none")
+    repository = (_HUB_REPOSITORIES.get(name[0], name[0]), *name[1:])
+    where = f"dataset {'/'.join(repository)}"
+    try:
+        loaded = load_dataset(*repository)
+    except Exception as error:  # datasets raises many kinds: no such dataset, no network, an unknown format
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"data: expected a local path or a reachable {where}, got {reason}"[:400]) from None
+    tables = {}
+    for split, data in loaded.items():
+        label = [] if task.kind == "qa" else [task.label_column]
+        wanted = [*task.text_columns, *(["answers"] if task.kind == "qa" else label)]
+        require_columns(data.column_names, {column: (column,) for column in wanted}, where)
+        feature = data.features[label[0]] if label else None
+        names = getattr(feature, "names", None)
+        rows = [dict(row) for row in data.select_columns(wanted)]
+        if names:
+            rows = [row | {label[0]: names[row[label[0]]] if row[label[0]] >= 0 else None} for row in rows]
+        if label and any(row[label[0]] in (None, -1) for row in rows[:1]):
+            continue  # the Hub's copies of test sets without labels have -1
+        tables[_HUB_SPLITS.get(split, split)] = (rows, f"{where}, {split}")
+    return tables
