@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 class Grouping:
     """The assignments of T tokens to `top_k` experts each, sorted by expert.
 
-    An assignment `a = t * top_k + j` is the j-th expert of token t; a row `r` is a position in the grouped order. Routed
-    rows come first, by expert and stable in token order; skipped assignments (ids outside [0, E)) follow.
+    An assignment `a = t * top_k + j` is the j-th expert of token t; a row `r` is a position in the grouped order.
+    Routed rows come first, by expert and stable in token order; skipped assignments (ids outside [0, E)) follow.
 
     Attributes:
         offsets: (E + 1,) int32. Rows of expert e are `offsets[e]:offsets[e + 1]`; `offsets[E]` rows are routed.

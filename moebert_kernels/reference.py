@@ -1,7 +1,7 @@
 """Every op in plain torch, naive and in the papers' notation. It defines what is right.
 
-Works in any floating dtype including float64, differentiates through autograd, and computes each expert for every token:
-nothing is grouped, nothing is skipped early. Routing is always expert ids here, never a `Grouping`.
+Works in any floating dtype including float64, differentiates through autograd, and computes each expert for every
+token: nothing is grouped, nothing is skipped early. Routing is always expert ids here, never a `Grouping`.
 """
 
 from __future__ import annotations

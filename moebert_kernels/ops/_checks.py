@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.grouping import Grouping
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+_NOTHING = nullcontext()
 
 
 def opaque(x: Tensor) -> bool:
@@ -71,16 +76,43 @@ def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | N
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks GEMM operands to have; None outside autocast and for float64, which it leaves alone."""
+    """The dtype that autocast asks of GEMM operands; None outside autocast and for float64, which it leaves alone."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Operands are cast already: inside the op nothing may be cast again."""
+    return _NOTHING if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
 def to_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """Cast what is there; `dtype` None leaves everything as it is. Differentiable."""
     return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+
+
+def weights_to_dtype(dtype: torch.dtype | None, *weights: Tensor | None) -> list[Tensor | None]:
+    """`to_dtype` that casts a weight once for all its uses in one graph."""
+    if dtype is None or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
+        return to_dtype(dtype, *weights)
+    return [None if w is None else _cast_once(w, dtype) for w in weights]
+
+
+# The cast of a leaf weight, for as long as something (a graph, as a rule) keeps it alive.
+_casts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _cast_once(w: Tensor, dtype: torch.dtype) -> Tensor:
+    if w.dtype == dtype or not (w.is_leaf and w.requires_grad and torch.is_grad_enabled()):
+        return w.to(dtype)
+    version, reference = _casts.get(w, (None, None))
+    cast = reference() if version == (w._version, w.data_ptr(), dtype) else None
+    if cast is None:
+        cast = w.to(dtype)
+        _casts[w] = ((w._version, w.data_ptr(), dtype), weakref.ref(cast))
+    return cast
 
 
 def check_grouping(name: str, grouping: Grouping, num_experts: int, rows: int | None = None) -> None:

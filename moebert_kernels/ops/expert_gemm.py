@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moebert_kernels import backend
@@ -15,6 +14,8 @@ from moebert_kernels.ops._checks import (
     check_tensor,
     opaque,
     to_dtype,
+    weights_to_dtype,
+    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 
@@ -52,7 +53,8 @@ def expert_gemm(
     if bias is not None:
         check_shape("bias", bias, {"E": num_experts, "N": columns})
     check_dtypes_and_devices("x", x, {"w": w, "bias": bias})
-    operands = to_dtype(autocast_dtype(x), x, w, bias)
+    dtype = autocast_dtype(x)
+    operands = [*to_dtype(dtype, x), *weights_to_dtype(dtype, w, bias)]
     return _EXPERT_GEMM(
         opaque(x), *operands, grouping.offsets, grouping.row_to_token, grouping.token_to_row, grouping.top_k, gather
     )  # fmt: skip
@@ -63,7 +65,7 @@ def _forward(
     top_k: int, gather: bool,
 ) -> tuple[Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return (backend.implementation("expert_gemm").forward(x, w, bias, grouping, gather),)
 
 
@@ -72,7 +74,7 @@ def _backward(
     token_to_row: Tensor, top_k: int, gather: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         grads = backend.implementation("expert_gemm").backward(dy, x, w, grouping, gather, tuple(needs))
     return or_empty(dy, grads)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from moebert_kernels import backend, dropout
@@ -16,6 +15,8 @@ from moebert_kernels.ops._checks import (
     check_tensor,
     opaque,
     to_dtype,
+    weights_to_dtype,
+    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
@@ -63,11 +64,13 @@ def fused_moe_ffn(
     if hidden_dropout_p > 0 and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
-    flat, *operands = to_dtype(autocast_dtype(x), x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, routing_weights)
-    save = not recompute and _FUSED_MOE_FFN.needs_saving(flat, *operands)
+    dtype = autocast_dtype(x)
+    weights = weights_to_dtype(dtype, w1, b1, w2, b2)
+    flat, routing_weights = to_dtype(dtype, x.reshape(-1, x.shape[-1]), routing_weights)
+    save = not recompute and _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights)
     y = _FUSED_MOE_FFN(
-        opaque(x), flat, *operands, grouping.offsets, grouping.row_to_token, grouping.token_to_row, dropout_seed,
-        grouping.top_k, activation, float(hidden_dropout_p), save,
+        opaque(x), flat, *weights, routing_weights, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        dropout_seed, grouping.top_k, activation, float(hidden_dropout_p), save,
     )  # fmt: skip
     return y.view(x.shape)
 
@@ -78,7 +81,7 @@ def _forward(
     top_k: int, activation: str, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return backend.implementation("fused_moe_ffn").forward(
             x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
         )  # fmt: skip
@@ -90,7 +93,7 @@ def _backward(
     h_pre: Tensor, top_k: int, activation: str, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         grads = backend.implementation("fused_moe_ffn").backward(
             dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
         )  # fmt: skip

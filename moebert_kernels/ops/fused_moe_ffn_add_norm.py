@@ -17,6 +17,8 @@ from moebert_kernels.ops._checks import (
     check_tensor,
     opaque,
     to_dtype,
+    weights_to_dtype,
+    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
@@ -80,12 +82,12 @@ def fused_moe_ffn_add_norm(
         dropout_seed = dropout.draw_seed(x.device)
 
     gemm_dtype = autocast_dtype(x)
-    operands = to_dtype(gemm_dtype, w1, b1, w2, b2)
+    weights = weights_to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
     flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
-    save = not recompute and _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *operands, *norm)
+    save = not recompute and _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm)
     y = _FUSED_MOE_FFN_ADD_NORM(
-        opaque(x), flat, *operands, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        opaque(x), flat, *weights, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
         dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), save,
     )  # fmt: skip
     return y.view(x.shape)
@@ -97,7 +99,7 @@ def _forward(
     eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return backend.implementation("fused_moe_ffn_add_norm").forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, save,
@@ -111,7 +113,7 @@ def _backward(
     eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         grads = backend.implementation("fused_moe_ffn_add_norm").backward(
             dy, x, h_pre, z, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, tuple(needs),
@@ -127,11 +129,10 @@ def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, of
 
 
 def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token,
-                   token_to_row, seed, h_pre, z, eps, activation, dropout_p, hidden_dropout_p, save, needs):  # fmt: skip
+                   token_to_row, seed, h_pre, z, eps, activation, dropout_p, hidden_dropout_p, save, needs,
+                   ):  # fmt: skip
     inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights)
-    return tuple(
-        t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True)
-    )
+    return tuple(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 _FUSED_MOE_FFN_ADD_NORM = Differentiable(

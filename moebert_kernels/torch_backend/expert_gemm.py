@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
+
+Span = tuple[int, int, int]  # expert, first row, row past the last
 
 
 def host_bounds(grouping: Grouping) -> list[int]:
@@ -16,9 +20,9 @@ def host_bounds(grouping: Grouping) -> list[int]:
     return grouping.offsets.tolist()
 
 
-def spans(bounds: list[int]) -> list[tuple[int, int, int]]:
-    """(expert, first row, row past the last) of each expert that has rows."""
-    return [(e, lo, hi) for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)) if hi > lo]
+def spans(bounds: list[int]) -> list[Span]:
+    """Where each expert's rows are, without the experts that have none."""
+    return [(e, lo, hi) for e, (lo, hi) in enumerate(pairwise(bounds)) if hi > lo]
 
 
 def routed_tokens(grouping: Grouping, routed: int) -> Tensor:
@@ -52,7 +56,7 @@ def weight_gradients(
     """dw (E, N, K) and db (E, N) of y = x @ w[e].T + bias[e]; zero for experts without rows."""
     dw = dy.new_empty(num_experts, dy.shape[1], x.shape[1]) if need_dw else None
     db = dy.new_empty(num_experts, dy.shape[1]) if need_db else None
-    for e, (lo, hi) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for e, (lo, hi) in enumerate(pairwise(bounds)):
         if dw is not None:
             torch.mm(dy[lo:hi].t(), x[lo:hi], out=dw[e])
         if db is not None:
@@ -81,13 +85,19 @@ def backward(
     return dx, dw, db
 
 
+def row_to_assignment(grouping: Grouping, routed: int) -> Tensor:
+    """(R,) int64: `index_copy_` takes no int32."""
+    return grouping.row_to_token[:routed].long()
+
+
 def rows_to_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
     """Routed rows (R, H) back to token order (T, H), summed over a token's experts; zero where it has none."""
     if rows.shape[0] == grouping.num_rows:
-        assignments = rows.index_select(0, grouping.token_to_row)
-    else:
-        assignments = rows.new_zeros(grouping.num_rows, rows.shape[1])
-        assignments.index_copy_(0, grouping.row_to_token[: rows.shape[0]].long(), rows)
-    if grouping.top_k == 1:
-        return assignments
-    return assignments.view(grouping.num_tokens, grouping.top_k, -1).sum(1)
+        return sum_assignments(rows.index_select(0, grouping.token_to_row), grouping)
+    assignments = rows.new_zeros(grouping.num_rows, rows.shape[1])
+    return sum_assignments(assignments.index_copy_(0, row_to_assignment(grouping, rows.shape[0]), rows), grouping)
+
+
+def sum_assignments(y: Tensor, grouping: Grouping) -> Tensor:
+    """(T * top_k, H) in assignment order -> (T, H)."""
+    return y if grouping.top_k == 1 else y.view(grouping.num_tokens, grouping.top_k, -1).sum(1)

@@ -1,9 +1,12 @@
 """The expert feed-forward: gather once, two GEMMs per non-empty expert, un-permute once.
 
-The two GEMMs of an expert run back to back so that its rows stay in the cache between them.
+In inference a large expert's two GEMMs run back to back, so that its rows stay in the cache between them, and small
+experts share one call of the activation.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,13 +15,19 @@ from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.torch_backend.activation import activate, activate_backward
 from moebert_kernels.torch_backend.expert_gemm import (
+    Span,
     host_bounds,
     linear,
     routed_tokens,
+    row_to_assignment,
     rows_to_tokens,
     spans,
+    sum_assignments,
     weight_gradients,
 )
+
+# Rows of an expert for which the weight is the better left operand of a float32 GEMM (docs/experiments.md, 2026-11-21).
+_WEIGHT_LEFT_FROM, _WEIGHT_LEFT_TO = 10, 56
 
 
 def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: int, p: float) -> Tensor | None:
@@ -27,24 +36,79 @@ def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: 
     return dropout.keep_mask(seed, grouping.row_to_token[:routed], columns, p, dropout.HIDDEN_STREAM)
 
 
+def expert_outputs(
+    x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
+    activation: str, residual: bool,
+) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
+    """Inference: each expert's output rows in turn, while they are in the cache; with `residual` plus its inputs.
+
+    The yielded rows are the caller's. With `residual` they are `x_rows` itself, overwritten: GEMM2 adds onto it.
+    """
+    for block in _blocks(spans(bounds)):
+        first, last = block[0][1], block[-1][2]
+        if len(block) == 1 and _weight_goes_left(x_rows, last - first):
+            e = block[0][0]
+            h = _weight_times(w1[e], None if b1 is None else b1[e], x_rows[first:last].t())
+            h = activate(h.t(), activation, inplace=True).t()
+            y = _weight_times(w2[e], None if b2 is None else b2[e], h).t()
+            yield block[0], x_rows[first:last].add_(y) if residual else y
+            continue
+        h_pre = x_rows.new_empty(last - first, w1.shape[1])
+        first_gemm(x_rows, w1, b1, block, h_pre, first)
+        h = activate(h_pre, activation, inplace=True)
+        for e, lo, hi in block:
+            h_rows, bias = h[lo - first : hi - first], None if b2 is None else b2[e]
+            if residual:
+                y = x_rows[lo:hi].addmm_(h_rows, w2[e].t())
+                yield (e, lo, hi), y if bias is None else y.add_(bias)
+            else:
+                yield (e, lo, hi), linear(h_rows, w2[e], bias)
+
+
+def _blocks(experts: list[Span]) -> list[list[Span]]:
+    """Neighbouring experts that share one call of the activation: small ones, where calls outweigh work."""
+    blocks: list[list[Span]] = []
+    for span in experts:
+        small = span[2] - span[1] < _WEIGHT_LEFT_FROM
+        if small and blocks and blocks[-1][-1][2] - blocks[-1][-1][1] < _WEIGHT_LEFT_FROM:
+            blocks[-1].append(span)
+        else:
+            blocks.append([span])
+    return blocks
+
+
+def _weight_goes_left(x: Tensor, rows: int) -> bool:
+    return x.dtype == torch.float32 and _WEIGHT_LEFT_FROM <= rows <= _WEIGHT_LEFT_TO
+
+
+def _weight_times(w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.mm(w, x) if bias is None else torch.addmm(bias[:, None], w, x)
+
+
+def first_gemm(
+    x_rows: Tensor, w1: Tensor, b1: Tensor | None, experts: list[Span], h_pre: Tensor, first: int = 0
+) -> None:
+    """Pre-activations of `experts` into `h_pre`, whose row 0 is row `first`."""
+    for e, lo, hi in experts:
+        linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo - first : hi - first])
+
+
 def ffn_rows(
     x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, grouping: Grouping,
-    bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(R, H) gathered rows -> (R, H) expert outputs, and the pre-activations (num_rows, I or 2I) if `save`."""
+    """Training: (R, H) gathered rows -> (R, H) expert outputs and the pre-activations (num_rows, I or 2I)."""
     routed = bounds[-1]
-    keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
-    h_pre = x_rows.new_empty(grouping.num_rows if save else 0, w1.shape[1])
-    if save:
-        h_pre[routed:].zero_()
+    h_pre = x_rows.new_empty(grouping.num_rows, w1.shape[1])
+    h_pre[routed:].zero_()
+    experts = spans(bounds)
+    first_gemm(x_rows, w1, b1, experts, h_pre)
+    h = activate(h_pre[:routed], activation, inplace=False)
+    if (keep := _hidden_keep(seed, grouping, routed, h.shape[1], hidden_dropout_p)) is not None:
+        h = (h * keep).mul_(dropout.scale(hidden_dropout_p))
     y_rows = x_rows.new_empty(routed, w2.shape[1])
-    for e, lo, hi in spans(bounds):
-        bias1, bias2 = None if b1 is None else b1[e], None if b2 is None else b2[e]
-        pre = linear(x_rows[lo:hi], w1[e], bias1, out=h_pre[lo:hi] if save else None)
-        h = activate(pre, activation, inplace=not save)
-        if keep is not None:
-            h = (h * keep[lo:hi]).mul_(dropout.scale(hidden_dropout_p))
-        linear(h, w2[e], bias2, out=y_rows[lo:hi])
+    for e, lo, hi in experts:
+        linear(h[lo:hi], w2[e], None if b2 is None else b2[e], out=y_rows[lo:hi])
     return y_rows, h_pre
 
 
@@ -61,8 +125,7 @@ def ffn_rows_backward(
     routed = bounds[-1]
     if h_pre.shape[0] < routed:
         h_pre = x_rows.new_empty(routed, w1.shape[1])
-        for e, lo, hi in spans(bounds):
-            linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo:hi])
+        first_gemm(x_rows, w1, b1, spans(bounds), h_pre)
     h_pre = h_pre[:routed]
     keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
     factor = dropout.scale(hidden_dropout_p)
@@ -112,7 +175,7 @@ def row_weights(routing_weights: Tensor | None, grouping: Grouping, routed: int)
 def assignment_gradient(dp_rows: Tensor, grouping: Grouping) -> Tensor:
     """(R,) gradients of the routing weights -> (T, top_k); zero for skipped assignments."""
     dp = dp_rows.new_zeros(grouping.num_rows)
-    dp.index_copy_(0, grouping.row_to_token[: dp_rows.shape[0]].long(), dp_rows)
+    dp.index_copy_(0, row_to_assignment(grouping, dp_rows.shape[0]), dp_rows)
     return dp.view(grouping.num_tokens, grouping.top_k)
 
 
@@ -122,14 +185,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (T, H) and, if `save`, the pre-activations in row order."""
     bounds = host_bounds(grouping)
-    x_rows = x.index_select(0, routed_tokens(grouping, bounds[-1]))
-    y_rows, h_pre = ffn_rows(
-        x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
-    )  # fmt: skip
-    p_rows = row_weights(routing_weights, grouping, bounds[-1])
-    if p_rows is not None:
-        y_rows *= p_rows
-    return rows_to_tokens(y_rows, grouping), h_pre
+    routed = bounds[-1]
+    x_rows = x.index_select(0, routed_tokens(grouping, routed))
+    p_rows = row_weights(routing_weights, grouping, routed)
+    if save or hidden_dropout_p > 0:
+        y_rows, h_pre = ffn_rows(x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed)
+        if p_rows is not None:
+            y_rows *= p_rows
+        return rows_to_tokens(y_rows, grouping), h_pre if save else h_pre.new_empty(0, w1.shape[1])
+
+    assignments = row_to_assignment(grouping, routed)
+    y = x.new_empty(grouping.num_rows, w2.shape[1])
+    if routed < grouping.num_rows:
+        y.zero_()
+    for (_, lo, hi), rows in expert_outputs(x_rows, w1, b1, w2, b2, bounds, activation, residual=False):
+        y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
+    return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
 
 
 def backward(

@@ -5,20 +5,22 @@ The sum and the norm are computed in float32 (float64 for float64 inputs), whate
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.torch_backend.expert_gemm import host_bounds, spans
+from moebert_kernels.torch_backend.expert_gemm import Span, host_bounds, row_to_assignment, spans
 from moebert_kernels.torch_backend.fused_moe_ffn import (
     assignment_gradient,
+    expert_outputs,
     ffn_rows,
     ffn_rows_backward,
     row_weights,
 )
 
-_native_layer_norm = torch.ops.aten.native_layer_norm
 _native_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
@@ -26,10 +28,6 @@ def _output_keep(seed: Tensor | None, tokens: Tensor, columns: int, p: float) ->
     if p == 0 or seed is None:
         return None
     return dropout.keep_mask(seed, tokens, columns, p, dropout.OUTPUT_STREAM)
-
-
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def forward(
@@ -40,31 +38,40 @@ def forward(
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the sums before the norm, both in row order."""
     bounds = host_bounds(grouping)
     routed = bounds[-1]
-    acc_dtype = _accumulator_dtype(x.dtype)
-    tokens = grouping.row_to_token[:routed]
+    acc_dtype = torch.promote_types(x.dtype, torch.float32)
+    norm_weight, norm_bias = norm_weight.to(acc_dtype), norm_bias.to(acc_dtype)
+    tokens = row_to_assignment(grouping, routed)
     x_rows = x.index_select(0, tokens)
-    z, h_pre = ffn_rows(
-        x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
-    )  # fmt: skip
-    keep = _output_keep(seed, tokens, z.shape[1], dropout_p)
-    if keep is not None:
-        z = z.mul_(keep).mul_(dropout.scale(dropout_p))
-    z = z.to(acc_dtype).add_(x_rows)
     p_rows = row_weights(routing_weights, grouping, routed)
+    y = (
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if routed == grouping.num_rows
+        else x.clone(memory_format=torch.contiguous_format)
+    )
 
-    y_rows = torch.empty_like(z)
-    for e, lo, hi in spans(bounds):
-        y_rows[lo:hi] = _native_layer_norm(
-            z[lo:hi], z.shape[1:], norm_weight[e].to(acc_dtype), norm_bias[e].to(acc_dtype), eps
-        )[0]
-    if p_rows is not None:
-        y_rows *= p_rows
-    y_rows = y_rows.to(x.dtype)
-    if routed == grouping.num_rows:
-        y = y_rows.index_select(0, grouping.token_to_row)
+    h_pre, z = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
+    if save or dropout_p > 0 or hidden_dropout_p > 0 or not (x.dtype == w1.dtype == acc_dtype):
+        rows, saved_h_pre = ffn_rows(
+            x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed
+        )  # fmt: skip
+        keep = _output_keep(seed, tokens, rows.shape[1], dropout_p)
+        if keep is not None:
+            rows = rows.mul_(keep).mul_(dropout.scale(dropout_p))
+        sums = z.new_empty(grouping.num_rows, x.shape[1])
+        sums[routed:].zero_()
+        torch.add(rows.to(acc_dtype), x_rows, out=sums[:routed])
+        outputs: Iterable[tuple[Span, Tensor]] = [(span, sums[span[1] : span[2]]) for span in spans(bounds)]
+        if save:
+            h_pre, z = saved_h_pre, sums
     else:
-        y = x.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens.long(), y_rows)
-    return y, h_pre, z if save else z.new_empty(0, z.shape[1])
+        outputs = expert_outputs(x_rows, w1, b1, w2, b2, bounds, activation, residual=True)
+
+    for (e, lo, hi), z_rows in outputs:
+        normed = torch.layer_norm(z_rows, z_rows.shape[1:], norm_weight[e], norm_bias[e], eps)
+        if p_rows is not None:
+            normed *= p_rows[lo:hi]
+        y.index_copy_(0, tokens[lo:hi], normed.to(x.dtype))
+    return y, h_pre, z
 
 
 def backward(
@@ -77,7 +84,7 @@ def backward(
     need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dp = needs
     bounds = host_bounds(grouping)
     routed = bounds[-1]
-    tokens = grouping.row_to_token[:routed]
+    tokens = row_to_assignment(grouping, routed)
     x_rows = x.index_select(0, tokens)
     keep = _output_keep(seed, tokens, x.shape[1], dropout_p)
     if z.shape[0] < routed:
@@ -85,6 +92,7 @@ def backward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, True,
         )  # fmt: skip
+    z = z[:routed]
     dy_rows = dy.index_select(0, tokens).to(z.dtype)
     p_rows = row_weights(routing_weights, grouping, routed)
 
@@ -94,7 +102,7 @@ def backward(
     dp_rows = z.new_empty(routed)
     for e, lo, hi in spans(bounds):
         weight, bias = norm_weight[e].to(z.dtype), norm_bias[e].to(z.dtype)
-        normed, mean, rstd = _native_layer_norm(z[lo:hi], z.shape[1:], weight, bias, eps)
+        normed, mean, rstd = torch.native_layer_norm(z[lo:hi], z.shape[1:], weight, bias, eps)
         dnormed = dy_rows[lo:hi]
         if p_rows is not None:
             torch.sum(dnormed * normed, 1, out=dp_rows[lo:hi])
@@ -114,7 +122,7 @@ def backward(
         if routed == grouping.num_rows:
             dx = dx_rows.index_select(0, grouping.token_to_row)
         else:
-            dx = dy.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens.long(), dx_rows)
+            dx = dy.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens, dx_rows)
     return [
         dx, dw1, db1, dw2, db2,
         dnorm_weight.to(norm_weight.dtype) if need_dnorm_weight else None,

@@ -1,0 +1,210 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moebert_kernels import expert_gemm, fused_moe_ffn, group_tokens, reference
+from tests.helpers import assert_as_accurate
+from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, parameters, run
+
+NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2", "drouting_weights")
+
+
+def call(op):
+    def wrapped(x, w1, b1, w2, b2, p, *, ids, **constants):
+        return op(x, ids, w1, b1, w2, b2, routing_weights=p, **constants)
+
+    return wrapped
+
+
+def compare(ids, dtype, p=None, activation="gelu", bias=True, **constants):
+    x, dy = torch.randn(len(ids), H).to(dtype), torch.randn(len(ids), H).to(dtype)
+    gated = activation in ("swiglu", "geglu", "reglu")
+    inputs = [x, *parameters(dtype, gated, bias), None if p is None else p.to(dtype)]
+    constants |= {"ids": ids, "activation": activation}
+    got = run(call(fused_moe_ffn), inputs, dy, dtype, **constants)
+    constants.pop("recompute", None)
+    same = run(call(reference.fused_moe_ffn), inputs, dy, dtype, **constants)
+    exact = run(call(reference.fused_moe_ffn), inputs, dy, torch.float64, **constants)
+    names = NAMES if bias else ("y", "dx", "dw1", "dw2", "drouting_weights")
+    for name, *tensors in zip(names, got, same, exact, strict=False):
+        assert_as_accurate(*tensors, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_matches_reference(routing, dtype):
+    ids = ROUTINGS[routing]()
+    compare(ids, dtype)
+    compare(ids, dtype, p=torch.rand(len(ids)))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_top_k(top_k):
+    ids = torch.randint(-1, E + 1, (T, top_k))
+    compare(ids, torch.float32, p=torch.rand(T, top_k))
+    compare(ids, torch.float32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu"])
+def test_activations(activation, bias):
+    compare(ROUTINGS["some_skipped"](), torch.float32, activation=activation, bias=bias)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_dropout(recompute):
+    ids = torch.randint(-1, E, (T, 2))
+    seed = torch.tensor(99)
+    compare(ids, torch.float64, p=torch.rand(T, 2), hidden_dropout_p=0.3, dropout_seed=seed, recompute=recompute)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(0, 70), hidden=st.integers(1, 19), width=st.integers(1, 19), experts=st.integers(1, 7),
+    top_k=st.integers(1, 3), weighted=st.booleans(), strided=st.booleans(), data=st.integers(0, 2**31),
+)  # fmt: skip
+def test_any_shape(tokens, hidden, width, experts, top_k, weighted, strided, data):
+    torch.manual_seed(data)
+    x = torch.randn(hidden, tokens).t() if strided else torch.randn(tokens, hidden)
+    ids = torch.randint(-1, experts + 1, (tokens, top_k))
+    w1 = torch.randn(experts, hidden, width).transpose(1, 2) if strided else torch.randn(experts, width, hidden)
+    w2 = torch.randn(experts, hidden, width)
+    b1, b2 = torch.randn(experts, width), torch.randn(experts, hidden)
+    p = torch.rand(tokens, top_k) if weighted else None
+    inputs, constants = [x, w1, b1, w2, b2, p], {"ids": ids}
+    dy = torch.randn(1, hidden).expand(tokens, hidden)
+    got = run(call(fused_moe_ffn), inputs, dy, torch.float32, **constants)
+    exact = run(call(reference.fused_moe_ffn), inputs, dy, torch.float64, **constants)
+    with torch.no_grad():
+        inference = fused_moe_ffn(x, ids, w1, b1, w2, b2, routing_weights=p)
+    torch.testing.assert_close(inference, got[0], rtol=1e-4, atol=1e-4)
+    for tensor, truth in zip(got, exact, strict=True):
+        torch.testing.assert_close(tensor.double(), truth, rtol=1e-3, atol=1e-3)
+
+
+def test_equals_the_composition_of_two_expert_gemms():
+    x, ids, (w1, b1, w2, b2) = torch.randn(T, H), torch.randint(-1, E, (T,)), parameters(torch.float32)
+    grouping = group_tokens(ids, E)
+    h = F.gelu(expert_gemm(x, w1, grouping, b1, gather=True))
+    rows = expert_gemm(h, w2, grouping, b2)
+    y = rows[grouping.token_to_row.long()]
+    torch.testing.assert_close(fused_moe_ffn(x, ids, w1, b1, w2, b2), y, rtol=1e-5, atol=1e-5)
+
+
+def test_bitwise_repeatable_and_saved_tensors_stay():
+    x, weights = torch.randn(T, H, requires_grad=True), [t.requires_grad_() for t in parameters(torch.float32)]
+    ids = torch.randint(-1, E, (T, 2))
+    y = fused_moe_ffn(x, ids, *weights, routing_weights=torch.rand(T, 2, generator=torch.manual_seed(1)))
+    again = fused_moe_ffn(x, ids, *weights, routing_weights=torch.rand(T, 2, generator=torch.manual_seed(1)))
+    assert torch.equal(y, again)
+    first = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
+    second = torch.autograd.grad(y.sum(), [x, *weights])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_dropout_seed_decides_and_none_draws_from_torch():
+    x, weights, ids = torch.randn(T, H), parameters(torch.float32), torch.zeros(T, dtype=torch.int64)
+
+    def once(seed=None):
+        return fused_moe_ffn(x, ids, *weights, hidden_dropout_p=0.5, dropout_seed=seed)
+
+    assert torch.equal(once(torch.tensor(3)), once(torch.tensor(3)))
+    assert not torch.equal(once(torch.tensor(3)), once(torch.tensor(4)))
+    torch.manual_seed(7)
+    first, second = once(), once()
+    torch.manual_seed(7)
+    assert torch.equal(once(), first) and not torch.equal(first, second)
+
+
+def test_frozen_weights_and_frozen_input():
+    x, weights, ids = torch.randn(T, H), parameters(torch.float32), torch.zeros(T, dtype=torch.int64)
+    weights[2].requires_grad_()
+    fused_moe_ffn(x, ids, *weights).sum().backward()
+    assert weights[2].grad is not None and weights[0].grad is None and x.grad is None
+
+
+def test_second_derivative_raises():
+    x, weights, ids = torch.randn(T, H, requires_grad=True), parameters(torch.float32), torch.zeros(T).long()
+    (dx,) = torch.autograd.grad(fused_moe_ffn(x, ids, *weights).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_autocast_returns_its_dtype_and_casts_a_weight_once():
+    x, weights, ids = torch.randn(T, H), [t.requires_grad_() for t in parameters(torch.float32)], torch.zeros(T).long()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fused_moe_ffn(x, ids, *weights)
+        twice = fused_moe_ffn(y, ids, *weights)
+        double = fused_moe_ffn(x.double(), ids, *[w.double() for w in weights])
+    assert y.dtype == torch.bfloat16 and double.dtype == torch.float64
+    nodes = [node for node, _ in twice.grad_fn.next_functions[0][0].next_functions[1:5]]
+    inner = twice.grad_fn.next_functions[0][0].next_functions[0][0]
+    while "Eager" not in type(inner).__name__:
+        inner = inner.next_functions[0][0]
+    assert [node for node, _ in inner.next_functions[1:5]] == nodes
+    twice.sum().backward()
+    assert weights[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_any_integer_dtype_of_ids(dtype):
+    x, weights, ids = torch.randn(T, H), parameters(torch.float32), torch.arange(T) % E
+    assert torch.equal(fused_moe_ffn(x, ids.to(dtype), *weights), fused_moe_ffn(x, ids, *weights))
+
+
+def test_opcheck_compile_and_export():
+    x, weights = torch.randn(T, H), parameters(torch.float32)
+    grouping = group_tokens(torch.randint(-1, E, (T, 2)), E)
+    maps = (grouping.offsets, grouping.row_to_token, grouping.token_to_row)
+    tensors = [t.requires_grad_() for t in (x, *weights, torch.rand(T, 2))]
+    torch.library.opcheck(
+        torch.ops.moebert_kernels.fused_moe_ffn.default, (*tensors, *maps, torch.tensor(5), 2, "gelu", 0.1, True)
+    )
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w1, self.w2 = (torch.nn.Parameter(weights[i].detach()) for i in (0, 2))
+
+        def forward(self, x, ids):
+            return fused_moe_ffn(x, ids, self.w1, None, self.w2, None)
+
+    layer = Layer()
+    x, ids = torch.randn(T, H), torch.randint(-1, E, (T,))
+    tokens = torch.export.Dim("tokens")
+    program = torch.export.export(layer, (x, ids), dynamic_shapes=({0: tokens}, {0: tokens}))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for count in (T, 5):
+        x, ids = torch.randn(count, H), torch.randint(-1, E, (count,))
+        torch.testing.assert_close(program.module()(x, ids), layer(x, ids))
+        torch.testing.assert_close(compiled(x, ids), layer(x, ids))
+
+
+def test_rejects():
+    x, ids, (w1, b1, w2, b2) = torch.randn(T, H), torch.zeros(T, dtype=torch.int32), parameters(torch.float32)
+    for message, arguments in {
+        rf"w1: expected shape \(E={E}, I={I}, H={H}\), got \({E}, {I}, {H - 1}\)": (x, ids, w1[..., 1:], b1, w2, b2),
+        rf"w2: expected shape \(E, H, I\), got \({I}, {H}\)": (x, ids, w1, b1, w1[0], b2),
+        rf"b1: expected shape \(E={E}, I={I}\), got \({I},\)": (x, ids, w1, b1[0], w2, b2),
+        rf"b2: expected shape \(E={E}, H={H}\), got \({H},\)": (x, ids, w1, b1, w2, b2[0]),
+        r"w1: expected dtype torch.float32 \(as x\), got torch.float16": (x, ids, w1.half(), b1, w2, b2),
+        r"x: expected dtype .*, got torch.int64": (x.long(), ids, w1, b1, w2, b2),
+        r"x: expected a tensor, got list": ([1.0], ids, w1, b1, w2, b2),
+        rf"routing: expected expert ids of shape \({T},\) or \({T}, top_k\), got \({T - 1},\)":
+            (x, ids[1:], w1, b1, w2, b2),
+        r"expert_ids: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
+        rf"routing: expected a grouping over E={E} experts, got 3": (x, group_tokens(ids, 3), w1, b1, w2, b2),
+        rf"routing: expected a grouping of {T} rows, got 5": (x, group_tokens(ids[:5], E), w1, b1, w2, b2),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            fused_moe_ffn(*arguments)
+    with pytest.raises(ValueError, match=r"activation: expected one of gelu, .*, got 'gelu_new'"):
+        fused_moe_ffn(x, ids, w1, b1, w2, b2, activation="gelu_new")
+    with pytest.raises(ValueError, match=rf"routing_weights: expected shape \({T}, 1\), got \(2,\)"):
+        fused_moe_ffn(x, ids, w1, b1, w2, b2, routing_weights=torch.ones(2))
+    with pytest.raises(ValueError, match=r"hidden_dropout_p: expected a probability in \[0, 1\), got -0.1"):
+        fused_moe_ffn(x, ids, w1, b1, w2, b2, hidden_dropout_p=-0.1)
+    with pytest.raises(ValueError, match=r"w1: expected shape \(E=4, 2I=40, H=24\), got \(4, 20, 24\)"):
+        fused_moe_ffn(x, ids, w1, b1, w2, b2, activation="swiglu")

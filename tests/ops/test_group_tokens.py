@@ -1,0 +1,101 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+
+from moebert_kernels import Grouping, group_tokens, group_tokens_by_hash, reference
+from tests.ops.cases import ROUTINGS, E
+
+
+def assert_same(got: Grouping, wanted: Grouping) -> None:
+    assert got.top_k == wanted.top_k
+    for name in ("offsets", "row_to_token", "token_to_row"):
+        assert getattr(got, name).dtype == torch.int32
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_matches_reference(routing, dtype):
+    ids = ROUTINGS[routing]().to(dtype)
+    assert_same(group_tokens(ids, E), reference.group_tokens(ids, E))
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.integers(0, 90), experts=st.integers(1, 40), top_k=st.integers(1, 3), data=st.integers(0, 2**31))
+def test_is_a_stable_permutation(tokens, experts, top_k, data):
+    torch.manual_seed(data)
+    ids = torch.randint(-2, experts + 2, (tokens, top_k))
+    grouping = group_tokens(ids, experts)
+    assert_same(grouping, reference.group_tokens(ids, experts))
+    offsets, rows = grouping.offsets.tolist(), grouping.row_to_token.tolist()
+    assert sorted(rows) == list(range(tokens * top_k))
+    assert offsets == sorted(offsets) and offsets[0] == 0
+    for e in range(experts):
+        mine = rows[offsets[e] : offsets[e + 1]]
+        assert mine == sorted(mine) and all(ids.view(-1)[a] == e for a in mine)
+    assert [rows[r] for r in grouping.token_to_row.tolist()] == list(range(tokens * top_k))
+
+
+def test_many_experts():
+    ids = torch.randint(-1, 40_000, (300,))
+    assert_same(group_tokens(ids, 40_000), reference.group_tokens(ids, 40_000))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_by_hash_is_one_grouping_per_layer(masked):
+    tables = torch.randint(0, E, (3, 50), dtype=torch.int16)
+    token_ids = torch.randint(-3, 55, (4, 9))
+    mask = torch.randint(0, 2, (4, 9)) if masked else None
+    for got, wanted in zip(
+        group_tokens_by_hash(token_ids, tables, E, mask),
+        reference.group_tokens_by_hash(token_ids, tables, E, mask),
+        strict=True,
+    ):
+        assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("block_rows", [1, 4, 16, 64])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_tile_map_covers_every_routed_row_once(routing, block_rows):
+    grouping = group_tokens(ROUTINGS[routing](), E)
+    offsets = grouping.offsets.tolist()
+    covered = []
+    for e, row in grouping.tile_map(block_rows).tolist():
+        if e == E:
+            assert row == grouping.num_rows
+            continue
+        assert offsets[e] <= row < offsets[e + 1]
+        covered += range(row, min(row + block_rows, offsets[e + 1]))
+    assert covered == list(range(offsets[E]))
+
+
+def test_grouping_is_a_pytree():
+    grouping = group_tokens(torch.tensor([[1, 0], [0, -1]]), 2)
+    leaves, spec = pytree.tree_flatten(grouping)
+    assert len(leaves) == 3 and pytree.tree_unflatten(leaves, spec).top_k == 2
+    with pytest.raises(AttributeError):
+        grouping.top_k = 3
+
+
+def test_opcheck_and_compile():
+    ids = torch.randint(-1, E, (2, 20))
+    torch.library.opcheck(torch.ops.moebert_kernels.group_tokens.default, (ids, E))
+    compiled = torch.compile(lambda ids, tables: group_tokens_by_hash(ids, tables, E), fullgraph=True, dynamic=True)
+    tables = torch.randint(0, E, (3, 50))
+    for got, wanted in zip(compiled(ids[0], tables), group_tokens_by_hash(ids[0], tables, E), strict=True):
+        assert_same(got, wanted)
+
+
+def test_rejects():
+    with pytest.raises(ValueError, match=r"expert_ids: expected an integer dtype, got torch.float32"):
+        group_tokens(torch.zeros(3), E)
+    with pytest.raises(ValueError, match=r"expert_ids: expected shape \(T,\) or \(T, top_k\), got \(1, 1, 1\)"):
+        group_tokens(torch.zeros(1, 1, 1, dtype=torch.int64), E)
+    with pytest.raises(ValueError, match=r"expert_ids: expected top_k >= 1, got \(3, 0\)"):
+        group_tokens(torch.zeros(3, 0, dtype=torch.int64), E)
+    with pytest.raises(ValueError, match=r"num_experts: expected an integer >= 1, got 0"):
+        group_tokens(torch.zeros(3, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match=r"tables: expected shape \(L, V\), got \(5,\)"):
+        group_tokens_by_hash(torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), E)

@@ -1,0 +1,38 @@
+import pytest
+
+from moebert_kernels import backend
+
+
+def test_explain_names_every_op_and_says_why():
+    choices = backend.explain()
+    assert [choice.op for choice in choices] == list(backend.OPS)
+    assert all(choice.backend in backend.BACKENDS and choice.reason for choice in choices)
+
+
+def test_strict_raises_where_the_backend_lacks_the_op(monkeypatch):
+    monkeypatch.setitem(backend._OFFERS, "expert_gemm", ("torch",))
+    with backend.use_backend("cuda", strict=True), pytest.raises(RuntimeError, match="expert_gemm: expected a cuda"):
+        backend.implementation("expert_gemm")
+    assert backend.choose("expert_gemm").backend == "torch"
+
+
+def test_preference_falls_back_with_one_warning(monkeypatch, recwarn):
+    monkeypatch.setitem(backend._OFFERS, "expert_gemm", ("torch",))
+    backend._warn_once.cache_clear()
+    for _ in range(3):
+        with backend.use_backend("cuda"):
+            assert backend.choose("expert_gemm").backend == "torch"
+    assert len([w for w in recwarn if "expert_gemm" in str(w.message)]) == 1
+
+
+def test_environment_variable_is_a_preference(monkeypatch):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "torch")
+    assert "MOEBERT_KERNELS_BACKEND" in backend.choose("expert_gemm").reason
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "fpga")
+    with pytest.raises(ValueError, match="MOEBERT_KERNELS_BACKEND: expected one of cuda, triton, torch, got 'fpga'"):
+        backend.choose("expert_gemm")
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="use_backend: expected one of"), backend.use_backend("tpu"):
+        pass
