@@ -68,7 +68,8 @@ def _flatten(grouping: Grouping) -> tuple[list[Any], Any]:
 
 
 def _unflatten(values: Any, top_k: Any) -> Grouping:
-    return Grouping(*values, top_k)
+    offsets, row_to_token, token_to_row = values
+    return Grouping(offsets, row_to_token, token_to_row, top_k)
 
 
 pytree.register_pytree_node(

@@ -90,6 +90,6 @@ def _requires_grad(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
 
 
-def or_empty(like: Tensor, grads: list[Tensor | None]) -> tuple[Tensor, ...]:
+def or_empty(like: Tensor, grads: list[Tensor | None]) -> Any:
     """Custom ops return tensors only: a gradient that nobody needs is an empty one."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -65,7 +66,7 @@ def weight_gradients(
 
 
 def backward(
-    dy: Tensor, x: Tensor, w: Tensor, grouping: Grouping, gather: bool, needs: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, w: Tensor, grouping: Grouping, gather: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dw, db); an entry is None where `needs` says so. dx has the order of x."""
     bounds = host_bounds(grouping)

@@ -6,7 +6,7 @@ experts share one call of the activation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def ffn_rows(
 def ffn_rows_backward(
     dy_rows: Tensor, x_rows: Tensor, h_pre: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     grouping: Grouping, bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None,
-    p_rows: Tensor | None, needs: tuple[bool, bool, bool, bool, bool, bool],
+    p_rows: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of p * ffn_rows: [dx_rows, dw1, db1, dw2, db2, dp_rows], None where `needs` is false.
 
@@ -206,7 +206,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, routing_weights: Tensor | None,
-    activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: tuple[bool, bool, bool, bool, bool, bool],
+    activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, drouting_weights], None where `needs` is false."""
     bounds = host_bounds(grouping)

@@ -5,7 +5,7 @@ The sum and the norm are computed in float32 (float64 for float64 inputs), whate
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def backward(
     dy: Tensor, x: Tensor, h_pre: Tensor, z: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
     routing_weights: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float,
-    seed: Tensor | None, needs: tuple[bool, bool, bool, bool, bool, bool, bool, bool],
+    seed: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
     need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dp = needs
