@@ -98,9 +98,11 @@ def _recording(ffns: list[DenseFFN]) -> Iterator[tuple[dict[int, Tensor], list[T
     products: dict[int, Tensor] = {}
     roots: list[Tensor] = []
 
-    def add(layer: int, product: Tensor) -> None:
+    def add(layer: int, grad: Tensor, value: Tensor, bias: Tensor | None = None) -> None:
+        wide = torch.promote_types(value.dtype, torch.float32)  # a half-precision model's products stay exact
+        value = value.to(wide) if bias is None else value.to(wide) - bias
         # (B, T, D) -> (B, D): the absolute value comes after the sum over tokens and over both weights
-        per_sample = product.sum(dim=1, dtype=torch.float64)
+        per_sample = (grad.to(wide) * value).sum(dim=1, dtype=torch.float64)
         products[layer] = products[layer] + per_sample if layer in products else per_sample
 
     def after_first(layer: int, bias: Tensor | None) -> Callable[..., None]:
@@ -109,7 +111,7 @@ def _recording(ffns: list[DenseFFN]) -> Iterator[tuple[dict[int, Tensor], list[T
                 pre.requires_grad_()
                 roots.append(pre)
             value = pre.detach()
-            pre.register_hook(lambda grad: add(layer, grad * (value if bias is None else value - bias)))
+            pre.register_hook(lambda grad: add(layer, grad, value, bias))
 
         return hook
 
@@ -117,7 +119,7 @@ def _recording(ffns: list[DenseFFN]) -> Iterator[tuple[dict[int, Tensor], list[T
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             h = args[0]
             value = h.detach()
-            h.register_hook(lambda grad: add(layer, grad * value))
+            h.register_hook(lambda grad: add(layer, grad, value))
 
         return hook
 

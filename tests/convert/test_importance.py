@@ -94,6 +94,14 @@ def test_does_not_depend_on_batching(name):
     assert_golden(importance_scores(model, single), importance_scores(model, [batch]), 1e-5)
 
 
+def test_half_precision_models():
+    batch = inputs()
+    batch |= labels("bert-cls", batch)
+    exact = importance_scores(dense_model("bert-cls"), [batch])
+    half = importance_scores(dense_model("bert-cls").to(torch.bfloat16), [batch])
+    assert_golden(half, exact, 0.1)
+
+
 def test_multi_label_and_problem_type():
     model = dense_model("bert-cls").double()
     batch = inputs()
