@@ -52,7 +52,7 @@ class MoEBertForSequenceClassification(_WithHead):
     def __init__(self, config: MoEBertConfig) -> None:
         super().__init__(config, add_pooling_layer=config.style == "bert")
         if config.style == "roberta":
-            self.classifier = RobertaClassificationHead(config)
+            self.classifier: nn.Module = RobertaClassificationHead(config)
         else:
             self.dropout = _dropout(config)
             self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -178,11 +178,11 @@ class MoEBertForMaskedLM(_WithHead):
         self.post_init()
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
         """The module that owns `decoder` and `bias`."""
         return self.lm_head if self.config.style == "roberta" else self.cls.predictions
 
-    def get_output_embeddings(self) -> nn.Linear:
+    def get_output_embeddings(self) -> Any:
         return self._head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:

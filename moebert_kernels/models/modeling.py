@@ -67,12 +67,13 @@ class MoEBertEncoder(nn.Module):
 
     def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping]:
         """The grouping of every layer, under hash routing."""
-        tables = torch.stack([layer.router.table for layer in self.layer])
+        tables: list[Any] = [layer.router.table for layer in self.layer]
         mask = None if self.config.route_padding else token_mask
-        return group_tokens_by_hash(token_ids, tables, self.config.num_experts, mask)
+        return group_tokens_by_hash(token_ids, torch.stack(tables), self.config.num_experts, mask)
 
 
 class MoEBertPreTrainedModel(PreTrainedModel):
+    config: MoEBertConfig
     config_class = MoEBertConfig
     base_model_prefix = "moebert"
     supports_gradient_checkpointing = True
@@ -141,7 +142,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
 
     def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.embeddings = RobertaEmbeddings(config) if config.style == "roberta" else BertEmbeddings(config)
+        self.embeddings: Any = RobertaEmbeddings(config) if config.style == "roberta" else BertEmbeddings(config)
         self.encoder = MoEBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.post_init()
@@ -149,7 +150,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.word_embeddings = value
 
     def forward(
@@ -188,7 +189,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
             input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
         token_mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        attention_mask = create_bidirectional_mask(
+        attention_bias: Any = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         layers = self.encoder.layer
@@ -200,7 +201,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
         balance_loss = hidden_states.new_zeros((), dtype=torch.float32)
         for layer, grouping in zip(layers, groupings, strict=True):
             hidden_states, attention, layer_balance = layer(
-                hidden_states, attention_mask, grouping, token_mask, **options
+                hidden_states, attention_bias, grouping, token_mask, **options
             )
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
