@@ -19,9 +19,9 @@ Metrics = dict[str, float]
 class Batches(Protocol):
     """The training data as the loop sees it: `batches(epoch)` gives that epoch's micro-batches, on the CPU.
 
-    A batch holds `input_ids`, `attention_mask` (both (B, T) int64), `example_id` (B,) int64, what else the model's forward
-    names (`token_type_ids`, `labels`, `start_positions`, `end_positions`), and nothing that depends on anything but the data,
-    the seed and the epoch: resuming skips what was used already and must meet the same batches again.
+    A batch holds `input_ids` and `attention_mask` (both (B, T) int64), `example_id` (B,) int64 and what else the
+    model's forward names (`token_type_ids`, `labels`, `start_positions`, `end_positions`). Batches depend on the data,
+    the seed and the epoch alone: resuming skips those that were used and must meet the same ones again.
 
     `fingerprint` names the data; a run is not resumed on data with another one.
     """
@@ -61,7 +61,8 @@ class FitConfig:
     max_grad_norm: float | None = 1.0
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    weights: dict[str, float] = field(default_factory=dict)  # of the loss terms; others 1, balance: the model's load_balance
+    # Of the loss terms, by name. One that is not named has weight 1, the balance term the model's `load_balance`.
+    weights: dict[str, float] = field(default_factory=dict)
     teacher_dropout: bool = False  # True: as the original code, whose teacher was left in train mode
     eval_steps: int | None = None  # None: at the end of each epoch
     best_metric: str | None = None  # None: the only metric that evaluate returns
@@ -71,11 +72,10 @@ class FitConfig:
     log_steps: int = 10
 
     def __post_init__(self) -> None:
-        whole = ("epochs", "max_steps", "batch_size", "accumulation", "eval_steps", "patience", "save_steps", "log_steps")
-        for name in whole:
+        optional = ("max_steps", "eval_steps", "patience")
+        for name in ("epochs", "batch_size", "accumulation", "save_steps", "log_steps", *optional):
             value = getattr(self, name)
-            optional = name in ("max_steps", "eval_steps", "patience")
-            if not (isinstance(value, int) and value >= 1) and not (optional and value is None):
+            if not (isinstance(value, int) and value >= 1) and not (name in optional and value is None):
                 raise UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
         for name in ("learning_rate", "weight_decay", "warmup_ratio"):
             value = getattr(self, name)

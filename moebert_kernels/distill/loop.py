@@ -1,0 +1,345 @@
+"""One training loop for fine-tuning and distillation, on accelerate.
+
+An optimizer step looks at a window of micro-batches and weighs each by its share of the window's sequences, so a window
+equals one large batch whatever the sizes in it. Several processes take turns in the window's micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity, write_folder, write_text
+from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
+from moebert_kernels.distill.objectives import LayerwiseObjective, task_loss
+from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
+from moebert_kernels.distill.setup import check_teacher, parameter_groups, prepare_folder, run_identity
+from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
+from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.errors import UserError
+
+
+def fit(
+    model: nn.Module,
+    train: Batches,
+    *,
+    config: FitConfig,
+    output_dir: str | Path,
+    objective: LayerwiseObjective | None = None,
+    teacher: nn.Module | TeacherCache | None = None,
+    evaluate: Callable[[nn.Module], Metrics] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    also_save: Callable[[Path], object] | None = None,
+    resume: bool = True,
+) -> FitResult:
+    """Train `model`; an interrupted call, made again, goes on where it was and ends with bitwise the same (fp32, CPU).
+
+    Writes into `output_dir`: `final/` and, with `evaluate`, `best/` (both for from_pretrained), `log.jsonl`, and in
+    `state/` the checkpoints of an unfinished run. None of these is ever half-written.
+
+    Args:
+        model: a transformers model; moved to the device, and holds the weights of `FitResult.model_dir` at the end.
+        train: the training data; see `Batches`.
+        config: the settings. The loss is the sum of the terms ("task", "balance" and the objective's), weighted by
+            `config.weights`.
+        objective: distils from `teacher`; None trains on the labels alone.
+        teacher: a transformers model, never changed, or its cached outputs.
+        evaluate: called with the model in eval mode and without gradients; `config.best_metric` names the judge.
+        identity: further JSON-able facts (a task's name, a file) that must agree when the run is resumed.
+        also_save: called with each model folder that is written, e.g. `tokenizer.save_pretrained`.
+        resume: False starts again, dropping the unfinished run in `output_dir`.
+
+    Raises:
+        UserError: models, objective, cache, routing or data do not fit; `output_dir` cannot be written or belongs to
+            another run; no checkpoint in it is whole; a loss term is not finite or contributes nothing.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when a checkpoint is written.
+
+    Reseeds the global random generators from `config.seed`.
+    """
+    output_dir = Path(output_dir)
+    check_teacher(model, objective, teacher, config)
+    if len(train) == 0:
+        raise UserError("train: expected at least one batch, got none")
+    run = _Run(model, train, config, output_dir, objective, teacher, evaluate, identity or {}, also_save)
+    try:
+        return run.fit(resume)
+    finally:
+        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # takes autocast off the caller's model
+
+
+@dataclass
+class _Progress:
+    """Where a run is; JSON-able."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # micro-batches of this epoch that were used
+    best: dict[str, Any] | None = None  # {"step", "value", "metrics"}
+    stale: int = 0  # evaluations since the best one
+    history: list[dict[str, Any]] = field(default_factory=list)
+    log_size: int = 0
+    meter: dict[str, Any] | None = None
+
+
+class _Run:
+    """One call of `fit`."""
+
+    def __init__(self, model, train, config, output_dir, objective, teacher, evaluate, identity, also_save):
+        AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+        self.accelerator = accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.config: FitConfig = config
+        self.train: Batches = train
+        self.output_dir, self.objective, self.evaluate, self.also_save = output_dir, objective, evaluate, also_save
+
+        self.teacher: Teacher | None = teacher
+        if isinstance(teacher, nn.Module):
+            self.teacher = LiveTeacher(
+                teacher, accelerator.device, dropout=config.teacher_dropout, autocast=accelerator.autocast
+            )
+        if objective is not None:
+            objective.check(model, self.teacher.info)
+        self.forward_keys = forward_keys(model)
+        self.load_balance = getattr(model.config, "load_balance", 0.0)
+        self.weights = {"balance": self.load_balance, **config.weights}
+        self.weighted: list[str] | None = None  # the terms that count, in a fixed order, once the first batch told
+
+        self.window = config.accumulation * self.world
+        self.steps_per_epoch = math.ceil(len(train) / self.window)
+        self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
+        self.student = model.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            fused=accelerator.device.type in ("cpu", "cuda"),  # a fifth of the plain one's time on a CPU
+        )
+        warmup = math.ceil(config.warmup_ratio * self.total_steps)
+        # not prepared by accelerate, which would step it once per process
+        self.scheduler = get_scheduler(config.schedule, optimizer, warmup, self.total_steps)
+        self.parts = {"model": Part(model, optimizer, self.scheduler)}
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+        self.identity = run_identity(model, train, config, objective, self.teacher, self.world, identity)
+        state_dir = output_dir / "state"
+        self.finished = state_dir / "finished.json"
+        self.checkpoints = Checkpoints(state_dir, self.identity, self.rank, accelerator.wait_for_everyone)
+        self.meter = TermMeter(lambda sums: accelerator.reduce(sums, "sum"))
+        self.log = RunLog(output_dir / "log.jsonl", writes=self.rank == 0)
+        self.at = _Progress()
+
+    def fit(self, resume: bool) -> FitResult:
+        if self.rank == 0:
+            prepare_folder(self.output_dir, resume)
+        self.accelerator.wait_for_everyone()
+        if self.finished.exists():
+            saved = json.loads(self.finished.read_text(encoding="utf-8"))
+            check_identity(self.output_dir, saved["identity"], self.identity)
+            self.at = _Progress(**saved["progress"])
+            return self._result(reload=True)
+        progress = self.checkpoints.load(self.parts)
+        if progress is None:
+            set_seed(self.config.seed, device_specific=True)
+        else:
+            self.at = _Progress(**progress)
+            self.meter.load_state(self.at.meter, self.accelerator.device, self.rank)
+        self.log.truncate(self.at.log_size)
+        self._train(resumed=progress is not None)
+        self._write_model("final")
+        if self.rank == 0:
+            write_text(self.finished, json.dumps({"identity": self.identity, "progress": asdict(self.at)}))
+        self.checkpoints.clear()
+        return self._result(reload=self.at.best is not None and self.at.best["step"] != self.at.step)
+
+    def _train(self, resumed: bool) -> None:
+        at, config = self.at, self.config
+        self.model.train()
+        bar = tqdm(total=self.total_steps, initial=at.step, desc=self.output_dir.name, disable=self.rank != 0)
+        windows = self._windows(resumed)
+        with StopRequest() as stop, bar:
+            while not self._done():
+                window = next(windows)
+                self._update(window)
+                at.step, at.batch = at.step + 1, at.batch + len(window)
+                epoch_ends = at.batch == len(self.train)
+                if epoch_ends:
+                    at.epoch, at.batch = at.epoch + 1, 0
+                bar.update()
+                self._report(bar)
+                every = epoch_ends if config.eval_steps is None else at.step % config.eval_steps == 0
+                improved = self.evaluate is not None and (every or at.step == self.total_steps) and self._evaluate()
+                stopping = self._stop_agreed(stop) and not self._done()
+                if improved or stopping or at.step % config.save_steps == 0:
+                    self._save()
+                if stopping:
+                    where = f"step {at.step} of {self.total_steps}"
+                    bar.write(f"stopped at {where}; the same call goes on from there")
+                    raise KeyboardInterrupt(where)
+
+    def _done(self) -> bool:
+        patience = self.config.patience
+        return self.at.step >= self.total_steps or (patience is not None and self.at.stale >= patience)
+
+    def _stop_agreed(self, stop: StopRequest) -> bool:
+        """Whether all processes stop after this step; several only ask each other where they wait anyway."""
+        if self.world == 1:
+            return stop.requested
+        if self.at.step % self.config.log_steps:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(stop.requested), device=self.accelerator.device)))
+
+    def _windows(self, resumed: bool) -> Iterator[list[Batch]]:
+        """An optimizer step's micro-batches, from where the run is on; sets the random generators of a resumed run."""
+        skip = self.at.batch
+        for epoch in range(self.at.epoch, self.config.epochs):
+            if resumed and not skip:
+                self.checkpoints.restore_rng()
+            batches = iter(self.train(epoch))
+            count = sum(1 for _ in islice(batches, skip))
+            if resumed and skip:  # only now: making the iterator and skipping may draw
+                self.checkpoints.restore_rng()
+            resumed, skip = False, 0
+            while window := list(islice(batches, self.window)):
+                count += len(window)
+                yield window
+            if count != len(self.train):
+                raise UserError(f"train: expected {len(self.train)} batches in epoch {epoch}, got {count}")
+
+    def _update(self, window: list[Batch]) -> None:
+        """One optimizer step on the mean over the window's sequences."""
+        sequences = [batch["input_ids"].shape[0] for batch in window]
+        mine = list(zip(window, sequences, strict=True))[self.rank :: self.world]
+        if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
+            mine = [(window[0], 0)]
+        for i, (batch, count) in enumerate(mine):
+            with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
+                terms = self._terms({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+                total = torch.stack([self.weights.get(name, 1.0) * terms[name] for name in self.weighted]).sum()
+                # distributed gradients are averaged over the processes, hence `world`
+                self.accelerator.backward(total * (count * self.world / sum(sequences)))
+            self.meter.add({"loss": total, **terms}, count)
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The named, unweighted terms of a micro-batch."""
+        inputs = {key: batch[key] for key in self.forward_keys if key in batch}
+        outputs = self.model(**inputs, output_hidden_states=self.objective is not None)
+        terms = {}
+        if self.weights.get("task", 1.0):
+            terms["task"] = task_loss(outputs, batch, self.load_balance)
+        if self.weights["balance"]:
+            terms["balance"] = outputs.balance_loss
+        if self.objective is not None:
+            terms |= self.objective(outputs, self.teacher(batch), batch)
+        if self.weighted is None:
+            self.weighted = self._weighted(terms)
+        return terms
+
+    def _weighted(self, terms: Mapping[str, Tensor]) -> list[str]:
+        """The names of the terms that count, sorted, so that sums round alike in every process.
+
+        Raises:
+            UserError: a weight for a term that does not exist, no term with a weight, or a term without a gradient.
+        """
+        unknown = sorted(set(self.config.weights) - {*terms, "task", "balance"})
+        if unknown:
+            raise UserError(f"weights: expected names among {', '.join(sorted(terms))}, got {unknown[0]!r}")
+        weighted = [name for name in sorted(terms) if self.weights.get(name, 1.0)]
+        if not weighted:
+            raise UserError("weights: expected a loss term with a weight above 0, got none")
+        for name in weighted:
+            if not terms[name].requires_grad:
+                raise UserError(f"{name}: expected a loss that depends on what is trained, got a constant")
+        return weighted
+
+    def _report(self, bar: tqdm) -> None:
+        at = self.at
+        if at.step % self.config.log_steps and at.step != self.total_steps:
+            return
+        means = self.meter.means(at.step, self.weighted)
+        self.meter.reset()
+        rate = self.scheduler.get_last_lr()[0]
+        self.log.write(step=at.step, epoch=at.step / self.steps_per_epoch, learning_rate=rate, **means)
+        bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()}, refresh=False)
+
+    def _evaluate(self) -> bool:
+        """Evaluate, log, and keep the model if it is the best so far; returns whether it is."""
+        at = self.at
+        self.meter.means(at.step, self.weighted)  # not the metrics of a broken run
+        self.model.eval()
+        with torch.no_grad():
+            metrics = {name: float(value) for name, value in self.evaluate(self.student).items()}
+        self.model.train()
+        entry = {"step": at.step, "epoch": at.step / self.steps_per_epoch, "metrics": metrics}
+        at.history.append(entry)
+        self.log.write(**entry)
+
+        value = metrics[self._judge(metrics)] * (1 if self.config.greater_is_better else -1)
+        if at.best is not None and not value > at.best["value"]:
+            at.stale += 1
+            return False
+        # a metric that is not a number is the best only until there is one
+        at.best = {"step": at.step, "value": -math.inf if math.isnan(value) else value, "metrics": metrics}
+        at.stale = 0
+        self._write_model("best")
+        return True
+
+    def _judge(self, metrics: Metrics) -> str:
+        name = self.config.best_metric
+        if name is None and len(metrics) == 1:
+            return next(iter(metrics))
+        if name not in metrics:
+            raise UserError(f"best_metric: expected one of {', '.join(metrics)}, got {name!r}")
+        return name
+
+    def _write_model(self, name: str) -> None:
+        def write(folder: Path) -> None:
+            with quiet_transformers():
+                self.student.save_pretrained(folder)
+            if self.also_save is not None:
+                self.also_save(folder)
+
+        if self.rank == 0:
+            write_folder(self.output_dir / name, write)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        self.meter.means(self.at.step, self.weighted)  # a broken run must not replace a good checkpoint
+        self.at.log_size, self.at.meter = self.log.size(), self.meter.state()
+        self.checkpoints.save(self.at.step, self.parts, asdict(self.at))
+
+    def _result(self, reload: bool) -> FitResult:
+        at = self.at
+        model_dir = self.output_dir / ("final" if at.best is None else "best")
+        if reload:
+            self.accelerator.wait_for_everyone()
+            with quiet_transformers():
+                saved = type(self.student).from_pretrained(model_dir)
+            self.student.load_state_dict(saved.state_dict())
+        return FitResult(
+            step=at.step,
+            model_dir=model_dir,
+            stopped_early=at.step < self.total_steps,
+            best_step=None if at.best is None else at.best["step"],
+            best_metrics={} if at.best is None else at.best["metrics"],
+            history=at.history,
+        )

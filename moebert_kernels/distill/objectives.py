@@ -1,0 +1,217 @@
+"""Losses as named, unweighted terms. The loop weighs, adds, logs and watches them.
+
+The layer-wise objective of MoEBERT (2204.07675), eq. 5-7: the student's hidden states follow the teacher's, and its
+predictions the teacher's. Every term is a mean over sequences of a value per sequence, so that gradient accumulation
+weighted by sequences equals the large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebert_kernels.distill.config import Batch
+from moebert_kernels.distill.teacher import TeacherInfo
+from moebert_kernels.errors import UserError
+
+Kind = Literal["classification", "regression", "qa"]
+Preset = Literal["default", "paper"]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def symmetric_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1/2 (KL(p||q) + KL(q||p)) of the softmaxes over the last dimension, summed and divided by the batch.
+
+    Args:
+        logits, teacher_logits: (B, C), any floating dtype; computed in at least float32, from log_softmax: finite for
+            every finite gap, where the original's log(softmax) was not beyond a gap of about 104.
+        mask: (B, C), nonzero where an entry takes part; None: everywhere.
+
+    Returns:
+        () the mean over B. MoEBERT (2204.07675), eq. 6.
+    """
+    logits, teacher_logits = _at_least_float32(logits), _at_least_float32(teacher_logits)
+    if mask is not None:
+        masked = mask == 0
+        lowest = torch.finfo(logits.dtype).min
+        logits, teacher_logits = logits.masked_fill(masked, lowest), teacher_logits.masked_fill(masked, lowest)
+    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    log_ratio = log_p - log_q
+    if mask is not None:
+        log_ratio = log_ratio.masked_fill(masked, 0.0)  # the two logarithms may be -inf there, their difference nan
+    return 0.5 * ((log_p.exp() - log_q.exp()) * log_ratio).sum() / logits.shape[0]
+
+
+def hidden_mse(hidden: Tensor, teacher_hidden: Tensor, token_weights: Tensor | None = None) -> Tensor:
+    """Mean squared difference of two (B, T, H) hidden states; computed in at least float32.
+
+    `token_weights` (B, T) sums to 1 and says how much each position counts; None: all B * T positions equally.
+    """
+    difference = _at_least_float32(hidden) - _at_least_float32(teacher_hidden)
+    if token_weights is None:
+        return difference.square().mean()
+    return (difference.square().mean(-1) * token_weights).sum()
+
+
+def sequence_weights(attention_mask: Tensor) -> Tensor:
+    """(B, T) float32 weights for a mean over each sequence's valid tokens, then over the sequences; 0 at padding."""
+    mask = (attention_mask != 0).float()
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1.0) * mask.shape[0])
+
+
+def default_layer_map(student_layers: int, teacher_layers: int) -> dict[int, int]:
+    """Student hidden state -> teacher hidden state, evenly spaced; 0 is the embeddings' output.
+
+    Raises:
+        UserError: the teacher's layers are not a multiple of the student's.
+    """
+    if teacher_layers % student_layers:
+        raise UserError(
+            f"layer_map: expected one to be given for {student_layers} student and {teacher_layers} teacher layers"
+            " (not a multiple), got None"
+        )
+    stride = teacher_layers // student_layers
+    return {layer: layer * stride for layer in range(student_layers + 1)}
+
+
+class LayerwiseObjective:
+    """MSE over hidden states ("hidden") and the distance of the predictions ("prediction").
+
+    Args:
+        kind: "classification" (symmetric KL of the logits), "regression" (their MSE) or "qa" (the mean of the symmetric
+            KLs of the start and the end positions).
+        preset: "default" skips padding: hidden states are means over each sequence's valid tokens, then over the
+            sequences, and padded positions are no answers. "paper" is the published form: a mean over all B * T * H,
+            a softmax over all T.
+        layer_map: student hidden state -> teacher hidden state, of L + 1 each with 0 the embeddings' output. None: all
+            of the student's, evenly spaced over the teacher's.
+
+    Raises:
+        UserError: an unknown kind or preset, or an empty layer map.
+    """
+
+    def __init__(self, kind: Kind, preset: Preset = "default", layer_map: Mapping[int, int] | None = None):
+        for name, value, choices in (("kind", kind, get_args(Kind)), ("preset", preset, get_args(Preset))):
+            if value not in choices:
+                raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if layer_map is not None and not layer_map:
+            raise UserError("layer_map: expected at least one pair of layers, got none: the term would always be zero")
+        self.kind, self.preset = kind, preset
+        self.layer_map = None if layer_map is None else dict(layer_map)
+
+    def identity(self) -> dict[str, object]:
+        """What decides where a run ends, for comparison with a checkpoint's."""
+        pairs = None if self.layer_map is None else sorted(self.layer_map.items())
+        return {"objective": "layerwise", "kind": self.kind, "preset": self.preset, "layer_map": pairs}
+
+    def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
+        """The layer map for a student and a teacher of so many layers.
+
+        Raises:
+            UserError: it names a hidden state that one of them does not have.
+        """
+        if self.layer_map is None:
+            return default_layer_map(student_layers, teacher_layers)
+        for name, layers, last in (
+            ("student", self.layer_map.keys(), student_layers),
+            ("teacher", self.layer_map.values(), teacher_layers),
+        ):
+            if min(layers) < 0 or max(layers) > last:
+                raise UserError(f"layer_map: expected {name} states between 0 and {last}, got {sorted(layers)}")
+        return self.layer_map
+
+    def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
+        """Raise UserError, before any step, where the two models, the cache or the routing do not fit the objective."""
+        config: Any = student.config
+        needed = set(self.pairs(config.num_hidden_layers, teacher.num_layers).values())
+        for name in ("hidden_size", "vocab_size", "num_labels"):
+            if getattr(config, name) != getattr(teacher, name):
+                raise UserError(f"{name}: expected the teacher's {getattr(teacher, name)}, got {getattr(config, name)}")
+        if not needed <= set(teacher.layers):
+            raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
+        if self.preset == "paper" and teacher.stored_as is not None:
+            raise UserError(
+                "preset: expected 'default' with cached teacher outputs, which hold no padded positions, got 'paper'"
+            )
+        routes_padding = getattr(config, "route_padding", None)  # a dense student has no routing
+        if routes_padding is not None and routes_padding != (self.preset == "paper"):
+            wanted, got = ("routed", "skipped") if self.preset == "paper" else ("skipped", "routed")
+            raise UserError(
+                f"preset: expected padding to be {wanted} by a student of the {self.preset!r} losses, got a model that"
+                f" has it {got} (convert it with the same preset)"
+            )
+
+    def __call__(self, student_outputs: Any, teacher_outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The terms {"hidden": (), "prediction": ()} of a batch, unweighted.
+
+        Args:
+            student_outputs: with `hidden_states` (L + 1 of (B, T, H)) and `logits` (B, C), or for "qa" `start_logits`
+                and `end_logits` (B, T), as transformers' models give them.
+            teacher_outputs: the same of the teacher; a hidden state that the layer map does not use may be None.
+            batch: `attention_mask` (B, T) is used unless the preset is "paper"; without one all positions are valid.
+
+        Raises:
+            UserError: an output is missing, or hidden sizes differ.
+        """
+        mask = batch.get("attention_mask") if self.preset == "default" else None
+        return {
+            "hidden": self._hidden(student_outputs, teacher_outputs, mask),
+            "prediction": self._prediction(student_outputs, teacher_outputs, mask),
+        }
+
+    def _hidden(self, student_outputs: Any, teacher_outputs: Any, mask: Tensor | None) -> Tensor:
+        student, teacher = _output(student_outputs, "hidden_states"), _output(teacher_outputs, "hidden_states")
+        weights = None if mask is None else sequence_weights(mask)
+        terms = []
+        for layer, teacher_layer in self.pairs(len(student) - 1, len(teacher) - 1).items():
+            ours, theirs = student[layer], teacher[teacher_layer]
+            if theirs is None or ours.shape != theirs.shape:
+                got = None if theirs is None else tuple(theirs.shape)
+                raise UserError(f"hidden_states[{teacher_layer}]: expected the shape {tuple(ours.shape)}, got {got}")
+            terms.append(hidden_mse(ours, theirs, weights))
+        return torch.stack(terms).sum()
+
+    def _prediction(self, student_outputs: Any, teacher_outputs: Any, mask: Tensor | None) -> Tensor:
+        if self.kind == "qa":
+            start, end = (
+                symmetric_kl(_output(student_outputs, name), _output(teacher_outputs, name), mask)
+                for name in ("start_logits", "end_logits")
+            )
+            return (start + end) / 2
+        logits, teacher_logits = _output(student_outputs, "logits"), _output(teacher_outputs, "logits")
+        if self.kind == "regression":
+            return F.mse_loss(_at_least_float32(logits), _at_least_float32(teacher_logits))
+        return symmetric_kl(logits, teacher_logits)
+
+
+def _output(outputs: Any, name: str) -> Any:
+    value = getattr(outputs, name, None)
+    if value is None:
+        raise UserError(f"{name}: expected in the outputs of student and teacher, got none")
+    return value
+
+
+def task_loss(outputs: Any, batch: Batch, load_balance: float) -> Tensor:
+    """The loss against the labels, without a balance term; a mean over sequences.
+
+    Token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences, unlike
+    transformers' mean over all labelled tokens of the batch, which accumulation cannot equal.
+
+    Raises:
+        UserError: the batch has no labels.
+    """
+    labels = batch.get("labels")
+    if labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3:
+        losses = F.cross_entropy(_at_least_float32(outputs.logits).transpose(1, 2), labels, reduction="none")  # (B, T)
+        return (losses * sequence_weights(labels != -100)).sum()
+    if outputs.loss is None:
+        raise UserError("labels: expected in each batch for the task's loss, got none")
+    balance = getattr(outputs, "balance_loss", None)
+    return outputs.loss if balance is None or not load_balance else outputs.loss - load_balance * balance

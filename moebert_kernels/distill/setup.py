@@ -1,0 +1,111 @@
+"""What `fit` looks at before its first step: do model, teacher, folder and settings fit together?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moebert_kernels.distill.checkpoint import recover_folder
+from moebert_kernels.distill.config import Batches, FitConfig
+from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.distill.teacher import Teacher
+from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.errors import UserError
+
+# Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
+_UNDECAYED_NAMES = ("bias", "b1", "b2", "norm_weight", "norm_bias")
+
+
+def check_teacher(
+    model: nn.Module,
+    objective: LayerwiseObjective | None,
+    teacher: nn.Module | TeacherCache | None,
+    config: FitConfig,
+) -> None:
+    """Raise UserError unless there is a teacher exactly where it is needed, apart from the student."""
+    if (objective is None) != (teacher is None):
+        given, missing = ("a teacher", "objective") if objective is None else ("an objective", "teacher")
+        raise UserError(f"{missing}: expected one together with {given}, got None")
+    if isinstance(teacher, nn.Module):
+        ours = {id(parameter) for parameter in model.parameters()}
+        if any(id(parameter) in ours for parameter in teacher.parameters()):
+            raise UserError("teacher: expected weights of its own, got some that the student trains")
+    elif teacher is not None and config.teacher_dropout:
+        raise UserError("teacher_dropout: expected False with cached teacher outputs, which do not change, got True")
+
+
+def prepare_folder(folder: Path, resume: bool) -> None:
+    """Make `folder`, and put right what an interruption left in it; without `resume` drop its unfinished run.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir: expected a folder that can be written, got {folder} ({error.strerror})") from None
+    recover_folder(folder / "best")
+    recover_folder(folder / "final")
+    if not resume:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters for the optimizer: biases and norms, also the experts' stacked ones, without weight decay.
+
+    Raises:
+        UserError: nothing is trained.
+    """
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = name.rsplit(".", 1)[-1] in _UNDECAYED_NAMES or id(parameter) in norms
+            (undecayed if plain else decayed).append(parameter)
+    if not decayed and not undecayed:
+        raise UserError("model: expected at least one parameter that requires a gradient, got none")
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def run_identity(
+    model: nn.Module,
+    train: Batches,
+    config: FitConfig,
+    objective: LayerwiseObjective | None,
+    teacher: Teacher | None,
+    processes: int,
+    further: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Flat JSON-able facts that must agree for a run to be resumed. The student's weights come from the checkpoint."""
+    shapes = [(name, list(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
+    model_config: Any = model.config
+    settings = {
+        f"model.{name}": value
+        for name, value in model_config.to_dict().items()
+        if not name.startswith("_") and name not in ("transformers_version", "dtype")
+    }
+    identity = {
+        **settings,
+        **config.identity(),
+        "model": type(model).__name__,
+        "model shapes": sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "training data": train.fingerprint,
+        "batches per epoch": len(train),
+        "processes": processes,
+        **(objective.identity() if objective is not None else {"objective": None}),
+        "teacher": teacher.info.fingerprint if teacher is not None else None,
+        "teacher outputs stored as": teacher.info.stored_as if teacher is not None else None,
+        **further,
+    }
+    return json.loads(json.dumps(identity, default=str))

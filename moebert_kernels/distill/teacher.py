@@ -1,0 +1,110 @@
+"""The teacher as the loop sees it: something that gives outputs for a batch, live or from a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.distill.checkpoint import model_fingerprint
+from moebert_kernels.distill.config import Batch
+from moebert_kernels.errors import UserError
+
+LABEL_KEYS = ("labels", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Detached outputs of a teacher, named as in transformers' outputs, so that objectives take either."""
+
+    hidden_states: tuple[Tensor | None, ...]  # L + 1 of (B, T, H), the embeddings' first; None: not kept
+    logits: Tensor | None = None  # (B, C)
+    start_logits: Tensor | None = None  # (B, T)
+    end_logits: Tensor | None = None  # (B, T)
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What must fit the student, known without running the teacher."""
+
+    fingerprint: str  # of the weights
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_labels: int
+    layers: tuple[int, ...]  # the hidden states it gives, 0 = the embeddings' output
+    stored_as: str | None = None  # a cache's dtype, with zeros at padded positions; None: computed for each batch
+
+
+class Teacher(Protocol):
+    """Gives the outputs of a frozen teacher for a batch, on the batch's device."""
+
+    @property
+    def info(self) -> TeacherInfo: ...
+
+    def __call__(self, batch: Batch) -> TeacherOutputs: ...
+
+
+def forward_keys(model: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments that the model's forward declares; others in a batch are not for it."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> TeacherInfo:
+    """Facts of a transformers model; `layers` None: all hidden states.
+
+    Raises:
+        UserError: a layer that the model does not have.
+    """
+    config: Any = model.config
+    available = config.num_hidden_layers + 1
+    chosen = tuple(range(available)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= available:
+        raise UserError(f"layers: expected hidden states between 0 and {available - 1}, got {list(chosen)}")
+    return TeacherInfo(
+        fingerprint=model_fingerprint(model),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_labels=config.num_labels,
+        layers=chosen,
+    )
+
+
+class LiveTeacher:
+    """Runs a model for each batch: in eval mode and without gradients, and never a part of the student.
+
+    Args:
+        model: a transformers model; moved to `device`, its weights untouched.
+        device: where batches lie.
+        dropout: True runs it in train mode, as the original code did (its teacher was a submodule of the student).
+        autocast: a factory of the context to run it in, for mixed precision.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, *, dropout: bool = False, autocast=nullcontext):
+        self.info = teacher_info(model)
+        self._model = model.to(device)
+        self._dropout = dropout
+        self._autocast = autocast
+        self._keys = [key for key in forward_keys(model) if key not in LABEL_KEYS]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TeacherOutputs:
+        self._model.train(self._dropout)
+        inputs = {key: batch[key] for key in self._keys if key in batch}
+        context: AbstractContextManager = self._autocast()
+        with context:
+            outputs = self._model(**inputs, output_hidden_states=True)
+        self._model.eval()
+        return TeacherOutputs(
+            tuple(outputs.hidden_states),
+            getattr(outputs, "logits", None),
+            getattr(outputs, "start_logits", None),
+            getattr(outputs, "end_logits", None),
+        )

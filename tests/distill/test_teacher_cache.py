@@ -1,0 +1,134 @@
+import json
+
+import pytest
+import torch
+
+from moebert_kernels.distill import FitConfig, LayerwiseObjective, TeacherCache, fit
+from moebert_kernels.distill.teacher import LiveTeacher
+from moebert_kernels.errors import UserError
+from tests.distill.tiny import TinyBatches, tiny_bert, weights
+
+
+def outputs_close(got, wanted, mask, tolerance):
+    for ours, theirs in zip(got.hidden_states, wanted.hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask], theirs[mask], rtol=0, atol=tolerance)
+        assert not ours[~mask].any()
+    for name in ("logits", "start_logits", "end_logits"):
+        ours, theirs = getattr(got, name), getattr(wanted, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            ours, theirs = (ours, theirs) if name == "logits" else (ours[mask], theirs[mask])
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "tolerance"), [
+    ("classification", None, 1e-6), ("qa", None, 1e-6), ("classification", "float16", 2e-3),
+    ("qa", "bfloat16", 2e-2),
+])  # fmt: skip
+def test_equals_the_live_teacher(tmp_path, kind, dtype, tolerance):
+    teacher = tiny_bert(1, dropout=0.1, qa=kind == "qa")
+    data = TinyBatches(kind=kind)
+    cache = TeacherCache.build(teacher, data, tmp_path, dtype=dtype, shard_mib=0)  # a shard per batch
+    assert len(cache) == 22
+    live = LiveTeacher(teacher, torch.device("cpu"))
+    for batch in data(5):  # other batches than those it was built from, so other paddings
+        got = TeacherCache(tmp_path)(batch)
+        assert got.hidden_states[0].dtype == torch.float32
+        outputs_close(got, live(batch), batch["attention_mask"] == 1, tolerance)
+
+
+def test_keeps_only_the_layers_it_is_told(tmp_path):
+    cache = TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, layers=[2, 0])
+    states = cache(next(TinyBatches()(0))).hidden_states
+    assert cache.info.layers == (0, 2)
+    assert [state is None for state in states] == [False, True, False]
+    with pytest.raises(UserError, match="layers: expected hidden states between 0 and 2"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path / "other", layers=[3])
+
+
+def test_distils_as_the_live_teacher_does(tmp_path):
+    """Five epochs with the cache end where five epochs with the teacher end."""
+    teacher, config = tiny_bert(1), FitConfig(epochs=5, learning_rate=1e-3)
+    before = weights(teacher)
+    ends = []
+    for name, source in (("live", teacher), ("cached", TeacherCache.build(teacher, TinyBatches(), tmp_path / "cache"))):
+        student = tiny_bert(0)
+        objective = LayerwiseObjective("classification")
+        fit(student, TinyBatches(), config=config, output_dir=tmp_path / name, objective=objective, teacher=source)
+        ends.append(weights(student))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-6, msg=name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+class Interrupted(TinyBatches):
+    """Stops with an error after a few batches."""
+
+    def __call__(self, epoch):
+        for i, batch in enumerate(super().__call__(epoch)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def test_an_interrupted_build_goes_on(tmp_path):
+    teacher = tiny_bert(1)
+    with pytest.raises(KeyboardInterrupt):
+        TeacherCache.build(teacher, Interrupted(), tmp_path, shard_mib=0)
+    with pytest.raises(UserError, match=r"expected a complete one in .*, got an unfinished one"):
+        TeacherCache(tmp_path)
+    runs = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    assert len(TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)) == 22
+    assert len(runs) == 3  # of 6 batches
+    TeacherCache.build(teacher, TinyBatches(), tmp_path)
+    assert len(runs) == 3
+
+
+def test_belongs_to_one_teacher_and_one_data_set(tmp_path):
+    TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path)
+    with pytest.raises(UserError, match=r"belongs to another teacher: fingerprint: expected '\w+', got '\w+'"):
+        TeacherCache.build(tiny_bert(2), TinyBatches(), tmp_path)
+    with pytest.raises(UserError, match="belongs to another teacher: stored_as: expected 'float16', got 'float32'"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, dtype="float16")
+    with pytest.raises(UserError, match=r"belongs to another teacher: layers: expected \[0\], got \[0, 1, 2\]"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, layers=[0])
+    with pytest.raises(UserError, match=r"the token ids of example_id 1.., got others"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(seed=1), tmp_path)
+    cache = TeacherCache(tmp_path)
+    with pytest.raises(UserError, match=r"the token ids of example_id 1.., got others"):
+        cache(next(TinyBatches(seed=1)(0)))
+    with pytest.raises(UserError, match="expected example_id 122 among the 22 examples in"):
+        cache(TinyBatches(examples=30).batch(torch.tensor([22])))
+    swapped = next(TinyBatches()(0))
+    swapped["input_ids"][0, :2] = swapped["input_ids"][0, :2].flip(0)
+    with pytest.raises(UserError, match="got others"):
+        cache(swapped)
+
+
+def test_rejects_what_it_cannot_read_or_write(tmp_path):
+    with pytest.raises(UserError, match=r"expected a complete one in .*, got none"):
+        TeacherCache(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="dtype: expected one of float32, float16, bfloat16, got 'int8'"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path / "a", dtype="int8")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a folder to write"):
+        TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path / "file")
+    huge = tiny_bert(1)
+    torch.nn.init.constant_(huge.classifier.bias, 1e6)
+    with pytest.raises(UserError, match="dtype: expected one that holds the teacher's outputs, got float16"):
+        TeacherCache.build(huge, TinyBatches(), tmp_path / "b", dtype="float16")
+
+    folder = tmp_path / "c"
+    TeacherCache.build(tiny_bert(1), TinyBatches(), folder)
+    shard = folder / "00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    with pytest.raises(UserError, match=r"expected a whole shard, got a damaged .*00000.safetensors"):
+        TeacherCache(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"expected 1 shards in .*, got 0"):
+        TeacherCache(folder)
+    (folder / "cache.json").write_text(json.dumps({"complete": True})[:-3])
+    with pytest.raises(UserError, match="expected JSON, got a damaged"):
+        TeacherCache(folder)
