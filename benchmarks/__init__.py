@@ -1,0 +1,1 @@
+"""Speed: what is measured, against what, and the results. Start with benchmarks/README.md."""

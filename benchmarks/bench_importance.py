@@ -1,0 +1,88 @@
+"""Importance of all FFN neurons on one batch: one backward pass against the original's 2 L B.
+
+Both must give the exact top neurons of every layer. The original's way takes minutes at BERT-base's size, so it
+is timed once, on the call that is checked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+from benchmarks import baselines
+from benchmarks.measuring import Case, Outputs, Provider, Requirement
+from moebert_kernels.convert import importance_scores
+
+SECONDS = 30.0
+PROVIDERS = ("moebert_kernels", "original")
+SMOKE = {
+    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+}  # fmt: skip
+
+
+def cases(smoke: bool) -> list[Case]:
+    B, T, top = (2, 8, 16) if smoke else (8, 128, 512)
+    sizes = SMOKE if smoke else {}
+    return [
+        Case(
+            name=f"importance-B{B}-T{T}",
+            parameters={"dtype": "float32", "B": B, "T": T, "top": top, "model": "smoke" if smoke else "bert-base"},
+            providers=PROVIDERS,
+            build=lambda: _build(sizes, B, T, top),
+            baseline="original",
+            requires=(Requirement("moebert_kernels", "original", 25.0),),
+        )
+    ]
+
+
+def _build(sizes: dict[str, int], B: int, T: int, top: int) -> dict[str, Provider]:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
+    baselines.randomise_constants(model)
+    batch = {
+        "input_ids": torch.randint(1, model.config.vocab_size, (B, T)),
+        "attention_mask": torch.ones(B, T, dtype=torch.int64),
+        "labels": torch.randint(0, 3, (B,)),
+    }
+
+    def with_top(outputs: Outputs) -> Outputs:
+        """Scores (L, D), and 1 where a neuron is among its layer's `top`: those must be the exact ones."""
+        scores = outputs[0]
+        return scores, torch.zeros_like(scores).scatter_(1, scores.topk(top, dim=1).indices, 1.0)
+
+    def original() -> Outputs:
+        return (baselines.original_importance(*_ffn_weights(model), _losses(model, batch)),)
+
+    def exact(dtype: torch.dtype) -> Outputs:
+        converted = copy.deepcopy(model).to(dtype)
+        scores = baselines.importance_by_definition(*_ffn_weights(converted), _one_by_one(converted, batch))
+        return with_top((scores,))
+
+    return {
+        "moebert_kernels": Provider(lambda: (importance_scores(model, [batch]),), exact, arrange=with_top),
+        "original": Provider(original, exact, arrange=with_top, slow=True),
+    }
+
+
+def _ffn_weights(model: BertForSequenceClassification) -> tuple[list[Tensor], list[Tensor]]:
+    layers = model.bert.encoder.layer
+    return [layer.intermediate.dense.weight for layer in layers], [layer.output.dense.weight for layer in layers]
+
+
+def _losses(model: BertForSequenceClassification, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits, batch["labels"], reduction="none")
+
+
+def _one_by_one(model: BertForSequenceClassification, batch: dict[str, Tensor]) -> Iterator[Tensor]:
+    for i in range(len(batch["labels"])):
+        yield _losses(model, {name: tensor[i : i + 1] for name, tensor in batch.items()})[0]
+
+
+def test_importance(case, provider, run_provider):
+    run_provider(case, provider)

@@ -1,0 +1,70 @@
+"""The suite as pytest-benchmark sees it: one benchmark per case and provider, refused where the gate says so."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks.measuring import Case, Checked, check
+
+
+def pytest_addoption(parser):
+    parser.addoption("--smoke", action="store_true", help="tiny shapes: tries every benchmark, proves nothing")
+    parser.addoption("--threads", type=int, help="torch's threads (default: 2, with --smoke 1)")
+
+
+def pytest_generate_tests(metafunc):
+    if {"case", "provider"} <= set(metafunc.fixturenames):
+        cases = metafunc.module.cases(smoke=metafunc.config.getoption("smoke"))
+        pairs = [(case, provider) for case in cases for provider in case.providers]
+        metafunc.parametrize("case,provider", pairs, ids=[f"{case.name}-{provider}" for case, provider in pairs])
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name.startswith("bench_"):
+            item.add_marker(pytest.mark.timeout(1800))  # the original's importance takes minutes
+
+
+class CheckedCases:
+    """The providers of the case in hand, built and checked once; those of the case before are let go."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.checked = Checked()
+
+    def __call__(self, case: Case) -> Checked:
+        if self.name != case.name:
+            self.name, self.checked = None, Checked()
+            gc.collect()
+            self.checked = check(case.build())
+            self.name = case.name
+        return self.checked
+
+
+@pytest.fixture(scope="session")
+def checked_cases(request) -> CheckedCases:
+    config = request.config
+    torch.set_num_threads(config.getoption("threads") or (1 if config.getoption("smoke") else 2))
+    return CheckedCases()
+
+
+@pytest.fixture
+def run_provider(benchmark, checked_cases, request) -> Callable[[Case, str], None]:
+    """Time one provider, if the gate lets it through."""
+
+    def run(case: Case, provider: str) -> None:
+        checked = checked_cases(case)
+        if provider in checked.refused:
+            pytest.fail(f"{provider} refused: {checked.refused[provider]}")
+        benchmark.group = case.name
+        benchmark.extra_info.update(case.parameters, error_share_of_bound=checked.error_shares[provider])
+        if provider in checked.slow_ms:
+            benchmark.extra_info["slow_ms"] = checked.slow_ms[provider]
+            pytest.skip(f"slow: one call took {checked.slow_ms[provider] / 1e3:.1f} s")
+        smoke = request.config.getoption("smoke")
+        rounds = 1 if smoke else 7
+        benchmark.pedantic(checked.runs[provider], rounds=rounds, iterations=1, warmup_rounds=0 if smoke else 2)
+
+    return run

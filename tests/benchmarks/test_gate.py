@@ -1,0 +1,116 @@
+"""Nothing wrong is timed: providers with a defect are refused, and the refusal is in the result."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measuring import Case, Provider, Requirement, check
+from benchmarks.results import failures, run_case
+
+T, H = 12, 16
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory() -> None:
+    """Not here: the gate must find unwritten memory by itself, outside the tests too."""
+
+
+@pytest.fixture
+def linear() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(T, H), torch.randn(H, H)
+
+
+def reference_of(x, w):
+    return lambda dtype: (F.linear(x.to(dtype), w.to(dtype)),)
+
+
+def sound(x, w):
+    return lambda: (F.linear(x, w),)
+
+
+def sign_flipped(x, w):
+    return lambda: (-F.linear(x, w),)
+
+
+def one_sign_flipped(x, w):
+    def run():
+        y = F.linear(x, w)
+        y[3, 5] *= -1
+        return (y,)
+
+    return run
+
+
+def row_unwritten(x, w):
+    def run():
+        y = torch.empty(T, H)
+        y[:-1] = F.linear(x[:-1], w)
+        return (y,)
+
+    return run
+
+
+def row_missing(x, w):
+    return lambda: (F.linear(x[:-1], w),)
+
+
+def output_missing(x, w):
+    return lambda: ()
+
+
+def raising(x, w):
+    def run():
+        raise RuntimeError("out of luck\nand more")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "sabotage,reason",
+    [
+        (sign_flipped, "expected an error of at most"),
+        (one_sign_flipped, "expected an error of at most"),
+        (row_unwritten, f"{H} of {T * H} values are not finite or never written"),
+        (row_missing, "expected shape"),
+        (output_missing, "IndexError"),
+        (raising, "RuntimeError: out of luck"),
+    ],
+)
+def test_sabotaged_provider_is_refused(linear, sabotage, reason):
+    checked = check({"sound": Provider(sound(*linear), reference_of(*linear)),
+                     "sabotaged": Provider(sabotage(*linear), reference_of(*linear))})  # fmt: skip
+    assert set(checked.runs) == {"sound"}
+    assert set(checked.refused) == {"sabotaged"}
+    assert reason in checked.refused["sabotaged"]
+    assert "\n" not in checked.refused["sabotaged"]
+
+
+def test_unwritten_row_is_refused_even_where_memory_holds_the_right_values(linear):
+    provider = Provider(row_unwritten(*linear), reference_of(*linear))
+    for _ in range(5):
+        sound(*linear)()  # leaves the right values behind in memory that may be handed out next
+        assert check({"sabotaged": provider}).refused
+
+
+def test_memory_is_poisoned_only_while_providers_are_checked(linear):
+    before = torch.empty, torch.Tensor.new_empty
+    check({"raising": Provider(raising(*linear), reference_of(*linear))})
+    assert (torch.empty, torch.Tensor.new_empty) == before
+
+
+def test_refused_provider_has_a_reason_and_no_time(linear):
+    providers = {"sound": sound, "sabotaged": sign_flipped}
+    case = Case(
+        name="linear",
+        parameters={"T": T},
+        providers=tuple(providers),
+        build=lambda: {name: Provider(make(*linear), reference_of(*linear)) for name, make in providers.items()},
+        baseline="sound",
+        requires=(Requirement("sabotaged", "sound", 0.5),),
+    )
+    entry = run_case(case, seconds=0.0, min_rounds=1)
+    assert set(entry["providers"]["sabotaged"]) == {"refused"}
+    assert entry["providers"]["sound"]["median_ms"] > 0
+    assert entry["requirements"][0]["speed"] is None
+    assert not entry["requirements"][0]["passed"]
+    assert len(failures({"cases": [entry]})) == 2

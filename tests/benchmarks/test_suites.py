@@ -1,0 +1,36 @@
+"""Every case at its smoke shapes: the committed baselines are what their references say, and the driver reports it."""
+
+import importlib
+
+import pytest
+
+from benchmarks.__main__ import SUITES, main
+from benchmarks.measuring import check
+
+
+@pytest.mark.parametrize("what", SUITES)
+def test_every_provider_passes_its_gate(what):
+    module = importlib.import_module(f"benchmarks.bench_{what}")
+    for case in module.cases(smoke=True):
+        providers = case.build()
+        assert set(providers) == set(case.providers)
+        assert case.baseline in providers
+        checked = check(providers)
+        assert checked.refused == {}
+
+
+@pytest.mark.parametrize("what", SUITES)
+def test_names_and_requirements_are_consistent(what):
+    module = importlib.import_module(f"benchmarks.bench_{what}")
+    for smoke in (True, False):
+        cases = module.cases(smoke=smoke)
+        assert len({case.name for case in cases}) == len(cases)
+        for case in cases:
+            named = {case.baseline, *(r.provider for r in case.requires), *(r.over for r in case.requires)}
+            assert named <= set(case.providers)
+
+
+def test_driver_writes_only_where_told(tmp_path, capsys):
+    assert main(["run", "--what", "routing", "--smoke", "--output", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["routing.json"]
+    assert "every provider agrees with its reference" in capsys.readouterr().out
