@@ -1,0 +1,214 @@
+"""One run of the demo's recipe: a fine-tuned teacher, its importance scores, and students distilled with one budget.
+
+Everything lies in one folder. A step whose result is there is not done again, and a step that was interrupted goes on.
+The teacher's outputs are computed once for all students.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
+from moebert_kernels.demo.data import REVIEWS
+from moebert_kernels.demo.timing import parameter_counts
+from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.config import FitConfig
+from moebert_kernels.distill.evaluation import Evaluator
+from moebert_kernels.distill.features import Batches, Features, tokenize
+from moebert_kernels.distill.loading import load_model, load_tokenizer
+from moebert_kernels.distill.loop import fit
+from moebert_kernels.distill.metrics import standard_error
+from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.distill.scoring import score_split
+from moebert_kernels.distill.tasks import load_task
+from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Kind = Literal["moe", "dense"]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained for how long. Batches are length-bucketed; rates fall linearly to 0."""
+
+    finetune_epochs: int = 2
+    distill_epochs: int = 3
+    learning_rate: float = 5e-5
+    distill_learning_rate: float = 5e-5
+    distill_weight: float = 1.0
+    batch_size: int = 32
+    max_length: int = 128
+    num_experts: int = 4
+    train_examples: int | None = None  # None: all
+    validation_examples: int | None = None
+
+
+FULL = Recipe()
+QUICK = Recipe(finetune_epochs=1, distill_epochs=1, train_examples=3000, validation_examples=200)
+
+
+class Study:
+    """The recipe with one seed.
+
+    Args:
+        folder: where everything is written.
+        base_model: the folder of the pretrained model.
+        data: the folder of train.tsv, validation.tsv and test.tsv.
+        seed: of the new head, the order of the data, dropout and hash tables.
+
+    Raises:
+        UserError: the folder belongs to another recipe, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, base_model: Path, data: Path, recipe: Recipe = FULL, seed: int = 0):
+        self.folder, self.base_model, self.recipe, self.seed = folder, base_model, recipe, seed
+        self._data = data
+        wanted = asdict(recipe) | {"seed": seed}
+        described = folder / "recipe.json"
+        if described.exists():
+            found = json.loads(described.read_text(encoding="utf-8"))
+            if found != wanted:
+                raise UserError(f"output: expected a folder of this recipe and seed, got another's: {folder}")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(described, json.dumps(wanted, indent=1))
+
+    def teacher(self) -> Result:
+        """Fine-tune the pretrained model; see `student` for the result."""
+        return self._once("teacher", self._make_teacher)
+
+    def student(self, kind: Kind, size: int, shared: int = 0) -> Result:
+        """Convert and distil.
+
+        Args:
+            kind: "moe" or "dense".
+            size: neurons of an expert, or the most important ones that the dense student keeps.
+            shared: neurons of every expert.
+
+        Returns:
+            `name`, `path` of the model, `accuracy` on the test part with `standard_error`, `accuracy_before`
+            distillation, `validation_accuracy`, `correct` (a 0 or 1 for each test sentence), parameter counts,
+            `seconds` of training.
+        """
+        return self._once(f"{kind}-{size}", lambda name: self._make_student(name, kind, size, shared))
+
+    def finish(self) -> None:
+        """Remove what no later step needs: the teacher's outputs, about a gigabyte."""
+        shutil.rmtree(self.folder / "teacher-outputs", ignore_errors=True)
+
+    def _once(self, name: str, make: Callable[[str], Result]) -> Result:
+        file = self.folder / "results" / f"{name}.json"
+        if not file.exists():
+            result = make(name)
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, json.dumps(result, indent=1))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def _make_teacher(self, name: str) -> Result:
+        torch.manual_seed(self.seed)
+        model = load_model(self.base_model, REVIEWS, new_head=True)
+        return self._trained(name, model, self._fit_config(self.recipe.finetune_epochs, self.recipe.learning_rate))
+
+    def _make_student(self, name: str, kind: Kind, size: int, shared: int) -> Result:
+        teacher = load_model(self.teacher()["path"], REVIEWS)
+        importance = self._importance(teacher)
+        if kind == "moe":
+            student = convert_to_moe(
+                teacher, importance, num_experts=self.recipe.num_experts, expert_size=size, shared=shared,
+                router="hash-random", seed=self.seed,
+            )  # fmt: skip
+        else:
+            student = dense_student(teacher, importance, size)
+        before = self._before(name, student)
+        # half precision halves the file; its rounding is far below what a student can match
+        cache = TeacherCache.build(teacher, self._batches, self.folder / "teacher-outputs", dtype="float16")
+        weight = self.recipe.distill_weight
+        config = self._fit_config(
+            self.recipe.distill_epochs, self.recipe.distill_learning_rate, hidden=weight, prediction=weight
+        )
+        result = self._trained(name, student, config, objective=LayerwiseObjective("classification"), teacher=cache)
+        return result | {"accuracy_before": before, "expert_size": size, "shared": shared}
+
+    def _before(self, name: str, student: Any) -> float:
+        return self._once(f"{name}-before", lambda _: self._test(student))["accuracy"]
+
+    def _trained(self, name: str, model: Any, config: FitConfig, **distillation: Any) -> Result:
+        start = time.monotonic()
+        fitted = fit(
+            model, self._batches, config=config, output_dir=self.folder / name, evaluate=self._validate,
+            also_save=self.tokenizer.save_pretrained, **distillation,
+        )  # fmt: skip
+        seconds = time.monotonic() - start
+        correct = [int(a == b) for a, b in zip(self._test.predict(model), self._test.references, strict=True)]
+        accuracy = sum(correct) / len(correct)
+        return {
+            "name": name,
+            "path": str(fitted.model_dir.resolve()),
+            "accuracy": accuracy,
+            "standard_error": standard_error(accuracy, len(correct)),
+            "validation_accuracy": fitted.best_metrics["accuracy"],
+            "best_step": fitted.best_step,
+            "correct": "".join(map(str, correct)),
+            "seconds": seconds,
+            **parameter_counts(model),
+        }
+
+    def _fit_config(self, epochs: int, learning_rate: float, **weights: float) -> FitConfig:
+        return FitConfig(
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+            weights=weights,
+        )
+
+    def _importance(self, teacher: Any) -> Tensor:
+        path = self.folder / "importance.safetensors"
+        if path.exists():
+            return load_importance(path, teacher).scores
+        return score_split(teacher, self._train_features, path, data="movie reviews", split="train", task=REVIEWS.name)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base_model)
+
+    @cached_property
+    def _splits(self) -> dict[str, Dataset]:
+        splits = load_task(REVIEWS, self._data).splits
+        for name, limit in (("train", self.recipe.train_examples), ("validation", self.recipe.validation_examples)):
+            if limit is not None:
+                splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
+        return splits
+
+    def _features(self, split: str) -> Features:
+        return tokenize(self._splits[split], REVIEWS, self.tokenizer, self.recipe.max_length)
+
+    @cached_property
+    def _train_features(self) -> Features:
+        return self._features("train")
+
+    @property
+    def _batches(self) -> Batches:
+        return Batches(self._train_features, self.recipe.batch_size, self.seed)
+
+    @cached_property
+    def _validate(self) -> Evaluator:
+        return Evaluator(REVIEWS, self._splits["validation"], self._features("validation"))
+
+    @cached_property
+    def _test(self) -> Evaluator:
+        return Evaluator(REVIEWS, self._splits["test"], self._features("test"))

@@ -1,0 +1,132 @@
+"""Models and tokenizers by name for a task, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import moebert_kernels.models  # noqa: F401 - makes the Auto classes know MoEBERT
+from moebert_kernels.distill.progress import quiet_transformers
+from moebert_kernels.distill.tasks import Task, label_order
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def resolve_model(name: str | Path) -> str:
+    """The folder of a model: of a training run's output, its best or else its final model."""
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or str(name).startswith((".", "~")) or len(path.parts) > 2):
+        raise UserError(f"model: expected a folder or a model's name on the Hub, got {name}, which does not exist")
+    if path.is_file():
+        raise UserError(f"model: expected a folder or a model's name on the Hub, got the file {name}")
+    if path.is_dir() and not (path / "config.json").exists():
+        inside = [path / folder for folder in ("best", "final") if (path / folder / "config.json").exists()]
+        if not inside:
+            raise UserError(f"model: expected a folder with a config.json, got {name}, which has none")
+        return str(inside[0])
+    return str(path) if path.is_dir() else str(name)
+
+
+@contextmanager
+def _one_line(what: str, name: str):
+    """Errors of loading as a UserError of one line, and none of transformers' own reports."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300] or repr(error)
+        raise UserError(f"{what}: expected a readable one, got {name} ({reason})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    name = resolve_model(name)
+    with _one_line("tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    # transformers makes an empty tokenizer of a folder that has a config but no tokenizer files
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"tokenizer: expected its files beside the model, got none in {name}")
+    return tokenizer
+
+
+def load_config(name: str | Path) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    name = resolve_model(name)
+    with _one_line("model", name):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> PreTrainedModel:
+    """A model with a head for the task.
+
+    Args:
+        new_head: for fine-tuning: make the head if the checkpoint has none, and name the classes as the task does.
+            False: the checkpoint must hold every weight.
+
+    Raises:
+        UserError: no such model, a damaged one, one without the task's head, or with other classes.
+    """
+    name = resolve_model(name)
+    config = load_config(name)
+    auto = AutoModelForQuestionAnswering if task.kind == "qa" else AutoModelForSequenceClassification
+    architectures = config.architectures or [""]
+    has_head = architectures[0].endswith(("ForQuestionAnswering", "ForSequenceClassification"))
+    if has_head and architectures[0].endswith("ForQuestionAnswering") != (task.kind == "qa"):
+        raise UserError(f"model: expected a head for {task.kind}, got {architectures[0]} in {name}")
+    options: dict[str, Any] = {}
+    if new_head and not has_head and task.kind != "qa":
+        options = {"num_labels": task.num_labels}
+    elif has_head:
+        check_labels(task, config)
+    with _one_line("model", name):
+        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key))]
+    if missing:
+        raise UserError(f"model: expected a checkpoint fine-tuned on {task.name}, got {name} (no {min(missing)})")
+    if new_head and task.kind == "classification" and _unnamed(label_names(model.config)):
+        model.config.id2label = dict(enumerate(task.label_names))
+        model.config.label2id = {label: number for number, label in enumerate(task.label_names)}
+    return model
+
+
+def _is_new_in_fine_tuning(key: str) -> bool:
+    return key.startswith(("classifier.", "qa_outputs.")) or ".pooler." in key
+
+
+def _unnamed(names: Sequence[str]) -> bool:
+    return all(name == f"LABEL_{number}" for number, name in enumerate(names))
+
+
+def check_labels(task: Task, config: Any) -> None:
+    """Raise UserError unless a model of this configuration has the task's classes."""
+    if task.kind == "classification":
+        label_order(task, label_names(config))
+    elif task.kind == "regression" and config.num_labels != 1:
+        raise UserError(f"labels: expected a model with 1 output for {task.name}, got {config.num_labels}")
+
+
+def label_names(config: Any) -> list[str]:
+    """A model's classes by number."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
