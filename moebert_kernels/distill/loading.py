@@ -7,11 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
-import moebert_kernels.models  # noqa: F401 - makes the Auto classes know MoEBERT
+import moebert_kernels.models  # makes the Auto classes know MoEBERT
 from moebert_kernels.distill.progress import quiet_transformers
 from moebert_kernels.distill.tasks import Task, label_order
 from moebert_kernels.errors import UserError
@@ -105,17 +112,49 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> PreTr
     missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key))]
     if missing:
         raise UserError(f"model: expected a checkpoint fine-tuned on {task.name}, got {name} (no {min(missing)})")
-    if new_head and task.kind == "classification" and _unnamed(label_names(model.config)):
+    if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
         model.config.id2label = dict(enumerate(task.label_names))
         model.config.label2id = {label: number for number, label in enumerate(task.label_names)}
     return model
+
+
+def load_as_saved(name: str | Path) -> PreTrainedModel:
+    """A model with the head that its checkpoint holds.
+
+    Raises:
+        UserError: no such model, a damaged one, or one of a class that transformers does not have.
+    """
+    name = resolve_model(name)
+    architecture = (load_config(name).architectures or ["none"])[0]
+    model_class = getattr(moebert_kernels.models, architecture, None) or getattr(transformers, architecture, None)
+    if model_class is None:
+        raise UserError(f"model: expected a class of transformers, got {architecture} in {name}")
+    with _one_line("model", name):
+        model, info = model_class.from_pretrained(name, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(
+            f"model: expected every weight of a {architecture} in {name}, got no {min(info['missing_keys'])}"
+        )
+    return model
+
+
+def load_encoder(name: str | Path) -> PreTrainedModel:
+    """A model without its head.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    name = resolve_model(name)
+    with _one_line("model", name):
+        return AutoModel.from_pretrained(name)
 
 
 def _is_new_in_fine_tuning(key: str) -> bool:
     return key.startswith(("classifier.", "qa_outputs.")) or ".pooler." in key
 
 
-def _unnamed(names: Sequence[str]) -> bool:
+def is_unnamed(names: Sequence[str]) -> bool:
+    """Whether these are the names that transformers gives where nobody else did."""
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 

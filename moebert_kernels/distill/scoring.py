@@ -72,7 +72,8 @@ def score_split(
         if latest["totals"] is not None:
             _save(unfinished, identity, latest)
         raise
-    save_importance(path, scores, model=model, data=data, split=split, task=task, samples=len(features))
+    facts = {"samples": len(features), "features": features.fingerprint}
+    save_importance(path, scores, model=model, data=data, split=split, task=task, **facts)
     unfinished.unlink(missing_ok=True)
     return scores
 

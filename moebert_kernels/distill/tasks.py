@@ -243,7 +243,7 @@ def _read(task: Task, file: Path) -> list[Row]:
     if not rows:
         return _no_rows(file, found)
     chosen = require_columns(found, wanted, str(file))
-    label = next((n for n in (task.file_columns.get("label"), task.label_column, "label") if n and n in found), None)
+    label = next((n for n in (task.file_columns.get("label"), task.label_column) if n and n in found), None)
     if label is not None:
         chosen[task.label_column] = label
     try:

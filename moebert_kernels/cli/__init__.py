@@ -1,0 +1,38 @@
+"""The console script `moebert`. Commands import what they need when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from moebert_kernels.cli.convert import convert, importance
+from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
+from moebert_kernels.cli.running import command
+from moebert_kernels.cli.train import distill, finetune
+
+app = typer.Typer(
+    help="Turn a BERT's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it stays"
+    " accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run again.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _function in (
+    ("doctor", doctor),
+    ("finetune", finetune),
+    ("importance", importance),
+    ("convert", convert),
+    ("distill", distill),
+    ("eval", evaluate),
+    ("bench", bench),
+    ("demo", demo),
+):
+    app.command(_name)(command(_function))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+__all__ = ["app", "main"]

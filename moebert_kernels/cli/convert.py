@@ -1,0 +1,247 @@
+"""`moebert importance` and `moebert convert`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.running import MARKER, already_written, check_writable
+from moebert_kernels.errors import UserError
+
+METHODS = ("moebert", "dense")
+
+
+def importance(
+    model: o.ModelName,
+    task: o.TaskName,
+    output: o.OutputFile,
+    data: o.Data = None,
+    seed: o.Seed = 0,
+    split: Annotated[
+        str, typer.Option("--split", help="The split to score on. validation is what the original code does.")
+    ] = "train",
+    max_examples: Annotated[
+        int | None, typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed.")
+    ] = None,
+    text_column: o.TextColumns = None,
+    label_column: o.LabelColumn = "label",
+    regression: o.Regression = False,
+    max_length: o.MaxLength = None,
+    doc_stride: o.DocStride = 128,
+    batch_size: o.BatchSize = 32,
+    force: o.Force = False,
+) -> None:
+    """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
+    from moebert_kernels.convert.encoders import dense_ffns
+    from moebert_kernels.distill.loading import load_model, load_tokenizer
+    from moebert_kernels.distill.scoring import score_split
+    from moebert_kernels.distill.tasks import TaskData
+
+    if output.is_dir():
+        raise UserError(f"output: expected a file, such as importance.safetensors, got the folder {output}")
+    check_writable(output.absolute().parent)
+    _check_dense(model)
+    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression, model), data, split)
+    teacher = load_model(model, loaded.task)
+    dense_ffns(teacher)
+    loaded = inputs.labels_as_in(loaded, teacher.config)
+    length = inputs.max_length_for(teacher.config, loaded.task, max_length)
+    rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
+    if max_examples is not None and max_examples < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(max_examples))
+    tokenizer = load_tokenizer(model)
+    features = inputs.tokenized(
+        TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
+    )
+    if output.exists() and not force:
+        _check_same_scores(output, teacher, split, features)
+        print(f"{output} is there already")
+        return
+    score_split(
+        teacher.to(inputs.device()), features, output, batch_size=batch_size or 32,
+        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name,
+    )  # fmt: skip
+    print(f"saved in {output}")
+
+
+def convert(
+    output: o.OutputFolder,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The fine-tuned dense model: a folder or a name on the Hub.")
+    ] = None,
+    importance: Annotated[
+        Path | None, typer.Option("--importance", help="What moebert importance wrote. Without it: a random ranking.")
+    ] = None,
+    task: o.OptionalTaskName = None,
+    data: o.Data = None,
+    seed: o.Seed = 0,
+    method: Annotated[
+        str,
+        typer.Option("--method", help="moebert: experts; dense: keep the top --expert-size neurons, for comparison."),
+    ] = "moebert",
+    num_experts: Annotated[int, typer.Option("--num-experts", min=1)] = 4,
+    expert_size: Annotated[int, typer.Option("--expert-size", min=1, help="Neurons of an expert.")] = 768,
+    shared: Annotated[int, typer.Option("--shared", min=0, help="Most important neurons, in every expert.")] = 512,
+    router: Annotated[
+        str, typer.Option("--router", help="hash-random, hash-balance (counts --data), gate-token or gate-sentence.")
+    ] = "hash-random",
+    load_balance: Annotated[float, typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss.")] = 0.0,
+    preset: Annotated[
+        str, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
+    ] = "default",
+    from_original: Annotated[
+        Path | None,
+        typer.Option("--from-original", help="A checkpoint of the original MoEBERT code, in place of --model."),
+    ] = None,
+    hash_tables: Annotated[
+        Path | None, typer.Option("--hash-tables", help="Tables to use: the original's .pkl, or JSON, (V) or (L, V).")
+    ] = None,
+    text_column: o.TextColumns = None,
+    label_column: o.LabelColumn = "label",
+    max_length: o.MaxLength = None,
+    force: o.Force = False,
+) -> None:
+    """Split a dense model's feed-forward layers into experts, or import a checkpoint of the original code."""
+    from moebert_kernels.distill.checkpoint import write_folder
+    from moebert_kernels.distill.progress import quiet_transformers
+
+    if (model is None) == (from_original is None):
+        raise UserError(
+            f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
+        )
+    if method not in METHODS:
+        raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    identity = {
+        "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
+        "task": task, "data": data, "seed": seed, "method": method, "num_experts": num_experts,
+        "expert_size": expert_size, "shared": shared, "router": router, "load_balance": load_balance, "preset": preset,
+        "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
+    }  # fmt: skip
+    if already_written(output, identity, force):
+        print(f"{output} is there already")
+        return
+    if from_original is not None:
+        tables = None if hash_tables is None else _read_tables(hash_tables)
+        converted, tokenizer = _import_original(from_original, tables, seed)
+    else:
+        assert model is not None
+        options: dict[str, Any] = {"load_balance": load_balance, "preset": preset}
+        if hash_tables is not None:
+            options["tables"] = _read_tables(hash_tables)
+        elif router == "hash-balance":
+            options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
+        converted, tokenizer = _convert(
+            model, importance, method, num_experts, expert_size, shared, router, seed, options
+        )
+
+    def write(folder: Path) -> None:
+        with quiet_transformers():
+            converted.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / MARKER).write_text(json.dumps(identity), encoding="utf-8")
+
+    write_folder(output, write)
+    print(f"saved in {output}")
+
+
+def _convert(
+    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int, shared: int, router: str,
+    seed: int, options: dict[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    _check_dense(name)
+    dense, tokenizer = load_as_saved(name), load_tokenizer(name)
+    scores = None if importance is None else load_importance(importance, dense).scores
+    if method == "dense":
+        return dense_student(dense, scores, expert_size, seed), tokenizer
+    moe = convert_to_moe(
+        dense,
+        scores,
+        num_experts=num_experts,
+        expert_size=expert_size,
+        shared=shared,
+        router=router,
+        seed=seed,
+        **options,
+    )
+    return moe, tokenizer
+
+
+def _check_dense(name: str) -> None:
+    from moebert_kernels.distill.loading import load_config
+
+    if load_config(name).model_type == "moebert":
+        raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
+
+
+def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any]:
+    import warnings
+
+    from moebert_kernels.convert import from_original
+    from moebert_kernels.distill.loading import load_tokenizer
+
+    converted = from_original(checkpoint, hash_tables=tables, seed=seed)
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    try:
+        return converted, load_tokenizer(folder)
+    except UserError:
+        warnings.warn(f"no tokenizer in {folder}: the model is saved without one", stacklevel=2)
+        return converted, None
+
+
+def _read_tables(path: Path) -> Any:
+    from moebert_kernels.convert.plain_pickle import read_plain_pickle
+
+    if not path.is_file():
+        raise UserError(f"hash-tables: expected a file, got {path}, which does not exist")
+    if path.suffix == ".pkl":
+        return read_plain_pickle(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"hash-tables: expected a .pkl or JSON file, got {path} ({error})") from None
+
+
+def _count(
+    model: str, task: str | None, data: list[str] | None, text_column: list[str] | None, label_column: str,
+    max_length: int | None,
+) -> Any:  # fmt: skip
+    """How often each token occurs in the training split."""
+    from moebert_kernels.convert import count_tokens
+    from moebert_kernels.distill.loading import load_config, load_tokenizer
+
+    if task is None:
+        raise UserError("task: expected one, whose training data hash-balance counts, got none")
+    config = load_config(model)
+    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
+    length = inputs.max_length_for(config, loaded.task, max_length)
+    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, 128, config)
+    return count_tokens(features.input_ids, config.vocab_size)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Splits one after another, with rows numbered anew."""
+    from datasets import concatenate_datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    rows = concatenate_datasets(parts).remove_columns("example_id")
+    return rows.add_column("example_id", list(range(len(rows))))
+
+
+def _check_same_scores(path: Path, model: Any, split: str, features: Any) -> None:
+    """Raise UserError unless the file holds the scores that were asked for."""
+    from moebert_kernels.convert import load_importance, model_fingerprint
+
+    found = load_importance(path).metadata
+    wanted = {"fingerprint": model_fingerprint(model), "split": split, "features": features.fingerprint}
+    if any(found.get(name) != value for name, value in wanted.items()):
+        raise UserError(f"output: expected a new file, got {path} with other scores (--force replaces it)")

@@ -1,0 +1,121 @@
+"""From a command's options to a task, its data, a model and features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.features import Features
+    from moebert_kernels.distill.tasks import Task, TaskData
+
+SPLITS = ("train", "validation", "validation_mismatched", "test")
+
+
+def make_task(
+    name: str, text_columns: list[str] | None, label_column: str, regression: bool, model: str | None = None
+) -> Task:
+    """The task that the options describe; classes of a custom one are those of `model`, if it names them."""
+    from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
+    from moebert_kernels.distill.tasks import custom_task, get_task
+
+    if name != "custom":
+        if text_columns:
+            raise UserError(f"text-column: expected it with --task custom alone, got it with --task {name}")
+        return get_task(name)
+    names: list[str] = []
+    if model is not None and not regression:
+        names = label_names(load_config(model))
+        if is_unnamed(names):
+            names = []
+    return custom_task(text_columns or ["text"], label_column, regression=regression, label_names=names)
+
+
+def load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
+    """The data that --data names; a single file is `file_split`."""
+    from moebert_kernels.distill.tasks import load_task
+
+    if not data:
+        return load_task(task)
+    parts = [entry.partition("=") for entry in data]
+    if all(equals and split in SPLITS for split, equals, _ in parts):
+        return load_task(task, {split: file for split, _, file in parts})
+    if len(data) > 1:
+        raise UserError(f"data: expected SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}, got {data[0]}")
+    return load_task(task, data[0], file_split=file_split)
+
+
+def labels_as_in(data: TaskData, config: Any) -> TaskData:
+    """The data with classes numbered as the model numbers them."""
+    from moebert_kernels.distill.loading import check_labels, label_names
+
+    check_labels(data.task, config)
+    return data.with_label_order(label_names(config)) if data.task.kind == "classification" else data
+
+
+def max_length_for(config: Any, task: Task, wanted: int | None) -> int:
+    """The length to cut texts at: the one asked for, or the preset's as far as the model reaches.
+
+    Raises:
+        UserError: longer than the model has positions for.
+    """
+    from moebert_kernels.distill.presets import preset_for
+
+    positions = config.max_position_embeddings
+    if config.model_type in ("roberta", "xlm-roberta", "camembert") or getattr(config, "style", "") == "roberta":
+        positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
+    if wanted is not None and wanted > positions:
+        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {wanted}")
+    return wanted or min(preset_for(task.name).max_length, positions)
+
+
+def padding_for(config: Any, max_length: int) -> int | None:
+    """The published recipe pads everything to the full length, and routes the padding."""
+    return max_length if getattr(config, "preset", "default") == "paper" else None
+
+
+def device() -> torch.device:
+    """Where models run: the GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tokenized(
+    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int, model_config: Any
+) -> Features:
+    """Features of a split.
+
+    Raises:
+        UserError: the tokenizer has ids that the model has no embedding for.
+    """
+    from moebert_kernels.distill.features import tokenize
+
+    if len(tokenizer) > model_config.vocab_size:
+        raise UserError(
+            f"tokenizer: expected at most {model_config.vocab_size} tokens, as the model has, got {len(tokenizer)}"
+        )
+    return tokenize(data.split(split), data.task, tokenizer, max_length, doc_stride, progress=True)
+
+
+def evaluator(data: TaskData, split: str, features: Features, batch_size: int, pad_to: int | None) -> Evaluator:
+    """An evaluator of a split, with a bar."""
+    from moebert_kernels.distill.evaluation import Evaluator
+
+    return Evaluator(data.task, data.split(split), features, batch_size, pad_to, progress=True)
+
+
+def splits_named(data: TaskData, split: str) -> list[str]:
+    """The splits that an option names: MNLI has two validation splits."""
+    data.split(split)
+    return [split, *(name for name in data.splits if split == "validation" and name == "validation_mismatched")]
+
+
+def described(data: list[str] | None, task: Task) -> str:
+    """Where data came from, for people."""
+    return ", ".join(str(Path(entry)) for entry in data) if data else f"the Hub's {task.name}"

@@ -1,0 +1,212 @@
+"""`moebert finetune` and `moebert distill`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.running import check_writable, print_metrics
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from moebert_kernels.distill.config import FitConfig, FitResult
+
+
+def finetune(
+    model: o.ModelName,
+    task: o.TaskName,
+    output: o.OutputFolder,
+    data: o.Data = None,
+    seed: o.Seed = 0,
+    text_column: o.TextColumns = None,
+    label_column: o.LabelColumn = "label",
+    regression: o.Regression = False,
+    max_length: o.MaxLength = None,
+    doc_stride: o.DocStride = 128,
+    batch_size: o.BatchSize = None,
+    epochs: o.Epochs = None,
+    max_steps: o.MaxSteps = None,
+    learning_rate: o.LearningRate = None,
+    accumulation: o.Accumulation = 1,
+    weight_decay: o.WeightDecay = None,
+    warmup_ratio: o.WarmupRatio = 0.0,
+    mixed_precision: o.MixedPrecision = "no",
+    eval_steps: o.EvalSteps = None,
+    save_steps: o.SaveSteps = 500,
+    patience: o.Patience = None,
+    restart: o.Restart = False,
+) -> None:
+    """Fine-tune a pretrained model on a task: the teacher. Writes OUTPUT/best, by the task's metric on validation."""
+    from moebert_kernels.distill.loading import load_model, load_tokenizer
+    from moebert_kernels.distill.presets import preset_for
+
+    check_writable(output)
+    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression), data, "train")
+    loaded.split("train"), loaded.split("validation")
+    tokenizer = load_tokenizer(model)
+    _seed_new_weights(seed)
+    student = load_model(model, loaded.task, new_head=True)
+    preset = preset_for(task)
+    config = _fit_config(
+        preset, loaded.task.main_metric, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
+        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience,
+    )  # fmt: skip
+    result = _train(student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model)
+    _say(result, loaded.task.main_metric)
+
+
+def distill(
+    model: o.ModelName,
+    teacher: Annotated[str, typer.Option("--teacher", help="The fine-tuned dense model.")],
+    task: o.TaskName,
+    output: o.OutputFolder,
+    data: o.Data = None,
+    seed: o.Seed = 0,
+    distill_weight: Annotated[
+        float | None,
+        typer.Option("--distill-weight", min=0.0, help="Of the distillation terms; the task's loss has 1."),
+    ] = None,
+    preset: Annotated[
+        str,
+        typer.Option("--preset", help="default masks padding; paper is the published loss, for a model converted so."),
+    ] = "default",
+    cache: Annotated[
+        Path | None,
+        typer.Option("--cache", help="Keep the teacher's outputs in this folder: computed once for several students."),
+    ] = None,
+    cache_dtype: Annotated[str, typer.Option("--cache-dtype", help="float32, float16 or bfloat16.")] = "float16",
+    teacher_dropout: Annotated[
+        bool, typer.Option("--teacher-dropout", help="Leave the teacher's dropout on, as the original code did.")
+    ] = False,
+    text_column: o.TextColumns = None,
+    label_column: o.LabelColumn = "label",
+    regression: o.Regression = False,
+    max_length: o.MaxLength = None,
+    doc_stride: o.DocStride = 128,
+    batch_size: o.BatchSize = None,
+    epochs: o.Epochs = None,
+    max_steps: o.MaxSteps = None,
+    learning_rate: o.LearningRate = None,
+    accumulation: o.Accumulation = 1,
+    weight_decay: o.WeightDecay = None,
+    warmup_ratio: o.WarmupRatio = 0.0,
+    mixed_precision: o.MixedPrecision = "no",
+    eval_steps: o.EvalSteps = None,
+    save_steps: o.SaveSteps = 500,
+    patience: o.Patience = None,
+    restart: o.Restart = False,
+) -> None:
+    """Train a converted MoE model to follow its teacher layer by layer. Writes OUTPUT/best."""
+    from moebert_kernels.distill.loading import load_config, load_model, load_tokenizer
+    from moebert_kernels.distill.objectives import LayerwiseObjective
+    from moebert_kernels.distill.presets import preset_for
+    from moebert_kernels.distill.teacher_cache import TeacherCache
+
+    check_writable(output)
+    _check_student(load_config(model), load_config(teacher), model)
+    wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
+    loaded = inputs.load_data(wanted, data, "train")
+    loaded.split("train"), loaded.split("validation")
+    tokenizer = load_tokenizer(model)
+    student, guide = load_model(model, loaded.task), load_model(teacher, loaded.task)
+    values = preset_for(task)
+    weight = values.distill_weight if distill_weight is None else distill_weight
+    config = _fit_config(
+        values, loaded.task.main_metric, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
+        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience,
+        weights={"hidden": weight, "prediction": weight}, teacher_dropout=teacher_dropout,
+    )  # fmt: skip
+    objective = LayerwiseObjective(loaded.task.kind, preset=preset)
+
+    def teacher_for(batches: Any) -> Any:
+        return guide if cache is None else TeacherCache.build(
+            guide, batches, cache, dtype=cache_dtype, device=inputs.device()
+        )  # fmt: skip
+
+    result = _train(
+        student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model,
+        objective=objective, teacher_for=teacher_for,
+    )  # fmt: skip
+    _say(result, loaded.task.main_metric)
+
+
+def _check_student(student: Any, teacher: Any, name: str) -> None:
+    if teacher.model_type == "moebert":
+        raise UserError(f"teacher: expected a dense model, got a MoE (model_type {teacher.model_type!r})")
+    narrower = student.model_type == teacher.model_type and student.intermediate_size < teacher.intermediate_size
+    if student.model_type != "moebert" and not narrower:
+        raise UserError(
+            f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
+            f" {student.model_type}; moebert convert makes a MoE"
+        )
+
+
+def _fit_config(
+    preset: Any, metric: str, seed: int, epochs: int | None, max_steps: int | None, learning_rate: float | None,
+    batch_size: int | None, accumulation: int, weight_decay: float | None, warmup_ratio: float, mixed_precision: str,
+    eval_steps: int | None, save_steps: int, patience: int | None, **more: Any,
+) -> FitConfig:  # fmt: skip
+    from moebert_kernels.distill.config import FitConfig
+
+    return FitConfig(
+        epochs=epochs or preset.epochs,
+        max_steps=max_steps,
+        learning_rate=preset.learning_rate if learning_rate is None else learning_rate,
+        batch_size=batch_size or max(1, preset.batch_size // accumulation),
+        accumulation=accumulation,
+        weight_decay=preset.weight_decay if weight_decay is None else weight_decay,
+        warmup_ratio=warmup_ratio,
+        mixed_precision=mixed_precision,  # type: ignore[arg-type]  # FitConfig checks it
+        seed=seed,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        patience=patience,
+        best_metric=metric,
+        **more,
+    )
+
+
+def _train(
+    student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
+    doc_stride: int, resume: bool, source: str, objective: Any = None, teacher_for: Any = None,
+) -> FitResult:  # fmt: skip
+    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.features import Batches
+    from moebert_kernels.distill.loop import fit
+
+    loaded = inputs.labels_as_in(loaded, student.config)
+    length = inputs.max_length_for(student.config, loaded.task, max_length)
+    pad_to = inputs.padding_for(student.config, length)
+    features = {
+        split: inputs.tokenized(loaded, split, tokenizer, length, doc_stride, student.config)
+        for split in ("train", "validation")
+    }
+    batches = Batches(features["train"], config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
+    return fit(
+        student,
+        batches,
+        config=config,
+        output_dir=output,
+        objective=objective,
+        teacher=teacher_for(batches) if teacher_for is not None else None,
+        evaluate=inputs.evaluator(loaded, "validation", features["validation"], 64, pad_to),
+        identity={"task": loaded.task.name, "started from": f"{source} {model_fingerprint(student)}"},
+        also_save=tokenizer.save_pretrained,
+        resume=resume,
+    )
+
+
+def _seed_new_weights(seed: int) -> None:
+    """A new head's weights come from torch's own generator."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def _say(result: FitResult, metric: str) -> None:
+    print_metrics(result.best_metrics, f"best on validation by {metric}, step {result.best_step}")
+    print(f"saved in {result.model_dir}")

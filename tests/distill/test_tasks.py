@@ -1,0 +1,230 @@
+"""Tasks from files: the formats that GLUE and SQuAD come in, tables of one's own, and what is wrong with a file."""
+
+import gzip
+import json
+import warnings
+
+import pytest
+
+from moebert_kernels.distill.tasks import TASKS, custom_task, get_task, label_order, load_task
+from moebert_kernels.errors import UserError
+from tests.helpers import shared_path
+
+# task -> the text of its own file, with the classes or scores of its rows
+FILES = {
+    "cola": ("gj04\t1\t\tThey drank.\ngj04\t0\t*\tThey drank the.\n", [1, 0]),
+    "sst2": ('sentence\tlabel\nhide new secretions \t0\na "fine film \t1\n', [0, 1]),
+    "mrpc": ('\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t1\t2\tHe said .\tHe " said .\r\n', [1]),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow?\t0\n", [0]),
+    "stsb": ("index\tsentence1\tsentence2\tscore\n0\tA man.\tA boy.\t3.800\n", [3.8]),
+    "mnli": ("index\tsentence1\tsentence2\tlabel1\tgold_label\n0\tA.\tB.\tneutral\tcontradiction\n", [2]),
+    "qnli": ("index\tquestion\tsentence\tlabel\n0\tWho?\tHe.\tnot_entailment\n", [1]),
+    "rte": ("index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n", [0]),
+    "wnli": ("index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\t1\n", [1]),
+}
+
+
+@pytest.mark.parametrize("task", FILES)
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_reads_the_files_of_glue(task, compressed, tmp_path):
+    text, labels = FILES[task]
+    if compressed:
+        (tmp_path / "train.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        (tmp_path / "train.tsv").write_bytes(text.encode())
+
+    data = load_task(task, tmp_path).train
+
+    assert set(data.column_names) == {*TASKS[task].text_columns, "label", "example_id"}
+    assert data["label"] == pytest.approx(labels)
+    assert list(data["example_id"]) == list(range(len(labels)))
+    assert all(text and "\t" not in text for column in TASKS[task].text_columns for text in data[column])
+
+
+def test_quotes_are_text(tmp_path):
+    (tmp_path / "dev.tsv").write_text(FILES["sst2"][0])
+    assert load_task("sst2", tmp_path).validation[1]["sentence"] == 'a "fine film '
+
+
+@pytest.mark.parametrize(
+    ("task", "folder", "rows"),
+    [
+        ("sst2", "SST-2", {"train": 67349, "validation": 872, "test": 1821}),
+        ("cola", "CoLA", {"train": 8551, "validation": 1043}),
+        ("mrpc", "MRPC", {"train": 3668, "validation": 408, "test": 1725}),
+        ("rte", "RTE", {"train": 2490, "validation": 277}),
+        ("stsb", "STS-B", {"train": 5749, "validation": 1500}),
+        ("wnli", "WNLI", {"train": 635, "validation": 71}),
+        ("qnli", "QNLI", {"validation": 5463}),
+        ("qqp", "QQP", {"validation": 23496}),
+        ("mnli", "MNLI", {"validation": 1000, "validation_mismatched": 1000}),
+    ],
+)
+def test_reads_the_real_files(task, folder, rows):
+    folder = shared_path(f"data/{folder}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the part of QQP at hand has one damaged line
+        data = load_task(task, folder)
+    assert {split: len(part) for split, part in data.splits.items()} == rows
+
+
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path):
+    good = "1\t2\t3\tWhy?\tHow?\t0\n"
+    (tmp_path / "dev.tsv").write_text("1\t2\t3\tWhy? How?\t0\n" + good * 3)
+    with pytest.warns(UserWarning, match="left out 1 lines"):
+        assert len(load_task("qqp", tmp_path).validation) == 3
+
+
+def test_test_files_without_labels_are_no_split(tmp_path):
+    (tmp_path / "dev.tsv").write_text(FILES["sst2"][0])
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfine\n")
+    assert list(load_task("sst2", tmp_path).splits) == ["validation"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_reads_tables_of_ones_own(suffix, tmp_path):
+    rows = [{"a": "one, two", "b": "x", "kind": "yes"}, {"a": "three", "b": "y", "kind": "no"}]
+    separator = {"csv": ",", "tsv": "\t"}.get(suffix)
+    quoted = [[f'"{v}"' if suffix == "csv" else v for v in row.values()] for row in rows]
+    lines = [separator.join(line) for line in [["a", "b", "kind"], *quoted]] if separator else map(json.dumps, rows)
+    (tmp_path / f"mine.{suffix}").write_text("\n".join(lines) + "\n")
+
+    data = load_task(custom_task(["a", "b"], "kind"), {"train": tmp_path / f"mine.{suffix}"})
+
+    assert data.task.label_names == ("no", "yes")
+    assert data.train[0] == {"a": "one, two", "b": "x", "label": 1, "example_id": 0}
+
+
+def test_classes_named_by_numbers_are_in_their_order(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,10\nb,2\nc,1\n")
+    data = load_task(custom_task(["text"]), tmp_path)
+    assert data.task.label_names == ("1", "2", "10")
+    assert list(data.train["label"]) == [2, 1, 0]
+
+
+def test_scores_of_ones_own(tmp_path):
+    (tmp_path / "train.csv").write_text("text,score\na,0.5\n")
+    data = load_task(custom_task(["text"], "score", regression=True), tmp_path)
+    assert data.task.num_labels == 1
+    assert list(data.train["label"]) == [0.5]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_reads_squad(suffix, tmp_path):
+    question = {"id": "q", "question": "Who?", "answers": [{"text": "Ann", "answer_start": 0}]}
+    nothing = {"id": "r", "question": "When?", "answers": [], "is_impossible": True}
+    if suffix == "json":
+        paragraph = {"context": "Ann came.", "qas": [question, nothing]}
+        text = json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]})
+    else:
+        flat = [question | {"answers": {"text": ["Ann"], "answer_start": [0]}}]
+        flat += [nothing | {"answers": {"text": [], "answer_start": []}}]
+        text = "\n".join(json.dumps(row | {"context": "Ann came."}) for row in flat)
+    (tmp_path / f"dev-v2.0.{suffix}").write_text(text)
+
+    data = load_task("squad_v2", tmp_path).validation
+
+    assert [row["answers"]["text"] for row in data] == [["Ann"], []]
+    assert data[0]["answers"]["answer_start"] == [0]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+# what is wrong -> (what to load from a folder, what the message says)
+REJECTED = {
+    "unknown task": (lambda at: get_task("sst-2"), "task: expected one of cola, sst2, .* or custom, got 'sst-2'"),
+    "missing path": (
+        lambda at: load_task("sst2", at / "no"),
+        r"data: expected a file or a folder, got .*no, which does",
+    ),
+    "missing file": (
+        lambda at: load_task("sst2", {"train": at / "x.tsv"}),
+        "data: expected a file, got .*x.tsv, which",
+    ),
+    "empty folder": (
+        lambda at: load_task("sst2", at),
+        "data: expected train.tsv, dev.tsv or the like in .*, got no such",
+    ),
+    "unknown format": (lambda at: load_task("sst2", write(at / "x.parquet", "")), "data: expected one of .tsv, .csv"),
+    "missing column": (
+        lambda at: load_task("sst2", write(at / "x.tsv", "text\tlabel\na\t1\n")),
+        "data: expected a column sentence in .*x.tsv, got text, label",
+    ),
+    "missing label column": (
+        lambda at: load_task(custom_task(["text"], "kind"), write(at / "x.csv", "text,label\na,1\n")),
+        "data: expected a column kind in .*x.csv, got text",
+    ),
+    "wrong label": (
+        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\na\t1\nb\t2\n")),
+        "label: expected one of negative, positive in .*x.tsv, row 2, got '2'",
+    ),
+    "label of another table": (
+        lambda at: load_task(
+            custom_task(["t"]),
+            {"train": write(at / "a.csv", "t,label\na,1\nb,2\n"), "validation": write(at / "b.csv", "t,label\na,3\n")},
+        ),
+        "label: expected one of 1, 2 in .*b.csv, row 1, got '3'",
+    ),
+    "one class": (
+        lambda at: load_task(custom_task(["t"]), write(at / "a.csv", "t,label\na,1\n")),
+        "labels: expected between 2 and 1000 classes in .*a.csv, got 1",
+    ),
+    "no score": (
+        lambda at: load_task("stsb", write(at / "x.tsv", "sentence1\tsentence2\tscore\na\tb\tgood\n")),
+        "label: expected a number in .*x.tsv, row 1, got 'good'",
+    ),
+    "no rows": (
+        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\n")),
+        "data: expected rows in .*x.tsv",
+    ),
+    "broken json": (lambda at: load_task("squad", write(at / "x.json", "{")), "data: expected JSON in .*x.json"),
+    "no squad": (lambda at: load_task("squad", write(at / "x.json", "{}")), "data: expected a list of rows or SQuAD's"),
+    "no answers": (
+        lambda at: load_task("squad", write(at / "x.jsonl", '{"question": "q", "context": "c"}')),
+        "data: expected a column answers in .*x.jsonl, got context, question",
+    ),
+    "not gzip": (lambda at: load_task("sst2", write(at / "x.tsv.gz", "no")), "data: expected a whole gzip file, got"),
+    "not a table": (
+        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\n" + "a\n" * 9)),
+        "data: expected 2 columns in each line of .*x.tsv, got fewer in 9, the first of them line 2",
+    ),
+    "no split": (
+        lambda at: load_task("sst2", write(at / "x.tsv", FILES["sst2"][0])).validation,
+        "data: expected a validation split, got train; name a file with validation=FILE",
+    ),
+    "two files": (
+        lambda at: (write(at / "dev_a.tsv", ""), write(at / "dev_b.tsv", ""), load_task("sst2", at)),
+        "data: expected one validation file in .*, got dev_a.tsv, dev_b.tsv; name one with validation=FILE",
+    ),
+    "three columns of text": (
+        lambda at: custom_task(["a", "b", "c"]),
+        "text_columns: expected one or two names, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejects(name, tmp_path):
+    load, message = REJECTED[name]
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_are_numbered_as_the_model_does(tmp_path):
+    (tmp_path / "dev.tsv").write_text("label\tpremise\thypothesis\nentailment\ta\tb\nneutral\ta\tb\n")
+    data = load_task("mnli", tmp_path)
+    assert list(data.validation["label"]) == [0, 1]
+    reordered = data.with_label_order(["CONTRADICTION", "NEUTRAL", "ENTAILMENT"])
+    assert list(reordered.validation["label"]) == [2, 1]
+    assert list(data.with_label_order(["LABEL_0", "LABEL_1", "LABEL_2"]).validation["label"]) == [0, 1]
+
+
+def test_a_model_of_other_classes_is_rejected():
+    with pytest.raises(UserError, match=r"labels: expected the model's 2 \(no, yes\), got 3 in task mnli \(entailment"):
+        label_order(TASKS["mnli"], ["no", "yes"])
+    with pytest.raises(UserError, match="labels: expected the model's 2"):
+        label_order(TASKS["sst2"], ["cat", "dog"])
