@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -187,6 +188,8 @@ def test_commands_in_documents_exist(path):
     for span in spans:
         if match := re.match(r"make ([a-z-]+)", span):
             assert match[1] in targets, f"{name_of(path)}: `{span}`: no such target"
+        for module in re.findall(r"python -m ([\w.]+)", span):
+            assert importlib.util.find_spec(module), f"{name_of(path)}: `{span}`: no such module"
     commands = [shlex.split(span, comments=True) for span in spans if re.match(r"moebert [a-z-]", span)]
     options = cli_options() if commands else {}
     for words in commands:
