@@ -196,8 +196,8 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove all checkpoints."""
         if self._rank == 0:
-            for path in self._all():
-                shutil.rmtree(path)
+            for path in (*self._all(), self.folder / ".partial"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         """Newest first."""

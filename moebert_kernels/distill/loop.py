@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from transformers import get_scheduler
 
 from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity, write_folder, write_text
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
-from moebert_kernels.distill.objectives import LayerwiseObjective, task_loss
+from moebert_kernels.distill.objectives import LayerwiseObjective, Preset, task_loss
 from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
 from moebert_kernels.distill.setup import check_teacher, parameter_groups, prepare_folder, run_identity
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
@@ -113,6 +114,7 @@ class _Run:
             )
         if objective is not None:
             objective.check(model, self.teacher.info)
+        self.preset: Preset = "default" if objective is None else objective.preset
         self.forward_keys = forward_keys(model)
         self.load_balance = getattr(model.config, "load_balance", 0.0)
         self.weights = {"balance": self.load_balance, **config.weights}
@@ -151,6 +153,7 @@ class _Run:
             saved = json.loads(self.finished.read_text(encoding="utf-8"))
             check_identity(self.output_dir, saved["identity"], self.identity)
             self.at = _Progress(**saved["progress"])
+            self.checkpoints.clear()
             return self._result(reload=True)
         progress = self.checkpoints.load(self.parts)
         if progress is None:
@@ -188,7 +191,7 @@ class _Run:
                     self._save()
                 if stopping:
                     where = f"step {at.step} of {self.total_steps}"
-                    bar.write(f"stopped at {where}; the same call goes on from there")
+                    bar.write(f"stopped at {where}; the same call goes on from there", file=sys.stderr)
                     raise KeyboardInterrupt(where)
 
     def _done(self) -> bool:
@@ -245,7 +248,7 @@ class _Run:
         outputs = self.model(**inputs, output_hidden_states=self.objective is not None)
         terms = {}
         if self.weights.get("task", 1.0):
-            terms["task"] = task_loss(outputs, batch, self.load_balance)
+            terms["task"] = task_loss(outputs, batch, self.load_balance, self.preset)
         if self.weights["balance"]:
             terms["balance"] = outputs.balance_loss
         if self.objective is not None:

@@ -109,7 +109,7 @@ class LayerwiseObjective:
     def identity(self) -> dict[str, object]:
         """What decides where a run ends, for comparison with a checkpoint's."""
         pairs = None if self.layer_map is None else sorted(self.layer_map.items())
-        return {"objective": "layerwise", "kind": self.kind, "preset": self.preset, "layer_map": pairs}
+        return {"kind": self.kind, "preset": self.preset, "layer_map": pairs}
 
     def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
         """The layer map for a student and a teacher of so many layers.
@@ -198,11 +198,12 @@ def _output(outputs: Any, name: str) -> Any:
     return value
 
 
-def task_loss(outputs: Any, batch: Batch, load_balance: float) -> Tensor:
+def task_loss(outputs: Any, batch: Batch, load_balance: float, preset: Preset = "default") -> Tensor:
     """The loss against the labels, without a balance term; a mean over sequences.
 
-    Token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences, unlike
-    transformers' mean over all labelled tokens of the batch, which accumulation cannot equal.
+    It is the model's own loss but for two cases that accumulation could not equal, or that padding would enter:
+    token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences, and answers'
+    positions a cross-entropy over the valid tokens (with the preset "paper" as published, over all positions).
 
     Raises:
         UserError: the batch has no labels.
@@ -213,5 +214,18 @@ def task_loss(outputs: Any, batch: Batch, load_balance: float) -> Tensor:
         return (losses * sequence_weights(labels != -100)).sum()
     if outputs.loss is None:
         raise UserError("labels: expected in each batch for the task's loss, got none")
+    if "start_positions" in batch and "attention_mask" in batch and preset == "default":
+        start, end = (
+            _position_loss(getattr(outputs, f"{name}_logits"), batch[f"{name}_positions"], batch["attention_mask"])
+            for name in ("start", "end")
+        )
+        return (start + end) / 2
     balance = getattr(outputs, "balance_loss", None)
     return outputs.loss if balance is None or not load_balance else outputs.loss - load_balance * balance
+
+
+def _position_loss(logits: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Mean over B of the cross-entropy over the valid tokens (B, T); 0 where the position is not one of them."""
+    inside = F.pad(mask != 0, (0, 1)).gather(1, positions.clamp(0, mask.shape[1])[:, None]).squeeze(1)
+    logits = _at_least_float32(logits).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+    return F.cross_entropy(logits, positions.where(inside, -100), ignore_index=-100, reduction="none").mean()

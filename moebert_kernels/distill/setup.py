@@ -21,6 +21,8 @@ from moebert_kernels.errors import UserError
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
 _UNDECAYED_NAMES = ("bias", "b1", "b2", "norm_weight", "norm_bias")
+# transformers sets these in the model's own config when it is used or saved
+_SET_IN_USE = ("architectures", "dtype", "problem_type", "transformers_version")
 
 
 def check_teacher(
@@ -93,17 +95,18 @@ def run_identity(
     settings = {
         f"model.{name}": value
         for name, value in model_config.to_dict().items()
-        if not name.startswith("_") and name not in ("transformers_version", "dtype")
+        if not name.startswith("_") and name not in _SET_IN_USE
     }
     identity = {
         **settings,
         **config.identity(),
         "model": type(model).__name__,
-        "model shapes": sha256(json.dumps(shapes).encode()).hexdigest()[:16],
+        "weight shapes": sha256(json.dumps(shapes).encode()).hexdigest()[:16],
         "training data": train.fingerprint,
         "batches per epoch": len(train),
         "processes": processes,
-        **(objective.identity() if objective is not None else {"objective": None}),
+        "objective": None if objective is None else type(objective).__name__,
+        **({} if objective is None else {f"objective.{name}": value for name, value in objective.identity().items()}),
         "teacher": teacher.info.fingerprint if teacher is not None else None,
         "teacher outputs stored as": teacher.info.stored_as if teacher is not None else None,
         **further,

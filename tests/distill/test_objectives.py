@@ -184,3 +184,18 @@ def test_task_loss_of_tokens_is_a_mean_over_sequences():
     got = task_loss(SimpleNamespace(logits=logits), {"labels": labels}, 0.0)
     alone = [torch.nn.functional.cross_entropy(logits[i], labels[i]) for i in range(2)]
     torch.testing.assert_close(got, torch.stack(alone).mean())
+
+
+def test_task_loss_of_answers_ignores_padding():
+    logits = {"start_logits": torch.randn(2, 4), "end_logits": torch.randn(2, 4)}
+    batch = {
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "start_positions": torch.tensor([2, 0]),
+        "end_positions": torch.tensor([3, 9]),  # 9 is cut off: nothing to learn from
+    }
+    outputs = SimpleNamespace(loss=torch.tensor(7.0), **logits)
+    ce = torch.nn.functional.cross_entropy
+    start = (ce(logits["start_logits"][0], torch.tensor(2)) + ce(logits["start_logits"][1, :2], torch.tensor(0))) / 2
+    end = ce(logits["end_logits"][0], torch.tensor(3)) / 2
+    torch.testing.assert_close(task_loss(outputs, batch, 0.0), (start + end) / 2)
+    assert task_loss(outputs, batch, 0.0, preset="paper").item() == 7.0
