@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -120,7 +120,7 @@ def distill(
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience,
         weights={"hidden": weight, "prediction": weight}, teacher_dropout=teacher_dropout,
     )  # fmt: skip
-    objective = LayerwiseObjective(loaded.task.kind, preset=preset)
+    objective = LayerwiseObjective(loaded.task.kind, preset=cast(Any, preset))  # which refuses unknown names
 
     def teacher_for(batches: Any) -> Any:
         return guide if cache is None else TeacherCache.build(

@@ -1,11 +1,12 @@
 """Hash tables, token id -> expert: drawn at random, or balanced by how often each token occurs."""
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from moebert_kernels.errors import UserError
@@ -59,7 +60,7 @@ def balanced_hash_table(counts: Tensor, num_experts: int, visit_order: Tensor | 
     return torch.tensor(table)
 
 
-def count_tokens(batches: Iterable[Mapping[str, Any] | Sequence[int]], vocab_size: int) -> Tensor:
+def count_tokens(batches: Iterable[Mapping[str, Any] | ArrayLike], vocab_size: int) -> Tensor:
     """Count how often each token id occurs: (V,) int64, for `balanced_hash_table`.
 
     Args:

@@ -29,7 +29,7 @@ def interleaved_medians(
         name -> `model_ms`, and `ffn_ms`: everything from a layer's attention to its output, summed over the layers,
         with the grouping of the tokens.
     """
-    device = next(iter(models.values())).device
+    device: Any = next(iter(models.values())).device
     batch = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     times: dict[str, dict[str, list[float]]] = {name: {"model_ms": [], "ffn_ms": []} for name in models}
     with ExitStack() as stack:

@@ -24,7 +24,7 @@ from moebert_kernels.distill.tasks import Task, label_order
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def resolve_model(name: str | Path) -> str:
@@ -85,7 +85,7 @@ def load_config(name: str | Path) -> Any:
         return AutoConfig.from_pretrained(name)
 
 
-def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> PreTrainedModel:
+def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     """A model with a head for the task.
 
     Args:
@@ -118,7 +118,7 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> PreTr
     return model
 
 
-def load_as_saved(name: str | Path) -> PreTrainedModel:
+def load_as_saved(name: str | Path) -> Any:
     """A model with the head that its checkpoint holds.
 
     Raises:
@@ -138,7 +138,7 @@ def load_as_saved(name: str | Path) -> PreTrainedModel:
     return model
 
 
-def load_encoder(name: str | Path) -> PreTrainedModel:
+def load_encoder(name: str | Path) -> Any:
     """A model without its head.
 
     Raises:
