@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = SUITES if not options.what or "all" in options.what else tuple(dict.fromkeys(options.what))
     folder = options.output or results.RESULTS / results.device_slug()
     failed = []
+    warnings = []
     for what in chosen:
         module = importlib.import_module(f"benchmarks.bench_{what}")
         seconds = options.seconds if options.seconds is not None else module.SECONDS
@@ -40,8 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
             smoke=options.smoke,
         )
         failed += results.failures(result)
+        warnings += [] if options.smoke else filter(None, [results.busy_warning(result)])
         if not options.smoke or options.output:
             print(f"written: {results.save(result, folder)}")
+    for line in warnings:
+        print(f"BUSY MACHINE: {line}")
     for line in failed:
         print(f"NOT AS REQUIRED: {line}")
     print(

@@ -21,6 +21,7 @@ from benchmarks.measuring import Case, check, measure, speed_ratio, spread
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT_VERSION = 1
+WIDE_SPREAD = 0.2  # between the quartiles, of the median
 # A ratio of two times is read to two digits: 0.996 is not a loss against 1.0.
 DIGITS = 2
 
@@ -37,8 +38,9 @@ def run_case(case: Case, *, seconds: float, min_rounds: int, judge: bool = True)
     Returns:
         The case as plain data: parameters, providers (times or the reason of refusal), ratios, requirements.
     """
-    providers = case.build()
-    checked = check(providers)
+    start = time.perf_counter()
+    checked = check(case.build())
+    prepared = time.perf_counter()
     samples = measure(checked.runs, seconds=seconds, min_rounds=min_rounds)
     samples |= {name: [elapsed_ms] for name, elapsed_ms in checked.slow_ms.items()}
 
@@ -75,6 +77,7 @@ def run_case(case: Case, *, seconds: float, min_rounds: int, judge: bool = True)
         "baseline": case.baseline,
         "providers": entries,
         "requirements": judged,
+        "seconds": {"check": round(prepared - start, 1), "time": round(time.perf_counter() - prepared, 1)},
     }
 
 
@@ -101,7 +104,8 @@ def run_suite(
 def table(entry: dict[str, Any]) -> str:
     """One case as text for a terminal."""
     width = max(len(name) for name in entry["providers"])
-    lines = [entry["name"]]
+    seconds = entry["seconds"]
+    lines = [f"{entry['name']} (checked in {seconds['check']:.1f} s, timed in {seconds['time']:.1f} s)"]
     for name, numbers in entry["providers"].items():
         if "refused" in numbers:
             lines.append(f"  {name:{width}}  REFUSED: {numbers['refused']}")
@@ -130,6 +134,15 @@ def failures(result: dict[str, Any]) -> list[str]:
                 lines.append(f"{case['name']}: {name} refused: {numbers['refused']}")
         lines += [f"{case['name']}: {requirement_text(r)}" for r in case["requirements"] if not r["passed"]]
     return lines
+
+
+def busy_warning(result: dict[str, Any]) -> str:
+    """A line if times spread so far that the machine must have had other work, else ""."""
+    times = [n for case in result["cases"] for n in case["providers"].values() if n.get("rounds", 0) > 1]
+    wide = sum(n["q3_ms"] - n["q1_ms"] > WIDE_SPREAD * n["median_ms"] for n in times)
+    if wide * 10 <= len(times):
+        return ""
+    return f"{result['what']}: {wide} of {len(times)} times spread over more than {WIDE_SPREAD:.0%}: measure again"
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:

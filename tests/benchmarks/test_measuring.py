@@ -54,6 +54,13 @@ def test_requirements_are_judged(at_least, passed, tmp_path):
     assert judged["cases"][0]["requirements"] == []
 
 
+@pytest.mark.parametrize("q3,warned", [(1.05, False), (1.5, True)])
+def test_wide_spread_is_warned_of(q3, warned):
+    numbers = {"median_ms": 1.0, "q1_ms": 0.99, "q3_ms": q3, "rounds": 7}
+    result = {"what": "ones", "cases": [{"providers": {"a": numbers, "b": {"refused": "wrong"}}}]}
+    assert bool(results.busy_warning(result)) is warned
+
+
 def test_device_is_a_folder_name(monkeypatch):
     monkeypatch.setattr(results, "cpu_model", lambda: "Intel(R) Xeon(R) Processor @ 2.50GHz")
     assert results.device_slug() == "intel-xeon-processor-2.50ghz"
