@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.torch_backend import batched_experts
 from moebert_kernels.torch_backend.activation import activate, activate_backward
 from moebert_kernels.torch_backend.expert_gemm import (
     Span,
@@ -26,8 +27,7 @@ from moebert_kernels.torch_backend.expert_gemm import (
     weight_gradients,
 )
 
-# Rows of an expert for which the weight is the better left operand of a float32 GEMM (docs/experiments.md, 2026-11-21).
-_WEIGHT_LEFT_FROM, _WEIGHT_LEFT_TO = 10, 56
+_SMALL_EXPERT = 10  # rows up to which a call of the activation costs more than its work
 
 
 def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: int, p: float) -> Tensor | None:
@@ -37,23 +37,23 @@ def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: 
 
 
 def expert_outputs(
-    x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
+    x: Tensor, tokens: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
     activation: str, residual: bool,
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
-    """Inference: each expert's output rows in turn, while they are in the cache; with `residual` plus its inputs.
+    """Inference: each expert's output rows in turn, while they are in the cache. The yielded rows are the caller's.
 
-    The yielded rows are the caller's. With `residual` they are `x_rows` itself, overwritten: GEMM2 adds onto it.
+    x (T, H), tokens (R,) int64 of each routed row; with `residual` x's rows are added.
     """
-    for block in _blocks(spans(bounds)):
+    if batched_experts.applies(x, bounds):
+        yield from batched_experts.expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual)
+        return
+    x_rows = x.index_select(0, tokens)
+    blocks = _blocks(spans(bounds))
+    # One buffer for all: fresh memory costs a page fault for every 4 KiB.
+    buffer = x_rows.new_empty(max((block[-1][2] - block[0][1] for block in blocks), default=0), w1.shape[1])
+    for block in blocks:
         first, last = block[0][1], block[-1][2]
-        if len(block) == 1 and _weight_goes_left(x_rows, last - first):
-            e = block[0][0]
-            h = _weight_times(w1[e], None if b1 is None else b1[e], x_rows[first:last].t())
-            h = activate(h.t(), activation, inplace=True).t()
-            y = _weight_times(w2[e], None if b2 is None else b2[e], h).t()
-            yield block[0], x_rows[first:last].add_(y) if residual else y
-            continue
-        h_pre = x_rows.new_empty(last - first, w1.shape[1])
+        h_pre = buffer[: last - first]
         first_gemm(x_rows, w1, b1, block, h_pre, first)
         h = activate(h_pre, activation, inplace=True)
         for e, lo, hi in block:
@@ -69,20 +69,12 @@ def _blocks(experts: list[Span]) -> list[list[Span]]:
     """Neighbouring experts that share one call of the activation: small ones, where calls outweigh work."""
     blocks: list[list[Span]] = []
     for span in experts:
-        small = span[2] - span[1] < _WEIGHT_LEFT_FROM
-        if small and blocks and blocks[-1][-1][2] - blocks[-1][-1][1] < _WEIGHT_LEFT_FROM:
+        small = span[2] - span[1] < _SMALL_EXPERT
+        if small and blocks and blocks[-1][-1][2] - blocks[-1][-1][1] < _SMALL_EXPERT:
             blocks[-1].append(span)
         else:
             blocks.append([span])
     return blocks
-
-
-def _weight_goes_left(x: Tensor, rows: int) -> bool:
-    return x.dtype == torch.float32 and _WEIGHT_LEFT_FROM <= rows <= _WEIGHT_LEFT_TO
-
-
-def _weight_times(w: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return torch.mm(w, x) if bias is None else torch.addmm(bias[:, None], w, x)
 
 
 def first_gemm(
@@ -186,19 +178,23 @@ def forward(
     """y (T, H) and, if `save`, the pre-activations in row order."""
     bounds = host_bounds(grouping)
     routed = bounds[-1]
-    x_rows = x.index_select(0, routed_tokens(grouping, routed))
     p_rows = row_weights(routing_weights, grouping, routed)
     if save or hidden_dropout_p > 0:
+        x_rows = x.index_select(0, routed_tokens(grouping, routed))
         y_rows, h_pre = ffn_rows(x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed)
         if p_rows is not None:
             y_rows *= p_rows
         return rows_to_tokens(y_rows, grouping), h_pre if save else h_pre.new_empty(0, w1.shape[1])
 
+    if batched_experts.applies(x, bounds) and batched_experts.few_rows(bounds):
+        y = batched_experts.ffn(x, grouping, bounds, w1, b1, w2, b2, p_rows, activation)
+        return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
     assignments = row_to_assignment(grouping, routed)
     y = x.new_empty(grouping.num_rows, w2.shape[1])
     if routed < grouping.num_rows:
         y.zero_()
-    for (_, lo, hi), rows in expert_outputs(x_rows, w1, b1, w2, b2, bounds, activation, residual=False):
+    tokens = assignments if grouping.top_k == 1 else assignments // grouping.top_k
+    for (_, lo, hi), rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=False):
         y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
     return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.torch_backend import batched_experts
 from moebert_kernels.torch_backend.expert_gemm import Span, host_bounds, row_to_assignment, spans
 from moebert_kernels.torch_backend.fused_moe_ffn import (
     assignment_gradient,
@@ -40,17 +41,27 @@ def forward(
     routed = bounds[-1]
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
     norm_weight, norm_bias = norm_weight.to(acc_dtype), norm_bias.to(acc_dtype)
-    tokens = row_to_assignment(grouping, routed)
-    x_rows = x.index_select(0, tokens)
     p_rows = row_weights(routing_weights, grouping, routed)
+    plain = not save and dropout_p == 0 and hidden_dropout_p == 0 and x.dtype == w1.dtype == acc_dtype
+    if plain and batched_experts.applies(x, bounds) and batched_experts.few_rows(bounds):
+        y = batched_experts.ffn_add_norm(
+            x, grouping, bounds, w1, b1, w2, b2, norm_weight, norm_bias, p_rows, eps, activation
+        )  # fmt: skip
+        return y, w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1])
+
+    tokens = row_to_assignment(grouping, routed)
     y = (
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if routed == grouping.num_rows
         else x.clone(memory_format=torch.contiguous_format)
     )
 
+    outputs: Iterable[tuple[Span, Tensor]]
     h_pre, z = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
-    if save or dropout_p > 0 or hidden_dropout_p > 0 or not (x.dtype == w1.dtype == acc_dtype):
+    if plain:
+        outputs = expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=True)
+    else:
+        x_rows = x.index_select(0, tokens)
         rows, saved_h_pre = ffn_rows(
             x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed
         )  # fmt: skip
@@ -60,11 +71,9 @@ def forward(
         sums = z.new_empty(grouping.num_rows, x.shape[1])
         sums[routed:].zero_()
         torch.add(rows.to(acc_dtype), x_rows, out=sums[:routed])
-        outputs: Iterable[tuple[Span, Tensor]] = [(span, sums[span[1] : span[2]]) for span in spans(bounds)]
+        outputs = [(span, sums[span[1] : span[2]]) for span in spans(bounds)]
         if save:
             h_pre, z = saved_h_pre, sums
-    else:
-        outputs = expert_outputs(x_rows, w1, b1, w2, b2, bounds, activation, residual=True)
 
     for (e, lo, hi), z_rows in outputs:
         normed = torch.layer_norm(z_rows, z_rows.shape[1:], norm_weight[e], norm_bias[e], eps)

@@ -84,6 +84,20 @@ def test_any_shape(tokens, hidden, width, experts, top_k, weighted, strided, dat
         torch.testing.assert_close(tensor.double(), truth, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("lowest", [-1, 0])
+@pytest.mark.parametrize("count", [5, T, 160, 600])  # every regime of the CPU path: a loop, one batch, pairs, many rows
+def test_inference_equals_training(count, lowest, top_k, bias):
+    ids = torch.randint(lowest, E, (count, top_k))
+    ids[: count // 3] = 2
+    x, weights, p = torch.randn(count, H), parameters(torch.float32, bias=bias), torch.rand(count, top_k)
+    with torch.no_grad():
+        inference = fused_moe_ffn(x, ids, *weights, routing_weights=p)
+    training = fused_moe_ffn(x.requires_grad_(), ids, *weights, routing_weights=p)
+    torch.testing.assert_close(inference, training, rtol=1e-5, atol=1e-5)
+
+
 def test_equals_the_composition_of_two_expert_gemms():
     x, ids, (w1, b1, w2, b2) = torch.randn(T, H), torch.randint(-1, E, (T,)), parameters(torch.float32)
     grouping = group_tokens(ids, E)

@@ -48,14 +48,19 @@ def test_dropout_is_that_of_the_reference_and_backward_replays_it(recompute):
     compare(ROUTINGS["some_skipped"](), torch.float64, p=torch.rand(T), **constants)
 
 
-def test_inference_equals_training():
-    for count in (T, 5, 160):  # every regime of the CPU path: few rows, the weight as left operand, many rows
-        ids = torch.randint(-1, E, (count,))
-        x, weights = torch.randn(count, H), parameters(torch.float32, norm=True)
-        with torch.no_grad():
-            inference = fused_moe_ffn_add_norm(x, ids, *weights)
-        x.requires_grad_()
-        torch.testing.assert_close(fused_moe_ffn_add_norm(x, ids, *weights), inference, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("lowest", [-1, 0])
+@pytest.mark.parametrize("count", [5, T, 160, 600])  # every regime of the CPU path: a loop, one batch, pairs, many rows
+def test_inference_equals_training(count, lowest, weighted):
+    ids = torch.randint(lowest, E, (count,))
+    ids[: count // 3] = 2
+    x, weights = torch.randn(count, H), parameters(torch.float32, norm=True)
+    p = torch.rand(count) if weighted else None
+    with torch.no_grad():
+        inference = fused_moe_ffn_add_norm(x, ids, *weights, routing_weights=p)
+    x.requires_grad_()
+    training = fused_moe_ffn_add_norm(x, ids, *weights, routing_weights=p)
+    torch.testing.assert_close(inference, training, rtol=1e-5, atol=1e-5)
 
 
 def test_skipped_tokens_pass_unchanged():
