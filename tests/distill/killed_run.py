@@ -66,11 +66,12 @@ def start(folder: Path) -> int:
 
 def main(folder: Path, kills: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    before = time.monotonic()
     run(folder / "whole", begun=os.open(os.devnull, os.O_WRONLY))
-    killed = 0
+    duration, killed = time.monotonic() - before, 0
     for _ in range(kills):
         process = start(folder / "killed")
-        time.sleep(random.uniform(0.0, 0.4))
+        time.sleep(random.uniform(0.0, duration / kills))
         os.kill(process, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(process, 0)[1])
     assert os.waitpid(start(folder / "killed"), 0)[1] == 0

@@ -1,6 +1,4 @@
-import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -10,31 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.distill import FitConfig, LayerwiseObjective, TeacherCache, fit
-from moebert_kernels.distill.checkpoint import recover_folder, write_folder
 from moebert_kernels.distill.setup import parameter_groups
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, MoEBertForSequenceClassification
-from tests.distill.tiny import VOCAB, TinyBatches, accuracy, tiny_bert, weights
+from tests.distill.tiny import CONFIG, VOCAB, TinyBatches, assert_same_weights, log, run, tiny_bert, weights
 from tests.helpers import ROOT
-
-RESULTS = ("final/model.safetensors", "best/model.safetensors", "log.jsonl", "state/finished.json")
-
-
-def assert_same_run(one, other):
-    for name in RESULTS:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
-
-
-def assert_same_weights(model, other, tolerance=0.0, but=()):
-    for name, tensor in model.state_dict().items():
-        if name in but:
-            continue
-        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=name)
-
-
-def log(folder, key):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
 
 
 def tiny_moe(router="hash-random", **options):
@@ -46,16 +24,6 @@ def tiny_moe(router="hash-random", **options):
             **options,
         )
     )  # fmt: skip
-
-
-def test_killed_runs_end_where_an_undisturbed_one_does(tmp_path):
-    """SIGKILL at random moments, dropout on, accumulation, an epoch's short last window, saves every other step."""
-    command = [sys.executable, str(ROOT / "tests/distill/killed_run.py"), str(tmp_path), "7"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 4, "too few kills met a living run"
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "qa"])
@@ -100,126 +68,6 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6, msg=name)
     for ours, theirs in zip(log(tmp_path / "one", "loss"), log(tmp_path / "two", "loss"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-class Interrupting(TinyBatches):
-    """Sends a signal when a batch is drawn."""
-
-    def __init__(self, at, times=1, **options):
-        super().__init__(**options)
-        self.at, self.times, self.drawn = at, times, 0
-
-    def __call__(self, epoch):
-        for batch in super().__call__(epoch):
-            self.drawn += 1
-            if self.drawn == self.at:
-                for _ in range(self.times):
-                    os.kill(os.getpid(), signal.SIGINT)
-            yield batch
-
-
-CONFIG = FitConfig(epochs=4, learning_rate=3e-3, save_steps=4, log_steps=3)
-
-
-def run(folder, data=None, config=CONFIG, student=None, **options):
-    student = tiny_bert(0, dropout=0.1) if student is None else student
-    data = TinyBatches() if data is None else data
-    return fit(student, data, config=config, output_dir=folder, **{"evaluate": accuracy, **options})
-
-
-def test_interrupt_is_resumed(tmp_path, capsys):
-    run(tmp_path / "whole")
-    student = tiny_bert(0, dropout=0.1)
-    for at in (9, 15):  # batches drawn: up to step 9, then again from the start of epoch 1, of which 3 are skipped
-        with pytest.raises(KeyboardInterrupt, match="step"):
-            run(tmp_path / "stopped", Interrupting(at), student=student)
-    assert "stopped at step 9 of 24; the same call goes on from there" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    run(tmp_path / "stopped", student=student)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_a_second_interrupt_does_not_wait(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Interrupting(7, times=2))
-    assert not (tmp_path / "final").exists()
-    run(tmp_path)
-
-
-def interrupted(folder):
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, Interrupting(11))
-    return sorted((folder / "state").glob("step-*"))
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
-def test_falls_back_to_the_previous_checkpoint(tmp_path, damage):
-    run(tmp_path / "whole")
-    older, newer = interrupted(tmp_path / "damaged")
-    file = newer / ("manifest.json" if damage == "manifest" else "model.safetensors")
-    content = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "flipped":
-        content[-5] ^= 1
-        file.write_bytes(content)
-    else:
-        file.write_bytes(content[:-20])
-    with pytest.warns(UserWarning, match=rf"{newer.name}: corrupt checkpoint: .*: going on from {older.name}"):
-        run(tmp_path / "damaged")
-    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
-
-
-def test_no_whole_checkpoint_is_an_error_that_loses_nothing(tmp_path):
-    for path in interrupted(tmp_path):
-        (path / "state.json").write_text("{}")
-    best = (tmp_path / "best/model.safetensors").read_bytes()
-    with pytest.raises(UserError, match=r"corrupt checkpoint: state.json: .*; no other checkpoint is whole"):
-        run(tmp_path)
-    assert (tmp_path / "best/model.safetensors").read_bytes() == best
-    run(tmp_path, resume=False)
-
-
-@pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    run(folder / "finished")
-    interrupted(folder / "stopped")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"config": FitConfig(epochs=5, learning_rate=3e-3)}, "epochs: expected 5, got 4"),
-        ({"data": TinyBatches(seed=1)}, r"training data: expected 'tiny-.*-1', got 'tiny-.*-0'"),
-        ({"student": tiny_bert(dropout=0.1, hidden=32)}, "model.hidden_size: expected 32, got 16"),
-        ({"identity": {"task": "rte"}}, "task: expected 'rte', got 'nothing'"),
-        (
-            {"objective": LayerwiseObjective("classification"), "teacher": tiny_bert(1)},
-            "objective: expected 'LayerwiseObjective', got None; .* and 2 more",
-        ),
-    ],
-)
-@pytest.mark.parametrize("state", ["stopped", "finished"])
-def test_another_run_in_the_folder(two_runs, state, change, message):
-    with pytest.raises(UserError, match=f"belongs to another run: .*{message}"):
-        run(two_runs / state, **change)
-
-
-def test_how_often_it_saves_may_change(tmp_path):
-    interrupted(tmp_path)
-    run(tmp_path, config=FitConfig(epochs=4, learning_rate=3e-3, save_steps=100, log_steps=1))
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path):
-    first, again = tiny_bert(0, dropout=0.1), tiny_bert(0, dropout=0.1)
-    result = run(tmp_path, student=first)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(tmp_path, Interrupting(1), student=again) == result
-    assert_same_weights(again, weights(first))
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert sorted(os.listdir(tmp_path / "state")) == ["finished.json"]
 
 
 def test_keeps_the_best_and_stops_early(tmp_path):
@@ -410,21 +258,3 @@ def test_biases_and_norms_do_not_decay():
     assert {"experts.b1", "experts.b2", "experts.norm_weight", "experts.norm_bias", "classifier.bias"} <= kept
     assert {"moebert.embeddings.LayerNorm.weight", "attention.output.LayerNorm.weight"} <= kept
     assert {"experts.w1", "experts.w2", "router.gate.weight", "classifier.weight"} <= shrunk
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    path, previous = tmp_path / "best", tmp_path / "best.previous"
-    write_folder(path, lambda folder: (folder / "a").write_text("1"))
-
-    def fail(folder):
-        (folder / "a").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(path, fail)
-    assert (path / "a").read_text() == "1"
-    path.rename(previous)  # interrupted between the two renames
-    recover_folder(path)
-    assert (path / "a").read_text() == "1"
-    write_folder(path, lambda folder: (folder / "b").write_text("2"))
-    assert [file.name for file in path.iterdir()] == ["b"] and not previous.exists()

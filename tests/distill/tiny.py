@@ -1,7 +1,11 @@
-"""A model and a data set small enough to train in a second."""
+"""A model, a data set and a run small enough to take a second."""
+
+import json
 
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
+
+from moebert_kernels.distill import FitConfig, fit
 
 VOCAB = 60
 
@@ -57,3 +61,24 @@ def accuracy(model):
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+CONFIG = FitConfig(epochs=4, learning_rate=3e-3, save_steps=4, log_steps=3)
+
+
+def run(folder, data=None, config=CONFIG, student=None, **options):
+    student = tiny_bert(0, dropout=0.1) if student is None else student
+    data = TinyBatches() if data is None else data
+    return fit(student, data, config=config, output_dir=folder, **{"evaluate": accuracy, **options})
+
+
+def log(folder, key):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if key in line]
+
+
+def assert_same_weights(model, other, tolerance=0.0, but=()):
+    for name, tensor in model.state_dict().items():
+        if name in but:
+            continue
+        torch.testing.assert_close(tensor, other[name], rtol=0, atol=tolerance, msg=name)
