@@ -1,7 +1,7 @@
 """The expert feed-forward: gather once, two GEMMs per non-empty expert, un-permute once.
 
-In inference a large expert's two GEMMs run back to back, so that its rows stay in the cache between them, and small
-experts share one call of the activation.
+Three ways through inference, by rows per expert: few enough that calls cost most (as in training, one call for all
+experts wherever possible), batches of experts, and one expert or pair at a time while its rows are in the cache.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from moebert_kernels.torch_backend.expert_gemm import (
     weight_gradients,
 )
 
-_SMALL_EXPERT = 10  # rows up to which a call of the activation costs more than its work
-
 
 def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: int, p: float) -> Tensor | None:
     if p == 0 or seed is None:
@@ -40,68 +38,50 @@ def expert_outputs(
     x: Tensor, tokens: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
     activation: str, residual: bool,
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
-    """Inference: each expert's output rows in turn, while they are in the cache. The yielded rows are the caller's.
+    """Inference with many rows: each expert's output rows in turn, while they are in the cache, the caller's to keep.
 
     x (T, H), tokens (R,) int64 of each routed row; with `residual` x's rows are added.
     """
     if batched_experts.applies(x, bounds):
         yield from batched_experts.expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual)
         return
-    x_rows = x.index_select(0, tokens)
-    blocks = _blocks(spans(bounds))
-    # One buffer for all: fresh memory costs a page fault for every 4 KiB.
-    buffer = x_rows.new_empty(max((block[-1][2] - block[0][1] for block in blocks), default=0), w1.shape[1])
-    for block in blocks:
-        first, last = block[0][1], block[-1][2]
-        h_pre = buffer[: last - first]
-        first_gemm(x_rows, w1, b1, block, h_pre, first)
-        h = activate(h_pre, activation, inplace=True)
-        for e, lo, hi in block:
-            h_rows, bias = h[lo - first : hi - first], None if b2 is None else b2[e]
-            if residual:
-                y = x_rows[lo:hi].addmm_(h_rows, w2[e].t())
-                yield (e, lo, hi), y if bias is None else y.add_(bias)
-            else:
-                yield (e, lo, hi), linear(h_rows, w2[e], bias)
-
-
-def _blocks(experts: list[Span]) -> list[list[Span]]:
-    """Neighbouring experts that share one call of the activation: small ones, where calls outweigh work."""
-    blocks: list[list[Span]] = []
-    for span in experts:
-        small = span[2] - span[1] < _SMALL_EXPERT
-        if small and blocks and blocks[-1][-1][2] - blocks[-1][-1][1] < _SMALL_EXPERT:
-            blocks[-1].append(span)
+    for e, lo, hi in spans(bounds):
+        rows, bias = x.index_select(0, tokens[lo:hi]), None if b2 is None else b2[e]
+        h = activate(linear(rows, w1[e], None if b1 is None else b1[e]), activation, inplace=True)
+        if residual:
+            rows.addmm_(h, w2[e].t())
+            yield (e, lo, hi), rows if bias is None else rows.add_(bias)
         else:
-            blocks.append([span])
-    return blocks
+            yield (e, lo, hi), linear(h, w2[e], bias)
 
 
-def first_gemm(
-    x_rows: Tensor, w1: Tensor, b1: Tensor | None, experts: list[Span], h_pre: Tensor, first: int = 0
-) -> None:
-    """Pre-activations of `experts` into `h_pre`, whose row 0 is row `first`."""
-    for e, lo, hi in experts:
-        linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo - first : hi - first])
+def many_rows(bounds: list[int]) -> bool:
+    """Whether experts have so many rows that passes over memory cost more than calls."""
+    return bounds[-1] >= batched_experts.FEW_ROWS[1] * len(spans(bounds))
+
+
+def _first_gemm(x_rows: Tensor, w1: Tensor, b1: Tensor | None, bounds: list[int], h_pre: Tensor) -> None:
+    for e, lo, hi in spans(bounds):
+        linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo:hi])
 
 
 def ffn_rows(
     x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, grouping: Grouping,
-    bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None,
+    bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Training: (R, H) gathered rows -> (R, H) expert outputs and the pre-activations (num_rows, I or 2I)."""
+    """(R, H) gathered rows -> (R, H) expert outputs, and if `save` the pre-activations (num_rows, I or 2I)."""
     routed = bounds[-1]
-    h_pre = x_rows.new_empty(grouping.num_rows, w1.shape[1])
-    h_pre[routed:].zero_()
-    experts = spans(bounds)
-    first_gemm(x_rows, w1, b1, experts, h_pre)
-    h = activate(h_pre[:routed], activation, inplace=False)
+    h_pre = x_rows.new_empty(grouping.num_rows if save else routed, w1.shape[1])
+    if save:
+        h_pre[routed:].zero_()
+    _first_gemm(x_rows, w1, b1, bounds, h_pre)
+    h = activate(h_pre[:routed], activation, inplace=not save)
     if (keep := _hidden_keep(seed, grouping, routed, h.shape[1], hidden_dropout_p)) is not None:
         h = (h * keep).mul_(dropout.scale(hidden_dropout_p))
     y_rows = x_rows.new_empty(routed, w2.shape[1])
-    for e, lo, hi in experts:
+    for e, lo, hi in spans(bounds):
         linear(h[lo:hi], w2[e], None if b2 is None else b2[e], out=y_rows[lo:hi])
-    return y_rows, h_pre
+    return y_rows, h_pre if save else h_pre.new_empty(0, w1.shape[1])
 
 
 def ffn_rows_backward(
@@ -117,7 +97,7 @@ def ffn_rows_backward(
     routed = bounds[-1]
     if h_pre.shape[0] < routed:
         h_pre = x_rows.new_empty(routed, w1.shape[1])
-        first_gemm(x_rows, w1, b1, spans(bounds), h_pre)
+        _first_gemm(x_rows, w1, b1, bounds, h_pre)
     h_pre = h_pre[:routed]
     keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
     factor = dropout.scale(hidden_dropout_p)
@@ -179,24 +159,25 @@ def forward(
     bounds = host_bounds(grouping)
     routed = bounds[-1]
     p_rows = row_weights(routing_weights, grouping, routed)
-    if save or hidden_dropout_p > 0:
-        x_rows = x.index_select(0, routed_tokens(grouping, routed))
-        y_rows, h_pre = ffn_rows(x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed)
-        if p_rows is not None:
-            y_rows *= p_rows
-        return rows_to_tokens(y_rows, grouping), h_pre if save else h_pre.new_empty(0, w1.shape[1])
-
-    if batched_experts.applies(x, bounds) and batched_experts.few_rows(bounds):
+    plain = not save and hidden_dropout_p == 0
+    if plain and many_rows(bounds):
+        assignments = row_to_assignment(grouping, routed)
+        y = x.new_empty(grouping.num_rows, w2.shape[1])
+        if routed < grouping.num_rows:
+            y.zero_()
+        tokens = assignments if grouping.top_k == 1 else assignments // grouping.top_k
+        for (_, lo, hi), rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=False):
+            y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
+        return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
+    if plain and batched_experts.applies(x, bounds):
         y = batched_experts.ffn(x, grouping, bounds, w1, b1, w2, b2, p_rows, activation)
         return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
-    assignments = row_to_assignment(grouping, routed)
-    y = x.new_empty(grouping.num_rows, w2.shape[1])
-    if routed < grouping.num_rows:
-        y.zero_()
-    tokens = assignments if grouping.top_k == 1 else assignments // grouping.top_k
-    for (_, lo, hi), rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=False):
-        y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
-    return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
+
+    x_rows = x.index_select(0, routed_tokens(grouping, routed))
+    y_rows, h_pre = ffn_rows(x_rows, w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save)
+    if p_rows is not None:
+        y_rows *= p_rows
+    return rows_to_tokens(y_rows, grouping), h_pre
 
 
 def backward(

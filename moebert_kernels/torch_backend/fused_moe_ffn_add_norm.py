@@ -5,7 +5,7 @@ The sum and the norm are computed in float32 (float64 for float64 inputs), whate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch import Tensor
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.torch_backend import batched_experts
-from moebert_kernels.torch_backend.expert_gemm import Span, host_bounds, row_to_assignment, spans
+from moebert_kernels.torch_backend.expert_gemm import host_bounds, row_to_assignment, spans
 from moebert_kernels.torch_backend.fused_moe_ffn import (
     assignment_gradient,
     expert_outputs,
     ffn_rows,
     ffn_rows_backward,
+    many_rows,
     row_weights,
 )
 
@@ -43,44 +44,46 @@ def forward(
     norm_weight, norm_bias = norm_weight.to(acc_dtype), norm_bias.to(acc_dtype)
     p_rows = row_weights(routing_weights, grouping, routed)
     plain = not save and dropout_p == 0 and hidden_dropout_p == 0 and x.dtype == w1.dtype == acc_dtype
-    if plain and batched_experts.applies(x, bounds) and batched_experts.few_rows(bounds):
+    nothing_saved = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
+    if plain and batched_experts.applies(x, bounds) and not many_rows(bounds):
         y = batched_experts.ffn_add_norm(
             x, grouping, bounds, w1, b1, w2, b2, norm_weight, norm_bias, p_rows, eps, activation
         )  # fmt: skip
-        return y, w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1])
+        return y, *nothing_saved
 
     tokens = row_to_assignment(grouping, routed)
-    y = (
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if routed == grouping.num_rows
-        else x.clone(memory_format=torch.contiguous_format)
-    )
+    if plain and many_rows(bounds):
+        y = x.clone(memory_format=torch.contiguous_format) if routed < grouping.num_rows else x.new_empty(x.shape)
+        for (e, lo, hi), z_rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=True):
+            normed = torch.layer_norm(z_rows, z_rows.shape[1:], norm_weight[e], norm_bias[e], eps)
+            y.index_copy_(0, tokens[lo:hi], normed if p_rows is None else normed.mul_(p_rows[lo:hi]))
+        return y, *nothing_saved
 
-    outputs: Iterable[tuple[Span, Tensor]]
-    h_pre, z = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
-    if plain:
-        outputs = expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=True)
-    else:
-        x_rows = x.index_select(0, tokens)
-        rows, saved_h_pre = ffn_rows(
-            x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed
-        )  # fmt: skip
-        keep = _output_keep(seed, tokens, rows.shape[1], dropout_p)
-        if keep is not None:
-            rows = rows.mul_(keep).mul_(dropout.scale(dropout_p))
-        sums = z.new_empty(grouping.num_rows, x.shape[1])
-        sums[routed:].zero_()
-        torch.add(rows.to(acc_dtype), x_rows, out=sums[:routed])
-        outputs = [(span, sums[span[1] : span[2]]) for span in spans(bounds)]
-        if save:
-            h_pre, z = saved_h_pre, sums
+    x_rows = x.index_select(0, tokens)
+    rows, h_pre = ffn_rows(
+        x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
+    )  # fmt: skip
+    keep = _output_keep(seed, tokens, rows.shape[1], dropout_p)
+    if keep is not None:
+        rows = rows.mul_(keep).mul_(dropout.scale(dropout_p))
+    z = x.new_empty(grouping.num_rows if save else routed, x.shape[1], dtype=acc_dtype)
+    z[routed:].zero_()
+    torch.add(rows.to(acc_dtype), x_rows, out=z[:routed])
 
-    for (e, lo, hi), z_rows in outputs:
-        normed = torch.layer_norm(z_rows, z_rows.shape[1:], norm_weight[e], norm_bias[e], eps)
-        if p_rows is not None:
-            normed *= p_rows[lo:hi]
-        y.index_copy_(0, tokens[lo:hi], normed.to(x.dtype))
-    return y, h_pre, z
+    y_rows = torch.empty_like(z[:routed])
+    for e, lo, hi in spans(bounds):
+        y_rows[lo:hi] = torch.layer_norm(z[lo:hi], z.shape[1:], norm_weight[e], norm_bias[e], eps)
+    if p_rows is not None:
+        y_rows *= p_rows
+    y = _to_token_order(y_rows.to(x.dtype), grouping, tokens, skipped=x)
+    return (y, h_pre, z) if save else (y, *nothing_saved)
+
+
+def _to_token_order(rows: Tensor, grouping: Grouping, tokens: Tensor, skipped: Tensor) -> Tensor:
+    """Routed rows (R, H) -> (T, H), with `skipped` (T, H) where a token has no expert."""
+    if rows.shape[0] == grouping.num_rows:
+        return rows.index_select(0, grouping.token_to_row)
+    return skipped.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens, rows)
 
 
 def backward(
@@ -127,11 +130,7 @@ def backward(
     )  # fmt: skip
     dx = None
     if need_dx:
-        dx_rows = dz.add_(dx_rows).to(x.dtype)
-        if routed == grouping.num_rows:
-            dx = dx_rows.index_select(0, grouping.token_to_row)
-        else:
-            dx = dy.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens, dx_rows)
+        dx = _to_token_order(dz.add_(dx_rows).to(x.dtype), grouping, tokens, skipped=dy)
     return [
         dx, dw1, db1, dw2, db2,
         dnorm_weight.to(norm_weight.dtype) if need_dnorm_weight else None,
