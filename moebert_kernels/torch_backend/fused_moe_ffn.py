@@ -38,9 +38,10 @@ def expert_outputs(
     x: Tensor, tokens: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
     activation: str, residual: bool,
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
-    """Inference with many rows: each expert's output rows in turn, while they are in the cache, the caller's to keep.
+    """Inference with many rows: each expert's output rows in turn, while they are in the cache.
 
-    x (T, H), tokens (R,) int64 of each routed row; with `residual` x's rows are added.
+    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int64 of each
+    routed row; with `residual` x's rows are added.
     """
     if batched_experts.applies(x, bounds):
         yield from batched_experts.expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual)
