@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +105,10 @@ class Study:
             `seconds` of training.
         """
         return self._once(f"{kind}-{size}", lambda name: self._make_student(name, kind, size, shared))
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of these models are done."""
+        return all((self.folder / "results" / f"{name}.json").exists() for name in names)
 
     def finish(self) -> None:
         """Remove what no later step needs: the teacher's outputs, about a gigabyte."""

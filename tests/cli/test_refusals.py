@@ -1,0 +1,214 @@
+"""Wrong input: one line that says what was wanted and what came, status 2, no traceback, and nothing lost."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from moebert_kernels.cli import app
+from tests.cli.tiny import TABLE, TRAINING, done, refused, write_base
+
+
+def copy(folder, at):
+    return shutil.copytree(folder, at)
+
+
+def test_help_of_every_command():
+    for name in ("doctor", "finetune", "importance", "convert", "distill", "eval", "bench", "demo"):
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0
+        assert name == "doctor" or "--output" in result.output
+
+
+def test_unknown_task(base, tmp_path):
+    line = refused("finetune", "--model", base, "--task", "sst-2", "--output", tmp_path / "out")
+    assert line.startswith("task: expected one of cola, sst2,") and line.endswith("got 'sst-2'")
+
+
+def test_missing_file(base, tmp_path):
+    line = refused("finetune", "--model", base, "--task", "sst2", "--data", tmp_path / "no.tsv", "--output", tmp_path)
+    assert line.startswith("data: expected a file or a folder, got ")
+
+
+def test_missing_column(base, data, tmp_path):
+    line = refused("finetune", "--model", base, "--task", "sst2", "--data", data, "--output", tmp_path / "out")
+    assert line.startswith("data: expected a column sentence in ") and line.endswith("got text, mood")
+
+
+def test_missing_split(base, data, tmp_path):
+    words = ("--model", base, *TABLE, "--data", data / "train.tsv", "--output", tmp_path / "out")
+    assert refused("finetune", *words).startswith("data: expected a validation split, got train")
+
+
+def test_labels_that_the_model_does_not_have(teacher, tmp_path):
+    (tmp_path / "dev.tsv").write_text("text\tmood\nthe film was good\thappy\na book\tangry\n")
+    line = refused("eval", "--model", teacher, *TABLE, "--data", tmp_path)
+    assert line.startswith("mood: expected one of happy, sad in ") and line.endswith("row 2, got 'angry'")
+
+
+def test_a_model_of_another_task(teacher, tmp_path):
+    (tmp_path / "dev.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta film\ta play\tentailment\n")
+    line = refused("eval", "--model", teacher, "--task", "rte", "--data", tmp_path)
+    assert line == ("labels: expected the model's 2 (happy, sad), got 2 in task rte (entailment, not_entailment)")
+
+
+def test_a_model_that_is_not_fine_tuned(base, data):
+    line = refused("eval", "--model", base, *TABLE, "--data", data)
+    assert line.startswith("model: expected a checkpoint fine-tuned on custom, got ") and "(no classifier.bias)" in line
+
+
+def test_missing_model(data, tmp_path):
+    line = refused("eval", "--model", tmp_path / "no", *TABLE, "--data", data)
+    assert line.startswith("model: expected a folder or a model's name on the Hub, got ")
+    (tmp_path / "empty").mkdir()
+    line = refused("eval", "--model", tmp_path / "empty", *TABLE, "--data", data)
+    assert line.startswith("model: expected a folder with a config.json, got ")
+
+
+def test_a_model_without_a_tokenizer(teacher, data, tmp_path):
+    model = copy(teacher / "best", tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    assert refused("eval", "--model", model, *TABLE, "--data", data).startswith("tokenizer: expected ")
+
+
+@pytest.mark.parametrize("kind", ["teacher", "moe"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_corrupt_checkpoint(kind, damage, teacher, moe, data, tmp_path):
+    model = copy({"teacher": teacher / "best", "moe": moe}[kind], tmp_path / "model")
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2]) if damage == "cut" else weights.unlink()
+    line = refused("eval", "--model", model, *TABLE, "--data", data)
+    assert line.split(":")[0] in ("model", "checkpoint") and str(model) in line
+
+
+def test_a_moe_is_not_converted_again(moe, tmp_path):
+    line = refused("convert", "--model", moe, "--output", tmp_path / "out")
+    assert line == f"model: expected a dense checkpoint, got {moe}, which is a MoE already"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_moe_is_not_scored(moe, data, tmp_path):
+    line = refused("importance", "--model", moe, *TABLE, "--data", data, "--output", tmp_path / "i.safetensors")
+    assert line.endswith("which is a MoE already")
+
+
+def test_a_dense_model_is_not_distilled(teacher, data, tmp_path):
+    words = ("--model", teacher, "--teacher", teacher, *TABLE, "--data", data, "--output", tmp_path / "out")
+    line = refused("distill", *words)
+    assert line.startswith("model: expected a MoE checkpoint, or a dense one narrower than the teacher, got ")
+
+
+def test_a_moe_is_no_teacher(moe, data, tmp_path):
+    words = ("--model", moe, "--teacher", moe, *TABLE, "--data", data, "--output", tmp_path / "out")
+    assert refused("distill", *words).startswith("teacher: expected a dense model, got a MoE")
+
+
+def test_mixing_the_published_loss_with_skipped_padding(teacher, moe, data, tmp_path):
+    line = refused("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data, "--preset", "paper",
+                   "--output", tmp_path / "out", *TRAINING)  # fmt: skip
+    assert "padding" in line
+
+
+def test_tables_for_another_vocabulary(teacher, importance, tmp_path):
+    (tmp_path / "tables.json").write_text(json.dumps([0, 1, 2, 3]))
+    line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4,
+                   "--hash-tables", tmp_path / "tables.json", "--output", tmp_path / "out")  # fmt: skip
+    assert line.startswith("tables: expected shape ") and "got (4,)" in line
+
+
+def test_an_expert_size_that_cannot_be_filled(teacher, importance, tmp_path):
+    line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 30, "--shared", 4,
+                   "--output", tmp_path / "out")  # fmt: skip
+    assert line.startswith("expert_size: expected at most 11 for 4 experts with 4 shared of D=32 neurons")
+
+
+def test_importance_of_another_model(teacher, tmp_path):
+    (tmp_path / "i.safetensors").write_bytes(b"not scores")
+    line = refused(
+        "convert", "--model", teacher, "--importance", tmp_path / "i.safetensors", "--output", tmp_path / "o"
+    )
+    assert line.startswith("importance: expected a whole safetensors file, got ")
+
+
+def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
+    line = refused("convert", "--from-original", teacher / "best", "--output", tmp_path / "out")
+    assert line.startswith("checkpoint: expected experts of the original MoEBERT, got none")
+    line = refused("convert", "--output", tmp_path / "out")
+    assert line == "model: expected either --model or --from-original, got neither"
+
+
+def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    sizes = ("--expert-size", 8, "--shared", 2)
+    for force in ((), ("--force",)):
+        line = refused("convert", "--model", teacher, "--importance", importance, *sizes, "--output", mine, *force)
+        assert line.startswith("output: expected a new ")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+    other = copy(moe, tmp_path / "moe")
+    words = ("convert", "--model", teacher, "--importance", importance, *sizes, "--output", other)
+    assert "is in use (--force replaces it)" in refused(*words)
+    assert json.loads((other / "config.json").read_text())["shared"] == 4
+    done(*words, "--force")
+    assert json.loads((other / "config.json").read_text())["shared"] == 2
+
+
+def test_outputs_that_cannot_be_written(base, teacher, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    below = tmp_path / "file" / "out"
+    for words in (
+        ("finetune", "--model", base, *TABLE, "--data", data),
+        ("importance", "--model", teacher, *TABLE, "--data", data),
+        ("convert", "--model", teacher),
+        ("demo", "--quick"),
+    ):
+        assert refused(*words, "--output", below).startswith("output: expected a folder that can be written, got ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
+    words = ("--model", base, *TABLE, "--data", data, "--output", teacher, *TRAINING)
+    assert "belongs to another run" in refused("finetune", *words, "--seed", 5)
+
+
+def test_a_half_written_importance_file_is_done_again(teacher, importance, data, tmp_path):
+    shutil.copy(importance, tmp_path / "i.safetensors.partial")
+    (tmp_path / "i.safetensors.unfinished").write_bytes(b"half")
+    done("importance", "--model", teacher, *TABLE, "--data", data, "--output", tmp_path / "i.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.safetensors"]
+
+
+def test_other_scores_in_the_output_are_kept(teacher, importance, data):
+    before = importance.read_bytes()
+    line = refused("importance", "--model", teacher, *TABLE, "--data", data, "--output", importance, "--split", "test")
+    assert line.startswith("output: expected a new file, got ")
+    assert importance.read_bytes() == before
+
+
+def test_texts_longer_than_the_model(teacher, data):
+    line = refused("eval", "--model", teacher, *TABLE, "--data", data, "--max-length", 99)
+    assert line == "max-length: expected at most 24, the model's positions, got 99"
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(teacher, data, tmp_path):
+    model = copy(teacher / "best", tmp_path / "model")
+    from tests.cli.tiny import WORDS
+    from tests.distill.words import tokenizer_of
+
+    tokenizer_of([*WORDS, "more", "words"]).save_pretrained(model)
+    line = refused("eval", "--model", model, *TABLE, "--data", data)
+    assert line == "tokenizer: expected at most 22 tokens, as the model has, got 24"
+
+
+def test_bad_options(base, data, tmp_path):
+    words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
+    line = refused("finetune", *words, "--mixed-precision", "int8")
+    assert line == "mixed_precision: expected 'no', 'fp16' or 'bf16', got 'int8'"
+    assert refused("eval", "--model", base, "--task", "sst2", "--text-column", "t").startswith("text-column: expected")
+    assert CliRunner().invoke(app, ["eval", "--model", str(base)]).exit_code == 2  # typer's own: --task is missing
+    write_base(tmp_path / "wide", hidden_act="gelu_new")

@@ -1,0 +1,203 @@
+"""The commands in a row, as a user runs them: every product loads, everything can be run again and be resumed."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import moebert_kernels.models  # noqa: F401 - makes AutoModel* know MoEBERT
+from moebert_kernels.convert import importance_scores, load_importance
+from moebert_kernels.distill.features import Batches, tokenize
+from moebert_kernels.distill.tasks import custom_task, load_task
+from tests.cli.tiny import TABLE, TRAINING, done, moebert
+from tests.helpers import ROOT
+
+
+def logits_of(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        ["the film was good", "a dull play"], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model(**tokens).logits
+
+
+def test_a_teacher_learns_and_names_its_classes(teacher, data):
+    model = AutoModelForSequenceClassification.from_pretrained(teacher / "best")
+    assert model.config.id2label == {0: "happy", 1: "sad"}
+    printed = done("eval", "--model", teacher, *TABLE, "--data", data)
+    assert float(re.search(r"validation \(64 examples\): accuracy ([\d.]+)", printed)[1]) > 0.9
+
+
+def test_importance_is_that_of_the_train_split(teacher, importance, data):
+    task_data = load_task(custom_task(["text"], "mood"), data)
+    model = AutoModelForSequenceClassification.from_pretrained(teacher / "best")
+    features = tokenize(task_data.train, task_data.task, AutoTokenizer.from_pretrained(teacher / "best"))
+    wanted = importance_scores(model, Batches(features, 7)(0))
+    found = load_importance(importance, model)
+    torch.testing.assert_close(found.scores, wanted)
+    assert found.metadata["split"] == "train"
+
+
+def test_importance_can_be_that_of_the_validation_split(teacher, importance, data, tmp_path):
+    out = tmp_path / "importance.safetensors"
+    done("importance", "--model", teacher, *TABLE, "--data", data, "--output", out, "--split", "validation")
+    assert load_importance(out).metadata["split"] == "validation"
+    assert not torch.equal(load_importance(out).scores, load_importance(importance).scores)
+
+
+def test_a_converted_model_says_what_it_is(moe):
+    config = AutoModelForSequenceClassification.from_pretrained(moe).config
+    assert (config.model_type, config.expert_size, config.shared, config.router) == ("moebert", 8, 4, "hash-random")
+
+
+def test_a_student_is_as_good_as_its_teacher_here(student, data, tmp_path):
+    result = tmp_path / "result.json"
+    done("eval", "--model", student, *TABLE, "--data", data, "--split", "test", "--output", result)
+    assert json.loads(result.read_text())["splits"]["test"]["accuracy"] > 0.9
+
+
+def test_a_student_gives_the_same_logits_in_a_new_process(student):
+    code = (
+        "import sys, torch, moebert_kernels.models\n"
+        "from tests.cli.test_workflow import logits_of\n"
+        "torch.save(logits_of(sys.argv[1]), sys.argv[2])"
+    )
+    file = student.parent / "logits.pt"
+    subprocess.run([sys.executable, "-c", code, str(student / "best"), str(file)], cwd=ROOT, check=True)
+    assert torch.equal(torch.load(file), logits_of(student / "best"))
+
+
+def test_a_finished_command_changes_nothing_when_run_again(teacher, moe, student, importance, data):
+    before = {path: path.stat().st_mtime_ns for path in importance.parent.iterdir()}
+    scoring = ("importance", "--model", teacher, *TABLE, "--data", data, "--output", importance)
+    assert "there already" in done(*scoring)
+    assert before == {path: path.stat().st_mtime_ns for path in importance.parent.iterdir()}
+    again = ("--importance", importance, "--expert-size", 8, "--shared", 4, "--output", moe)
+    assert "there already" in done("convert", "--model", teacher, *again)
+    words = ("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data, "--output", student, *TRAINING)
+    weights = student / "best" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert "saved in" in done(*words)
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_teacher_outputs_are_computed_once_for_two_students(teacher, moe, importance, data, tmp_path):
+    dense = tmp_path / "dense"
+    done("convert", "--method", "dense", "--model", teacher, "--importance", importance, "--expert-size", 8,
+         "--output", dense)  # fmt: skip
+    assert AutoModelForSequenceClassification.from_pretrained(dense).config.intermediate_size == 8
+    cache = tmp_path / "cache"
+    times = []
+    for name, model in (("one", moe), ("two", dense)):
+        done("distill", "--model", model, "--teacher", teacher, *TABLE, "--data", data, "--output", tmp_path / name,
+             "--cache", cache, "--cache-dtype", "float32", *TRAINING)  # fmt: skip
+        times.append({path.name: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")})
+    assert times[0] and times[0] == times[1]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, teacher, tmp_path):
+    """The first process is stopped by Ctrl-C in the middle; the second one finishes."""
+    words = ["finetune", "--model", base, *TABLE, "--data", data, "--output", tmp_path / "out", *TRAINING]
+    code = (
+        "import os, signal\n"
+        "from moebert_kernels.distill.features import Batches\n"
+        "from moebert_kernels.cli import main\n"
+        "made, original = [], Batches.__call__\n"
+        "def call(self, epoch):\n"
+        "    for batch in original(self, epoch):\n"
+        "        made.append(1)\n"
+        "        if len(made) == 4: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        yield batch\n"
+        "Batches.__call__ = call\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    stopped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "interrupted; the same command goes on from here" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "out" / "best").exists()
+
+    done(*words)
+
+    assert torch.equal(logits_of(tmp_path / "out" / "best"), logits_of(teacher / "best"))
+
+
+def test_interrupted_scoring_goes_on(teacher, importance, data, tmp_path, monkeypatch):
+    from moebert_kernels.distill import scoring
+
+    collate, seen = scoring.Features.collate, []
+
+    def interrupted(self, *args):
+        seen.append(args)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return collate(self, *args)
+
+    out = tmp_path / "importance.safetensors"
+    words = ("importance", "--model", teacher, *TABLE, "--data", data, "--output", out, "--batch-size", 8)
+    monkeypatch.setattr(scoring.Features, "collate", interrupted)
+    assert moebert(*words).exit_code == 130
+    assert not out.exists()
+    done(*words)
+
+    assert len(seen) == 3 + (64 // 8 - 2)  # two of eight batches were kept
+    torch.testing.assert_close(load_importance(out).scores, load_importance(importance).scores)
+
+
+def test_balanced_tables_count_the_train_split(teacher, importance, data, tmp_path):
+    done("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4, "--router",
+         "hash-balance", *TABLE, "--data", data, "--output", tmp_path / "moe")  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe")
+    first, second = (layer.router.table for layer in model.moebert.encoder.layer)
+    assert torch.equal(first, second)
+
+
+def test_the_published_recipe_pads_and_routes_padding(teacher, importance, data, tmp_path):
+    done("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4, "--preset",
+         "paper", "--output", tmp_path / "moe")  # fmt: skip
+    done("distill", "--model", tmp_path / "moe", "--teacher", teacher, *TABLE, "--data", data, "--preset", "paper",
+         "--output", tmp_path / "out", *TRAINING, "--teacher-dropout")  # fmt: skip
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "best").config.route_padding
+
+
+def test_squad_goes_all_the_way(base, tmp_path):
+    answers = [{"text": ["film"], "answer_start": [4]}, {"text": ["play"], "answer_start": [2]}]
+    contexts = ["the film was good", "a play is dull"]
+    lines = [
+        json.dumps({"context": c, "question": "who was good ?", "answers": a})
+        for c, a in zip(contexts, answers, strict=True)
+    ]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines * 8))
+    teacher, moe = tmp_path / "teacher", tmp_path / "moe"
+    common = ("--task", "squad", "--data", tmp_path, "--max-length", 20, "--doc-stride", 2)
+    short = ("--batch-size", 4, "--epochs", 1, "--learning-rate", "1e-3")
+    done("finetune", "--model", base, "--output", teacher, *common, *short)
+    done("importance", "--model", teacher, "--output", tmp_path / "i.safetensors", *common)
+    done("convert", "--model", teacher, "--importance", tmp_path / "i.safetensors", "--expert-size", 8, "--shared", 4,
+         "--output", moe)  # fmt: skip
+    done("distill", "--model", moe, "--teacher", teacher, "--output", tmp_path / "student", *common, *short)
+    assert "exact_match" in done("eval", "--model", tmp_path / "student", *common)
+
+
+@pytest.mark.parametrize("task", [("--task", "custom"), ()])
+def test_bench_compares(teacher, moe, data, task, tmp_path):
+    words = (*TABLE[2:], "--data", data) if task else ("--length", 12)
+    out = tmp_path / "bench.json"
+    text = done("bench", "--model", moe, "--baseline", teacher, "--rounds", 2, "--output", out, *task, *words)
+    assert "speed-up" in text
+    result = json.loads(out.read_text())
+    assert result["speedup"] > 0
+    assert 0 < result["model"]["ffn_ms"] < result["model"]["model_ms"]
+    assert result["model"]["active_parameters"] < result["model"]["total_parameters"]
+
+
+def test_doctor_runs():
+    assert "every op agrees with its reference" in done("doctor")
