@@ -4,7 +4,9 @@ import gzip
 import json
 import warnings
 
+import datasets
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from moebert_kernels.distill.tasks import TASKS, custom_task, get_task, label_order, load_task
 from moebert_kernels.errors import UserError
@@ -228,3 +230,59 @@ def test_a_model_of_other_classes_is_rejected():
         label_order(TASKS["mnli"], ["no", "yes"])
     with pytest.raises(UserError, match="labels: expected the model's 2"):
         label_order(TASKS["sst2"], ["cat", "dog"])
+
+
+def hub(monkeypatch, **splits):
+    """Stands in for the Hub; what was asked for."""
+    asked = []
+
+    def load_dataset(*names):
+        asked.append(names)
+        return DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_reads_glue_from_the_hub(monkeypatch):
+    classes = ClassLabel(names=["entailment", "neutral", "contradiction"])
+    features = Features(
+        {"premise": Value("string"), "hypothesis": Value("string"), "label": classes, "idx": Value("int32")}
+    )
+
+    def rows(labels):
+        texts = [f"text {i}" for i in range(len(labels))]
+        columns = {"premise": texts, "hypothesis": texts, "label": labels, "idx": list(range(len(labels)))}
+        return Dataset.from_dict(columns, features=features)
+
+    asked = hub(
+        monkeypatch, train=rows([2, 0]), validation_matched=rows([1]), validation_mismatched=rows([0]),
+        test_matched=rows([-1, -1]),
+    )  # fmt: skip
+    data = load_task("mnli")
+    assert asked == [("nyu-mll/glue", "mnli")]
+    assert list(data.splits) == ["train", "validation", "validation_mismatched"]  # the test labels are not public
+    assert data.train[0] == {"premise": "text 0", "hypothesis": "text 0", "label": 2, "example_id": 0}
+
+
+def test_reads_squad_and_other_datasets_from_the_hub(monkeypatch):
+    answers = [{"text": ["b"], "answer_start": [2]}]
+    squad = Dataset.from_dict({"id": ["x"], "question": ["a?"], "context": ["a b"], "answers": answers, "title": ["t"]})
+    asked = hub(monkeypatch, validation=squad)
+    assert load_task("squad").validation[0]["answers"] == answers[0]
+    mine = Dataset.from_dict({"review": ["a", "b"], "stars": [5, 1]})
+    asked = hub(monkeypatch, train=mine)
+    data = load_task(custom_task(["review"], "stars"), "somebody/reviews")
+    assert asked == [("somebody/reviews",)]
+    assert (data.task.label_names, list(data.train["label"])) == (("1", "5"), [1, 0])
+    with pytest.raises(UserError, match="data: expected a column text in dataset somebody/reviews, got review, stars"):
+        load_task(custom_task(["text"], "stars"), "somebody/reviews")
+
+
+def test_an_unreachable_dataset_is_one_line():
+    """conftest.py takes the network away."""
+    with pytest.raises(
+        UserError, match="data: expected a local path or a reachable dataset nyu-mll/glue/sst2, got"
+    ) as e:
+        load_task("sst2")
+    assert "\n" not in str(e.value)
