@@ -46,7 +46,7 @@ class Recipe:
     """What is trained for how long. Batches are length-bucketed; rates fall linearly to 0."""
 
     finetune_epochs: int = 2
-    distill_epochs: int = 3
+    distill_epochs: int = 2
     learning_rate: float = 5e-5
     distill_learning_rate: float = 5e-5
     distill_weight: float = 1.0
