@@ -58,7 +58,7 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = Recipe(finetune_epochs=1, distill_epochs=1, train_examples=3000, validation_examples=200)
+QUICK = Recipe(finetune_epochs=1, distill_epochs=1, train_examples=2000, validation_examples=200)
 
 
 class Study:
