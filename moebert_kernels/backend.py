@@ -86,17 +86,22 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+@cache
+def _first_offer(op: str) -> Choice:
+    missing = [name for name in BACKENDS if name not in _OFFERS[op]]
+    return Choice(op, _OFFERS[op][0], f"first of what exists; not in this version: {', '.join(missing)}")
+
+
 def choose(op: str) -> Choice:
     """The backend that runs `op` now.
 
     Raises:
         RuntimeError: a strict preference names a backend that does not offer the op.
     """
-    offers = _OFFERS[op]
     preference = _current_preference()
     if preference is None:
-        missing = [name for name in BACKENDS if name not in offers]
-        return Choice(op, offers[0], f"first of what exists; not in this version: {', '.join(missing)}")
+        return _first_offer(op)
+    offers = _OFFERS[op]
     if preference.backend in offers:
         return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = (

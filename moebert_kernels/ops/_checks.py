@@ -37,7 +37,7 @@ def check_integers(name: str, ids: Tensor) -> None:
 def check_shape(name: str, tensor: Tensor, wanted: dict[str, int]) -> None:
     """`wanted`: dimension names and sizes in order, e.g. {"E": 4, "I": 8}."""
     check_tensor(name, tensor)
-    if tuple(tensor.shape) != tuple(wanted.values()):
+    if (*tensor.shape,) != (*wanted.values(),):
         sizes = ", ".join(f"{dim}={size}" for dim, size in wanted.items())
         raise ValueError(f"{name}: expected shape ({sizes}), got {tuple(tensor.shape)}")
 
@@ -66,7 +66,6 @@ def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | N
     for name, tensor in others.items():
         if tensor is None:
             continue
-        check_tensor(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (as {first}), got {tensor.device}")
         if casting and tensor.dtype in FLOATS and tensor.dtype != torch.float64:
@@ -78,7 +77,7 @@ def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | N
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of GEMM operands; None outside autocast and for float64, which it leaves alone."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
@@ -11,7 +13,7 @@ from moebert_kernels.ops.group_tokens import group_tokens
 
 def resolve_routing(x: Tensor, routing: Grouping | Tensor, num_experts: int, max_top_k: int | None) -> Grouping:
     """A Grouping of x's tokens, from one or from expert ids: ids (...) are top-1, ids (..., top_k) are top-k."""
-    num_tokens = x[..., 0].numel()
+    num_tokens = math.prod(x.shape[:-1])
     if isinstance(routing, Grouping):
         check_grouping("routing", routing, num_experts, num_tokens * routing.top_k)
         grouping = routing

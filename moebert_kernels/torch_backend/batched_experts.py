@@ -20,15 +20,13 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.torch_backend.activation import activate
 from moebert_kernels.torch_backend.expert_gemm import Span, row_to_assignment, spans
 
-FEW_ROWS = (8, 96)  # mean per expert: below, calls cost more than batches save; above, passes over memory count
 _WEIGHT_LEFT = 64  # rows up to which h' = w1 x' is the faster form
 _PADDING = 1.4  # of the rows: up to here one batch of all experts beats pairs
 
 
-def applies(x: Tensor, bounds: list[int]) -> bool:
-    """Whether batches are faster than one GEMM after the other."""
-    experts = len(spans(bounds))
-    return x.dtype == torch.float32 and x.device.type == "cpu" and experts > 1 and bounds[-1] >= FEW_ROWS[0] * experts
+def applies(x: Tensor) -> bool:
+    """Whether this path is for such inputs."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 @dataclass

@@ -32,22 +32,36 @@ def routed_tokens(grouping: Grouping, routed: int) -> Tensor:
     return assignments if grouping.top_k == 1 else assignments // grouping.top_k
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x (M, K) @ w (N, K).T + bias, into `out` where given."""
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K) @ w (N, K).T + bias."""
+    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+
+
+def grouped_linear(x: Tensor, w: Tensor, bias: Tensor | None, bounds: list[int], out: Tensor) -> Tensor:
+    """Rows (R, K) of each expert times its weight (E, N, K), plus its bias, into out (R, N)."""
+    # One call that makes all experts' views costs as much as one that makes one expert's.
+    counts = [hi - lo for lo, hi in pairwise(bounds)]
+    rows_of, targets = torch.split_with_sizes(x, counts), torch.split_with_sizes(out, counts)
+    views = zip(counts, rows_of, w.transpose(1, 2).unbind(), targets, strict=True)
     if bias is None:
-        return torch.mm(x, w.t(), out=out)
-    return torch.addmm(bias, x, w.t(), out=out)
+        for count, rows, weight, target in views:
+            if count:
+                torch.mm(rows, weight, out=target)
+    else:
+        for (count, rows, weight, target), row in zip(views, bias.unbind(), strict=True):
+            if count:
+                torch.addmm(row, rows, weight, out=target)
+    return out
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
     """Rows (num_rows, N); zero past the routed ones."""
     bounds = host_bounds(grouping)
-    if gather:
-        x = x.index_select(0, routed_tokens(grouping, bounds[-1]))
+    routed = bounds[-1]
+    rows = x.index_select(0, routed_tokens(grouping, routed)) if gather else x[:routed]
     y = x.new_empty(grouping.num_rows, w.shape[1])
-    y[bounds[-1] :].zero_()
-    for e, lo, hi in spans(bounds):
-        linear(x[lo:hi], w[e], None if bias is None else bias[e], out=y[lo:hi])
+    y[routed:].zero_()
+    grouped_linear(rows, w, bias, bounds, y[:routed])
     return y
 
 
@@ -76,8 +90,7 @@ def backward(
     if needs[0]:
         dx = dy.new_empty(grouping.num_rows, w.shape[2])
         dx[routed:].zero_()
-        for e, lo, hi in spans(bounds):
-            torch.mm(dy[lo:hi], w[e], out=dx[lo:hi])
+        grouped_linear(dy[:routed], w.transpose(1, 2), None, bounds, dx[:routed])
         if gather:
             dx = rows_to_tokens(dx[:routed], grouping)
     if gather and (needs[1] or needs[2]):

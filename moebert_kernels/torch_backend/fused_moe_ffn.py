@@ -7,6 +7,7 @@ experts wherever possible), batches of experts, and one expert or pair at a time
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from moebert_kernels.torch_backend import batched_experts
 from moebert_kernels.torch_backend.activation import activate, activate_backward
 from moebert_kernels.torch_backend.expert_gemm import (
     Span,
+    grouped_linear,
     host_bounds,
     linear,
     routed_tokens,
@@ -34,6 +36,19 @@ def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: 
     return dropout.keep_mask(seed, grouping.row_to_token[:routed], columns, p, dropout.HIDDEN_STREAM)
 
 
+# Mean rows per expert that has any: below the first, calls cost more than batches save; above the second, passes over
+# memory count. docs/experiments.md, 2026-11-21
+_SOME_ROWS, _MANY_ROWS = 8, 96
+
+
+def rows_per_expert(bounds: list[int]) -> Literal["few", "some", "many"]:
+    """Which way through inference is the fastest."""
+    experts = len(set(bounds)) - 1
+    if bounds[-1] < _SOME_ROWS * experts:
+        return "few"
+    return "some" if bounds[-1] <= _MANY_ROWS * experts else "many"
+
+
 def expert_outputs(
     x: Tensor, tokens: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
     activation: str, residual: bool,
@@ -43,7 +58,7 @@ def expert_outputs(
     The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int64 of each
     routed row; with `residual` x's rows are added.
     """
-    if batched_experts.applies(x, bounds):
+    if batched_experts.applies(x):
         yield from batched_experts.expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual)
         return
     for e, lo, hi in spans(bounds):
@@ -56,16 +71,6 @@ def expert_outputs(
             yield (e, lo, hi), linear(h, w2[e], bias)
 
 
-def many_rows(bounds: list[int]) -> bool:
-    """Whether experts have so many rows that passes over memory cost more than calls."""
-    return bounds[-1] >= batched_experts.FEW_ROWS[1] * len(spans(bounds))
-
-
-def _first_gemm(x_rows: Tensor, w1: Tensor, b1: Tensor | None, bounds: list[int], h_pre: Tensor) -> None:
-    for e, lo, hi in spans(bounds):
-        linear(x_rows[lo:hi], w1[e], None if b1 is None else b1[e], out=h_pre[lo:hi])
-
-
 def ffn_rows(
     x_rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, grouping: Grouping,
     bounds: list[int], activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
@@ -75,13 +80,12 @@ def ffn_rows(
     h_pre = x_rows.new_empty(grouping.num_rows if save else routed, w1.shape[1])
     if save:
         h_pre[routed:].zero_()
-    _first_gemm(x_rows, w1, b1, bounds, h_pre)
-    h = activate(h_pre[:routed], activation, inplace=not save)
+    pre = h_pre[:routed] if save else h_pre
+    grouped_linear(x_rows, w1, b1, bounds, pre)
+    h = activate(pre, activation, inplace=not save)
     if (keep := _hidden_keep(seed, grouping, routed, h.shape[1], hidden_dropout_p)) is not None:
         h = (h * keep).mul_(dropout.scale(hidden_dropout_p))
-    y_rows = x_rows.new_empty(routed, w2.shape[1])
-    for e, lo, hi in spans(bounds):
-        linear(h[lo:hi], w2[e], None if b2 is None else b2[e], out=y_rows[lo:hi])
+    y_rows = grouped_linear(h, w2, b2, bounds, x_rows.new_empty(routed, w2.shape[1]))
     return y_rows, h_pre if save else h_pre.new_empty(0, w1.shape[1])
 
 
@@ -98,7 +102,7 @@ def ffn_rows_backward(
     routed = bounds[-1]
     if h_pre.shape[0] < routed:
         h_pre = x_rows.new_empty(routed, w1.shape[1])
-        _first_gemm(x_rows, w1, b1, bounds, h_pre)
+        grouped_linear(x_rows, w1, b1, bounds, h_pre)
     h_pre = h_pre[:routed]
     keep = _hidden_keep(seed, grouping, routed, w2.shape[2], hidden_dropout_p)
     factor = dropout.scale(hidden_dropout_p)
@@ -117,8 +121,7 @@ def ffn_rows_backward(
     dx_rows = dw1 = db1 = None
     if need_dx or need_dw1 or need_db1 or need_dp:
         dh = dy_rows.new_empty(routed, w2.shape[2])
-        for e, lo, hi in spans(bounds):
-            torch.mm(dy_rows[lo:hi], w2[e], out=dh[lo:hi])
+        grouped_linear(dy_rows, w2.transpose(1, 2), None, bounds, dh)
         if need_dp:
             # <dy, w2 h + b2> without computing the expert's output again: <w2' dy, h> + <dy, b2>
             dp = (dh * h).sum(1)
@@ -133,8 +136,7 @@ def ffn_rows_backward(
         dw1, db1 = weight_gradients(dh_pre, x_rows, bounds, w1.shape[0], need_dw1, need_db1)
         if need_dx:
             dx_rows = torch.empty_like(x_rows)
-            for e, lo, hi in spans(bounds):
-                torch.mm(dh_pre[lo:hi], w1[e], out=dx_rows[lo:hi])
+            grouped_linear(dh_pre, w1.transpose(1, 2), None, bounds, dx_rows)
     return [dx_rows, dw1, db1, dw2, db2, dp]
 
 
@@ -160,8 +162,8 @@ def forward(
     bounds = host_bounds(grouping)
     routed = bounds[-1]
     p_rows = row_weights(routing_weights, grouping, routed)
-    plain = not save and hidden_dropout_p == 0
-    if plain and many_rows(bounds):
+    way = rows_per_expert(bounds) if not save and hidden_dropout_p == 0 else "few"
+    if way == "many":
         assignments = row_to_assignment(grouping, routed)
         y = x.new_empty(grouping.num_rows, w2.shape[1])
         if routed < grouping.num_rows:
@@ -170,7 +172,7 @@ def forward(
         for (_, lo, hi), rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=False):
             y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
         return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
-    if plain and batched_experts.applies(x, bounds):
+    if way == "some" and batched_experts.applies(x):
         y = batched_experts.ffn(x, grouping, bounds, w1, b1, w2, b2, p_rows, activation)
         return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
 

@@ -19,8 +19,8 @@ from moebert_kernels.torch_backend.fused_moe_ffn import (
     expert_outputs,
     ffn_rows,
     ffn_rows_backward,
-    many_rows,
     row_weights,
+    rows_per_expert,
 )
 
 _native_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
@@ -44,15 +44,16 @@ def forward(
     norm_weight, norm_bias = norm_weight.to(acc_dtype), norm_bias.to(acc_dtype)
     p_rows = row_weights(routing_weights, grouping, routed)
     plain = not save and dropout_p == 0 and hidden_dropout_p == 0 and x.dtype == w1.dtype == acc_dtype
+    way = rows_per_expert(bounds) if plain else "few"
     nothing_saved = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
-    if plain and batched_experts.applies(x, bounds) and not many_rows(bounds):
+    if way == "some" and batched_experts.applies(x):
         y = batched_experts.ffn_add_norm(
             x, grouping, bounds, w1, b1, w2, b2, norm_weight, norm_bias, p_rows, eps, activation
         )  # fmt: skip
         return y, *nothing_saved
 
     tokens = row_to_assignment(grouping, routed)
-    if plain and many_rows(bounds):
+    if way == "many":
         y = x.clone(memory_format=torch.contiguous_format) if routed < grouping.num_rows else x.new_empty(x.shape)
         for (e, lo, hi), z_rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=True):
             normed = torch.layer_norm(z_rows, z_rows.shape[1:], norm_weight[e], norm_bias[e], eps)
