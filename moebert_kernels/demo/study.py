@@ -101,8 +101,8 @@ class Study:
 
         Returns:
             `name`, `path` of the model, `accuracy` on the test part with `standard_error`, `accuracy_before`
-            distillation, `validation_accuracy`, `correct` (a 0 or 1 for each test sentence), parameter counts,
-            `seconds` of training.
+            distillation, `accuracy_last` of the weights after the last step, `validation_accuracy`, `correct` (a
+            0 or 1 for each test sentence), parameter counts, `seconds` of training.
         """
         return self._once(f"{kind}-{size}", lambda name: self._make_student(name, kind, size, shared))
 
@@ -163,6 +163,7 @@ class Study:
             "name": name,
             "path": str(fitted.model_dir.resolve()),
             "accuracy": accuracy,
+            "accuracy_last": accuracy if fitted.best_step == fitted.step else self._last_accuracy(name),
             "standard_error": standard_error(accuracy, len(correct)),
             "validation_accuracy": fitted.best_metrics["accuracy"],
             "best_step": fitted.best_step,
@@ -170,6 +171,10 @@ class Study:
             "seconds": seconds,
             **parameter_counts(model),
         }
+
+    def _last_accuracy(self, name: str) -> float:
+        """Of the weights after the last step, which validation may not have chosen."""
+        return self._test(load_model(self.folder / name / "final", REVIEWS))["accuracy"]
 
     def _fit_config(self, epochs: int, learning_rate: float, **weights: float) -> FitConfig:
         return FitConfig(
