@@ -114,4 +114,4 @@ def rows_to_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
 
 def sum_assignments(y: Tensor, grouping: Grouping) -> Tensor:
     """(T * top_k, H) in assignment order -> (T, H)."""
-    return y if grouping.top_k == 1 else y.view(grouping.num_tokens, grouping.top_k, -1).sum(1)
+    return y if grouping.top_k == 1 else y.view(grouping.num_tokens, grouping.top_k, y.shape[1]).sum(1)

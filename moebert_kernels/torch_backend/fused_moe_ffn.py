@@ -43,7 +43,7 @@ _SOME_ROWS, _MANY_ROWS = 8, 96
 
 def rows_per_expert(bounds: list[int]) -> Literal["few", "some", "many"]:
     """Which way through inference is the fastest."""
-    experts = len(set(bounds)) - 1
+    experts = max(len(set(bounds)) - 1, 1)
     if bounds[-1] < _SOME_ROWS * experts:
         return "few"
     return "some" if bounds[-1] <= _MANY_ROWS * experts else "many"

@@ -87,7 +87,7 @@ def test_any_shape(tokens, hidden, width, experts, top_k, weighted, strided, dat
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("lowest", [-1, 0])
-@pytest.mark.parametrize("count", [5, T, 160, 600])  # every regime of the CPU path: a loop, one batch, pairs, many rows
+@pytest.mark.parametrize("count", [0, 5, T, 160, 600])  # every way through: nothing, a loop, one batch, pairs, many
 def test_inference_equals_training(count, lowest, top_k, bias):
     ids = torch.randint(lowest, E, (count, top_k))
     ids[: count // 3] = 2

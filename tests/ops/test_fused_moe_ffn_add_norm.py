@@ -50,7 +50,7 @@ def test_dropout_is_that_of_the_reference_and_backward_replays_it(recompute):
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("lowest", [-1, 0])
-@pytest.mark.parametrize("count", [5, T, 160, 600])  # every regime of the CPU path: a loop, one batch, pairs, many rows
+@pytest.mark.parametrize("count", [0, 5, T, 160, 600])  # every way through: nothing, a loop, one batch, pairs, many
 def test_inference_equals_training(count, lowest, weighted):
     ids = torch.randint(lowest, E, (count,))
     ids[: count // 3] = 2
