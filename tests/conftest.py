@@ -3,6 +3,8 @@
 import os
 import random
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: bitwise tests compare this process with those that it starts
+
 import pytest
 import torch
 
@@ -29,6 +31,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed torch and the standard library; a test that needs numpy takes its own generator."""
+    torch.set_num_threads(1)  # a test may have changed it
     torch.manual_seed(0)
     random.seed(0)
 
