@@ -101,7 +101,7 @@ class FitResult:
     """Where a run ended. The model that `fit` was given holds the weights of `model_dir`."""
 
     step: int
-    model_dir: Path  # best/ if there was an evaluation, else final/
+    model_dir: Path  # best/ (the later of equals) if there was an evaluation, else final/
     stopped_early: bool
     best_step: int | None
     best_metrics: Metrics

@@ -297,12 +297,12 @@ class _Run:
         self.log.write(**entry)
 
         value = metrics[self._judge(metrics)] * (1 if self.config.greater_is_better else -1)
-        if at.best is not None and not value > at.best["value"]:
-            at.stale += 1
+        value = -math.inf if math.isnan(value) else value  # not a number: the best only until there is one
+        at.stale = 0 if at.best is None or value > at.best["value"] else at.stale + 1
+        if at.best is not None and value < at.best["value"]:
             return False
-        # a metric that is not a number is the best only until there is one
-        at.best = {"step": at.step, "value": -math.inf if math.isnan(value) else value, "metrics": metrics}
-        at.stale = 0
+        # of equals the later: trained for longer, at a lower rate
+        at.best = {"step": at.step, "value": value, "metrics": metrics}
         self._write_model("best")
         return True
 

@@ -70,7 +70,7 @@ def test_two_processes_equal_one(tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_keeps_the_best_and_stops_early(tmp_path):
+def test_keeps_the_best_the_later_of_equals_and_stops_early(tmp_path):
     scores, saved = iter([0.5, 0.7, 0.7, 0.6, 0.9]), []
     model = tiny_bert(0)
 
@@ -82,15 +82,15 @@ def test_keeps_the_best_and_stops_early(tmp_path):
     config = FitConfig(epochs=9, learning_rate=1e-3, patience=2, best_metric="accuracy")
     folders = []
     result = run(tmp_path, config=config, student=model, evaluate=evaluate, also_save=folders.append)
-    assert (result.step, result.best_step, result.stopped_early) == (4 * 6, 2 * 6, True)
+    assert (result.step, result.best_step, result.stopped_early) == (4 * 6, 3 * 6, True)
     assert result.best_metrics == {"f1": 0.0, "accuracy": 0.7}
     assert [entry["metrics"]["accuracy"] for entry in result.history] == [0.5, 0.7, 0.7, 0.6]
     assert [entry["metrics"] for entry in log(tmp_path, "metrics")] == [entry["metrics"] for entry in result.history]
     assert result.model_dir == tmp_path / "best"
-    assert_same_weights(model, saved[1])
-    assert_same_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "best"), saved[1])
+    assert_same_weights(model, saved[2])
+    assert_same_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "best"), saved[2])
     assert_same_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "final"), saved[3])
-    assert len(folders) == 3 and not any(folder.exists() for folder in folders)  # renamed when whole
+    assert len(folders) == 4 and not any(folder.exists() for folder in folders)  # renamed when whole
 
 
 def test_a_smaller_metric_can_be_better(tmp_path):
