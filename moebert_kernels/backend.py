@@ -1,12 +1,14 @@
 """Which implementation runs an op here, and why: the only place that chooses.
 
-`_OFFERS` names what exists, best first. An op's implementation in backend `b` is the module
-`moebert_kernels.<folder of b>.<op>`; the order changes only with a committed measurement.
+`_OFFERS` names what exists, best first; the first that can run on the tensor's device and dtype does. An op's
+implementation in backend `b` is the module `moebert_kernels.<folder of b>.<op>`; the order changes only with a
+committed measurement.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,16 +18,19 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
-_FOLDERS = {"torch": "torch_backend"}
+_FOLDERS = {"triton": "triton_backend", "torch": "torch_backend"}
 _OFFERS: dict[str, tuple[str, ...]] = {
-    "hash_route": ("torch",),
-    "group_tokens": ("torch",),
-    "expert_gemm": ("torch",),
-    "fused_moe_ffn": ("torch",),
-    "fused_moe_ffn_add_norm": ("torch",),
+    "hash_route": ("triton", "torch"),
+    "group_tokens": ("triton", "torch"),
+    "expert_gemm": ("triton", "torch"),
+    "fused_moe_ffn": ("triton", "torch"),
+    "fused_moe_ffn_add_norm": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
 
@@ -86,31 +91,64 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on any device: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @cache
-def _first_offer(op: str) -> Choice:
-    missing = [name for name in BACKENDS if name not in _OFFERS[op]]
-    return Choice(op, _OFFERS[op][0], f"first of what exists; not in this version: {', '.join(missing)}")
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on such tensors, or None."""
+    if backend == "torch":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype == torch.float64:
+        return "computes in float32, asked for float64"
+    if device.type != "cuda":
+        return None if interpreting() else f"needs a CUDA device, got {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
 
 
-def choose(op: str) -> Choice:
-    """The backend that runs `op` now.
+@cache
+def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
+    for name in _OFFERS[op]:
+        obstacle = _obstacle(name, device, dtype)
+        if obstacle is None and name == "triton" and device.type != "cuda":
+            obstacle = "its interpreter runs only on request"
+        if obstacle is None:
+            break
+        passed.append(f"{name}: {obstacle}")
+    return Choice(op, name, "; ".join(passed) or "the fastest")
+
+
+def choose(op: str, x: Tensor | None = None) -> Choice:
+    """The backend that runs `op` now on a tensor like x; None: float32 on this machine's best device.
 
     Raises:
-        RuntimeError: a strict preference names a backend that does not offer the op.
+        RuntimeError: a strict preference names a backend that does not offer the op, or not here.
     """
+    if x is None:
+        device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32
+    else:
+        device, dtype = x.device, x.dtype
     preference = _current_preference()
     if preference is None:
-        return _first_offer(op)
+        return _first_offer(op, device, dtype)
     offers = _OFFERS[op]
+    obstacle = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        return Choice(op, preference.backend, f"asked for by {preference.source}")
-    message = (
-        f"{op}: expected a {preference.backend} implementation ({preference.source}), got only {', '.join(offers)}"
-    )
+        obstacle = _obstacle(preference.backend, device, dtype)
+        if obstacle is None:
+            return Choice(op, preference.backend, f"asked for by {preference.source}")
+    message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {obstacle}"
     if preference.strict:
         raise RuntimeError(message)
-    _warn_once(f"{message}; {offers[0]} runs instead. See `moebert doctor`.")
-    return Choice(op, offers[0], f"{preference.source} prefers {preference.backend}, which does not offer this op")
+    other = _first_offer(op, device, dtype).backend
+    _warn_once(f"{message}; {other} runs instead. See `moebert doctor`.")
+    return Choice(op, other, f"{preference.source} prefers {preference.backend}, got {obstacle}")
 
 
 @cache
@@ -118,9 +156,9 @@ def _module(op: str, backend: str) -> ModuleType:
     return importlib.import_module(f"moebert_kernels.{_FOLDERS[backend]}.{op}")
 
 
-def implementation(op: str) -> ModuleType:
-    """The module that runs `op` now."""
-    return _module(op, choose(op).backend)
+def implementation(op: str, x: Tensor) -> ModuleType:
+    """The module that runs `op` now on x."""
+    return _module(op, choose(op, x).backend)
 
 
 def explain() -> list[Choice]:

@@ -23,6 +23,7 @@ LAYERS = (
     ("errors", "grouping", "activation", "dropout", "accuracy"),
     ("backend",),
     ("reference", "torch_backend", "kernels", "_C"),
+    ("triton_backend",),
     ("ops",),
     ("__init__",),
     ("nn", "integrations"),

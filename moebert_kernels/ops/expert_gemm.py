@@ -66,7 +66,7 @@ def _forward(
 ) -> tuple[Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
     with without_autocast(x):
-        return (backend.implementation("expert_gemm").forward(x, w, bias, grouping, gather),)
+        return (backend.implementation("expert_gemm", x).forward(x, w, bias, grouping, gather),)
 
 
 def _backward(
@@ -75,7 +75,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
     with without_autocast(x):
-        grads = backend.implementation("expert_gemm").backward(dy, x, w, grouping, gather, tuple(needs))
+        grads = backend.implementation("expert_gemm", x).backward(dy, x, w, grouping, gather, tuple(needs))
     return or_empty(dy, grads)
 
 

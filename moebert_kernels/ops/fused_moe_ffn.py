@@ -82,7 +82,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
     with without_autocast(x):
-        return backend.implementation("fused_moe_ffn").forward(
+        return backend.implementation("fused_moe_ffn", x).forward(
             x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
         )  # fmt: skip
 
@@ -94,7 +94,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
     with without_autocast(x):
-        grads = backend.implementation("fused_moe_ffn").backward(
+        grads = backend.implementation("fused_moe_ffn", x).backward(
             dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
         )  # fmt: skip
     return or_empty(dy, grads)

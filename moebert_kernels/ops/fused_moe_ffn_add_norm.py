@@ -100,7 +100,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
     with without_autocast(x):
-        return backend.implementation("fused_moe_ffn_add_norm").forward(
+        return backend.implementation("fused_moe_ffn_add_norm", x).forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, save,
         )  # fmt: skip
@@ -109,13 +109,13 @@ def _forward(
 def _backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None,
-    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None, h_pre: Tensor, z: Tensor,
+    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None, h_pre: Tensor, ffn: Tensor,
     eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
     with without_autocast(x):
-        grads = backend.implementation("fused_moe_ffn_add_norm").backward(
-            dy, x, h_pre, z, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
+        grads = backend.implementation("fused_moe_ffn_add_norm", x).backward(
+            dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, tuple(needs),
         )  # fmt: skip
     return or_empty(dy, grads)
@@ -124,12 +124,11 @@ def _backward(
 def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token, token_to_row,
                   seed, eps, activation, dropout_p, hidden_dropout_p, save):  # fmt: skip
     rows = row_to_token.shape[0] if save else 0
-    acc_dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), w1.new_empty(rows, w1.shape[1]), x.new_empty(rows, x.shape[1], dtype=acc_dtype)
+    return x.new_empty(x.shape), w1.new_empty(rows, w1.shape[1]), w1.new_empty(rows, x.shape[1])
 
 
 def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token,
-                   token_to_row, seed, h_pre, z, eps, activation, dropout_p, hidden_dropout_p, save, needs,
+                   token_to_row, seed, h_pre, ffn, eps, activation, dropout_p, hidden_dropout_p, save, needs,
                    ):  # fmt: skip
     inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights)
     return tuple(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True))

@@ -68,7 +68,7 @@ def _run(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _group_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return backend.implementation("group_tokens").forward(expert_ids, num_experts)
+    return backend.implementation("group_tokens", expert_ids).forward(expert_ids, num_experts)
 
 
 @torch.library.custom_op("moebert_kernels::group_tokens", mutates_args=())

@@ -47,7 +47,7 @@ def route_flat(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None)
 
 
 def _hash_route(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return backend.implementation("hash_route").forward(token_ids, tables, attention_mask)
+    return backend.implementation("hash_route", token_ids).forward(token_ids, tables, attention_mask)
 
 
 @torch.library.custom_op("moebert_kernels::hash_route", mutates_args=())

@@ -37,7 +37,7 @@ def forward(
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
     dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y (T, H) in x's dtype and, if `save`, the pre-activations and the sums before the norm, both in row order."""
+    """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
     bounds = host_bounds(grouping)
     routed = bounds[-1]
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -45,7 +45,7 @@ def forward(
     p_rows = row_weights(routing_weights, grouping, routed)
     plain = not save and dropout_p == 0 and hidden_dropout_p == 0 and x.dtype == w1.dtype == acc_dtype
     way = rows_per_expert(bounds) if plain else "few"
-    nothing_saved = w1.new_empty(0, w1.shape[1]), x.new_empty(0, x.shape[1], dtype=acc_dtype)
+    nothing_saved = w1.new_empty(0, w1.shape[1]), w1.new_empty(0, x.shape[1])
     if way == "some" and batched_experts.applies(x):
         y = batched_experts.ffn_add_norm(
             x, grouping, bounds, w1, b1, w2, b2, norm_weight, norm_bias, p_rows, eps, activation
@@ -64,20 +64,28 @@ def forward(
     rows, h_pre = ffn_rows(
         x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
     )  # fmt: skip
-    keep = _output_keep(seed, tokens, rows.shape[1], dropout_p)
-    if keep is not None:
-        rows = rows.mul_(keep).mul_(dropout.scale(dropout_p))
-    z = x.new_empty(grouping.num_rows if save else routed, x.shape[1], dtype=acc_dtype)
-    z[routed:].zero_()
-    torch.add(rows.to(acc_dtype), x_rows, out=z[:routed])
-
-    y_rows = torch.empty_like(z[:routed])
+    z = _sums(x_rows, rows, tokens, dropout_p, seed)
+    y_rows = torch.empty_like(z)
     for e, lo, hi in spans(bounds):
         y_rows[lo:hi] = torch.layer_norm(z[lo:hi], z.shape[1:], norm_weight[e], norm_bias[e], eps)
     if p_rows is not None:
         y_rows *= p_rows
     y = _to_token_order(y_rows.to(x.dtype), grouping, tokens, skipped=x)
-    return (y, h_pre, z) if save else (y, *nothing_saved)
+    return (y, h_pre, _padded(rows, grouping)) if save else (y, *nothing_saved)
+
+
+def _sums(x_rows: Tensor, ffn_rows: Tensor, tokens: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """x + dropout(ffn) (R, H), in float32 or above."""
+    acc_dtype = torch.promote_types(x_rows.dtype, torch.float32)
+    keep = _output_keep(seed, tokens, ffn_rows.shape[1], dropout_p)
+    if keep is not None:
+        ffn_rows = (ffn_rows * keep).mul_(dropout.scale(dropout_p))
+    return ffn_rows.to(acc_dtype) + x_rows
+
+
+def _padded(rows: Tensor, grouping: Grouping) -> Tensor:
+    """(R, H) -> (num_rows, H), zero past the routed rows."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, grouping.num_rows - rows.shape[0]))
 
 
 def _to_token_order(rows: Tensor, grouping: Grouping, tokens: Tensor, skipped: Tensor) -> Tensor:
@@ -88,7 +96,7 @@ def _to_token_order(rows: Tensor, grouping: Grouping, tokens: Tensor, skipped: T
 
 
 def backward(
-    dy: Tensor, x: Tensor, h_pre: Tensor, z: Tensor, grouping: Grouping,
+    dy: Tensor, x: Tensor, h_pre: Tensor, ffn: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
     routing_weights: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float,
     seed: Tensor | None, needs: Sequence[bool],
@@ -100,12 +108,12 @@ def backward(
     tokens = row_to_assignment(grouping, routed)
     x_rows = x.index_select(0, tokens)
     keep = _output_keep(seed, tokens, x.shape[1], dropout_p)
-    if z.shape[0] < routed:
-        _, h_pre, z = forward(
+    if ffn.shape[0] < routed:
+        _, h_pre, ffn = forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, True,
         )  # fmt: skip
-    z = z[:routed]
+    z = _sums(x_rows, ffn[:routed], tokens, dropout_p, seed)
     dy_rows = dy.index_select(0, tokens).to(z.dtype)
     p_rows = row_weights(routing_weights, grouping, routed)
 

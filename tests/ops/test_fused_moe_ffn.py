@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moebert_kernels import expert_gemm, fused_moe_ffn, group_tokens, reference
 from tests.helpers import assert_as_accurate
-from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, parameters, run
+from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, in_interpreter, parameters, run, slack, widest
 
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2", "drouting_weights")
 
@@ -29,15 +29,17 @@ def compare(ids, dtype, p=None, activation="gelu", bias=True, **constants):
     exact = run(call(reference.fused_moe_ffn), inputs, dy, torch.float64, **constants)
     names = NAMES if bias else ("y", "dx", "dw1", "dw2", "drouting_weights")
     for name, *tensors in zip(names, got, same, exact, strict=False):
-        assert_as_accurate(*tensors, name=name)
+        assert_as_accurate(*tensors, name=name, factor=slack(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_matches_reference(routing, dtype):
     ids = ROUTINGS[routing]()
-    compare(ids, dtype)
-    compare(ids, dtype, p=torch.rand(len(ids)))
+    if dtype == torch.float32 or not in_interpreter():
+        compare(ids, dtype)
+    if dtype != torch.float32 or not in_interpreter():
+        compare(ids, dtype, p=torch.rand(len(ids)))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -57,7 +59,7 @@ def test_activations(activation, bias):
 def test_hidden_dropout(recompute):
     ids = torch.randint(-1, E, (T, 2))
     seed = torch.tensor(99)
-    compare(ids, torch.float64, p=torch.rand(T, 2), hidden_dropout_p=0.3, dropout_seed=seed, recompute=recompute)
+    compare(ids, widest(), p=torch.rand(T, 2), hidden_dropout_p=0.3, dropout_seed=seed, recompute=recompute)
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,13 +148,14 @@ def test_second_derivative_raises():
         dx.sum().backward()
 
 
-def test_autocast_returns_its_dtype_and_casts_a_weight_once():
+def test_autocast_returns_its_dtype_and_casts_a_weight_once(implementation):
     x, weights, ids = torch.randn(T, H), [t.requires_grad_() for t in parameters(torch.float32)], torch.zeros(T).long()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y = fused_moe_ffn(x, ids, *weights)
         twice = fused_moe_ffn(y, ids, *weights)
-        double = fused_moe_ffn(x.double(), ids, *[w.double() for w in weights])
-    assert y.dtype == torch.bfloat16 and double.dtype == torch.float64
+        if implementation == "torch":
+            assert fused_moe_ffn(x.double(), ids, *[w.double() for w in weights]).dtype == torch.float64
+    assert y.dtype == torch.bfloat16
     nodes = [node for node, _ in twice.grad_fn.next_functions[0][0].next_functions[1:5]]
     inner = twice.grad_fn.next_functions[0][0].next_functions[0][0]
     while "Eager" not in type(inner).__name__:
@@ -220,5 +223,5 @@ def test_rejects():
         fused_moe_ffn(x, ids, w1, b1, w2, b2, routing_weights=torch.ones(2))
     with pytest.raises(ValueError, match=r"hidden_dropout_p: expected a probability in \[0, 1\), got -0.1"):
         fused_moe_ffn(x, ids, w1, b1, w2, b2, hidden_dropout_p=-0.1)
-    with pytest.raises(ValueError, match=r"w1: expected shape \(E=4, 2I=40, H=24\), got \(4, 20, 24\)"):
+    with pytest.raises(ValueError, match=r"w1: expected shape \(E=4, 2I=72, H=40\), got \(4, 36, 40\)"):
         fused_moe_ffn(x, ids, w1, b1, w2, b2, activation="swiglu")

@@ -3,7 +3,7 @@ import torch
 
 from moebert_kernels import fused_moe_ffn_add_norm, group_tokens, reference
 from tests.helpers import assert_as_accurate
-from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, parameters, run
+from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, in_interpreter, parameters, run, slack, widest
 
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2", "dnorm_weight", "dnorm_bias", "drouting_weights")
 
@@ -25,15 +25,17 @@ def compare(ids, dtype, p=None, activation="gelu", **constants):
     same = run(call(reference.fused_moe_ffn_add_norm), inputs, dy, dtype, **constants)
     exact = run(call(reference.fused_moe_ffn_add_norm), inputs, dy, torch.float64, **constants)
     for name, *tensors in zip(NAMES, got, same, exact, strict=False):
-        assert_as_accurate(*tensors, name=name)
+        assert_as_accurate(*tensors, name=name, factor=slack(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_matches_reference(routing, dtype):
     ids = ROUTINGS[routing]()
-    compare(ids, dtype)
-    compare(ids, dtype, p=torch.rand(len(ids)))
+    if dtype == torch.float32 or not in_interpreter():
+        compare(ids, dtype)
+    if dtype != torch.float32 or not in_interpreter():
+        compare(ids, dtype, p=torch.rand(len(ids)))
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu"])
@@ -45,7 +47,7 @@ def test_activations(activation):
 def test_dropout_is_that_of_the_reference_and_backward_replays_it(recompute):
     seed = torch.tensor(2**40 + 17)
     constants = {"dropout_p": 0.1, "hidden_dropout_p": 0.3, "dropout_seed": seed, "recompute": recompute}
-    compare(ROUTINGS["some_skipped"](), torch.float64, p=torch.rand(T), **constants)
+    compare(ROUTINGS["some_skipped"](), widest(), p=torch.rand(T), **constants)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -77,7 +79,7 @@ def test_autocast_adds_and_normalises_in_float32():
     x, weights = torch.randn(T, H, requires_grad=True), parameters(torch.float32, norm=True)
     weights[0].requires_grad_()
     ids = ROUTINGS["even"]()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         y = fused_moe_ffn_add_norm(x, ids, *weights)
         from_bf16 = fused_moe_ffn_add_norm(x.bfloat16(), ids, *weights)
     assert y.dtype == from_bf16.dtype == torch.float32

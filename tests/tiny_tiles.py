@@ -1,0 +1,22 @@
+"""Small tiles, chunks and spans for Triton's kernels, so that tensors of a few dozen rows have several of each."""
+
+from moebert_kernels.kernels import config, fused_moe_ffn_add_norm, group_tokens
+from moebert_kernels.triton_backend import expert_gemm
+from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as add_norm
+
+TILE, CHUNK = 16, 16
+
+
+def use_tiny_tiles(monkeypatch) -> None:
+    """Patch what chooses sizes; nothing else changes."""
+    rows = config.Config(BLOCK_M=TILE, BLOCK_N=TILE, BLOCK_K=TILE, num_warps=4, num_stages=2)
+    weights = config.Config(BLOCK_M=TILE, BLOCK_N=2 * TILE, BLOCK_K=TILE, num_warps=4, num_stages=2)
+    for precision in config.CANDIDATES:
+        monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
+    config._pick.cache_clear()
+    monkeypatch.setattr(expert_gemm, "pick_chunk", lambda *_: CHUNK)
+    monkeypatch.setattr(add_norm, "NORM_CHUNK", 8)
+    monkeypatch.setattr(fused_moe_ffn_add_norm, "NORM_CHUNK", 8)
+    monkeypatch.setattr(group_tokens, "_SPAN", 32)
+    monkeypatch.setattr(group_tokens, "_COMPARISONS", 128)
+    monkeypatch.setattr(group_tokens, "_SPANS_AT_ONCE", 2)
