@@ -41,9 +41,10 @@ class Config:
     def options(self) -> dict[str, Any]:
         return asdict(self)
 
-    def narrowed(self) -> Config:
-        """Half the columns, for kernels that keep two accumulators."""
-        return replace(self, BLOCK_N=max(16, self.BLOCK_N // 2))
+    def narrowed(self, accumulators: int) -> Config:
+        """Fewer columns, down to 16, so that a thread holds at most so many elements of a tile."""
+        columns = accumulators * self.num_warps * 32 // self.BLOCK_M
+        return replace(self, BLOCK_N=max(16, min(self.BLOCK_N, columns)))
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
         "weights": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     },
     "tf32": {
-        "rows": (Config(16, 32, 64, 4, 3), Config(32, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)),
+        "rows": (Config(16, 32, 32, 4, 4), Config(32, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)),
         "weights": (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)),
     },
     "ieee": {  # no tensor cores: small tiles keep the accumulators in registers
-        "rows": (Config(16, 32, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(64, 32, 32, 4, 2)),
-        "weights": (Config(32, 32, 32, 4, 2), Config(64, 32, 32, 4, 2)),
+        "rows": (Config(16, 32, 32, 4, 2), Config(32, 32, 32, 4, 2), Config(64, 32, 16, 4, 2)),
+        "weights": (Config(32, 32, 32, 4, 2), Config(64, 32, 16, 4, 2)),
     },
 }  # fmt: skip
 

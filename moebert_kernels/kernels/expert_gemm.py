@@ -22,10 +22,10 @@ from moebert_kernels.kernels.tiles import num_row_tiles, padded_experts, row_til
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def dot_options(a: Tensor, depth: int, config: Config) -> dict[str, object]:
+def dot_options(a: Tensor, columns: int, depth: int, config: Config) -> dict[str, object]:
     """Constants of the main loop. The interpreter multiplies the raw bits of bfloat16, so there it is upcast first."""
     return {
-        "EVEN_K": depth % config.BLOCK_K == 0,
+        "EVEN": columns % config.BLOCK_N == 0 and depth % config.BLOCK_K == 0,
         "PRECISION": "tf32" if precision_of(a.dtype) == "tf32" else "ieee",
         "UPCAST": INTERPRETED and a.element_size() == 2,
     }
@@ -34,19 +34,19 @@ def dot_options(a: Tensor, depth: int, config: Config) -> dict[str, object]:
 @triton.jit
 def dot_rows(
     a_ptrs, stride_ak,  # (BLOCK_M, BLOCK_K) pointers to the first columns of the rows
-    w_ptrs, stride_wk,  # (BLOCK_K, BLOCK_N)
+    w_ptrs, stride_wk, mask_n,  # (BLOCK_K, BLOCK_N), (BLOCK_N,)
     acc, K,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc += A @ W.T over K columns."""
+    """acc += A @ W.T over K columns. Without EVEN, loads are masked, which costs registers but no coalescing."""
     offs_k = tl.arange(0, BLOCK_K)
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if EVEN:
             a, w = tl.load(a_ptrs), tl.load(w_ptrs)
         else:
             inside = offs_k < K - k
             a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=inside[:, None] & mask_n[None, :], other=0.0)
         if UPCAST:
             a, w = a.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
@@ -69,7 +69,7 @@ def _expert_gemm_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     GATHER: tl.constexpr, SCATTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_SKIPPED: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -79,7 +79,8 @@ def _expert_gemm_kernel(
     offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
-    mask = mask_m[:, None] & (offs_n < N)[None, :]
+    mask_n = offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
     row = tl.where(mask_m, row, row0).to(tl.int64)  # loads past the end are of the first row; nothing is stored there
 
@@ -87,20 +88,21 @@ def _expert_gemm_kernel(
     depth = tl.where(expert < E, K, 0)
     owner = tl.minimum(expert, E - 1).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    column = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
+    column = offs_n.to(tl.int64)
     a_row = assignment // TOP_K if GATHER else row
     acc = dot_rows(
         A + a_row[:, None] * stride_am + offs_k[None, :] * stride_ak, stride_ak,
         W + owner * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk, stride_wk,
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), depth, BLOCK_K, EVEN_K, PRECISION, UPCAST,
+        mask_n, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), depth, BLOCK_K, EVEN, PRECISION, UPCAST,
     )  # fmt: skip
 
     if HAS_BIAS:
-        acc += tl.load(Bias + owner * stride_be + column * stride_bn).to(tl.float32)[None, :]
+        bias = tl.load(Bias + owner * stride_be + column * stride_bn, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     if HAS_WEIGHTS:
         acc *= tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)[:, None]
     if HAS_RESIDUAL:
-        residual = tl.load(Residual + row[:, None] * stride_rm + column[None, :], mask=mask, other=0.0)
+        residual = tl.load(Residual + row[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0)
         acc += residual.to(tl.float32)
     if expert == E:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -146,5 +148,5 @@ def expert_gemm(
         GATHER=gather, SCATTER=scatter,
         HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
         HAS_RESIDUAL=residual is not None, HAS_SKIPPED=skipped is not None,
-        **dot_options(a, depth, config), **config.options(),
+        **dot_options(a, columns, depth, config), **config.options(),
     )  # fmt: skip

@@ -34,7 +34,7 @@ def _expert_gemm_weights_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
     HAS_DW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -47,8 +47,8 @@ def _expert_gemm_weights_kernel(
     tile_n = tile % tiles_n
     offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_a = tl.where(offs_m < M, offs_m, 0).to(tl.int64)
-    column_b = tl.where(offs_n < N, offs_n, 0).to(tl.int64)
+    a_columns = A + offs_m.to(tl.int64)[None, :] * stride_ak
+    b_columns = B + offs_n.to(tl.int64)[None, :] * stride_bk
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.zeros((BLOCK_M,), tl.float32)
@@ -58,9 +58,11 @@ def _expert_gemm_weights_kernel(
         assignment = tl.load(RowToToken + row, mask=inside, other=0).to(tl.int64)
         row_a = assignment // TOP_K if GATHER_A else row.to(tl.int64)
         row_b = assignment // TOP_K if GATHER_B else row.to(tl.int64)
-        a = tl.load(A + row_a[:, None] * stride_am + column_a[None, :] * stride_ak, mask=inside[:, None], other=0.0)
+        mask_a = inside[:, None] if EVEN else inside[:, None] & (offs_m < M)[None, :]
+        a = tl.load(a_columns + row_a[:, None] * stride_am, mask=mask_a, other=0.0)
         if HAS_DW:
-            b = tl.load(B + row_b[:, None] * stride_bm + column_b[None, :] * stride_bk, mask=inside[:, None], other=0.0)
+            mask_b = inside[:, None] if EVEN else inside[:, None] & (offs_n < N)[None, :]
+            b = tl.load(b_columns + row_b[:, None] * stride_bm, mask=mask_b, other=0.0)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
@@ -139,6 +141,7 @@ def expert_gemm_weights(
         E=num_experts, E_POW2=padded_experts(num_experts), CHUNK=chunk, SPLIT=split,
         GATHER_A=gather_a, GATHER_B=gather_b,
         HAS_DW=dw is not None, HAS_BIAS=dbias is not None, HAS_WEIGHTS=weights is not None,
+        EVEN=columns_a % config.BLOCK_M == 0 and columns_b % config.BLOCK_N == 0,
         PRECISION="tf32" if precision_of(a.dtype) == "tf32" else "ieee",
         UPCAST=INTERPRETED and a.element_size() == 2,
         **config.options(),

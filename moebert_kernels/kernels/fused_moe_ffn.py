@@ -25,23 +25,28 @@ from moebert_kernels.kernels.tiles import expert_of_rows, num_row_tiles, padded_
 
 _HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
 
+# Elements of a tile per thread. Two accumulators, or an epilogue with a derivative, need registers of their own: with
+# more, ptxas spills (benchmarks/results/triton-resources.json).
+_GATED_ACCUMULATORS, _BACKWARD_ACCUMULATORS = 32, 32
+
 
 @triton.jit
 def _dot_rows_pair(
-    a_ptrs, stride_ak, gate_ptrs, up_ptrs, stride_wk,
+    a_ptrs, stride_ak, gate_ptrs, up_ptrs, stride_wk, mask_n,
     gate, up, K,
-    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """`dot_rows` with two weights at once."""
     offs_k = tl.arange(0, BLOCK_K)
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if EVEN:
             a, w_gate, w_up = tl.load(a_ptrs), tl.load(gate_ptrs), tl.load(up_ptrs)
         else:
             inside = offs_k < K - k
             a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-            w_gate = tl.load(gate_ptrs, mask=inside[:, None], other=0.0)
-            w_up = tl.load(up_ptrs, mask=inside[:, None], other=0.0)
+            mask = inside[:, None] & mask_n[None, :]
+            w_gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+            w_up = tl.load(up_ptrs, mask=mask, other=0.0)
         if UPCAST:
             a, w_gate, w_up = a.to(tl.float32), w_gate.to(tl.float32), w_up.to(tl.float32)
         gate = tl.dot(a, w_gate, gate, input_precision=PRECISION)
@@ -64,7 +69,7 @@ def _hidden_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_H: tl.constexpr, STORE_PRE: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
@@ -75,12 +80,12 @@ def _hidden_kernel(
     offs_n = first_n + tl.arange(0, BLOCK_N)
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
-    mask = mask_m[:, None] & (offs_n < I)[None, :]
+    mask_n = offs_n < I
+    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
-    row = row.to(tl.int64)
     depth = tl.where(expert < E, K, 0)  # rows without an expert: nothing to sum, zeros to write
     owner = tl.minimum(expert, E - 1).to(tl.int64)
-    column = tl.where(offs_n < I, offs_n, 0).to(tl.int64)
+    column = offs_n.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     x_ptrs = X + (assignment // TOP_K)[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = W1 + owner * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk
@@ -88,21 +93,23 @@ def _hidden_kernel(
     if GATED:
         up_ptrs = w_ptrs + I.to(tl.int64) * stride_wn
         acc, up = _dot_rows_pair(
-            x_ptrs, stride_xk, w_ptrs, up_ptrs, stride_wk, acc, acc, depth, BLOCK_K, EVEN_K, PRECISION, UPCAST
+            x_ptrs, stride_xk, w_ptrs, up_ptrs, stride_wk, mask_n, acc, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST
         )
     else:
-        acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, acc, depth, BLOCK_K, EVEN_K, PRECISION, UPCAST)
+        acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST)
     if HAS_BIAS:
         bias_ptrs = B1 + owner * stride_be + column * stride_bn
-        acc += tl.load(bias_ptrs).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            up += tl.load(bias_ptrs + I.to(tl.int64) * stride_bn).to(tl.float32)[None, :]
+            up += tl.load(bias_ptrs + I.to(tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if expert == E:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if GATED:
             up = acc
+    local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
     if STORE_PRE:
-        pre_ptrs = HPre + row[:, None] * (2 * I if GATED else I) + offs_n[None, :]
+        pre_width = 2 * I if GATED else I
+        pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
         tl.store(pre_ptrs, acc.to(HPre.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(pre_ptrs + I, up.to(HPre.dtype.element_ty), mask=mask)
@@ -113,7 +120,7 @@ def _hidden_kernel(
         if DROPOUT:
             keep = keep_tile(Seed, assignment, first_n, threshold, BLOCK_N, _HIDDEN_STREAM)
             h = tl.where(keep, h * scale, 0.0)
-        tl.store(H + row[:, None] * I + offs_n[None, :], h.to(H.dtype.element_ty), mask=mask)
+        tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -129,7 +136,7 @@ def _hidden_backward_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, GATHER: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
@@ -140,19 +147,23 @@ def _hidden_backward_kernel(
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
-    mask = mask_m[:, None] & (offs_n < I)[None, :]
+    mask_n = offs_n < I
+    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
     row = tl.where(mask_m, row, row0).to(tl.int64)
-    column = tl.where(offs_n < I, offs_n, 0).to(tl.int64)
+    column = offs_n.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     y_row = assignment // TOP_K if GATHER else row
     dh = dot_rows(
         DY + y_row[:, None] * stride_ym + offs_k[None, :] * stride_yk, stride_yk,
         W2 + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk, stride_wk,
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, BLOCK_K, EVEN_K, PRECISION, UPCAST,
+        mask_n, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, BLOCK_K, EVEN, PRECISION, UPCAST,
     )  # fmt: skip
 
-    pre_ptrs = HPre + row[:, None] * (2 * I if GATED else I) + offs_n[None, :]
+    local = tl.arange(0, BLOCK_M)[:, None]
+    pre_width = 2 * I if GATED else I
+    pre_base, pre_offsets = row0.to(tl.int64) * pre_width, local * pre_width + offs_n[None, :]
+    pre_ptrs = HPre + pre_base + pre_offsets
     pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
     h = activate(pre, ACTIVATION)
     if GATED:
@@ -170,11 +181,11 @@ def _hidden_backward_kernel(
         h *= weight
         dh *= weight
     if STORE_A:
-        tl.store(A + row[:, None] * I + offs_n[None, :], h.to(A.dtype.element_ty), mask=mask)
+        tl.store(A + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(A.dtype.element_ty), mask=mask)
     if STORE_PRE:
         if DROPOUT:
             dh = tl.where(keep, dh * scale, 0.0)
-        dpre_ptrs = DHPre + row[:, None] * (2 * I if GATED else I) + offs_n[None, :]
+        dpre_ptrs = DHPre + pre_base + pre_offsets
         if GATED:
             tl.store(dpre_ptrs + I, (dh * gate_h).to(DHPre.dtype.element_ty), mask=mask)
             dh *= up
@@ -246,8 +257,8 @@ def hidden(
         return
     if config is None:
         config = pick_config("rows", rows, num_experts, columns, depth, x.dtype, Device.of(x.device))
-    if gated:  # two accumulators
-        config = config.narrowed()
+    if gated:
+        config = config.narrowed(_GATED_ACCUMULATORS)
     (threshold, scale), dropped = _dropout_arguments(hidden_dropout_p, seed)
     tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
     _hidden_kernel[(tiles,)](
@@ -260,14 +271,19 @@ def hidden(
         E=num_experts, E_POW2=padded_experts(num_experts),
         **_gated_options(activation), HAS_BIAS=b1 is not None, DROPOUT=dropped,
         STORE_H=h is not None, STORE_PRE=h_pre is not None,
-        **dot_options(x, depth, config), **config.options(),
+        **dot_options(x, columns, depth, config), **config.options(),
     )  # fmt: skip
 
 
-def hidden_backward_config(dy: Tensor, w2: Tensor, grouping: Grouping) -> Config:
+def hidden_backward_config(
+    dy: Tensor, w2: Tensor, grouping: Grouping, activation: str, hidden_dropout_p: float, config: Config | None = None
+) -> Config:  # fmt: skip
     """What `hidden_backward` runs with; its tiles decide the shape of `dweights`."""
     num_experts, depth, columns = w2.shape
-    return pick_config("rows", grouping.num_rows, num_experts, columns, depth, dy.dtype, Device.of(dy.device))
+    if config is None:
+        config = pick_config("rows", grouping.num_rows, num_experts, columns, depth, dy.dtype, Device.of(dy.device))
+    plain = hidden_dropout_p == 0 and not is_gated(activation)
+    return config.narrowed(_BACKWARD_ACCUMULATORS if plain else _BACKWARD_ACCUMULATORS // 2)
 
 
 def hidden_backward(
@@ -294,7 +310,7 @@ def hidden_backward(
         E=num_experts, E_POW2=padded_experts(num_experts),
         **_gated_options(activation), DROPOUT=dropped, GATHER=gather, HAS_WEIGHTS=weights is not None,
         STORE_PRE=dh_pre is not None, STORE_A=a is not None, STORE_DWEIGHTS=dweights is not None,
-        **dot_options(dy, depth, config), **config.options(),
+        **dot_options(dy, columns, depth, config), **config.options(),
     )  # fmt: skip
 
 

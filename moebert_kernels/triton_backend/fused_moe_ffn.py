@@ -66,7 +66,7 @@ def hidden_gradients(
         if h_pre.shape[0] < rows:
             h_pre = x.new_empty(rows, w1.shape[1])
             hidden(x, w1, b1, None, h_pre, grouping, activation, 0.0, None)
-        config = hidden_backward_config(dy, w2, grouping)
+        config = hidden_backward_config(dy, w2, grouping, activation, hidden_dropout_p)
         if need_dweights:
             parts = dy.new_empty(rows, math.ceil(width / config.BLOCK_N), dtype=torch.float32)
         hidden_backward(

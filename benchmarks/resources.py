@@ -1,0 +1,293 @@
+"""Registers, shared memory and spills of every Triton kernel in every configuration, compiled without a GPU.
+
+    python -m benchmarks.resources                  # compiles all, prints the table, writes results/triton-resources.json
+    python -m benchmarks.resources --check          # the same, but compares with the committed table instead
+
+The launchers themselves run, on tensors that are never touched; what they would launch is compiled for each
+architecture with the specialisation that Triton's own launcher would choose (divisibility by 16, ones, None).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.kernels import (
+    config as configs,
+    expert_gemm,
+    expert_gemm_weights,
+    fused_moe_ffn,
+    fused_moe_ffn_add_norm,
+    group_tokens,
+    hash_route,
+)
+from moebert_kernels.kernels.tiles import num_chunks, padded_experts
+
+ARCHS = (80, 90, 100)
+TABLE = Path(__file__).parent / "results" / "triton-resources.json"
+T, H, I, E, LAYERS, VOCABULARY = 4096, 768, 768, 4, 12, 30522  # of BERT-base  # noqa: E741
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+DTYPES: dict[configs.Precision, torch.dtype] = {
+    "half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one launch would compile."""
+
+    name: str
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+    def compile(self, arch: int) -> dict[str, Any]:
+        """Registers, shared bytes, spilled bytes, and whether the code uses wgmma."""
+        module = sys.modules[self.module]
+        fn = getattr(module, self.kernel)
+        position = {name: i for i, name in enumerate(fn.arg_names)}
+        source = ASTSource(
+            fn, dict(self.signature), {(position[name],): value for name, value in self.constants},
+            {(position[name],): [["tt.divisibility", 16]] for name in self.divisible},
+        )  # fmt: skip
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(self.options))
+        usage = _usage(compiled.asm["cubin"])
+        return {
+            "registers": usage["REG"],
+            "shared": compiled.metadata.shared,
+            # a stack may also be that of a called function, such as an exact division
+            "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
+            "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+        }
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _spilled(ptx: str, arch: int) -> int:
+    """Bytes of spill stores, as the assembler counts them."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+        command = [_tool("ptxas-blackwell" if arch >= 100 else "ptxas"), "-v", f"--gpu-name={target}", source.name]
+        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", printed))
+
+
+def recorded(name: str, launch: Callable[[], None]) -> Launch:
+    """The launch that `launch` makes, without making it."""
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda fn, *a, **k: seen.append((fn, a, k))):
+        launch()
+    fn, args, kwargs = seen[-1]
+    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+    values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible = {}, {}, []
+    for parameter in fn.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            divisible.append(parameter.name)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(parameter.name)
+    return Launch(
+        name, fn.fn.__module__, fn.fn.__name__, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
+        tuple(options.items()),
+    )  # fmt: skip
+
+
+def gemm_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every GEMM kernel as the ops launch it, in every configuration of a precision."""
+    dtype = DTYPES[precision]
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    integers = torch.empty(T, dtype=torch.int32)
+    grouping = Grouping(torch.empty(E + 1, dtype=torch.int32), integers, integers)
+    x, rows, p, seed = new(T, H), new(T, I), new(T, 1), torch.empty((), dtype=torch.int64)
+    w1, b1, w2, b2, gated, b_gated = new(E, I, H), new(E, I), new(E, H, I), new(E, H), new(E, 2 * I, H), new(E, 2 * I)
+    for config in configs.CANDIDATES[precision]["rows"]:
+        yield f"expert_gemm.rows/{config.name()}", lambda c=config: expert_gemm.expert_gemm(
+            rows, w2, x, grouping, bias=b2, config=c
+        )
+        yield f"expert_gemm.scatter/{config.name()}", lambda c=config: expert_gemm.expert_gemm(
+            rows, w2, x, grouping, bias=b2, weights=p, scatter=True, config=c
+        )
+        yield f"expert_gemm.dx_add_norm/{config.name()}", lambda c=config: expert_gemm.expert_gemm(
+            rows, w1.transpose(1, 2), x, grouping, residual=x, skipped=x, scatter=True, config=c
+        )
+        yield f"hidden.gelu/{config.name()}", lambda c=config: fused_moe_ffn.hidden(
+            x, w1, b1, rows, rows, grouping, "gelu", 0.0, None, config=c
+        )
+        yield f"hidden.swiglu.dropout/{config.name()}", lambda c=config: fused_moe_ffn.hidden(
+            x, gated, b_gated, rows, new(T, 2 * I), grouping, "swiglu", 0.1, seed, config=c
+        )
+        yield f"hidden_backward.gelu/{config.name()}", lambda c=config: fused_moe_ffn.hidden_backward(
+            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True,
+            config=fused_moe_ffn.hidden_backward_config(x, w2, grouping, "gelu", 0.0, c),
+        )  # fmt: skip
+        yield f"hidden_backward.swiglu.dropout.weights/{config.name()}", lambda c=config: fused_moe_ffn.hidden_backward(
+            x, w2, new(T, 2 * I), new(T, 2 * I), rows, p, new(T, 64, dtype=torch.float32), grouping, "swiglu", 0.1, seed,
+            gather=True, config=fused_moe_ffn.hidden_backward_config(x, w2, grouping, "swiglu", 0.1, c),
+        )  # fmt: skip
+    for config in configs.CANDIDATES[precision]["weights"]:
+        for name, options in {
+            "dw1": {"gather_b": True, "weights": None, "split": True},
+            "dw2.weights": {"gather_a": True, "weights": p, "split": False},
+        }.items():
+            slots = num_chunks(T, E, 1024) if options["split"] else E
+            partial = torch.float32 if options["split"] else dtype
+            yield f"expert_gemm_weights.{name}/{config.name()}", lambda c=config, o=options, s=slots, d=partial: (
+                expert_gemm_weights.expert_gemm_weights(
+                    rows, x, new(s, I, H, dtype=d), new(s, I, dtype=d), grouping, chunk=1024, config=c, **o
+                )
+            )
+
+
+def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
+    """The kernels without a configuration."""
+    bf16, fp32, i32 = torch.bfloat16, torch.float32, torch.int32
+    integers = torch.empty(T, dtype=i32)
+    grouping = Grouping(torch.empty(E + 1, dtype=i32), integers, integers)
+    x, norm, p, seed = torch.empty(T, H, dtype=bf16), torch.empty(E, H), torch.empty(T, 1), torch.empty((), dtype=torch.int64)
+    ids, tables = torch.empty(T, dtype=torch.int64), torch.empty(LAYERS, VOCABULARY, dtype=torch.uint8)
+    mask = torch.empty(T, dtype=torch.int64)
+    chunks = num_chunks(T, E, fused_moe_ffn_add_norm.NORM_CHUNK)
+    partial = torch.empty(chunks, H)
+    maps = torch.empty(LAYERS, T, dtype=i32)
+    yield "hash_route", lambda: hash_route.hash_route(ids, tables, mask, maps)
+    for experts in (E, 64, 1024):
+        counts = torch.empty(LAYERS, group_tokens.num_spans(T), padded_experts(experts), dtype=i32)
+        offsets = torch.empty(LAYERS, experts + 1, dtype=i32)
+        yield f"group_tokens.place/E{experts}", lambda c=counts, o=offsets, e=experts: group_tokens.group_tokens(
+            maps, e, c, o, maps, maps
+        )
+    yield "combine", lambda: fused_moe_ffn.combine(x, torch.empty(T // 2, H, dtype=bf16), 2)
+    yield "routing_weights_grad", lambda: fused_moe_ffn.routing_weights_grad(
+        torch.empty(T, 12), x, torch.empty(E, H, dtype=bf16), torch.empty(T, 1, dtype=bf16), grouping
+    )
+    yield "reduce_chunks", lambda: expert_gemm_weights.reduce_chunks(
+        torch.empty(num_chunks(T, E, 1024), H, I), torch.empty(E, H, I, dtype=bf16), grouping.offsets, 1024
+    )
+    for dropout_p in (0.0, 0.1):
+        for input_dtype in (bf16, fp32):
+            name = f"{TYPES[input_dtype]}{'.dropout' if dropout_p else ''}"
+            z = torch.empty(T, H, dtype=input_dtype)
+            yield f"add_norm/{name}", lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm(
+                z, x, norm, norm, p, z, grouping, 1e-12, d, seed
+            )
+            yield f"add_norm_backward/{name}", lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm_backward(
+                z, z, x, norm, norm, p, z, x, partial, partial, p, grouping, 1e-12, d, seed
+            )
+
+
+def launches() -> Iterator[Launch]:
+    """Everything that is compiled."""
+    for name, launch in other_launches():
+        yield recorded(name, launch)
+    for precision in configs.CANDIDATES:
+        with mock.patch.object(configs, "precision_of", lambda _, p=precision: p):
+            for module in (expert_gemm, expert_gemm_weights):
+                module.precision_of = configs.precision_of
+            for name, launch in gemm_launches(precision):
+                yield recorded(f"{precision}/{name}", launch)
+    for module in (expert_gemm, expert_gemm_weights):
+        module.precision_of = configs.precision_of
+
+
+def _compiled(job: tuple[Launch, int]) -> tuple[str, dict[str, Any]]:
+    launch, arch = job
+    return f"sm_{arch}/{launch.name}", launch.compile(arch)
+
+
+def table(archs: tuple[int, ...] = ARCHS, processes: int | None = None) -> dict[str, dict[str, Any]]:
+    """Name -> resources, for every launch and architecture."""
+    jobs = [(launch, arch) for launch in launches() for arch in archs]
+    with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("fork")) as pool:
+        return dict(sorted(pool.map(_compiled, jobs, chunksize=4)))
+
+
+def complaints(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Spills, and bf16 GEMMs with tiles of 64 rows and more that miss Hopper's wgmma."""
+    wrong = [f"{name}: spills {row['spilled']} bytes" for name, row in found.items() if row["spilled"]]
+    for name, row in found.items():
+        if name.startswith("sm_90/half/") and int(name.rpartition("/")[2].split("x")[0]) >= 64 and not row["wgmma"]:
+            wrong.append(f"{name}: no wgmma")
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
+    parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="default: all")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET: expected it unset, got 1: the interpreter compiles nothing")
+    found = table(tuple(options.arch or ARCHS))
+    wrong = complaints(found)
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "resources": {}}
+    if not options.check:
+        everything = committed["resources"] if options.arch else {}
+        rows = dict(sorted((everything | found).items()))
+        TABLE.write_text(
+            f'{{"triton": "{triton.__version__}", "resources": {{\n'
+            + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+            + "\n}}\n"
+        )
+    elif committed["triton"] == triton.__version__:
+        for name, row in found.items():
+            if committed["resources"].get(name) != row:
+                wrong.append(f"{name}: the table has {committed['resources'].get(name)}, got {row}")
+    for line in wrong:
+        print(line)
+    print(f"{len(found)} kernels compiled by Triton {triton.__version__}, {len(wrong)} complaints")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
