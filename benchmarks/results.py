@@ -155,9 +155,9 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def device_slug() -> str:
-    """The CPU's model as a folder name, e.g. "intel-xeon-processor-2.50ghz"."""
-    words = re.sub(r"\((r|tm)\)|\bcpu\b|@", " ", cpu_model().lower())
+def device_slug(model: str | None = None) -> str:
+    """A device's model (None: the CPU's) as a folder name, e.g. "intel-xeon-processor-2.50ghz" or "nvidia-h200"."""
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|@", " ", (model or cpu_model()).lower())
     return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
 
 
@@ -182,6 +182,11 @@ def environment() -> dict[str, Any]:
         "blas": "mkl" if torch.backends.mkl.is_available() else "other",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu": cpu_model(),
+        **(
+            {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
+            if torch.cuda.is_available()
+            else {}
+        ),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_before": _load_average(),

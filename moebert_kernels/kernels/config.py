@@ -4,9 +4,9 @@ A grouped GEMM runs in waves of tiles over the multiprocessors. Its time is pred
 
     waves(ragged) * (fixed_us + K / BLOCK_K * step_us)
 
-per candidate, and the least one wins. `waves` counts the tiles of *ragged* groups: the mean of what random routing gives
-(every expert's last tile is half full) and of the worst that the host must expect. `fixed_us` and `step_us` come from
-`tuned/sm_<arch>.json`, written by `make tune` with the device's name; without such a file they are estimates.
+per candidate, and the least one wins. `waves` counts the tiles of *ragged* groups: the mean of what random routing
+gives (every expert's last tile is half full) and of the worst that the host must expect. `fixed_us` and `step_us` come
+from `tuned/sm_<arch>.json`, written by `make tune` with the device's name; without such a file they are estimates.
 """
 
 from __future__ import annotations
@@ -77,7 +77,12 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
         "weights": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     },
     "tf32": {
-        "rows": (Config(16, 32, 32, 4, 4), Config(32, 64, 32, 4, 3), Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)),
+        "rows": (
+            Config(16, 32, 32, 4, 4),
+            Config(32, 64, 32, 4, 3),
+            Config(64, 64, 32, 4, 3),
+            Config(128, 64, 32, 8, 3),
+        ),
         "weights": (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 8, 3)),
     },
     "ieee": {  # no tensor cores: small tiles keep the accumulators in registers

@@ -4,9 +4,9 @@ One program computes one (BLOCK_M, BLOCK_N) tile of Y and never crosses an exper
 
     Y[to(r)] = (A[from(r)] @ W[e].T + bias[e]) * weight[r] + residual[r]        r in a row tile of expert e
 
-from(r) is r or, with GATHER, the token of row r; to(r) is r or, with SCATTER, its assignment. Rows without an expert are
-tiles of their own that write zeros (or SKIPPED's rows), so every element of Y is written by this kernel. Programs with
-the same rows are neighbours: A's rows come from HBM once, the weights of few experts stay in the L2.
+from(r) is r or, with GATHER, the token of row r; to(r) is r or, with SCATTER, its assignment. Rows without an expert
+are tiles of their own that write zeros (or SKIPPED's rows), so every element of Y is written by this kernel. Programs
+with the same rows are neighbours: A's rows come from HBM once, the weights of few experts stay in the L2.
 """
 
 from __future__ import annotations

@@ -321,9 +321,7 @@ def combine(rows: Tensor, y: Tensor, top_k: int) -> None:
         _combine_kernel[(triton.cdiv(y.numel(), block),)](rows, y, y.numel(), y.shape[1], top_k, BLOCK=block)
 
 
-def routing_weights_grad(
-    parts: Tensor, dy: Tensor, b2: Tensor | None, dweights: Tensor, grouping: Grouping
-) -> None:
+def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights: Tensor, grouping: Grouping) -> None:
     """Launch: dweights (T, top_k) = <dy, w2 h + b2> from the parts of <dh, h>; zero for skipped assignments."""
     rows, num_experts = grouping.num_rows, grouping.num_experts
     if rows == 0:

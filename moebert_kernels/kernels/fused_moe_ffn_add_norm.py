@@ -3,9 +3,9 @@
     z = x + dropout(ffn)      n = (z - mean) / sqrt(var + eps)      y = p * (n * weight[e] + bias[e])
     dz = LayerNorm'(p * dy)   dffn = dropout'(dz)                   dweight[e] = sum p * dy * n   dbias[e] = sum p * dy
 
-Forward reads the feed-forward's rows through the permutation and writes tokens: 3 T H elements of traffic. Backward walks
-rows in fixed chunks that never cross an expert, keeps the chunk's sums for the norm's parameters in registers, and
-leaves them as partials that `reduce_chunks` adds in order. Everything is computed in float32.
+Forward reads the feed-forward's rows through the permutation and writes tokens: 3 T H elements of traffic. Backward
+walks rows in fixed chunks that never cross an expert, keeps the chunk's sums for the norm's parameters in registers,
+and leaves them as partials that `reduce_chunks` adds in order. Everything is computed in float32.
 """
 
 from __future__ import annotations

@@ -56,18 +56,17 @@ def backward(
     dz = x.new_empty(rows, x.shape[1])
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
     dffn = w1.new_empty(rows, x.shape[1]) if apart else dz
-    partials = [
-        x.new_empty(num_chunks(rows, grouping.num_experts, NORM_CHUNK), x.shape[1], dtype=torch.float32)
-        for _ in range(2)
-    ]
+    chunks = num_chunks(rows, grouping.num_experts, NORM_CHUNK)
+    weight_partials = x.new_empty(chunks, x.shape[1], dtype=torch.float32)
+    bias_partials = torch.empty_like(weight_partials)
     dweights = x.new_zeros(grouping.num_tokens, 1) if need_dweights else None
     add_norm_backward(
-        dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None, *partials,
-        dweights, grouping, eps, dropout_p, seed,
+        dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None,
+        weight_partials, bias_partials, dweights, grouping, eps, dropout_p, seed,
     )  # fmt: skip
     dnorm_weight, dnorm_bias = (
-        sum_chunks(partial, grouping, NORM_CHUNK, norm_weight.dtype) if need else None
-        for partial, need in zip(partials, (need_dnorm_weight, need_dnorm_bias), strict=True)
+        sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype) if need else None
+        for partials, need in ((weight_partials, need_dnorm_weight), (bias_partials, need_dnorm_bias))
     )
     dh_pre, *weight_grads, _ = hidden_gradients(
         dffn, x.to(w1.dtype), h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed,

@@ -1,4 +1,4 @@
-"""Inputs that the op tests share: routings, shapes over two tiles that no tile divides, and how to run an op in a dtype."""
+"""What the op tests share: routings, shapes over two tiles that no tile divides, and how to run an op in a dtype."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Every test of an op runs once with each backend that can run here; Triton in its interpreter where there is no GPU."""
+"""Every test of an op runs once with each backend; Triton in its interpreter where there is no GPU."""
 
 import pytest
 import torch
