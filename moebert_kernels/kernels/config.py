@@ -79,7 +79,7 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
     "tf32": {
         "rows": (
             Config(16, 32, 32, 4, 4),
-            Config(32, 64, 32, 4, 3),
+            Config(32, 32, 32, 4, 3),
             Config(64, 64, 32, 4, 3),
             Config(128, 64, 32, 8, 3),
         ),
