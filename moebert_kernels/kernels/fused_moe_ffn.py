@@ -196,16 +196,18 @@ def _hidden_backward_kernel(
 def _combine_kernel(
     Rows,  # (T * TOP_K, N) by assignment, contiguous
     Y,  # (T, N) contiguous
-    size, N, TOP_K,
+    N, TOP_K,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    source = element // N * N * TOP_K + element % N
+    blocks = tl.cdiv(N, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    rows = Rows + token * TOP_K * N + column
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, TOP_K):
-        total += tl.load(Rows + source, mask=element < size, other=0.0).to(tl.float32)
-        source += N
-    tl.store(Y + element, total.to(Y.dtype.element_ty), mask=element < size)
+        total += tl.load(rows, mask=column < N, other=0.0).to(tl.float32)
+        rows += N
+    tl.store(Y + token * N + column, total.to(Y.dtype.element_ty), mask=column < N)
 
 
 @triton.jit
@@ -316,9 +318,10 @@ def hidden_backward(
 
 def combine(rows: Tensor, y: Tensor, top_k: int) -> None:
     """Launch: y (T, N) = the sum of each token's assignments in rows (T * top_k, N), in their order."""
-    block = 1024
+    tokens, columns = y.shape
     if y.numel():
-        _combine_kernel[(triton.cdiv(y.numel(), block),)](rows, y, y.numel(), y.shape[1], top_k, BLOCK=block)
+        block = min(1024, triton.next_power_of_2(columns))
+        _combine_kernel[(tokens * triton.cdiv(columns, block),)](rows, y, columns, top_k, BLOCK=block)
 
 
 def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights: Tensor, grouping: Grouping) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -82,9 +82,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Operands are cast already: inside the op nothing may be cast again."""
-    return _NOTHING if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+def inside_op(x: Tensor) -> AbstractContextManager[object]:
+    """Where an op runs: on x's GPU, and without autocast, since operands are cast already."""
+    casting = autocast_dtype(x) is not None
+    elsewhere = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
+    if not casting and not elsewhere:
+        return _NOTHING
+    contexts = ExitStack()
+    if casting:
+        contexts.enter_context(torch.autocast(x.device.type, enabled=False))
+    if elsewhere:
+        contexts.enter_context(torch.cuda.device(x.device))
+    return contexts
 
 
 def to_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:

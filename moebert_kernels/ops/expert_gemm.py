@@ -12,10 +12,10 @@ from moebert_kernels.ops._checks import (
     check_grouping,
     check_shape,
     check_tensor,
+    inside_op,
     opaque,
     to_dtype,
     weights_to_dtype,
-    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 
@@ -65,7 +65,7 @@ def _forward(
     top_k: int, gather: bool,
 ) -> tuple[Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with without_autocast(x):
+    with inside_op(x):
         return (backend.implementation("expert_gemm", x).forward(x, w, bias, grouping, gather),)
 
 
@@ -74,7 +74,7 @@ def _backward(
     token_to_row: Tensor, top_k: int, gather: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with without_autocast(x):
+    with inside_op(x):
         grads = backend.implementation("expert_gemm", x).backward(dy, x, w, grouping, gather, tuple(needs))
     return or_empty(dy, grads)
 

@@ -13,10 +13,10 @@ from moebert_kernels.ops._checks import (
     check_probability,
     check_seed,
     check_tensor,
+    inside_op,
     opaque,
     to_dtype,
     weights_to_dtype,
-    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
@@ -81,7 +81,7 @@ def _forward(
     top_k: int, activation: str, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with without_autocast(x):
+    with inside_op(x):
         return backend.implementation("fused_moe_ffn", x).forward(
             x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
         )  # fmt: skip
@@ -93,7 +93,7 @@ def _backward(
     h_pre: Tensor, top_k: int, activation: str, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
-    with without_autocast(x):
+    with inside_op(x):
         grads = backend.implementation("fused_moe_ffn", x).backward(
             dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
         )  # fmt: skip

@@ -15,10 +15,10 @@ from moebert_kernels.ops._checks import (
     check_seed,
     check_shape,
     check_tensor,
+    inside_op,
     opaque,
     to_dtype,
     weights_to_dtype,
-    without_autocast,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
@@ -99,7 +99,7 @@ def _forward(
     eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
-    with without_autocast(x):
+    with inside_op(x):
         return backend.implementation("fused_moe_ffn_add_norm", x).forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, save,
@@ -113,7 +113,7 @@ def _backward(
     eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_token, token_to_row)
-    with without_autocast(x):
+    with inside_op(x):
         grads = backend.implementation("fused_moe_ffn_add_norm", x).backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, tuple(needs),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moebert_kernels import backend
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.ops._checks import check_integers, check_num_experts, opaque
+from moebert_kernels.ops._checks import check_integers, check_num_experts, inside_op, opaque
 from moebert_kernels.ops.hash_route import check_token_ids, route_flat
 
 
@@ -68,7 +68,8 @@ def _run(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _group_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return backend.implementation("group_tokens", expert_ids).forward(expert_ids, num_experts)
+    with inside_op(expert_ids):
+        return backend.implementation("group_tokens", expert_ids).forward(expert_ids, num_experts)
 
 
 @torch.library.custom_op("moebert_kernels::group_tokens", mutates_args=())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import backend
-from moebert_kernels.ops._checks import check_integers, opaque
+from moebert_kernels.ops._checks import check_integers, inside_op, opaque
 
 
 def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -47,7 +47,8 @@ def route_flat(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None)
 
 
 def _hash_route(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return backend.implementation("hash_route", token_ids).forward(token_ids, tables, attention_mask)
+    with inside_op(token_ids):
+        return backend.implementation("hash_route", token_ids).forward(token_ids, tables, attention_mask)
 
 
 @torch.library.custom_op("moebert_kernels::hash_route", mutates_args=())

@@ -85,6 +85,8 @@ def _sums(x_rows: Tensor, ffn_rows: Tensor, tokens: Tensor, dropout_p: float, se
 
 def _padded(rows: Tensor, grouping: Grouping) -> Tensor:
     """(R, H) -> (num_rows, H), zero past the routed rows."""
+    if rows.shape[0] == grouping.num_rows:
+        return rows
     return torch.nn.functional.pad(rows, (0, 0, 0, grouping.num_rows - rows.shape[0]))
 
 
