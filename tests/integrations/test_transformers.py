@@ -168,7 +168,7 @@ class OtherSiLU(nn.SiLU):
         (F.gelu, "geglu", "gelu"),
         (torch.tanh, None, None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # a function's address is another one in each process
 )
 def test_activations(act, gated, ungated):
     x, (ids, p) = torch.randn(T, H), routing()
