@@ -1,0 +1,210 @@
+"""The build backend: setuptools, and `moebert_kernels/_C` by CMake where nvcc is found. It imports no torch.
+
+    MOEBERT_KERNELS_BUILD_CUDA=auto|0|1    auto: a failed build is one line, which `moebert doctor` repeats; 1: an error
+    MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
+
+pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools. Beside the
+module lies `_C.json`: what is in it, or why there is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from setuptools import Command, Distribution, build_meta
+from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
+from setuptools.command.build import build
+
+ROOT = Path(__file__).parent
+BUILD_CUDA, CUDA_ARCHS = "MOEBERT_KERNELS_BUILD_CUDA", "MOEBERT_KERNELS_CUDA_ARCHS"
+OLDEST_CMAKE = (3, 22)
+CUTLASS = "nvidia-cutlass~=4.2.0"  # its headers change from release to release; these are the ones compiled here
+CUTLASS_INCLUDE = "cutlass_library/source/include"
+IMPORT_CHECK = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("moebert_kernels._C", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+
+
+class NotBuilt(Exception):
+    """Why there is no module, in one line."""
+
+
+def mode() -> str:
+    value = os.environ.get(BUILD_CUDA, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{BUILD_CUDA}: expected auto, 0 or 1, got {value!r}")
+    return value
+
+
+def find_nvcc() -> str | None:
+    """The compiler of CUDA_HOME if that is set, else the one on PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=Path(home, "bin")) if home else shutil.which("nvcc")
+
+
+def builds() -> bool:
+    """Whether a build of the module will be tried."""
+    return mode() == "1" or (mode() == "auto" and find_nvcc() is not None)
+
+
+def build_tools() -> list[str]:
+    """What the build environment needs besides setuptools; pip, to fetch headers without what their package depends on."""
+    if not builds():
+        return []
+    tools = ["pybind11>=3", "pip"]
+    try:
+        printed = subprocess.run(["cmake", "--version"], capture_output=True, text=True, check=True).stdout
+        found = tuple(map(int, re.search(r"(\d+)\.(\d+)", printed).groups()))
+    except (OSError, subprocess.CalledProcessError):
+        found = (0, 0)
+    if found < OLDEST_CMAKE:
+        tools.append("cmake>={}.{}".format(*OLDEST_CMAKE))
+    if shutil.which("ninja") is None:
+        tools.append("ninja")
+    return tools
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + build_tools()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + build_tools()
+
+
+def run(*words: str | Path, log: list[str]) -> None:
+    """Run a program, passing its output on and keeping it."""
+    log.append("+ " + " ".join(map(str, words)))
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise NotBuilt(f"{words[0]} does not run: {error.strerror}") from None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        log.append(line.rstrip())
+    if process.wait() != 0:
+        errors = [line.strip() for line in log if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+        raise NotBuilt(f"the build failed: {errors[0] if errors else log[-1]}")
+
+
+def cutlass_include() -> Path | None:
+    """Headers of an installed nvidia-cutlass, else of its wheel, fetched alone; None: the build goes on without them."""
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is not None and spec.submodule_search_locations:
+        include = Path(spec.submodule_search_locations[0], "source/include")
+        if include.is_dir():
+            return include
+    folder = ROOT / "build" / re.sub(r"\W+", "-", CUTLASS)
+    if not (folder / CUTLASS_INCLUDE).is_dir():
+        with tempfile.TemporaryDirectory() as download:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
+            fetched = subprocess.run([*command, "--dest", download, CUTLASS], stdout=subprocess.PIPE, text=True)
+            wheels = list(Path(download).glob("*.whl"))
+            if fetched.returncode != 0 or not wheels:
+                return None
+            shutil.rmtree(folder, ignore_errors=True)
+            partial = Path(download, "unpacked")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                wheel.extractall(partial, [name for name in wheel.namelist() if name.startswith(CUTLASS_INCLUDE)])
+            folder.parent.mkdir(exist_ok=True)
+            shutil.move(partial, folder)  # last, so that an interrupted download is done again
+    return folder / CUTLASS_INCLUDE
+
+
+def configure_and_build(work: Path, log: list[str]) -> Path:
+    """Compile what changed since the last time; the path of the module."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise NotBuilt("nvcc was not found, neither under CUDA_HOME nor on PATH")
+    if importlib.util.find_spec("pybind11") is None:
+        raise NotBuilt("pybind11 is not installed in the build environment")
+    import pybind11
+
+    wants_cutlass = re.search(r"^\s*mbk_op\([^)]*\bCUTLASS\b", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+    run(
+        "cmake", "-S", ROOT, "-B", work, "-G", "Ninja", "-DMBK_KERNELS=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DMBK_CUDA_ARCHS={os.environ.get(CUDA_ARCHS, '')}",
+        f"-DMBK_CUTLASS_INCLUDE={(wants_cutlass and cutlass_include()) or ''}", log=log,
+    )  # fmt: skip
+    shutil.copy(work / "compile_commands.json", ROOT / "build")
+    run("cmake", "--build", work, "--parallel", jobs, log=log)
+    (module,) = work.glob("_C.*.so")
+    run(sys.executable, "-c", IMPORT_CHECK, module, log=log)  # the linker lets a missing function pass
+    return module
+
+
+class BuildNative(Command):
+    """Sub-command of `build` that makes `_C` and `_C.json`; in the source tree for an editable installation."""
+
+    description = "build moebert_kernels._C where nvcc is found"
+    user_options: list[tuple[str, str, str]] = []  # noqa: RUF012  setuptools' own form
+
+    def initialize_options(self) -> None:
+        self.editable_mode = False
+        self.build_lib = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "moebert_kernels"
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in (*target.glob("_C.*.so"), *target.glob("_C.json")):
+            stale.unlink()
+        work, log = ROOT / "build" / f"native-{sys.implementation.cache_tag}", []
+        try:
+            if mode() == "0":
+                raise NotBuilt(f"{BUILD_CUDA} was 0")
+            module = configure_and_build(work, log)
+        except NotBuilt as reason:
+            if mode() == "1":
+                raise SystemExit(f"{BUILD_CUDA}=1: {reason}") from None
+            record = {"built": False, "reason": str(reason)}
+            print(f"moebert_kernels: no CUDA kernels: {reason}; Triton and torch run everything", flush=True)
+            (target / "_C.json").write_text(json.dumps(record, indent=1) + "\n")
+        else:
+            shutil.copy(module, target)
+            shutil.copy(work / "_C.json", target)
+        if log:
+            (work / "build.log").write_text("\n".join(log) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        folders = ("cmake", "csrc", "python")
+        files = [
+            "CMakeLists.txt",
+            *(str(p.relative_to(ROOT)) for f in folders for p in sorted((ROOT / f).rglob("*.*"))),
+        ]
+        return [*files, Path(__file__).name]
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
+
+
+class NativeDistribution(Distribution):
+    def has_ext_modules(self) -> bool:
+        """Gives the wheel its platform; no Extension is declared, CMake knows the sources."""
+        return builds()
+
+
+COMMANDS = {"build": Build, "build_native": BuildNative}
