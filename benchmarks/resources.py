@@ -70,7 +70,7 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
     def compile(self, arch: int) -> dict[str, Any]:
-        """Registers, shared bytes, spilled bytes, and whether the code uses wgmma."""
+        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, and its asynchronous copies."""
         module = sys.modules[self.module]
         fn = getattr(module, self.kernel)
         position = {name: i for i, name in enumerate(fn.arg_names)}
@@ -86,6 +86,8 @@ class Launch:
             # a stack may also be that of a called function, such as an exact division
             "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
             "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+            # 16 bytes at a time, from memory to shared memory: what a load that is not coalesced cannot be
+            "async_copies": compiled.asm["ptx"].count("cp.async.cg.shared.global"),
         }
 
 
@@ -285,11 +287,13 @@ def table(archs: tuple[int, ...] = ARCHS, processes: int | None = None) -> dict[
 
 
 def complaints(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Spills, and bf16 GEMMs with tiles of 64 rows and more that miss Hopper's wgmma."""
+    """Spills; bf16 GEMMs without asynchronous copies, and with tiles of 64 rows and more without Hopper's wgmma."""
     wrong = [f"{name}: spills {row['spilled']} bytes" for name, row in found.items() if row["spilled"]]
     for name, row in found.items():
         if name.startswith("sm_90/half/") and int(name.rpartition("/")[2].split("x")[0]) >= 64 and not row["wgmma"]:
             wrong.append(f"{name}: no wgmma")
+        if "/half/" in name and not row["async_copies"]:
+            wrong.append(f"{name}: no asynchronous copies")
     return wrong
 
 
