@@ -3,8 +3,8 @@
     MOEBERT_KERNELS_BUILD_CUDA=auto|0|1    auto: a failed build is one line, which `moebert doctor` repeats; 1: an error
     MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
 
-pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools. Beside the
-module lies `_C.json`: what is in it, or why there is none.
+pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools.
+Beside the module lies `_C.json`: what is in it, or why there is none.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def builds() -> bool:
 
 
 def build_tools() -> list[str]:
-    """What the build environment needs besides setuptools; pip, to fetch headers without what their package depends on."""
+    """What the build environment needs besides setuptools; pip fetches headers without their package's needs."""
     if not builds():
         return []
     tools = ["pybind11>=3", "pip"]
@@ -99,7 +99,7 @@ def run(*words: str | Path, log: list[str]) -> None:
 
 
 def cutlass_include() -> Path | None:
-    """Headers of an installed nvidia-cutlass, else of its wheel, fetched alone; None: the build goes on without them."""
+    """Headers of an installed nvidia-cutlass, else of its wheel, fetched alone; None: build without them."""
     spec = importlib.util.find_spec("cutlass_library")
     if spec is not None and spec.submodule_search_locations:
         include = Path(spec.submodule_search_locations[0], "source/include")
@@ -189,12 +189,7 @@ class BuildNative(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        folders = ("cmake", "csrc", "python")
-        files = [
-            "CMakeLists.txt",
-            *(str(p.relative_to(ROOT)) for f in folders for p in sorted((ROOT / f).rglob("*.*"))),
-        ]
-        return [*files, Path(__file__).name]
+        return []  # MANIFEST.in has them
 
 
 class Build(build):

@@ -6,6 +6,6 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_native import COMMANDS, NativeDistribution  # noqa: E402
+from build_native import COMMANDS, NativeDistribution
 
 setup(cmdclass=COMMANDS, distclass=NativeDistribution)

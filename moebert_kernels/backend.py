@@ -21,10 +21,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moebert_kernels import native
+
 BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
-_FOLDERS = {"triton": "triton_backend", "torch": "torch_backend"}
+_FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_backend"}
 _OFFERS: dict[str, tuple[str, ...]] = {
     "hash_route": ("triton", "torch"),
     "group_tokens": ("triton", "torch"),
@@ -33,6 +35,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "fused_moe_ffn_add_norm": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
+_KERNELS: dict[str, tuple[str, ...]] = {}  # op -> what its CUDA form needs of moebert_kernels._C, where offered
 
 
 @dataclass(frozen=True)
@@ -97,10 +100,12 @@ def interpreting() -> bool:
 
 
 @cache
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run on such tensors, or None."""
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
+    if backend == "cuda":
+        return native.obstacle(_KERNELS[op], device, dtype)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -115,7 +120,7 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
 def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
     for name in _OFFERS[op]:
-        obstacle = _obstacle(name, device, dtype)
+        obstacle = _obstacle(op, name, device, dtype)
         if obstacle is None and name == "triton" and device.type != "cuda":
             obstacle = "its interpreter runs only on request"
         if obstacle is None:
@@ -140,7 +145,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     offers = _OFFERS[op]
     obstacle = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        obstacle = _obstacle(preference.backend, device, dtype)
+        obstacle = _obstacle(op, preference.backend, device, dtype)
         if obstacle is None:
             return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {obstacle}"

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 import moebert_kernels
-from moebert_kernels import backend, reference
+from moebert_kernels import backend, native, reference
 from moebert_kernels.accuracy import error_and_bound
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
-NATIVE_MODULE = "moebert_kernels._C"
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
 
 
@@ -117,6 +116,8 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return "; ".join(str(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {item}" for name, item in value.items()) or "none"
     return str(value)
 
 
@@ -149,10 +150,12 @@ def _triton() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any]:
-    if importlib.util.find_spec(NATIVE_MODULE) is None:
-        return {"built": False, "reason": "this version has no CUDA sources to build"}
-    importlib.import_module(NATIVE_MODULE)
-    return {"built": True, "reason": f"{NATIVE_MODULE} imports"}
+    found = native.record()
+    if not found["built"]:
+        return found
+    native.module()  # raises where it does not import, and `_probe` says so
+    error = native.device_error()
+    return found | {"usable": not error, "reason": error or "runs on this GPU"}
 
 
 def _generator() -> torch.Generator:

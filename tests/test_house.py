@@ -20,10 +20,10 @@ MAX_LINES = 400
 
 # Low to high. A module imports from the lines above its own, and from its own folder.
 LAYERS = (
-    ("errors", "grouping", "activation", "dropout", "accuracy"),
+    ("errors", "grouping", "activation", "dropout", "accuracy", "native"),
     ("backend",),
     ("reference", "torch_backend", "kernels", "_C"),
-    ("triton_backend",),
+    ("triton_backend", "cuda_backend"),
     ("ops",),
     ("__init__",),
     ("nn", "integrations"),

@@ -7,6 +7,6 @@ namespace mbk {
 
 // cudaSuccess, or why not: no device or driver, a driver too old, no code for the device's architecture.
 // Launches nothing; the caller's current device stays current.
-cudaError_t device(int index);
+cudaError_t device_error(int index);
 
 }  // namespace mbk

@@ -1,4 +1,4 @@
-#include "device.h"
+#include "device_error.h"
 
 #include <pybind11/pybind11.h>
 
@@ -6,11 +6,11 @@
 
 namespace mbk {
 
-void bind_device(pybind11::module_& module) {
+void bind_device_error(pybind11::module_& module) {
   module.def(
       "device_error",
       [](int index) -> std::string {
-        const cudaError_t status = device(index);
+        const cudaError_t status = mbk::device_error(index);
         // The failed call's status must not turn up at a later launch.
         cudaGetLastError();
         return status == cudaSuccess ? "" : cudaGetErrorString(status);

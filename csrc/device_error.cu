@@ -1,5 +1,5 @@
 // A kernel that does nothing, to ask whether the ones that do would load.
-#include "device.h"
+#include "device_error.h"
 
 namespace mbk {
 namespace {
@@ -8,7 +8,7 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
-cudaError_t device(int index) {
+cudaError_t device_error(int index) {
   int previous = 0;
   MBK_RETURN_IF_ERROR(cudaGetDevice(&previous));
   MBK_RETURN_IF_ERROR(cudaSetDevice(index));
