@@ -1,0 +1,75 @@
+"""What is said where the compiled module, or one of its kernels, cannot run."""
+
+import json
+
+import pytest
+import torch
+
+from moebert_kernels import backend, native
+
+BUILT = {
+    "built": True, "archs": ["sm_90a"], "ptx": "compute_90", "compilers": "nvcc, g++", "ops": ["group_tokens"],
+    "left_out": {"expert_gemm": "no headers"},
+}  # fmt: skip
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """Writes what a build would have recorded."""
+    path = tmp_path / "_C.json"
+    monkeypatch.setattr(native, "_RECORD", path)
+    return lambda content: path.write_text(json.dumps(content))
+
+
+def test_never_built(record):
+    assert "never built" in native.obstacle(("group_tokens",), CUDA, torch.float32)
+
+
+def test_build_that_failed(record):
+    record({"built": False, "reason": "the build failed: no space"})
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) == "not built: the build failed: no space"
+
+
+def test_kernels_that_were_left_out(record):
+    record(BUILT)
+    assert native.obstacle(("expert_gemm",), CUDA, torch.float32) == "not built: expert_gemm: no headers"
+    assert "hash_route: not in this build" in native.obstacle(("group_tokens", "hash_route"), CUDA, torch.float32)
+
+
+def test_wrong_dtype_and_device(record):
+    record(BUILT)
+    assert "float64" in native.obstacle(("group_tokens",), CUDA, torch.float64)
+    assert native.obstacle(("group_tokens",), CPU, torch.float32) == "needs a CUDA device, got cpu"
+
+
+def test_gpu_or_driver_that_cannot_run_it(record, monkeypatch):
+    record(BUILT)
+    monkeypatch.setattr(native, "device_error", lambda device: "no kernel image is available")
+    expected = "built for sm_90a and compute_90, got: no kernel image is available"
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) == expected
+    monkeypatch.setattr(native, "device_error", lambda device: "")
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) is None
+
+
+def test_module_of_another_python(record, monkeypatch):
+    record(BUILT)
+    monkeypatch.setattr(native, "device_error", lambda device: native.importlib.import_module("moebert_kernels._no"))
+    assert "_C does not import" in native.obstacle(("group_tokens",), CUDA, torch.float32)
+
+
+def test_the_module_imports_without_a_gpu():
+    if not native.record()["built"]:
+        pytest.skip(native.record()["reason"])
+    if not torch.cuda.is_available():
+        assert native.module().device_error(0)  # CUDA's own words
+        assert native.device_error() == "no CUDA device"
+
+
+def test_the_list_of_offers_is_that_of_the_files():
+    """An op with a CUDA form has its file, its entry behind Triton, and the names of its kernels."""
+    folder = native._RECORD.parent / "cuda_backend"
+    offered = {op for op, backends in backend._OFFERS.items() if "cuda" in backends}
+    assert offered == set(backend._KERNELS) == {op for op in backend.OPS if (folder / f"{op}.py").exists()}
+    for op in offered:
+        assert backend._OFFERS[op] == ("triton", "cuda", "torch")
