@@ -1,0 +1,111 @@
+"""Registers, shared memory, stack and local memory of every CUDA kernel, read from the machine code in `_C`.
+
+    python -m benchmarks.cuda_resources            # writes results/cuda-resources.json
+    python -m benchmarks.cuda_resources --check    # compares with that file instead
+
+A spilled register lives in the stack frame, so a kernel without stack and local memory spills nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels import native
+
+TABLE = Path(__file__).parent / "results" / "cuda-resources.json"
+NEEDS_WGMMA = "expert_gemm"  # in the names of the kernels whose sm_90a code must hold HGMMA
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, else the copy that Triton ships."""
+    found = shutil.which(name)
+    if found is None:
+        import triton
+
+        found = str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+    return found
+
+
+def printed(*words: str | Path, **options: Any) -> str:
+    return subprocess.run(words, capture_output=True, text=True, check=True, **options).stdout
+
+
+def by_function(text: str, line: str) -> dict[tuple[str, str], str]:
+    """(arch, mangled name) -> what cuobjdump prints after the `line` that names a function."""
+    parts = re.split(rf"^arch = (sm_\w+)$|^\s*{line}\s*:?\s*(\S+?):?$", text, flags=re.MULTILINE)
+    found, arch = {}, ""
+    for i in range(1, len(parts), 3):
+        if parts[i]:
+            arch = parts[i]
+        else:
+            found[arch, parts[i + 1]] = parts[i + 2]
+    return found
+
+
+def table(module: Path) -> dict[str, dict[str, Any]]:
+    """sm_<arch>/<kernel> -> resources, for all machine code in the module."""
+    usage = by_function(printed(tool("cuobjdump"), "-res-usage", module), "Function")
+    code = by_function(printed(tool("cuobjdump"), "-sass", module), "Function")
+    names = printed("c++filt", input="\n".join(name for _, name in usage)).splitlines()
+    rows = {}
+    for (arch, mangled), name in zip(usage, names, strict=True):
+        numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage[arch, mangled])}
+        short = re.sub(r"mbk::|\(anonymous namespace\)::|^void |\(mbk::DType\)|\((?:int|bool)\)", "", name)
+        rows[f"{arch}/{re.sub(r'[(](?:[^()]|[(][^()]*[)])*[)]$', '', short)}"] = {
+            "registers": numbers["REG"],
+            "shared": numbers["SHARED"],
+            "stack": numbers["STACK"],
+            "local": numbers["LOCAL"],
+            "wgmma": "HGMMA" in code[arch, mangled],
+        }
+    if len(rows) != len(usage):
+        raise ValueError(f"expected {len(usage)} different names, got {len(rows)}")
+    return dict(sorted(rows.items()))
+
+
+def complaints(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    wrong = [f"{name}: {row['stack']} bytes of stack, {row['local']} local" for name, row in rows.items()
+             if row["stack"] or row["local"]]  # fmt: skip
+    gemms = {name: row for name, row in rows.items() if name.startswith("sm_90a/") and NEEDS_WGMMA in name}
+    return wrong + [f"{name}: no HGMMA" for name, row in gemms.items() if not row["wgmma"]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
+    options = parser.parse_args()
+    record = native.record()
+    if not record["built"]:
+        parser.error(f"expected {native.NAME}, got none: {record['reason']}")
+    rows = table(Path(native.module().__file__))
+    nvcc = record["compilers"].partition(",")[0]
+    wrong = complaints(rows)
+    if not options.check:
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        TABLE.write_text(f'{{"compiler": "{nvcc}", "resources": {{\n{lines}\n}}}}\n')
+    else:
+        committed = json.loads(TABLE.read_text())
+        archs = set(record["archs"])
+        expected = {name: row for name, row in committed["resources"].items() if name.partition("/")[0] in archs}
+        if committed["compiler"] == nvcc and not record["left_out"]:
+            wrong += [
+                f"{name}: the table has {expected.get(name)}, got {rows.get(name)}"
+                for name in sorted(expected.keys() | rows.keys())
+                if expected.get(name) != rows.get(name)
+            ]
+    for line in wrong:
+        print(line)
+    print(f"{len(rows)} kernels compiled by {nvcc}, {len(wrong)} complaints")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
