@@ -14,13 +14,27 @@ OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-oldest-triton check smoke bench gpu tune resources doctor venv clean
+.PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
 
 test: $(VENV)/package.stamp  ## the tests (ARGS="-k name": some of them)
 	$(BIN)/python -m pytest tests -n auto $(ARGS)
+
+test-slow: $(VENV)/package.stamp  ## fresh installations with and without nvcc, and with a broken source
+	$(BIN)/python -m pytest tests -m slow $(ARGS)
+
+test-native:  ## the CUDA sources compiled for the CPU, on an emulated block; needs cmake and a C++ compiler
+	cmake -S . -B build/host -DMBK_HOST_TESTS=ON
+	cmake --build build/host --parallel 2
+	ctest --test-dir build/host --output-on-failure --no-tests=error
+
+build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this tree; fails where nvcc is missing
+	MOEBERT_KERNELS_BUILD_CUDA=1 $(PIP) install --no-deps -e .
+
+wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc is found
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'
@@ -45,8 +59,11 @@ gpu:  ## everything that needs a GPU, with the python3 that has torch (STAGE=bui
 tune:  ## measure what pick_config predicts with, on this machine's GPU
 	$(MAKE) gpu STAGE=tune
 
-resources: $(VENV)/package.stamp  ## compile every kernel without a GPU; write the table of registers, shared memory, spills
+resources: $(VENV)/package.stamp  ## compile every Triton kernel without a GPU; write the table of registers, shared memory, spills
 	$(BIN)/python -m benchmarks.resources
+
+cuda-resources: build  ## the same table of the CUDA kernels, from what make build made
+	$(BIN)/python -m benchmarks.cuda_resources
 
 doctor: $(VENV)/package.stamp  ## what runs each op here and why, and a self-test of each
 	$(BIN)/moebert doctor $(ARGS)
@@ -54,7 +71,8 @@ doctor: $(VENV)/package.stamp  ## what runs each op here and why, and a self-tes
 venv: $(VENV)/dev.stamp  ## the virtual environment alone
 
 clean:  ## remove the environment and the caches, not results
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	git clean -Xfdq moebert_kernels
 
 # A stamp is written last, so an interrupted step is done again, and torch's starts from nothing.
 # Where there is no NVIDIA GPU, the CPU build of torch: PyPI's for Linux brings gigabytes of CUDA.
@@ -70,7 +88,7 @@ $(VENV)/torch.stamp: constraints.txt
 	fi
 	@touch $@
 
-$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py build_native.py
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
 

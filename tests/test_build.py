@@ -1,0 +1,117 @@
+"""Installations of a copy of this tree into fresh environments: with nvcc, without it, and with a broken source."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moebert_kernels import native
+from tests.helpers import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+WITHOUT_PACKAGE = "import sys, importlib.util as u; s = u.spec_from_file_location('moebert_kernels._C', sys.argv[1])"
+IMPORT = f"{WITHOUT_PACKAGE}; m = u.module_from_spec(s); s.loader.exec_module(m); print(repr(m.device_error(0)))"
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """What a clone would hold."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in filter(None, files):
+        if (ROOT / name).exists():
+            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def python(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    return tmp_path / "venv/bin/python"
+
+
+def install(python, tree, **environment):
+    command = [python, "-m", "pip", "install", "-v", "--no-deps", "-e", tree]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def record(tree):
+    return json.loads((tree / "moebert_kernels/_C.json").read_text())
+
+
+def path_without_nvcc():
+    return os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists())
+
+
+def reasons(output):
+    return [line for line in output.splitlines() if "no CUDA kernels" in line]
+
+
+@needs_nvcc
+def test_with_nvcc(python, tree):
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", MOEBERT_KERNELS_CUDA_ARCHS="90a")
+    assert status == 0, output[-3000:]
+    assert record(tree)["archs"] == ["sm_90a"]
+    assert record(tree)["ptx"] == "compute_90"
+    assert not record(tree)["left_out"]
+    (module,) = (tree / "moebert_kernels").glob("_C.*.so")
+    done = subprocess.run([python, "-c", IMPORT, module], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    linked = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in linked
+    assert "torch" not in linked
+
+
+def test_without_nvcc(python, tree):
+    status, output = install(python, tree, PATH=path_without_nvcc(), CUDA_HOME="", CUDA_PATH="")
+    assert status == 0, output[-3000:]
+    assert not list((tree / "moebert_kernels").glob("_C.*.so"))
+    assert len(reasons(output)) == 1
+    assert "nvcc was not found, neither under CUDA_HOME nor on PATH" in reasons(output)[0]
+    assert record(tree)["reason"] in reasons(output)[0]
+    status, output = install(
+        python, tree, PATH=path_without_nvcc(), CUDA_HOME="", CUDA_PATH="", MOEBERT_KERNELS_BUILD_CUDA="1"
+    )
+    assert status != 0
+    assert "MOEBERT_KERNELS_BUILD_CUDA=1: nvcc was not found" in output
+
+
+@needs_nvcc
+def test_broken_source(python, tree):
+    with (tree / "csrc/device_error.cu").open("a") as source:
+        source.write('#error "broken on purpose"\n')
+    environment = {"MOEBERT_KERNELS_CUDA_ARCHS": "80", "CMAKE_BUILD_PARALLEL_LEVEL": "1"}
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", **environment)
+    assert status != 0
+    assert "MOEBERT_KERNELS_BUILD_CUDA=1: the build failed" in output
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="auto", **environment)
+    assert status == 0, output[-3000:]
+    assert len(reasons(output)) == 1
+    assert "broken on purpose" in reasons(output)[0]
+    assert "broken on purpose" in record(tree)["reason"]
+
+
+def test_wrong_mode_and_no_build(python, tree):
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="yes")
+    assert status != 0
+    assert "MOEBERT_KERNELS_BUILD_CUDA: expected auto, 0 or 1, got 'yes'" in output
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="0")
+    assert status == 0, output[-3000:]
+    assert record(tree) == {"built": False, "reason": "MOEBERT_KERNELS_BUILD_CUDA was 0"}
+
+
+def test_table_of_resources():
+    """Of the module in this tree: no stack, no spills, HGMMA where it should be, and the numbers that are committed."""
+    if not native.record()["built"]:
+        pytest.skip(native.record()["reason"])
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.cuda_resources", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
