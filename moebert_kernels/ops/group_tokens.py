@@ -31,7 +31,8 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
     if top_k < 1:
         raise ValueError(f"expert_ids: expected top_k >= 1, got {tuple(expert_ids.shape)}")
-    offsets, row_to_token, token_to_row = _run(expert_ids.reshape(1, -1), num_experts)
+    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
+    offsets, row_to_token, token_to_row = run(expert_ids.reshape(1, -1), num_experts)
     return Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k)
 
 
@@ -58,18 +59,25 @@ def group_tokens_by_hash(
         raise ValueError(f"tables: expected shape (L, V), got {tuple(tables.shape)}")
     check_token_ids(token_ids, tables, attention_mask)
     mask = None if attention_mask is None else attention_mask.reshape(-1)
-    maps = _run(route_flat(token_ids.reshape(-1), tables, mask), num_experts)
+    by_hash = torch.ops.moebert_kernels.group_tokens_by_hash if opaque(token_ids) else _group_tokens_by_hash
+    maps = by_hash(token_ids.reshape(-1), tables, mask, num_experts)
     return [Grouping(*layer) for layer in zip(*(m.unbind(0) for m in maps), strict=True)]
-
-
-def _run(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
-    return run(expert_ids, num_experts)
 
 
 def _group_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     with inside_op(expert_ids):
         return backend.implementation("group_tokens", expert_ids).forward(expert_ids, num_experts)
+
+
+def _group_tokens_by_hash(
+    token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(L, N) maps of (N,) token ids; in one step where the backend has one."""
+    with inside_op(token_ids):
+        grouping = backend.implementation("group_tokens", token_ids)
+        if hasattr(grouping, "by_hash"):
+            return grouping.by_hash(token_ids, tables, attention_mask, num_experts)
+    return _group_tokens(route_flat(token_ids, tables, attention_mask), num_experts)
 
 
 @torch.library.custom_op("moebert_kernels::group_tokens", mutates_args=())
@@ -79,7 +87,24 @@ def _group_tokens_op(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 @_group_tokens_op.register_fake
 def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    layers, rows = expert_ids.shape
-    offsets = expert_ids.new_empty(layers, num_experts + 1, dtype=torch.int32)
-    permutation = expert_ids.new_empty(layers, rows, dtype=torch.int32)
+    return _empty_maps(expert_ids, *expert_ids.shape, num_experts)
+
+
+@torch.library.custom_op("moebert_kernels::group_tokens_by_hash", mutates_args=())
+def _group_tokens_by_hash_op(
+    token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _group_tokens_by_hash(token_ids, tables, attention_mask, num_experts)
+
+
+@_group_tokens_by_hash_op.register_fake
+def _(
+    token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_maps(token_ids, tables.shape[0], token_ids.shape[0], num_experts)
+
+
+def _empty_maps(ids: Tensor, layers: int, rows: int, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    offsets = ids.new_empty(layers, num_experts + 1, dtype=torch.int32)
+    permutation = ids.new_empty(layers, rows, dtype=torch.int32)
     return offsets, permutation, torch.empty_like(permutation)

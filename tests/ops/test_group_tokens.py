@@ -82,8 +82,11 @@ def test_grouping_is_a_pytree():
 def test_opcheck_and_compile():
     ids = torch.randint(-1, E, (2, 20))
     torch.library.opcheck(torch.ops.moebert_kernels.group_tokens.default, (ids, E))
-    compiled = torch.compile(lambda ids, tables: group_tokens_by_hash(ids, tables, E), fullgraph=True, dynamic=True)
     tables = torch.randint(0, E, (3, 50))
+    by_hash = torch.ops.moebert_kernels.group_tokens_by_hash.default
+    for mask in (None, torch.randint(0, 2, (20,))):
+        torch.library.opcheck(by_hash, (torch.randint(-1, 60, (20,)), tables, mask, E))
+    compiled = torch.compile(lambda ids, tables: group_tokens_by_hash(ids, tables, E), fullgraph=True, dynamic=True)
     for got, wanted in zip(compiled(ids[0], tables), group_tokens_by_hash(ids[0], tables, E), strict=True):
         assert_same(got, wanted)
 

@@ -1,0 +1,38 @@
+// Grouping: sort the assignments of tokens to experts by expert, stably, for all layers in one launch.
+#pragma once
+
+#include "hash_route.h"
+
+namespace mbk {
+
+constexpr int kMaxGroupedExperts = 1024;
+constexpr int kMaxTileMaps = 4;
+
+// Row tiles that never cross an expert: pairs (expert, first row); surplus tiles hold (E, N).
+struct TileMap {
+  int32_t* tiles;  // (L, N / block_rows + E, 2), contiguous
+  int block_rows;
+};
+
+struct GroupTokensParams {
+  TokenLookup lookup;
+  bool by_hash;           // else `lookup.token_ids` holds expert ids (L, N) and the tables are not looked at
+  int32_t* offsets;       // (L, E + 1)
+  int32_t* row_to_token;  // (L, N)
+  int32_t* token_to_row;  // (L, N)
+  TileMap tile_maps[kMaxTileMaps];
+  int num_tile_maps;
+  void* workspace;  // group_tokens_workspace_bytes, aligned to 8; any content
+  int64_t layers;
+  int64_t tokens;   // N, below 2^31
+  int num_experts;  // 1 to kMaxGroupedExperts
+  cudaStream_t stream;
+};
+
+// 0 where one block does a layer.
+int64_t group_tokens_workspace_bytes(int64_t layers, int64_t tokens, int num_experts);
+
+// Traffic of a layer: the ids, the mask and the table once, the two permutations once (three times with a workspace).
+cudaError_t group_tokens(const GroupTokensParams& params);
+
+}  // namespace mbk

@@ -1,0 +1,62 @@
+// Half and bfloat16 of CUDA's headers for the host, rounded as the hardware does it, and casts between bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace emulation {
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8, "a register or two");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulation
+
+inline unsigned __float_as_uint(float value) { return static_cast<unsigned>(emulation::to_bits(value)); }
+inline float __uint_as_float(unsigned bits) { return emulation::from_bits<float>(bits); }
+
+struct __half {
+  uint16_t bits;
+};
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsigned{value.bits} << 16); }
+
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {
+  const unsigned bits = __float_as_uint(value);
+  if (std::isnan(value)) return {static_cast<uint16_t>(0x7fff)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+inline float __half2float(__half value) {
+  const int exponent = (value.bits >> 10) & 31, fraction = value.bits & 1023;
+  const float sign = (value.bits >> 15) != 0 ? -1.0f : 1.0f;
+  if (exponent == 31) return fraction != 0 ? NAN : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
+  return sign * std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+}
+
+inline __half __float2half_rn(float value) {
+  const auto sign = static_cast<uint16_t>(std::signbit(value) ? 0x8000 : 0);
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return {static_cast<uint16_t>(0x7fff)};
+  if (size >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  const int exponent = size < std::ldexp(1.0f, -14) ? -14 : std::ilogb(size);
+  const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // to even
+  return {static_cast<uint16_t>(sign | (units + (static_cast<unsigned>(exponent + 14) << 10)))};
+}
