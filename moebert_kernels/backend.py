@@ -28,14 +28,17 @@ ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
 _FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_backend"}
 _OFFERS: dict[str, tuple[str, ...]] = {
-    "hash_route": ("triton", "torch"),
-    "group_tokens": ("triton", "torch"),
+    "hash_route": ("triton", "cuda", "torch"),
+    "group_tokens": ("triton", "cuda", "torch"),
     "expert_gemm": ("triton", "torch"),
     "fused_moe_ffn": ("triton", "torch"),
     "fused_moe_ffn_add_norm": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
-_KERNELS: dict[str, tuple[str, ...]] = {}  # op -> what its CUDA form needs of moebert_kernels._C, where offered
+_KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
+    "hash_route": ("hash_route",),
+    "group_tokens": ("group_tokens", "hash_route"),
+}
 
 
 @dataclass(frozen=True)
