@@ -2,12 +2,14 @@
 
 import os
 import random
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: bitwise tests compare this process with those that it starts
 
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it; tests send it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never depends on a network
