@@ -34,6 +34,7 @@ build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this
 	MOEBERT_KERNELS_BUILD_CUDA=1 $(PIP) install --no-deps -e .
 
 wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc is found
+	rm -rf build/lib* build/bdist*  # setuptools would pack what was deleted since
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90

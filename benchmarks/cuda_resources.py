@@ -4,6 +4,7 @@
     python -m benchmarks.cuda_resources --check    # compares with that file instead
 
 A spilled register lives in the stack frame, so a kernel without stack and local memory spills nothing.
+Shared memory is what a kernel declares; what a launch adds depends on its sizes.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "hash_route": ("hash_route",),
     "group_tokens": ("group_tokens", "hash_route"),
 }
+_PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     if backend == "torch":
         return None
     if backend == "cuda":
-        return native.obstacle(_KERNELS[op], device, dtype)
+        obstacle = native.obstacle(_KERNELS[op], device, dtype)
+        return _obstacle(op, "triton", device, dtype) if obstacle is None and op in _PARTLY_TRITON else obstacle
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
