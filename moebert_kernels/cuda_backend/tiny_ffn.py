@@ -16,7 +16,7 @@ from moebert_kernels.cuda_backend._arguments import FLOATS, lookup_arguments, po
 from moebert_kernels.grouping import Grouping
 
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
-_NO_LOOKUP = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, False, 0)
+_NO_LOOKUP: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, False, 0)
 
 
 def applies(x: Tensor, top_k: int, w1: Tensor) -> bool:
@@ -62,7 +62,7 @@ def add_norm(
         _workspace_bytes(tokens, hidden, width, experts, dtype, number, norm_weight is not None) // w1.element_size()
     )
     if isinstance(routing, Grouping):
-        where = (*_NO_LOOKUP, routing.offsets.data_ptr(), routing.row_to_token.data_ptr())
+        where: tuple[int, ...] = (*_NO_LOOKUP, routing.offsets.data_ptr(), routing.row_to_token.data_ptr())
     else:
         tables = None if table is None else table[None]
         where = (*lookup_arguments(routing.reshape(-1), tables, attention_mask), 0, 0)
