@@ -1,0 +1,66 @@
+// Checks what the expert GEMM's copies can take, chooses a tile and passes on by type of elements.
+#include <climits>
+#include <initializer_list>
+
+#include "expert_gemm.h"
+#include "expert_gemm_launch.cuh"
+
+namespace mbk {
+namespace {
+
+// The driver's encoder of tensor maps, or null.
+EncodeTiled encode_tiled() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
+                                                                       : nullptr;
+}
+
+bool multiples_of_8(std::initializer_list<int64_t> counts) {
+  for (int64_t count : counts) {
+    if (count <= 0 || count % 8 != 0) return false;
+  }
+  return true;
+}
+
+bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return true;
+}
+
+bool takes(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
+  const int64_t row_tiles = params.rows / kExpertGemmBlockM + params.num_experts + 1;
+  return multiples_of_8(
+             {params.columns, params.depth, params.a_row_stride, params.w_expert_stride, params.w_row_stride}) &&
+         aligned({params.a, params.w, params.y, params.pre, params.bias}) && params.a_row_stride <= INT_MAX &&
+         params.columns <= INT_MAX / 2 && params.depth <= INT_MAX / 2 && params.rows <= INT_MAX / 2 &&
+         params.num_experts > 0 && params.num_experts <= INT_MAX / 2 && params.top_k > 0 &&
+         row_tiles * ceil_div(params.columns, config.block_n) <= INT_MAX / 2 && !is_gated(params.activation) &&
+         (params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16);
+}
+
+}  // namespace
+
+cudaError_t expert_gemm(const ExpertGemmParams& params) {
+  if (params.rows == 0 || params.columns == 0) return cudaSuccess;
+  int device = 0, major = 0, multiprocessors = 0;
+  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
+  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major != 9) return cudaErrorNotSupported;
+  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+
+  ExpertGemmConfig config = pick_expert_gemm_config(params.rows, params.num_experts, params.columns, multiprocessors);
+  if (params.block_n != 0) config.block_n = params.block_n;
+  if (params.cluster != 0) config.cluster = params.cluster;
+  if (!takes(params, config)) return cudaErrorInvalidValue;
+  const EncodeTiled encode = encode_tiled();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  return params.dtype == DType::kFloat16 ? expert_gemm_of<__half>(params, config, encode, multiprocessors)
+                                         : expert_gemm_of<__nv_bfloat16>(params, config, encode, multiprocessors);
+}
+
+}  // namespace mbk

@@ -1,0 +1,326 @@
+// Expert GEMM for Hopper: persistent CTAs of one producer warp group and two consumer warp groups.
+//
+// The producer fills a ring of shared-memory stages with a 128 x 64 slice of rows and a kBlockN x 64 slice of weights.
+// The consumers take the CTA's tiles in turn ("ping-pong"): while one is in its epilogue, the other multiplies. Traffic
+// per tile: 128 * K + kBlockN * K / kCluster elements read from the L2, 128 * kBlockN written.
+//
+// Why it cannot lose its place or read a slice too early:
+// - full[s] completes when its arrivals and its bytes are in. The producer's thread 0 arrives and expects the bytes of
+//   the TMA copies: always kBlockN * 64 elements of weights (from two CTAs where they are shared; elements outside the
+//   tensor are zeros and count), and 128 * 64 of rows where TMA reads them. Gathered rows come by cp.async, which
+//   writes through the generic proxy while wgmma reads through the async one: each writing thread waits for its copies,
+//   fences the proxies, and then its warp arrives, kLag steps after it issued them. kLag <= kStages - 2: a consumer
+//   frees a stage after it has issued the next one's product, so that one must be announced while the producer waits.
+// - empty[s] completes when the 4 warps of the consumer group that read the stage have arrived, in both CTAs of a
+//   cluster: weights for a stage are written into both. Both CTAs walk the same items, with the same number of steps;
+//   a CTA without a tile of its own multiplies and stores nothing. A copy from the other CTA may reach full[s] before
+//   this CTA expects its bytes, but never in an earlier round, as it waits for this CTA's consumers too.
+// - A wait on a parity is unambiguous within one round only. A consumer group skips the other's steps, which may be
+//   several rounds, so it first waits (a named barrier) until the other group has seen all its full[] barriers
+//   complete.
+// - The barriers' instructions do not clobber "memory": shared memory is touched by volatile assembly alone, which the
+//   compiler keeps in order.
+// - In a cluster nobody leaves before all arrivals and copies from the other CTA are in: it ends with a cluster
+// barrier.
+#pragma once
+
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+#include <cutlass/cutlass.h>
+#include <cutlass/numeric_types.h>
+
+#include <cute/arch/cluster_sm90.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/atom/mma_atom.hpp>
+
+#include "expert_gemm_epilogue.cuh"
+
+namespace mbk {
+
+template <class T>
+struct ExpertGemmKernelParams {
+  CUtensorMap weights;  // (E, N, K), boxes of (1, kBlockN / kCluster, 64)
+  CUtensorMap rows;     // (rows, K), boxes of (128, 64); unused with `gather`
+  const T* a;           // with `gather` (T, K), rows a_row_stride apart
+  const int* offsets;
+  EpilogueParams<T> epilogue;
+  int a_row_stride, num_rows, num_experts, depth, tiles_n, top_k;
+  bool gather;
+};
+
+template <class T>
+struct CutlassType;
+template <>
+struct CutlassType<__half> {
+  using type = cutlass::half_t;
+};
+template <>
+struct CutlassType<__nv_bfloat16> {
+  using type = cutlass::bfloat16_t;
+};
+
+template <class Element_, int kBlockN_, int kCluster_>
+struct ExpertGemmTraits {
+  using Element = Element_;
+  static constexpr int kBlockM = kExpertGemmBlockM, kBlockN = kBlockN_, kBlockK = kExpertGemmBlockK;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kStages = kBlockN == 128 ? 6 : 5, kLag = kStages / 2;
+  static_assert(kLag <= kStages - 2, "see above");
+  // 512 registers for a thread of each of the three warp groups; accumulators take kBlockN of a consumer's.
+  static constexpr int kProducerRegisters = kBlockN == 128 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kBlockN == 128 ? 224 : 232;
+
+  using T = typename CutlassType<Element>::type;
+  using Mma = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<T, T, float,
+                                 cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>, cute::Int<kBlockK>>>()));
+  template <int kRows>
+  using StagesOf = decltype(cute::tile_to_shape(
+      cute::GMMA::Layout_K_SW128_Atom<T>{}, cute::Shape<cute::Int<kRows>, cute::Int<kBlockK>, cute::Int<kStages>>{}));
+
+  static constexpr int kRowsElements = kBlockM * kBlockK, kWeightsElements = kBlockN * kBlockK;
+  static constexpr uint32_t kRowsBytes = kRowsElements * 2, kWeightsBytes = kWeightsElements * 2;
+
+  using Scheduler = ExpertTileScheduler<kBlockM, kCluster>;
+  using Slot = PipelineSlot<kStages>;
+
+  struct Shared {  // swizzled over 1024 bytes: every stage begins at a multiple of them
+    alignas(1024) T rows[kStages][kRowsElements];
+    alignas(1024) T weights[kStages][kWeightsElements];
+    uint64_t full[kStages], empty[kStages];
+  };
+  static_assert(sizeof(Shared) <= 227 * 1024, "more shared memory than an SM has");
+
+  using Full = cutlass::arch::ClusterTransactionBarrier;
+  using Empty = cutlass::arch::ClusterBarrier;
+};
+
+inline constexpr int kExpertGemmThreads = 384;
+inline constexpr int kProducerWarps = 4, kConsumerWarps = 4;
+
+template <class Traits>
+__device__ __forceinline__ typename Traits::Scheduler make_scheduler(const int* offsets, int num_experts, int rows,
+                                                                     int tiles_n, int rank) {
+  constexpr int kCluster = Traits::kCluster;
+  return typename Traits::Scheduler(offsets, num_experts, rows, tiles_n, rank, static_cast<int>(blockIdx.x) / kCluster,
+                                    static_cast<int>(gridDim.x) / kCluster);
+}
+
+// By one thread: expects a stage's bytes and asks for its weights.
+template <class Traits, class Params>
+__device__ __forceinline__ void load_weights(const Params& params, typename Traits::Shared& shared,
+                                             const ExpertTile& tile, int stage, int k, int rank, uint32_t bytes) {
+  constexpr int kPart = Traits::kBlockN / Traits::kCluster;
+  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  uint64_t* full = &shared.full[stage];
+  Traits::Full::arrive_and_expect_tx(full, bytes);
+  const int row = tile.tile_n * Traits::kBlockN;
+  if (tile.shared_weights) {
+    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&params.weights, full, (1 << Traits::kCluster) - 1, kHint,
+                                           &shared.weights[stage][rank * kPart * Traits::kBlockK], k,
+                                           row + rank * kPart, tile.expert);
+  } else {
+#pragma unroll
+    for (int part = 0; part < Traits::kCluster; ++part) {
+      cute::SM90_TMA_LOAD_3D::copy(&params.weights, full, kHint, &shared.weights[stage][part * kPart * Traits::kBlockK],
+                                   k, row + part * kPart, tile.expert);
+    }
+  }
+}
+
+// By one thread: rows in grouped order, all by TMA. Rows of a tile that are the next expert's are read and not stored.
+template <class Traits, class Params>
+__device__ __forceinline__ void produce(const Params& params, typename Traits::Shared& shared, int rank) {
+  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+  auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
+  typename Traits::Slot slot;
+  ExpertTile tile;
+  while (scheduler.next(tile)) {
+    if (tile.expert == params.num_experts) continue;
+    for (int k = 0; k < params.depth; k += Traits::kBlockK, ++slot) {
+      Traits::Empty::wait(&shared.empty[slot.stage], slot.phase ^ 1);
+      load_weights<Traits>(params, shared, tile, slot.stage, k, rank, Traits::kWeightsBytes + Traits::kRowsBytes);
+      cute::SM90_TMA_LOAD_2D::copy(&params.rows, &shared.full[slot.stage], kHint, &shared.rows[slot.stage][0], k,
+                                   tile.row0);
+    }
+  }
+}
+
+// By the warps that wrote a stage's rows, when at most `kPending` of their newer groups of copies may be on their way.
+template <class Traits, int kPending>
+__device__ __forceinline__ void announce_rows(typename Traits::Shared& shared, int stage) {
+  cute::cp_async_wait<kPending>();
+  cutlass::arch::fence_view_async_shared();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) Traits::Full::arrive(&shared.full[stage]);
+}
+
+// By the 128 threads of the producer: rows in token order. Eight lanes read 128 adjacent bytes of a row, a warp four
+// rows, a thread every 16th row; 16-byte piece c of row r lies at c ^ (r % 8), as the 128-byte swizzle has it.
+template <class Traits, class Params>
+__device__ __forceinline__ void produce_gathered(const Params& params, typename Traits::Shared& shared, int rank) {
+  constexpr int kPieces = Traits::kBlockK / 8, kRowStep = 128 / kPieces, kRows = Traits::kBlockM / kRowStep;
+  using Copy = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
+  const int thread = static_cast<int>(threadIdx.x), piece = thread % kPieces, row_in_tile = thread / kPieces;
+  const int target = row_in_tile * kPieces + (piece ^ (row_in_tile % 8));
+  auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
+  typename Traits::Slot slot, written;
+  int pending = 0;
+  ExpertTile tile;
+  while (scheduler.next(tile)) {
+    if (tile.expert == params.num_experts) continue;
+    int source_row[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = tile.row0 + row_in_tile + i * kRowStep;
+      source_row[i] = row < tile.row_end ? params.epilogue.row_to_token[row] / params.top_k : -1;
+    }
+    for (int k = 0; k < params.depth; k += Traits::kBlockK, ++slot) {
+      Traits::Empty::wait(&shared.empty[slot.stage], slot.phase ^ 1);
+      if (thread == 0) load_weights<Traits>(params, shared, tile, slot.stage, k, rank, Traits::kWeightsBytes);
+      const int column = k + piece * 8;
+      auto* targets = reinterpret_cast<cute::uint128_t*>(&shared.rows[slot.stage][0]) + target;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const bool inside = source_row[i] >= 0 && column < params.depth;
+        const int64_t source = inside ? static_cast<int64_t>(source_row[i]) * params.a_row_stride + column : 0;
+        Copy::copy(*reinterpret_cast<const cute::uint128_t*>(params.a + source), targets[i * kRowStep * kPieces],
+                   inside);
+      }
+      cute::cp_async_fence();
+      if (pending == Traits::kLag) {
+        announce_rows<Traits, Traits::kLag>(shared, written.stage);
+        ++written;
+      } else {
+        ++pending;
+      }
+    }
+  }
+  cute::cp_async_wait<0>();
+  for (; pending > 0; --pending, ++written) announce_rows<Traits, 0>(shared, written.stage);
+}
+
+// acc = the tile's rows times its weights. Returns with the last product on its way; `last` is its stage.
+template <class Traits, class Fragments, class WeightFragments, class Accumulators>
+__device__ __forceinline__ void multiply(typename Traits::Shared& shared, const Fragments& rows,
+                                         const WeightFragments& weights, int steps, typename Traits::Slot& slot,
+                                         int& last, Accumulators& acc) {
+  typename Traits::Mma mma;
+  mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto multiply_stage = [&] {
+    Traits::Full::wait(&shared.full[slot.stage], slot.phase);
+    cute::warpgroup_fence_operand(acc);
+    cute::warpgroup_arrive();
+    CUTLASS_PRAGMA_UNROLL
+    for (int k = 0; k < cute::size<2>(rows); ++k) {
+      cute::gemm(mma, rows(cute::_, cute::_, k, slot.stage), weights(cute::_, cute::_, k, slot.stage), acc);
+      mma.accumulate_ = cute::GMMA::ScaleOut::One;
+    }
+    cute::warpgroup_commit_batch();
+    last = slot.stage;
+    ++slot;
+  };
+  multiply_stage();
+  for (int step = 1; step < steps; ++step) {
+    const int read = last;
+    multiply_stage();
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(acc);
+    if (lane < Traits::kCluster) Traits::Empty::arrive(&shared.empty[read], lane, true);
+  }
+}
+
+template <class Traits, ActivationForm kForm, class Params>
+__device__ __forceinline__ void consume(const Params& params, typename Traits::Shared& shared, int rank, int group) {
+  using namespace cute;
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  typename Traits::Mma mma;
+  const auto slice = mma.get_thread_slice(thread);
+  using RowsLayout = typename Traits::template StagesOf<Traits::kBlockM>;
+  using WeightsLayout = typename Traits::template StagesOf<Traits::kBlockN>;
+  const Tensor shared_rows = make_tensor(make_smem_ptr(&shared.rows[0][0]), RowsLayout{});
+  const Tensor shared_weights = make_tensor(make_smem_ptr(&shared.weights[0][0]), WeightsLayout{});
+  const Tensor rows = slice.partition_fragment_A(shared_rows);
+  const Tensor weights = slice.partition_fragment_B(shared_weights);
+  Tensor acc = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>{});
+
+  auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
+  const int steps = (params.depth + Traits::kBlockK - 1) / Traits::kBlockK;
+  typename Traits::Slot slot;
+  ExpertTile tile, others;
+  bool mine = scheduler.next(tile), wait_turn = false;
+  if (group == 1 && mine) {
+    if (tile.expert < params.num_experts) slot.advance(steps);
+    mine = scheduler.next(tile);
+    wait_turn = true;
+  }
+  while (mine) {
+    const bool other = scheduler.next(others);
+    if (wait_turn) cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(group));
+    wait_turn = true;
+    const auto pass_turn = [&] {
+      if (other) cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 - group));
+    };
+    if (tile.expert < params.num_experts) {
+      int last = 0;
+      multiply<Traits>(shared, rows, weights, steps, slot, last, acc);
+      pass_turn();
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(acc);
+      if (thread % 32 < Traits::kCluster) Traits::Empty::arrive(&shared.empty[last], thread % 32, true);
+      const auto accumulator = [&](int j, int v, int m, int c) -> float& { return acc(make_coord(c, v, j), m, 0); };
+      store_tile<typename Traits::Element, kForm, Traits::kBlockN>(params.epilogue, tile, thread, accumulator);
+    } else {
+      pass_turn();
+      store_zeros<typename Traits::Element, Traits::kBlockN>(params.epilogue, tile, thread);
+    }
+    if (other && others.expert < params.num_experts) slot.advance(steps);
+    mine = other && scheduler.next(tile);
+  }
+}
+
+template <class Traits, ActivationForm kForm, class Params>
+__global__ void __launch_bounds__(kExpertGemmThreads, 1) expert_gemm_kernel(const __grid_constant__ Params params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
+  const int warp_group = cutlass::canonical_warp_group_idx();
+  const int rank = Traits::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      Traits::Full::init(&shared.full[stage], params.gather ? 1 + kProducerWarps : 1);
+      Traits::Empty::init(&shared.empty[stage], kConsumerWarps * Traits::kCluster);
+    }
+    cutlass::arch::fence_barrier_init();
+    cute::prefetch_tma_descriptor(&params.weights);
+    if (!params.gather) cute::prefetch_tma_descriptor(&params.rows);
+  }
+  __syncwarp();
+  if constexpr (Traits::kCluster == 1) {
+    __syncthreads();
+  } else {
+    cute::cluster_sync();
+  }
+
+  if (warp_group == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    if (params.gather) {
+      produce_gathered<Traits>(params, shared, rank);
+    } else if (threadIdx.x == 0) {
+      produce<Traits>(params, shared, rank);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    consume<Traits, kForm>(params, shared, rank, warp_group - 1);
+  }
+  if constexpr (Traits::kCluster > 1) {
+    __syncwarp();
+    cute::cluster_sync();
+  }
+#endif
+}
+
+}  // namespace mbk

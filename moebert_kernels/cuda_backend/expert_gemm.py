@@ -1,0 +1,82 @@
+"""Grouped GEMM on Hopper's tensor cores, fed by TMA: one launch forward; backward is Triton's.
+
+It takes float16 and bfloat16 with sizes and strides of whole 16-byte pieces, which TMA copies. What it cannot take runs
+in Triton: float32, transposed weights, odd widths.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moebert_kernels import native
+from moebert_kernels.activation import ACTIVATIONS
+from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.triton_backend import expert_gemm as in_triton
+from moebert_kernels.triton_backend.expert_gemm import backward
+
+__all__ = ["applies", "backward", "expert_gemm", "forward"]
+
+_ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
+_PIECE, _ALIGNMENT = 8, 16  # elements and bytes of what a copy moves at least
+
+
+def applies(w: Tensor) -> bool:
+    """Whether the kernel can multiply by w (E, N, K); rows of any strides are made to fit."""
+    return (
+        w.dtype in (torch.float16, torch.bfloat16)
+        and w.stride(2) == 1
+        and w.data_ptr() % _ALIGNMENT == 0
+        and all(count > 0 and count % _PIECE == 0 for count in (*w.shape[1:], *_strides(w)))
+    )
+
+
+def expert_gemm(
+    a: Tensor, w: Tensor, y: Tensor, grouping: Grouping, *, bias: Tensor | None = None, weights: Tensor | None = None,
+    activation: str = "identity", pre: Tensor | None = None, gather: bool = False, scatter: bool = False,
+    block_n: int = 0, cluster: int = 0,
+) -> None:  # fmt: skip
+    """Launch: y = act(a @ w[e].T + bias[e]), times the routing weight; zeros for rows without an expert.
+
+    Args:
+        a: (rows, K) in row order, or (T, K) with `gather`; copied if its rows are no whole pieces.
+        w: (E, N, K) that `applies`.
+        y: (rows, N) contiguous; in row order, or with `scatter` in assignment order.
+        bias: (E, N), or None.
+        weights: (T, top_k) contiguous routing weights, or None.
+        activation: not a gated one.
+        pre: as y, receives what the activation is taken of; or None.
+        block_n, cluster: columns of a tile (128, 192) and CTAs that share weights (1, 2); 0: chosen by the sizes.
+    """
+    if y.numel() == 0:
+        return
+    if a.stride(1) != 1 or a.stride(0) % _PIECE or a.stride(0) < a.shape[1] or a.data_ptr() % _ALIGNMENT:
+        a = a.clone(memory_format=torch.contiguous_format)
+    if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % _ALIGNMENT):
+        bias = bias.clone(memory_format=torch.contiguous_format)
+    num_experts, columns, depth = w.shape
+    native.module().expert_gemm(
+        a.data_ptr(), a.stride(0),
+        w.data_ptr(), *_strides(w),
+        y.data_ptr(), pointer(pre), pointer(bias), pointer(weights),
+        grouping.offsets.data_ptr(), grouping.row_to_token.data_ptr(),
+        grouping.num_rows, grouping.num_tokens, num_experts, columns, depth, grouping.top_k,
+        FLOATS[w.dtype], _ACTIVATIONS[activation], gather, scatter, block_n, cluster, stream_of(y),
+    )  # fmt: skip
+
+
+def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
+    """Rows (num_rows, N); zero past the routed ones."""
+    if not applies(w):
+        return in_triton.forward(x, w, bias, grouping, gather)
+    y = x.new_empty(grouping.num_rows, w.shape[1])
+    expert_gemm(x, w, y, grouping, bias=bias, gather=gather)
+    return y
+
+
+def _strides(w: Tensor) -> tuple[int, int]:
+    """Of experts and rows; that of a single one means nothing, and torch may say anything."""
+    num_experts, columns, depth = w.shape
+    row = w.stride(1) if columns > 1 else depth
+    return w.stride(0) if num_experts > 1 else columns * row, row

@@ -1,0 +1,47 @@
+#include "expert_gemm.h"
+
+#include <pybind11/pybind11.h>
+
+#include "status.h"
+
+namespace mbk {
+
+void bind_expert_gemm(pybind11::module_& module) {
+  module.def(
+      "expert_gemm",
+      [](uintptr_t a, int64_t a_row_stride, uintptr_t w, int64_t w_expert_stride, int64_t w_row_stride, uintptr_t y,
+         uintptr_t pre, uintptr_t bias, uintptr_t weights, uintptr_t offsets, uintptr_t row_to_token, int64_t rows,
+         int64_t tokens, int64_t num_experts, int64_t columns, int64_t depth, int top_k, int dtype, int activation,
+         bool gather, bool scatter, int block_n, int cluster, uintptr_t stream) {
+        ExpertGemmParams params = {};
+        params.a = reinterpret_cast<const void*>(a);
+        params.a_row_stride = a_row_stride;
+        params.w = reinterpret_cast<const void*>(w);
+        params.w_expert_stride = w_expert_stride;
+        params.w_row_stride = w_row_stride;
+        params.y = reinterpret_cast<void*>(y);
+        params.pre = reinterpret_cast<void*>(pre);
+        params.bias = reinterpret_cast<const void*>(bias);
+        params.weights = reinterpret_cast<const void*>(weights);
+        params.offsets = reinterpret_cast<const int*>(offsets);
+        params.row_to_token = reinterpret_cast<const int*>(row_to_token);
+        params.rows = rows;
+        params.tokens = tokens;
+        params.num_experts = num_experts;
+        params.columns = columns;
+        params.depth = depth;
+        params.top_k = top_k;
+        params.dtype = static_cast<DType>(dtype);
+        params.activation = static_cast<Activation>(activation);
+        params.gather = gather;
+        params.scatter = scatter;
+        params.block_n = block_n;
+        params.cluster = cluster;
+        params.stream = reinterpret_cast<cudaStream_t>(stream);
+        raise_on_error(expert_gemm(params), "expert_gemm",
+                       {{"rows", rows}, {"E", num_experts}, {"N", columns}, {"K", depth}});
+      },
+      "Each expert's rows times that expert's weights, with bias, activation and scatter; for sm_90.");
+}
+
+}  // namespace mbk

@@ -1,0 +1,216 @@
+"""The Hopper GEMM: what is passed to it, by a stand-in that reads the same pointers; on a GPU, its values."""
+
+import ctypes
+
+import pytest
+import torch
+
+from moebert_kernels import group_tokens, native, reference
+from moebert_kernels.activation import UNGATED
+from moebert_kernels.cuda_backend import expert_gemm
+from moebert_kernels.cuda_backend import fused_moe_ffn as cuda_ffn
+from tests.helpers import assert_as_accurate
+
+E = 4
+DTYPES = (None, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
+
+
+def view(pointer, dtype, shape, strides=None):
+    """The memory at a pointer, as the kernel would address it."""
+    if pointer == 0:
+        return None
+    strides = strides or (shape[-1], 1)[-len(shape) :]
+    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
+    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, strides)
+
+
+class StandIn:
+    """`_C.expert_gemm` in plain torch, on the CPU."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def expert_gemm(
+        self, a, a_row_stride, w, w_expert_stride, w_row_stride, y, pre, bias, weights, offsets, row_to_token,
+        rows, tokens, num_experts, columns, depth, top_k, dtype, activation, gather, scatter, block_n, cluster, stream,
+    ):  # fmt: skip
+        self.calls += 1
+        dtype = DTYPES[dtype]
+        a = view(a, dtype, (tokens if gather else rows, depth), (a_row_stride, 1))
+        w = view(w, dtype, (num_experts, columns, depth), (w_expert_stride, w_row_stride, 1))
+        y, pre = (view(pointer, dtype, (rows, columns)) for pointer in (y, pre))
+        bias, weights = view(bias, dtype, (num_experts, columns)), view(weights, dtype, (rows,))
+        offsets = view(offsets, torch.int32, (num_experts + 1,)).tolist()
+        assignment = view(row_to_token, torch.int32, (rows,)).long()
+        for e in range(num_experts + 1):
+            row = torch.arange(offsets[e], offsets[e + 1] if e < num_experts else rows)
+            to = assignment[row] if scatter else row
+            if e == num_experts:
+                for out in (y, pre):
+                    if out is not None:
+                        out[to] = 0
+                continue
+            h = a[assignment[row] // top_k if gather else row].double() @ w[e].double().T
+            h = h if bias is None else h + bias[e].double()
+            if pre is not None:
+                pre[to] = h.to(dtype)
+            h = reference.activate(h, ACTIVATIONS[activation])
+            y[to] = (h if weights is None else h * weights[assignment[row]].double()[:, None]).to(dtype)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    found = StandIn()
+    monkeypatch.setattr(native, "module", lambda: found)
+    monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    return found
+
+
+def ids_of(tokens, top_k=1, device="cpu"):
+    ids = torch.randint(-1, E, (tokens, top_k), device=device)
+    ids[ids == 2] = 0  # an expert without rows
+    return ids
+
+
+def grouping_of(*arguments, **options):
+    return group_tokens(ids_of(*arguments, **options), E)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "odd_rows", "one_expert"])
+def test_expert_gemm_passes_what_the_kernel_reads(stand_in, dtype, gather, layout):
+    grouping = grouping_of(37, top_k=2)
+    x = torch.randn(37 if gather else 74, 24, dtype=dtype)
+    w, bias = torch.randn(E, 40, 24, dtype=dtype), torch.randn(E, 40, dtype=dtype)
+    if layout == "sliced":
+        w = torch.randn(2 * E, 48, 32, dtype=dtype)[::2, :40, :24]
+    elif layout == "odd_rows":  # made whole pieces by a copy
+        x, bias = torch.randn(len(x), 27, dtype=dtype)[:, :24], torch.randn(40, E, dtype=dtype).T
+    elif layout == "one_expert":
+        w, bias = w[1:2].expand(1, 40, 24), bias[:1]
+        grouping = group_tokens(torch.randint(-1, 1, (37, 2)), 1)
+    got = expert_gemm.forward(x, w, bias, grouping, gather)
+    assert stand_in.calls == 1
+    same = reference.expert_gemm(x, w, grouping, bias, gather=gather)
+    exact = reference.expert_gemm(x.double(), w.double(), grouping, bias.double(), gather=gather)
+    assert_as_accurate(got, same, exact, "y")
+
+
+@pytest.mark.parametrize("activation", UNGATED)
+@pytest.mark.parametrize("save", [False, True])
+def test_fused_moe_ffn_is_two_launches(stand_in, activation, save):
+    tensors, ids = ffn_arguments(50, 24, 40, torch.bfloat16), ids_of(50)
+    grouping = group_tokens(ids, E)
+    x, w1, b1, w2, b2, p = tensors
+    y, h_pre = cuda_ffn.forward(x, grouping, w1, b1, w2, b2, p, activation, 0.0, None, save)
+    assert stand_in.calls == 2
+    assert_ffn(y, tensors, ids, activation)
+    assert h_pre.shape == (50 if save else 0, 40)
+    if save:
+        exact = reference.expert_gemm(x.double(), w1.double(), grouping, b1.double(), gather=True)
+        same = reference.expert_gemm(x, w1, grouping, b1, gather=True)
+        assert_as_accurate(h_pre, same, exact, "h_pre")
+
+
+def ffn_arguments(tokens, hidden, width, dtype, device="cpu"):
+    """x, w1, b1, w2, b2, p."""
+    shapes = [(tokens, hidden), (E, width, hidden), (E, width), (E, hidden, width), (E, hidden)]
+    scales = [1, hidden**-0.5, 1, width**-0.5, 1]
+    made = [torch.randn(shape) * scale for shape, scale in zip(shapes, scales, strict=True)]
+    return [tensor.to(device, dtype) for tensor in (*made, torch.rand(tokens, 1))]
+
+
+def assert_ffn(y, tensors, ids, activation):
+    options = {"activation": activation}
+    *wide, wide_p = (tensor.double() for tensor in tensors)
+    x, *weights, p = tensors
+    same = reference.fused_moe_ffn(x, ids, *weights, routing_weights=p, **options)
+    exact = reference.fused_moe_ffn(wide[0], ids, *wide[1:], routing_weights=wide_p, **options)
+    assert_as_accurate(y, same, exact, "y")
+
+
+@pytest.mark.parametrize(
+    "w, expected",
+    [
+        (torch.empty(E, 40, 24, dtype=torch.bfloat16), True),
+        (torch.empty(E, 40, 24, dtype=torch.float16)[1:, 8:], True),
+        (torch.empty(E, 40, 32, dtype=torch.float16)[:, :, 8:], True),
+        (torch.empty(E, 40, 32, dtype=torch.float16)[:, :, 4:28], False),
+        (torch.empty(E, 40, 24), False),
+        (torch.empty(E, 40, 24, dtype=torch.float64), False),
+        (torch.empty(E, 24, 40, dtype=torch.bfloat16).transpose(1, 2), False),
+        (torch.empty(1, 40, 24, dtype=torch.bfloat16).expand(E, 40, 24), False),
+        (torch.empty(E, 40, 23, dtype=torch.bfloat16), False),
+        (torch.empty(E, 39, 24, dtype=torch.bfloat16), False),
+        (torch.empty(E, 40, 0, dtype=torch.bfloat16), False),
+        (torch.empty(E, 0, 24, dtype=torch.bfloat16), False),
+    ],
+)
+def test_applies(w, expected):
+    assert expert_gemm.applies(w) is expected
+
+
+def test_what_the_kernel_cannot_take_runs_in_triton(stand_in):
+    grouping = grouping_of(19)
+    x, w = torch.randn(19, 24), torch.randn(E, 40, 24)
+    got = expert_gemm.forward(x, w, None, grouping, True)
+    torch.testing.assert_close(got, reference.expert_gemm(x, w, grouping, gather=True))
+    tensors = ffn_arguments(19, 24, 40, torch.float16)
+    seed = torch.tensor(3)
+    x, *weights, _ = tensors
+    for p, ids in ((0.5, ids_of(19)), (0.0, ids_of(19, top_k=2))):
+        y, _ = cuda_ffn.forward(x, group_tokens(ids, E), *weights, None, "gelu", p, seed, False)
+        same = reference.fused_moe_ffn(x, ids, *weights, hidden_dropout_p=p, dropout_seed=seed)
+        torch.testing.assert_close(y, same, atol=2e-2, rtol=2e-2)
+    assert stand_in.calls == 0
+
+
+@pytest.mark.skipif(
+    "expert_gemm" not in native.record().get("ops", ()) or torch.cuda.is_available(), reason="needs _C and no GPU"
+)
+def test_a_launch_that_fails_says_which_and_why(monkeypatch):
+    monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    x, w = torch.randn(19, 24, dtype=torch.float16), torch.randn(E, 40, 24, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match=r"^expert_gemm\(rows=19, E=4, N=40, K=24\): .*(CUDA|driver)"):
+        expert_gemm.forward(x, w, None, grouping_of(19), True)
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a GPU of sm_90"
+)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("block_n, cluster", [(128, 1), (128, 2), (192, 1), (192, 2)])
+@pytest.mark.parametrize("tokens, columns, depth", [(1, 8, 8), (1000, 768, 768), (3000, 200, 72), (9001, 456, 1016)])
+@pytest.mark.parametrize("gather, scatter", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_values_on_hopper(block_n, cluster, tokens, columns, depth, gather, scatter, dtype):
+    grouping = grouping_of(tokens, device="cuda")
+    x, w = torch.randn(tokens, depth), torch.randn(E, columns, depth) * depth**-0.5
+    x, w, bias = (tensor.to("cuda", dtype) for tensor in (x, w, torch.randn(E, columns)))
+    y = torch.full((tokens, columns), float("nan"), dtype=dtype, device="cuda")
+    pre = torch.full_like(y, float("nan"))
+    expert_gemm.expert_gemm(
+        x, w, y, grouping, bias=bias, pre=pre, gather=gather, scatter=scatter, activation="gelu",
+        block_n=block_n, cluster=cluster,
+    )  # fmt: skip
+    same, exact = (
+        reference.expert_gemm(x.to(wide), w.to(wide), grouping, bias.to(wide), gather=gather)
+        for wide in (dtype, torch.float64)
+    )
+    if scatter:
+        same, exact = (rows[grouping.token_to_row.long()] for rows in (same, exact))
+    assert_as_accurate(pre, same, exact, "pre")
+    same, exact = (torch.nn.functional.gelu(rows) for rows in (same, exact))
+    assert_as_accurate(y, same, exact, "y")
+    again = torch.empty_like(y)
+    expert_gemm.expert_gemm(
+        x, w, again, grouping, bias=bias, gather=gather, scatter=scatter, activation="gelu",
+        block_n=block_n, cluster=cluster,
+    )  # fmt: skip
+    assert torch.equal(again, y)
