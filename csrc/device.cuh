@@ -19,6 +19,12 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return mbk_dynamic_shared;
 }
 
+// The value, of which the compiler knows nothing any more.
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 // Between two looks at a word that another block is about to write.
 __device__ __forceinline__ void pause() { __nanosleep(32); }
 

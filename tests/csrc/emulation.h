@@ -102,6 +102,8 @@ struct Block {
   std::vector<uint4> shared;
   std::vector<Meeting> meetings;  // kLanes of each warp
   std::vector<unsigned> order;    // in which its threads run
+  unsigned slow_warps = 0;        // stand still, so that others get as far ahead as barriers let them
+  unsigned sweeps = 0;
 };
 
 struct Fiber {
@@ -223,13 +225,23 @@ class Machine {
 
   void sweep(Block& block, unsigned first_fiber) {
     blockIdx = {block.index.x, block.index.y, block.index.z};
+    if (options().seed != 0 && block.sweeps++ % 32 == 0) {
+      block.slow_warps = static_cast<unsigned>(random_() & random_());
+    }
+    volatile bool ran = false;  // set between _setjmp and _longjmp
     for (unsigned thread : block.order) {
       Fiber& fiber = *fibers_[first_fiber + thread];
+      if ((block.slow_warps >> (thread / kLanes)) & 1) continue;
       if (fiber.done || (fiber.waiting_for != nullptr && *fiber.waiting_for == fiber.seen)) continue;
       if (fiber.waiting_for != nullptr) progress_ = true;
       current_ = &fiber;
       threadIdx = fiber.thread;
+      ran = true;
       if (_setjmp(scheduler_) == 0) resume(fiber);
+    }
+    if (!ran && block.slow_warps != 0) {
+      block.slow_warps = 0;
+      progress_ = true;
     }
   }
 
@@ -368,6 +380,7 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(emulation::Machine::instance().current().block->shared.data());
 }
 
+inline int64_t opaque(int64_t value) { return value; }
 inline void pause() { emulation::Machine::instance().wait(nullptr, 0); }
 
 template <typename... Parameters, typename... Arguments>
