@@ -30,14 +30,16 @@ _FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_
 _OFFERS: dict[str, tuple[str, ...]] = {
     "hash_route": ("triton", "cuda", "torch"),
     "group_tokens": ("triton", "cuda", "torch"),
-    "expert_gemm": ("triton", "torch"),
-    "fused_moe_ffn": ("triton", "torch"),
+    "expert_gemm": ("triton", "cuda", "torch"),
+    "fused_moe_ffn": ("triton", "cuda", "torch"),
     "fused_moe_ffn_add_norm": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
 _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "hash_route": ("hash_route",),
     "group_tokens": ("group_tokens", "hash_route"),
+    "expert_gemm": ("expert_gemm",),
+    "fused_moe_ffn": ("expert_gemm",),
 }
 _PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
 
