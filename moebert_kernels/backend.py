@@ -32,7 +32,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "group_tokens": ("triton", "cuda", "torch"),
     "expert_gemm": ("triton", "cuda", "torch"),
     "fused_moe_ffn": ("triton", "cuda", "torch"),
-    "fused_moe_ffn_add_norm": ("triton", "torch"),
+    "fused_moe_ffn_add_norm": ("triton", "cuda", "torch"),
 }
 OPS = tuple(_OFFERS)
 _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
@@ -40,6 +40,7 @@ _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "group_tokens": ("group_tokens", "hash_route"),
     "expert_gemm": ("expert_gemm",),
     "fused_moe_ffn": ("expert_gemm",),
+    "fused_moe_ffn_add_norm": ("fused_moe_ffn_add_norm",),
 }
 _PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
 
