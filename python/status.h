@@ -15,6 +15,7 @@ namespace mbk {
 inline void raise_on_error(cudaError_t status, const char* kernel,
                            std::initializer_list<std::pair<const char*, int64_t>> sizes) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the failure would turn up again at a later launch
   std::string message = std::string(kernel) + "(";
   const char* separator = "";
   for (const auto& [name, size] : sizes) {
