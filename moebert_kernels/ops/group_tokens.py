@@ -87,7 +87,7 @@ def _group_tokens_op(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tens
 
 @_group_tokens_op.register_fake
 def _(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_maps(expert_ids, *expert_ids.shape, num_experts)
+    return _empty_maps(expert_ids, expert_ids.shape[0], expert_ids.shape[1], num_experts)
 
 
 @torch.library.custom_op("moebert_kernels::group_tokens_by_hash", mutates_args=())
