@@ -14,6 +14,12 @@ OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Where there is no NVIDIA GPU nothing could run the CUDA kernels, so installing does not wait for their compilation;
+# `make build` compiles them anywhere.
+ifndef MOEBERT_KERNELS_BUILD_CUDA
+export MOEBERT_KERNELS_BUILD_CUDA := $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
+endif
+
 .PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
