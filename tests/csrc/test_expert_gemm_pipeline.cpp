@@ -148,7 +148,7 @@ class Cluster {
         copies.erase(copies.begin());
       }
     };
-    ExpertTile tile;
+    ExpertTile tile{};
     int pending = 0;
     while (tiles.next(tile)) {
       if (tile.expert == problem_.num_experts()) continue;
@@ -190,7 +190,7 @@ class Cluster {
     Cta<kStages>& mine = ctas_[rank];
     auto tiles = scheduler(rank);
     mbk::PipelineSlot<kStages> slot;
-    ExpertTile tile, others;
+    ExpertTile tile{}, others{};
     const auto release = [&](int stage) {
       for (int other = 0; other < kCluster; ++other) {
         for (int warp = 0; warp < kWarps; ++warp) ctas_[other].empty[stage].arrive();
