@@ -40,8 +40,9 @@ _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "group_tokens": ("group_tokens", "hash_route"),
     "expert_gemm": ("expert_gemm",),
     "fused_moe_ffn": ("expert_gemm",),
-    "fused_moe_ffn_add_norm": ("fused_moe_ffn_add_norm",),
+    "fused_moe_ffn_add_norm": ("fused_moe_ffn_add_norm", "tiny_ffn"),
 }
+_HOPPER = ("expert_gemm", "fused_moe_ffn")  # their GEMM is wgmma's
 _PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
 
 
@@ -113,6 +114,8 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
         return None
     if backend == "cuda":
         obstacle = native.obstacle(_KERNELS[op], device, dtype)
+        if obstacle is None and op in _HOPPER and torch.cuda.get_device_capability(device)[0] != 9:
+            obstacle = "its GEMM needs compute capability 9.x"
         return _obstacle(op, "triton", device, dtype) if obstacle is None and op in _PARTLY_TRITON else obstacle
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

@@ -1,5 +1,7 @@
 """The MoEBERT expert: the grouped GEMMs of the Triton backend, then one CUDA pass forward and one backward.
 
+At most 512 tokens in inference are `tiny_ffn`'s: two launches for everything.
+
 Experts wider than `_C.max_norm_columns` run as in the Triton backend: rows would not fit a block's registers.
 """
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import dropout, native
+from moebert_kernels.cuda_backend import tiny_ffn
 from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.expert_gemm import expert_gemm
@@ -51,6 +54,12 @@ def forward(
     dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
+    drops = seed is not None and (dropout_p > 0 or hidden_dropout_p > 0)
+    if not save and not drops and tiny_ffn.applies(x, grouping.top_k, w1):
+        y = tiny_ffn.add_norm(
+            x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation
+        )  # fmt: skip
+        return y, w1.new_empty(0, w1.shape[1]), w1.new_empty(0, x.shape[1])
     kernels = native.module()
     if x.shape[1] > kernels.max_norm_columns:
         return in_triton.forward(
