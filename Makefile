@@ -16,6 +16,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Where there is no NVIDIA GPU nothing could run the CUDA kernels, so installing does not wait for their compilation;
 # `make build` compiles them anywhere.
+WHEEL_MODE := $(or $(MOEBERT_KERNELS_BUILD_CUDA),auto)
 ifndef MOEBERT_KERNELS_BUILD_CUDA
 export MOEBERT_KERNELS_BUILD_CUDA := $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
 endif
@@ -41,7 +42,7 @@ build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this
 
 wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc is found
 	rm -rf build/lib* build/bdist*  # setuptools would pack what was deleted since
-	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+	MOEBERT_KERNELS_BUILD_CUDA=$(WHEEL_MODE) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'

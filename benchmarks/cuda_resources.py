@@ -82,11 +82,13 @@ def complaints(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
+    parser.add_argument("--package", type=Path, default=native.FOLDER, help="folder of a built moebert_kernels")
     options = parser.parse_args()
-    record = native.record()
+    record = native.record(options.package)
     if not record["built"]:
         parser.error(f"expected {native.NAME}, got none: {record['reason']}")
-    rows = table(Path(native.module().__file__))
+    (module,) = options.package.glob("_C.*.so")
+    rows = table(module)
     nvcc = record["compilers"].partition(",")[0]
     wrong = complaints(rows)
     if not options.check:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 NAME = "moebert_kernels._C"
-_RECORD = Path(__file__).with_name("_C.json")  # written by build_native.py beside the module
+FOLDER = Path(__file__).parent
 
 
-def record() -> dict[str, Any]:
+def record(folder: Path | None = None) -> dict[str, Any]:
     """`built`; if so `archs`, `ptx`, `compilers`, `ops` and `left_out` (op -> reason), else the `reason`."""
     try:
-        return json.loads(_RECORD.read_text())
+        return json.loads(((folder or FOLDER) / "_C.json").read_text())  # written by build_native.py beside the module
     except FileNotFoundError:
         return {"built": False, "reason": "this copy of the package was never built; see `make build`"}
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from moebert_kernels import native
 from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -57,10 +56,11 @@ def reasons(output):
 
 @needs_nvcc
 def test_with_nvcc(python, tree):
-    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", MOEBERT_KERNELS_CUDA_ARCHS="90a")
+    """It imports, links neither Torch nor the driver, and its machine code is that of the committed table."""
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1")
     assert status == 0, output[-3000:]
-    assert record(tree)["archs"] == ["sm_90a"]
-    assert record(tree)["ptx"] == "compute_90"
+    assert {"sm_80", "sm_90a"} <= set(record(tree)["archs"])
+    assert record(tree)["ptx"] == "compute_80"
     assert not record(tree)["left_out"]
     (module,) = (tree / "moebert_kernels").glob("_C.*.so")
     done = subprocess.run([python, "-c", IMPORT, module], capture_output=True, text=True)
@@ -68,6 +68,10 @@ def test_with_nvcc(python, tree):
     linked = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in linked
     assert "torch" not in linked
+    pytest.importorskip("triton")  # ships cuobjdump
+    command = [sys.executable, "-m", "benchmarks.cuda_resources", "--check", "--package", tree / "moebert_kernels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_without_nvcc(python, tree):
@@ -106,13 +110,3 @@ def test_wrong_mode_and_no_build(python, tree):
     status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="0")
     assert status == 0, output[-3000:]
     assert record(tree) == {"built": False, "reason": "MOEBERT_KERNELS_BUILD_CUDA was 0"}
-
-
-def test_table_of_resources():
-    """Of the module in this tree: no stack, no spills, HGMMA where it should be, and the numbers that are committed."""
-    if not native.record()["built"]:
-        pytest.skip(native.record()["reason"])
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "benchmarks.cuda_resources", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -17,9 +17,8 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 @pytest.fixture
 def record(tmp_path, monkeypatch):
     """Writes what a build would have recorded."""
-    path = tmp_path / "_C.json"
-    monkeypatch.setattr(native, "_RECORD", path)
-    return lambda content: path.write_text(json.dumps(content))
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    return lambda content: (tmp_path / "_C.json").write_text(json.dumps(content))
 
 
 def test_never_built(record):
@@ -68,7 +67,7 @@ def test_the_module_imports_without_a_gpu():
 
 def test_the_list_of_offers_is_that_of_the_files():
     """An op with a CUDA form has its file, its entry behind Triton, and the names of its kernels."""
-    folder = native._RECORD.parent / "cuda_backend"
+    folder = native.FOLDER / "cuda_backend"
     offered = {op for op, backends in backend._OFFERS.items() if "cuda" in backends}
     assert offered == set(backend._KERNELS) == {op for op in backend.OPS if (folder / f"{op}.py").exists()}
     for op in offered:
