@@ -56,11 +56,14 @@ def reasons(output):
 
 @needs_nvcc
 def test_with_nvcc(python, tree):
-    """It imports, links neither Torch nor the driver, and its machine code is that of the committed table."""
-    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1")
+    """It imports, links neither Torch nor the driver, and its machine code is that of the committed table.
+
+    Of one architecture, the one that every kernel is for: all of them take minutes more (`make cuda-resources`).
+    """
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", MOEBERT_KERNELS_CUDA_ARCHS="90a")
     assert status == 0, output[-3000:]
-    assert {"sm_80", "sm_90a"} <= set(record(tree)["archs"])
-    assert record(tree)["ptx"] == "compute_80"
+    assert record(tree)["archs"] == ["sm_90a"]
+    assert record(tree)["ptx"] == "compute_90"
     assert not record(tree)["left_out"]
     (module,) = (tree / "moebert_kernels").glob("_C.*.so")
     done = subprocess.run([python, "-c", IMPORT, module], capture_output=True, text=True)
