@@ -137,7 +137,7 @@ def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         if obstacle is None:
             break
         passed.append(f"{name}: {obstacle}")
-    return Choice(op, name, "; ".join(passed) or "the fastest")
+    return Choice(op, name, "; ".join(passed) or "first of what can run here")
 
 
 def choose(op: str, x: Tensor | None = None) -> Choice:

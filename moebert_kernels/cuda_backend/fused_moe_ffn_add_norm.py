@@ -19,18 +19,7 @@ from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as in_triton
-from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients, hidden_rows
-
-
-def _ffn_rows(
-    x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
-    hidden_dropout_p: float, seed: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The feed-forward's outputs (num_rows, H) and, if `save`, its pre-activations, in row order and w1's dtype."""
-    h, h_pre = hidden_rows(x.to(w1.dtype), grouping, w1, b1, w2.shape[2], activation, hidden_dropout_p, seed, save)
-    ffn = h.new_empty(grouping.num_rows, w2.shape[1])
-    expert_gemm(h, w2, ffn, grouping, bias=b2)
-    return ffn, h_pre
+from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients
 
 
 def _inputs(
@@ -66,7 +55,7 @@ def forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, save,
         )  # fmt: skip
-    ffn, h_pre = _ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save)
+    ffn, h_pre = in_triton.ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save)
     y = x.new_empty(x.shape)
     weights = contiguous(routing_weights)
     inputs = _inputs(kernels, x, ffn, norm_weight, norm_bias, weights, grouping, eps, dropout_p, seed)
@@ -90,7 +79,7 @@ def backward(
     need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dweights = needs
     rows, columns = grouping.num_rows, x.shape[1]
     if ffn.shape[0] < rows:
-        ffn, h_pre = _ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
+        ffn, h_pre = in_triton.ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
     dz = x.new_empty(rows, columns)
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
     dffn = w1.new_empty(rows, columns) if apart else dz

@@ -38,7 +38,7 @@ def dot_rows(
     acc, K,
     BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc += A @ W.T over K columns. Without EVEN, loads are masked, which costs registers but no coalescing."""
+    """acc += A @ W.T over K columns. Without EVEN, loads are masked."""
     offs_k = tl.arange(0, BLOCK_K)
     for k in range(0, K, BLOCK_K):
         if EVEN:

@@ -1,7 +1,7 @@
 """How programs find their work without the host reading `offsets`: row tiles and row chunks that never cross an expert.
 
-Every program scans the E + 1 offsets itself. For the numbers of experts in use this costs what reading a stored map
-would cost (one load that hits the L2), and no map is written, kept or passed along (docs/design/0005).
+Every program scans the E + 1 offsets itself: one load, as reading a stored map would be, and no map is written, kept
+or passed along (docs/design/0005).
 """
 
 from __future__ import annotations

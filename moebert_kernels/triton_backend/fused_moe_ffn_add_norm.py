@@ -15,7 +15,7 @@ from moebert_kernels.triton_backend.expert_gemm import sum_chunks
 from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients, hidden_rows
 
 
-def _ffn_rows(
+def ffn_rows(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
     hidden_dropout_p: float, seed: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -34,7 +34,7 @@ def forward(
     dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
-    ffn, h_pre = _ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save)
+    ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save)
     y = x.new_empty(x.shape)
     add_norm(
         x, ffn, norm_weight, norm_bias, contiguous(routing_weights), y, grouping, eps, dropout_p, seed
@@ -52,7 +52,7 @@ def backward(
     need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dweights = needs
     rows = grouping.num_rows
     if ffn.shape[0] < rows:
-        ffn, h_pre = _ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
+        ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
     dz = x.new_empty(rows, x.shape[1])
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
     dffn = w1.new_empty(rows, x.shape[1]) if apart else dz
