@@ -1,18 +1,16 @@
 """The feed-forward op on a GPU: CUDA-graph replays, checked first, interleaved, against dense layers and other ways.
 
-bfloat16, E = 4, H = I = 768, ragged groups with the experts' shares of real text (`expert_shares.json`). A provider is
+bfloat16, E = 4, H = I = 768, ragged groups with the experts' shares of real text (`real_text.json`). A provider is
 captured into a CUDA graph once and replayed in rounds; a round's order changes, its times come from CUDA events, and
 ratios are taken round by round. Warm: the replay before has just run. Cold: the L2 is overwritten before each replay.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import types
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +20,10 @@ from torch import Tensor
 from benchmarks import baselines
 from benchmarks.bench_ffn import runner
 from benchmarks.measuring import Outputs, Provider, check, speed_ratio, spread
+from benchmarks.real_text import expert_shares
 from moebert_kernels import fused_moe_ffn, group_tokens, reference
 
 H, I, D, E = 768, 768, 3072, 4
-SHARES = Path(__file__).parent / "expert_shares.json"
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
 # T: forward at most (us), forward over the best dense layer, forward and backward over the best dense layer
 WANTED = {256: (20, 1.0, 1.0), 4096: (30, 2.5, 2.2), 16384: (80, 3.2, 2.8), 65536: (280, 3.4, 3.0)}
@@ -36,7 +34,7 @@ FLUSHED_BYTES = 256 * 2**20  # four times the L2 of an H200
 
 def expert_ids(tokens: int, generator: torch.Generator) -> Tensor:
     """(T,) random ids with the shares that real text gives a hash table's experts."""
-    shares = torch.tensor(json.loads(SHARES.read_text())["shares"][0], dtype=torch.float64)
+    shares = torch.tensor(expert_shares(), dtype=torch.float64)
     return torch.multinomial(shares, tokens, replacement=True, generator=generator)
 
 
