@@ -143,9 +143,16 @@ def predicted_us(
         chunk = pick_chunk(rows, tiles // num_experts, device)
         items = [tiles // num_experts * chunks for chunks in ragged_tiles(rows, num_experts, chunk)]
         return _waves(items, slots) * (fixed + min(rows, chunk) / config.BLOCK_K * step)
+    return mean_waves(config, precision, rows, num_experts, columns, device) * (fixed + depth / config.BLOCK_K * step)
+
+
+def mean_waves(
+    config: Config, precision: Precision, rows: int, num_experts: int, columns: int, device: Device
+) -> float:
+    """Waves of tiles of a GEMM over `rows` ragged rows: the mean of the expected number and of the most."""
     columns_tiles = math.ceil(columns / config.BLOCK_N)
-    tiles_of_rows = ragged_tiles(rows, num_experts, config.BLOCK_M)
-    return _waves([count * columns_tiles for count in tiles_of_rows], slots) * (fixed + depth / config.BLOCK_K * step)
+    slots = device.multiprocessors * programs_per_multiprocessor(config, precision)
+    return _waves([count * columns_tiles for count in ragged_tiles(rows, num_experts, config.BLOCK_M)], slots)
 
 
 def _waves(tiles: Sequence[float], slots: int) -> float:
