@@ -1,4 +1,4 @@
-"""Triton's kernels at shapes that nobody chose: odd sizes, strides, skipped ids, more than two tiles each way."""
+"""The kernels at shapes that nobody chose: odd sizes, strides, skipped ids, more than two tiles each way."""
 
 import pytest
 import torch
@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from moebert_kernels import backend, fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens, reference
+from tests.backends import KERNEL_BACKENDS
 from tests.ops.cases import run
 from tests.tiny_tiles import use_tiny_tiles
 
 
-@pytest.fixture(autouse=True)
-def triton_alone(monkeypatch):
+@pytest.fixture(params=KERNEL_BACKENDS, autouse=True)
+def implementation(request, monkeypatch):
     use_tiny_tiles(monkeypatch)
     if torch.cuda.is_available():
         torch.set_default_device("cuda")
-    with backend.use_backend("triton", strict=True):
+    with backend.use_backend(request.param, strict=True):
         yield
     torch.set_default_device(None)
 

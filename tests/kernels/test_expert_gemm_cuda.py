@@ -186,7 +186,11 @@ needs_hopper = pytest.mark.skipif(
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("block_n, cluster", [(128, 1), (128, 2), (192, 1), (192, 2)])
-@pytest.mark.parametrize("tokens, columns, depth", [(1, 8, 8), (1000, 768, 768), (3000, 200, 72), (9001, 456, 1016)])
+@pytest.mark.parametrize(
+    "tokens, columns, depth",
+    [(1, 8, 8), (1000, 768, 768), (700, 200, 72), (9001, 456, 1016)],
+    ids=["small-one", "large-even", "small-ragged", "large-ragged"],
+)
 @pytest.mark.parametrize("gather, scatter", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_values_on_hopper(block_n, cluster, tokens, columns, depth, gather, scatter, dtype):

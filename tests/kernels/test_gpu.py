@@ -11,6 +11,7 @@ from moebert_kernels import (
     group_tokens_by_hash,
     reference,
 )
+from tests.backends import KERNEL_BACKENDS
 from tests.helpers import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.gpu
 E, H, I = 4, 768, 768
 
 
-@pytest.fixture(autouse=True)
-def on_the_gpu():
+@pytest.fixture(params=KERNEL_BACKENDS, autouse=True)
+def implementation(request):
     torch.set_default_device("cuda")
-    with backend.use_backend("triton", strict=True):
+    with backend.use_backend(request.param, strict=True):
         yield
     torch.set_default_device(None)
 

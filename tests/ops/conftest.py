@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from moebert_kernels import backend
+from tests.backends import KERNEL_BACKENDS, deselect, runs_here
 from tests.tiny_tiles import use_tiny_tiles
 
 
-@pytest.fixture(params=["torch", "triton"], autouse=True)
+@pytest.fixture(params=["torch", *KERNEL_BACKENDS], autouse=True)
 def implementation(request, monkeypatch):
     """The backend under test. Triton's tiles are the smallest there are, so that small tensors have several."""
-    if request.param == "triton":
+    if request.param != "torch":  # CUDA forms launch kernels of Triton too
         pytest.importorskip("triton")
         use_tiny_tiles(monkeypatch)
         if torch.cuda.is_available():
@@ -21,14 +22,15 @@ def implementation(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What Triton's tests leave out: float64, which it does not compute, and what its interpreter takes minutes for."""
+    """What kernels' tests leave out: float64, which they do not compute, and what Triton's interpreter takes minutes
+    for."""
 
     def wanted(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("implementation") != "triton":
-            return True
+        chosen = parameters.get("implementation", "torch")
         many = parameters.get("count", 0) > 40 or item.originalname == "test_any_shape"  # tests/kernels has its own
-        return parameters.get("dtype") != torch.float64 and not many
+        if chosen != "torch" and parameters.get("dtype") == torch.float64:
+            return False
+        return runs_here(item) and not (chosen == "triton" and many)
 
-    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = [item for item in items if wanted(item)]
+    deselect(config, items, wanted)

@@ -1,0 +1,39 @@
+"""Which backends the tests of the ops' kernels run with: in this session, and on a machine with a GPU."""
+
+import torch
+
+from moebert_kernels import backend
+
+# Every op that has a CUDA form: its tests run with `use_backend("cuda", strict=True)` where that form can run.
+CUDA_FORMS = ("hash_route", "group_tokens", "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")
+
+
+def cuda_runs(op: str) -> bool:
+    """Whether `moebert_kernels._C` is there and this machine's GPU can run its form of `op`."""
+    if op not in CUDA_FORMS or not torch.cuda.is_available():
+        return False
+    try:
+        with backend.use_backend("cuda", strict=True):
+            return backend.choose(op).backend == "cuda"
+    except RuntimeError:
+        return False
+
+
+# Elsewhere than on a GPU with _C there is no parameter "cuda", so nothing is skipped or reported.
+KERNEL_BACKENDS = ("triton", "cuda") if any(map(cuda_runs, CUDA_FORMS)) else ("triton",)
+
+
+def deselect(config, items, wanted) -> None:
+    """Leaves the items that are `wanted`."""
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
+
+
+def runs_here(item) -> bool:
+    """Whether an item's parameter `implementation` can run the op that its name, or its file, is about."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("implementation") != "cuda":
+        return True
+    op = "expert_gemm" if "expert_gemm" in item.name else item.path.stem.removeprefix("test_")
+    op = getattr(parameters.get("op"), "__name__", op)
+    return op not in CUDA_FORMS or cuda_runs(op)

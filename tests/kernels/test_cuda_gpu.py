@@ -1,0 +1,168 @@
+"""What of the CUDA grouping and norm pass only a GPU can show: sizes past one block, layers at once, replays."""
+
+import pytest
+import torch
+
+from moebert_kernels import backend, fused_moe_ffn_add_norm, group_tokens, group_tokens_by_hash, hash_route, reference
+from tests.backends import CUDA_FORMS, cuda_runs
+from tests.helpers import assert_as_accurate
+from tests.ops.cases import run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and not cuda_runs("group_tokens"), reason="moebert_kernels._C cannot run here"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    torch.set_default_device("cuda")
+    with backend.use_backend("cuda", strict=True):
+        yield
+    torch.set_default_device(None)
+
+
+def same(got, wanted):
+    for name in ("offsets", "row_to_token", "token_to_row"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+def small_or_large(values, largest_small):
+    return [pytest.param(value, id=f"{'small' if value <= largest_small else 'large'}-{value}") for value in values]
+
+
+def test_every_form_that_this_gpu_can_run_is_tested():
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    for op in CUDA_FORMS:
+        assert cuda_runs(op) or (op == "expert_gemm" and not hopper), op
+
+
+@pytest.mark.parametrize("experts", [1, 4, 33, 64, 65, 255, 1024])
+@pytest.mark.parametrize("tokens", small_or_large([0, 1, 33, 1025, 4097, 16384, 16385, 24577, 100_003], 1025))
+def test_group_tokens(tokens, experts):
+    """One block up to 16,384 tokens, look-back beyond; counters in registers up to 64 experts, in memory beyond."""
+    for ids in (
+        torch.randint(-1, experts + 1, (tokens,)),
+        torch.full((tokens,), experts - 1),
+        torch.randint(0, experts, (tokens,)).square() // experts,
+    ):
+        same(group_tokens(ids, experts), reference.group_tokens(ids, experts))
+    ids = torch.randint(-1, experts + 1, (2, tokens)).t()
+    same(group_tokens(ids, experts), reference.group_tokens(ids, experts))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocabulary, dtype", [(30522, torch.uint8), (70_000, torch.int32), (1000, torch.int64)])
+@pytest.mark.parametrize("tokens", small_or_large([0, 128, 1000, 16384, 40_000], 1000))
+def test_twelve_layers_by_hash(tokens, vocabulary, dtype, masked):
+    experts = 4
+    tables = torch.randint(0, experts, (12, vocabulary)).to(dtype)
+    token_ids = torch.randint(-3, vocabulary + 3, (tokens,))
+    mask = torch.randint(0, 2, (tokens,)) if masked else None
+    wanted = reference.group_tokens_by_hash(token_ids, tables, experts, mask)
+    for got, layer in zip(group_tokens_by_hash(token_ids, tables, experts, mask), wanted, strict=True):
+        same(got, layer)
+    for table in tables[::11]:
+        assert torch.equal(hash_route(token_ids, table, mask), reference.hash_route(token_ids, table, mask))
+
+
+@pytest.mark.parametrize("tokens", small_or_large([0, 700, 16384, 30_000], 700))
+def test_tile_maps_of_the_same_launch(tokens):
+    from moebert_kernels.cuda_backend.group_tokens import with_tile_maps
+
+    ids, blocks = torch.randint(-1, 9, (3, tokens)), (16, 64, 128)
+    _, maps = with_tile_maps(ids, 8, blocks)
+    for layer, layer_ids in enumerate(ids):
+        grouping = reference.group_tokens(layer_ids, 8)
+        for size, tile_map in zip(blocks, maps, strict=True):
+            assert torch.equal(tile_map[layer], grouping.tile_map(size)), size
+
+
+def test_look_back_is_the_same_a_hundred_times_on_busy_streams():
+    tables, token_ids = torch.randint(0, 64, (12, 30522)), torch.randint(0, 30522, (50_000,))
+    wanted = reference.group_tokens_by_hash(token_ids, tables, 64)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(25):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(group_tokens_by_hash(token_ids, tables, 64))
+        torch.cuda.synchronize()
+        for layers in found:
+            for got, layer in zip(layers, wanted, strict=True):
+                same(got, layer)
+
+
+@pytest.mark.parametrize("tokens", [128, 16384, 40_000])
+def test_a_captured_grouping_replays_with_new_ids(tokens):
+    tables, token_ids = torch.randint(0, 4, (12, 30522)).to(torch.uint8), torch.randint(0, 30522, (tokens,))
+    group_tokens_by_hash(token_ids, tables, 4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = group_tokens_by_hash(token_ids, tables, 4)
+    for _ in range(3):
+        token_ids.random_(-5, 30530)
+        graph.replay()
+        for got, wanted in zip(captured, reference.group_tokens_by_hash(token_ids, tables, 4), strict=True):
+            same(got, wanted)
+
+
+def norm_inputs(tokens, hidden, experts=5, width=24):
+    shapes = [(tokens, hidden), (experts, width, hidden), (experts, width), (experts, hidden, width), (experts, hidden)]
+    scales = [1, hidden**-0.5, 1, width**-0.5, 1]
+    made = [torch.randn(shape) * scale for shape, scale in zip(shapes, scales, strict=True)]
+    return [*made, 1 + 0.1 * torch.randn(experts, hidden), torch.randn(experts, hidden), torch.rand(tokens)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("hidden", small_or_large([8, 97, 264, 768, 1024, 4096, 4104], 264))
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_norm_pass_forward_and_backward(hidden, dtype, p):
+    """Rows of 1, 2, 4 and 8 warps, in vectors and not; past 4,096 columns Triton's kernels run."""
+    tokens = 700
+    ids = torch.randint(-1, 5, (tokens,))
+    ids[ids == 3] = 0  # an expert without rows
+    inputs, dy = norm_inputs(tokens, hidden), torch.randn(tokens, hidden)
+    constants = {"eps": 1e-5, "dropout_p": p, "dropout_seed": torch.tensor(2**40 + 3)}
+
+    def call(op):
+        return lambda x, *rest: op(x, ids, *rest[:-1], routing_weights=rest[-1], **constants)
+
+    got = run(call(fused_moe_ffn_add_norm), inputs, dy, dtype)
+    plain = run(call(reference.fused_moe_ffn_add_norm), inputs, dy, dtype)
+    inputs = [t.to(dtype) for t in inputs]
+    exact = run(call(reference.fused_moe_ffn_add_norm), inputs, dy.to(dtype), torch.float64)
+    for i, tensors in enumerate(zip(got, plain, exact, strict=True)):
+        assert_as_accurate(*tensors, name=str(i))
+
+
+def test_norm_pass_under_autocast_and_of_small_strided_inputs():
+    ids, (x, *weights) = torch.randint(-1, 5, (600,)), norm_inputs(600, 96)
+    *weights, p = weights
+    exact = reference.fused_moe_ffn_add_norm(
+        x.double(), ids, *[w.double() for w in weights], routing_weights=p.double()
+    )
+    turned = x.t().contiguous().t().requires_grad_()
+    y = fused_moe_ffn_add_norm(turned, ids, *weights, routing_weights=p)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    (dx,) = torch.autograd.grad(y, turned, torch.randn(96, 600).t())
+    assert bool(torch.isfinite(dx).all())
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = fused_moe_ffn_add_norm(turned, ids, *weights, routing_weights=p)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_norm_pass_is_the_same_fifty_times():
+    ids, inputs, dy = torch.randint(-1, 5, (3000,)), norm_inputs(3000, 768), torch.randn(3000, 768)
+
+    def once():
+        call = lambda x, *rest: fused_moe_ffn_add_norm(x, ids, *rest[:-1], routing_weights=rest[-1])  # noqa: E731
+        return run(call, inputs, dy, torch.bfloat16)
+
+    first = once()
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
