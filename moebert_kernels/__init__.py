@@ -10,6 +10,7 @@ from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 from moebert_kernels.ops.group_tokens import group_tokens, group_tokens_by_hash
 from moebert_kernels.ops.hash_route import hash_route
+from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
 
 __version__ = "0.1.0.dev0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "group_tokens",
     "group_tokens_by_hash",
     "hash_route",
+    "mpo_expert_weights",
 ]

@@ -237,6 +237,16 @@ def _test_fused_moe_ffn_add_norm(device: torch.device) -> str:
     )  # fmt: skip
 
 
+def _test_mpo_expert_weights(device: torch.device) -> str:
+    offsets = torch.tensor([0, 3, 3, 5, 9], dtype=torch.int32, device=device)  # one expert gets nobody
+    return _as_accurate(
+        lambda c, *aux: moebert_kernels.mpo_expert_weights(c, aux, offsets=offsets),
+        lambda c, *aux: reference.mpo_expert_weights(c, aux, offsets=offsets),
+        ((20, 2, 3, 18), (EXPERTS, 1, 3, 2, 6), (EXPERTS, 6, 4, 2, 20), (EXPERTS, 18, 2, 3, 5), (EXPERTS, 5, 3, 2, 1)),
+        device,
+    )  # fmt: skip
+
+
 def _as_accurate(
     op: Callable[..., Tensor], naive: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], device: torch.device
 ) -> str:
@@ -272,6 +282,7 @@ _SELF_TESTS = {
     "expert_gemm": _test_expert_gemm,
     "fused_moe_ffn": _test_fused_moe_ffn,
     "fused_moe_ffn_add_norm": _test_fused_moe_ffn_add_norm,
+    "mpo_expert_weights": _test_mpo_expert_weights,
 }
 
 

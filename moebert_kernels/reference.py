@@ -6,6 +6,8 @@ token: nothing is grouped, nothing is skipped early. Routing is always expert id
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -129,3 +131,22 @@ def fused_moe_ffn_add_norm(
             out = out * routing_weights.reshape(-1, 1)
         y = torch.where((ids == e)[:, None], out, y)
     return y
+
+
+def mpo_expert_weights(
+    central: Tensor, aux: Sequence[Tensor], *, offsets: Tensor | None = None, central_site: int | None = None
+) -> Tensor:
+    """W_e[i_1..i_n, j_1..j_n] = A_e1[i_1, j_1] ... C[i_c, j_c] ... A_en[i_n, j_n], products of matrices.
+
+    MPOE (2203.01104). Shapes: central (D_c, i_c, j_c, D_c+1), aux[k] (E, D_k, i_k, j_k, D_k+1) ->
+    (E, prod i, prod j); with `offsets` (E + 1,), zeros for experts without rows.
+    """
+    c = len(aux) // 2 if central_site is None else central_site
+    sites = [*aux[:c], central.expand(aux[0].shape[0], *central.shape), *aux[c:]]
+    w = sites[0][:, 0]
+    for site in sites[1:]:  # (E, I, J, D) and (E, D, i, j, D') -> (E, Ii, Jj, D')
+        w = torch.einsum("eIJd,edijf->eIiJjf", w, site).flatten(1, 2).flatten(2, 3)
+    w = w[..., 0]
+    if offsets is not None:
+        w = torch.where((offsets[1:] > offsets[:-1])[:, None, None], w, torch.zeros_like(w))
+    return w
