@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from benchmarks import baselines
-from benchmarks.measuring import Case, Outputs, Provider, Requirement
+from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 from moebert_kernels import reference
 from moebert_kernels.models import MoEBertConfig, MoEBertModel
 
@@ -25,7 +25,8 @@ SMOKE = {
 }  # fmt: skip
 
 
-def cases(smoke: bool) -> list[Case]:
+def cases(target: Target) -> list[Case]:
+    smoke = target.smoke
     T, real = (16, 5) if smoke else (128, REAL_TOKENS)
     whole = ("moebert_kernels", "dense", "ideal", "original")
     padded = ("moebert_kernels", "padding_routed", "original")
@@ -51,6 +52,7 @@ def _case(
         build=lambda: _build(providers, SMOKE if smoke else {}, B, T, real, expert_size),
         baseline=baseline,
         requires=requires,
+        seconds=SECONDS,
     )  # fmt: skip
 
 

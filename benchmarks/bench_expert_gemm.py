@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measuring import Case, Outputs, Provider
+from benchmarks.measuring import Case, Outputs, Provider, Target
 from moebert_kernels import expert_gemm, group_tokens, reference
 
-SECONDS = 1.0
 TOKENS = (4, 16, 64, 128, 1024)
 PROVIDERS = ("moebert_kernels", "roof", "loop_of_linear")
 
 
-def cases(smoke: bool) -> list[Case]:
+def cases(target: Target) -> list[Case]:
+    smoke = target.smoke
     shape = {"K": 32, "N": 48, "E": 4} if smoke else {"K": 768, "N": 768, "E": 4}
     return [
         Case(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import baselines
-from benchmarks.measuring import Case, Outputs, Provider, Requirement
+from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 from moebert_kernels import fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens, reference
 
 Layer = Callable[..., Tensor]  # x (T, H) and weights -> y (T, H)
@@ -29,8 +29,9 @@ PROVIDERS = {
 }
 
 
-def cases(smoke: bool) -> list[Case]:
+def cases(target: Target) -> list[Case]:
     """Forward at every number of tokens; forward and backward, and the op with the norm, at some."""
+    smoke = target.smoke
     shape = SMOKE if smoke else BERT_BASE
     return [
         *(_case("fused_moe_ffn", "forward", T, shape) for T in ((1, 3, 20) if smoke else TOKENS)),
@@ -56,6 +57,7 @@ def _case(op: str, direction: str, T: int, shape: dict[str, int]) -> Case:
         providers=PROVIDERS[op],
         build=lambda: _build(op, direction, T, **shape),
         baseline="dense",
+        seconds=SECONDS,
         requires=(Requirement("moebert_kernels", "dense", required_speed(T)),) if required else (),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import baselines
-from benchmarks.measuring import Case, Outputs, Provider, Requirement
+from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 from moebert_kernels.convert import importance_scores
 
 SECONDS = 30.0
@@ -25,7 +25,8 @@ SMOKE = {
 }  # fmt: skip
 
 
-def cases(smoke: bool) -> list[Case]:
+def cases(target: Target) -> list[Case]:
+    smoke = target.smoke
     B, T, top = (2, 8, 16) if smoke else (8, 128, 512)
     sizes = SMOKE if smoke else {}
     return [
@@ -35,6 +36,7 @@ def cases(smoke: bool) -> list[Case]:
             providers=PROVIDERS,
             build=lambda: _build(sizes, B, T, top),
             baseline="original",
+            seconds=SECONDS,
             requires=(Requirement("moebert_kernels", "original", 25.0),),
         )
     ]

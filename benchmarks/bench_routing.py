@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring import Case, Outputs, Provider
+from benchmarks.measuring import Case, Outputs, Provider, Target
 from moebert_kernels import Grouping, group_tokens, group_tokens_by_hash, hash_route, reference
 
-SECONDS = 1.0
 TOKENS = (128, 1024, 4096)
 PROVIDERS = ("group_tokens_by_hash", "one_layer_at_a_time", "original")
 
 
-def cases(smoke: bool) -> list[Case]:
+def cases(target: Target) -> list[Case]:
+    smoke = target.smoke
     shape = {"V": 100, "L": 2, "E": 4} if smoke else {"V": 30522, "L": 12, "E": 4}
     return [
         Case(

@@ -6,17 +6,24 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.measuring import Case, Checked, check
+from benchmarks import clocks
+from benchmarks.gate import Checked, check
+from benchmarks.measuring import Case, Target
 
 
 def pytest_addoption(parser):
     parser.addoption("--smoke", action="store_true", help="tiny shapes: tries every benchmark, proves nothing")
+    parser.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.addoption("--threads", type=int, help="torch's threads (default: 2, with --smoke 1)")
+
+
+def target_of(config) -> Target:
+    return Target.of(config.getoption("device"), config.getoption("smoke"))
 
 
 def pytest_generate_tests(metafunc):
     if {"case", "provider"} <= set(metafunc.fixturenames):
-        cases = metafunc.module.cases(smoke=metafunc.config.getoption("smoke"))
+        cases = metafunc.module.cases(target_of(metafunc.config))
         pairs = [(case, provider) for case in cases for provider in case.providers]
         metafunc.parametrize("case,provider", pairs, ids=[f"{case.name}-{provider}" for case, provider in pairs])
 
@@ -52,19 +59,25 @@ def checked_cases(request) -> CheckedCases:
 
 @pytest.fixture
 def run_provider(benchmark, checked_cases, request) -> Callable[[Case, str], None]:
-    """Time one provider, if the gate lets it through."""
+    """Time one provider, if the gate lets it through. On a GPU: from the launch to the end of all work."""
+    target = target_of(request.config)
 
-    def run(case: Case, provider: str) -> None:
+    def run(case: Case, name: str) -> None:
         checked = checked_cases(case)
-        if provider in checked.refused:
-            pytest.fail(f"{provider} refused: {checked.refused[provider]}")
+        if name in checked.skipped:
+            pytest.skip(checked.skipped[name])
+        if name in checked.refused:
+            pytest.fail(f"{name} refused: {checked.refused[name]}")
         benchmark.group = case.name
-        benchmark.extra_info.update(case.parameters, error_share_of_bound=checked.error_shares[provider])
-        if provider in checked.slow_ms:
-            benchmark.extra_info["slow_ms"] = checked.slow_ms[provider]
-            pytest.skip(f"slow: one call took {checked.slow_ms[provider] / 1e3:.1f} s")
-        smoke = request.config.getoption("smoke")
-        rounds = 1 if smoke else 7
-        benchmark.pedantic(checked.runs[provider], rounds=rounds, iterations=1, warmup_rounds=0 if smoke else 2)
+        benchmark.extra_info.update(case.parameters, error_share_of_bound=checked.error_shares[name])
+        if name in checked.slow_ms:
+            benchmark.extra_info["slow_ms"] = checked.slow_ms[name]
+            pytest.skip(f"slow: one call took {checked.slow_ms[name] / 1e3:.1f} s")
+        provider = checked.passed[name]
+        timer = clocks.timer(provider.run, target.device, provider.capture)
+        if timer.how:
+            benchmark.extra_info.update(how=timer.how, device_ms=timer.warm_ms())
+        rounds = 1 if target.smoke else 7
+        benchmark.pedantic(timer.finished, rounds=rounds, iterations=1, warmup_rounds=0 if target.smoke else 2)
 
     return run

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks.environment import environment, results_folder
+from benchmarks.measuring import Target
 
 TESTS = ["tests/ops", "tests/kernels/test_gpu.py", "tests/kernels/test_any_shape.py", "tests/kernels/test_dropout.py"]
 SANITIZED = ["tests/ops", "-k", "triton and (single_token or skewed) and bfloat16"]
@@ -102,7 +103,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("expected a CUDA device, got none: these stages measure and test on a GPU", file=sys.stderr)
         return 2
-    folder = options.results or results.RESULTS / results.device_slug(torch.cuda.get_device_name())
+    folder = options.results or results_folder(Target.of("cuda"))
     folder.mkdir(parents=True, exist_ok=True)
     worst = 0
     for name in STAGES if options.stage == "all" else [options.stage]:
@@ -113,7 +114,7 @@ def main() -> int:
             print(f"{name}: status {outcome['status']}, {seconds:.0f} s")
             if seconds > STAGE_SECONDS:
                 print(f"{name}: expected at most {STAGE_SECONDS} s")
-        outcome |= {"stage": name, "seconds": round(seconds, 1), "environment": results.environment()}
+        outcome |= {"stage": name, "seconds": round(seconds, 1), "environment": environment(Target.of("cuda"))}
         (folder / f"gpu-{name}.json").write_text(json.dumps(outcome, indent=1) + "\n")
         worst = max(worst, outcome["status"])
     return worst

@@ -1,8 +1,8 @@
 """How everything here is measured: checked first, then timed in turn with what it is compared with.
 
-A provider computes something; a case is providers that belong side by side. Before anything is timed, every provider's
-outputs are held against a float64 reference by the bound that the tests use, and one that fails is refused. Rounds are
-interleaved, so that a slow minute of the machine hits all providers alike, and ratios are taken round by round.
+A provider computes something; a case is providers that belong side by side, on one device in one dtype. Before anything
+is timed, every provider passes the gate (benchmarks/gate.py) or is refused. Rounds are interleaved, so that a slow
+minute of the machine hits all providers alike, and ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -10,18 +10,48 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moebert_kernels.accuracy import error_and_bound
+from benchmarks.clocks import Timer
+from benchmarks.model import Cost
 
 Outputs = tuple[Tensor, ...]
 MAX_ROUNDS = 200
+ENOUGH_FOR_P99 = 100  # calls; with fewer, the 99th percentile is the maximum by another name
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a suite is made for.
+
+    Attributes:
+        device: where all tensors live.
+        dtype: of inputs and weights.
+        smoke: tiny shapes, which try the code and prove nothing.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    smoke: bool = False
+
+    @classmethod
+    def of(cls, device: str | None = None, smoke: bool = False) -> Target:
+        """float32 on a CPU, bfloat16 on a GPU; None: the GPU if there is one."""
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(chosen, torch.float32 if chosen.type == "cpu" else torch.bfloat16, smoke)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -33,21 +63,40 @@ class Provider:
         reference: the same outputs from a plain computation in the given dtype.
         arrange: brings the outputs into the reference's form; not timed.
         slow: takes minutes; timed once, on the call that is checked.
+        capture: False: timed eagerly also where a CUDA graph could hold it.
+        cost: of one call, where it is not the case's, as of a dense layer beside experts.
     """
 
     run: Callable[[], Outputs]
     reference: Callable[[torch.dtype], Outputs]
     arrange: Callable[[Outputs], Outputs] | None = None
     slow: bool = False
+    capture: bool = True
+    cost: Cost | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Stands in a case for a provider that cannot run here, with the reason: not installed, needs sm_90, ..."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """`provider` must be at least `at_least` times as fast as `over`."""
+    """`provider` must be at least `at_least` times as fast as `over`, or as the fastest of several."""
 
     provider: str
-    over: str
+    over: str | tuple[str, ...]
     at_least: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`provider` must take at most `at_most_ms` (median, warm)."""
+
+    provider: str
+    at_most_ms: float
 
 
 @dataclass(frozen=True)
@@ -56,143 +105,55 @@ class Case:
 
     Attributes:
         name: readable and unique in its file.
-        parameters: shapes and whatever else a reader of the result needs.
+        parameters: shapes and whatever else a reader of the result needs: "op" or "model", "direction", "T", ...
         providers: names, in the order of the table; known before anything is built.
-        build: makes the providers; big tensors are allocated here and not before.
+        build: makes the providers, or says why one cannot run; big tensors are allocated here and not before.
         baseline: the provider that the table's ratios are over.
-        requires: what must hold at these shapes.
+        requires: what must hold at these shapes on the device that they are for.
+        cost: of one call of a provider that names no other.
+        seconds: of timing.
     """
 
     name: str
     parameters: Mapping[str, Any]
     providers: tuple[str, ...]
-    build: Callable[[], dict[str, Provider]]
+    build: Callable[[], Mapping[str, Provider | Skipped]]
     baseline: str
-    requires: tuple[Requirement, ...] = ()
+    requires: tuple[Requirement | Limit, ...] = ()
+    cost: Cost | None = None
+    seconds: float = 1.0
 
 
 @dataclass
-class Checked:
-    """What passed the gate and what did not.
+class Samples:
+    """Times of one provider in milliseconds.
 
     Attributes:
-        runs: name -> callable of the providers that may be timed.
-        error_shares: name -> worst error as a share of what is allowed.
-        refused: name -> reason.
-        slow_ms: name -> the one time of a slow provider.
+        rounds: one time per round; entry i is of the same round for all providers of a case.
+        cold: the same with an emptied L2 before each call; empty where that is not measured.
+        calls: every single call.
     """
 
-    runs: dict[str, Callable[[], Outputs]] = field(default_factory=dict)
-    error_shares: dict[str, float] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    slow_ms: dict[str, float] = field(default_factory=dict)
-
-
-class Refused(Exception):
-    """A provider's outputs are not what its reference says."""
-
-
-def check(providers: Mapping[str, Provider]) -> Checked:
-    """Run every provider once and hold its outputs against its reference; see `Checked`."""
-    checked = Checked()
-    references: dict[tuple[Any, torch.dtype], Outputs] = {}  # several providers share one
-    for name, provider in providers.items():
-        try:
-            with poisoned_memory():
-                start = time.perf_counter()
-                got = provider.run()
-                elapsed_ms = (time.perf_counter() - start) * 1e3
-            if provider.arrange is not None:
-                got = provider.arrange(got)
-            for dtype in (got[0].dtype, torch.float64):
-                if (provider.reference, dtype) not in references:
-                    references[provider.reference, dtype] = provider.reference(dtype)
-            same_dtype = references[provider.reference, got[0].dtype]
-            checked.error_shares[name] = worst_error_share(
-                got, same_dtype, references[provider.reference, torch.float64]
-            )
-        except Exception as error:  # a provider that cannot run is a result, and must not stop the others
-            first_line = (str(error).splitlines() or [""])[0]
-            checked.refused[name] = (
-                first_line if isinstance(error, Refused) else f"{type(error).__name__}: {first_line}"
-            )
-            continue
-        if provider.slow:
-            checked.slow_ms[name] = elapsed_ms
-        else:
-            checked.runs[name] = provider.run
-    return checked
-
-
-def worst_error_share(got: Outputs, same_dtype: Outputs, exact: Outputs) -> float:
-    """Largest error as a share of what `error_and_bound` allows.
-
-    Raises:
-        Refused: another number of outputs, another shape, a value that is not finite, or an error past the bound.
-    """
-    if len(got) != len(exact):
-        raise Refused(f"outputs: expected {len(exact)}, got {len(got)}")
-    worst = 0.0
-    for i, (g, s, e) in enumerate(zip(got, same_dtype, exact, strict=True)):
-        if g.shape != e.shape:
-            raise Refused(f"output {i}: expected shape {tuple(e.shape)}, got {tuple(g.shape)}")
-        not_finite = int((~torch.isfinite(g.detach())).sum())
-        if not_finite:
-            raise Refused(f"output {i}: {not_finite} of {g.numel()} values are not finite or never written")
-        if g.numel() == 0:
-            continue
-        error, bound = error_and_bound(g, s, e)
-        largest = float(error.max())
-        if largest > bound:
-            raise Refused(f"output {i}: expected an error of at most {bound:.1e}, got {largest:.1e}")
-        worst = max(worst, largest / bound if bound else 0.0)
-    return worst
-
-
-_ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """NaN in all memory from torch's Python allocators: a row left unwritten shows, whatever lay there before."""
-
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
-            tensor = allocate(*args, **kwargs)
-            if tensor.is_floating_point() and not tensor.is_meta:
-                tensor.detach().fill_(float("nan"))
-            return tensor
-
-        return wrapper
-
-    originals = [(owner, name, getattr(owner, name)) for owner, name in _ALLOCATORS]
-    try:
-        for owner, name, allocate in originals:
-            setattr(owner, name, poisoned(allocate))
-        yield
-    finally:
-        for owner, name, allocate in originals:
-            setattr(owner, name, allocate)
+    rounds: list[float] = field(default_factory=list)
+    cold: list[float] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
 
 
 def measure(
-    runs: Mapping[str, Callable[[], Any]], *, seconds: float, min_rounds: int = 7, warmup_rounds: int = 2
-) -> dict[str, list[float]]:
-    """Time every callable once a round, in an order that changes from round to round.
+    timers: Mapping[str, Timer], *, seconds: float, min_rounds: int = 7, warmup_rounds: int = 2
+) -> dict[str, Samples]:
+    """Time every provider once a round, in an order that changes from round to round.
 
     Args:
-        runs: name -> callable on the CPU; it has finished when it returns.
+        timers: by provider, from `benchmarks.clocks`.
         seconds: rounds are added until this much time has passed, at most MAX_ROUNDS.
         min_rounds: rounds made even past that time.
         warmup_rounds: rounds that are thrown away, within the same time.
-
-    Returns:
-        name -> milliseconds of each round; entry i of every list is of the same round.
     """
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    if not runs:
+    samples = {name: Samples() for name in timers}
+    if not timers:
         return samples
-    order = list(runs)
+    order = list(timers)
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
     for done in range(-warmup_rounds, MAX_ROUNDS):
@@ -200,11 +161,11 @@ def measure(
             break
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            elapsed_ms = (time.perf_counter() - start) * 1e3
+            warm_ms, cold_ms = timers[name].warm_ms(), timers[name].cold_ms()
             if done >= 0:
-                samples[name].append(elapsed_ms)
+                samples[name].rounds.append(statistics.median(warm_ms))
+                samples[name].calls += warm_ms
+                samples[name].cold += [statistics.median(cold_ms)] if cold_ms else []
     return samples
 
 
@@ -216,14 +177,27 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def speed_ratio(samples: Mapping[str, list[float]], provider: str, over: str) -> tuple[float, float, float] | None:
+def latency(calls: list[float]) -> tuple[float, float] | None:
+    """50th and 99th percentile of single calls; None of fewer than ENOUGH_FOR_P99."""
+    if len(calls) < ENOUGH_FOR_P99:
+        return None
+    percentiles = statistics.quantiles(calls, n=100, method="inclusive")
+    return percentiles[49], percentiles[98]
+
+
+def speed_ratio(
+    rounds: Mapping[str, list[float]], provider: str, over: str | tuple[str, ...]
+) -> tuple[float, float, float] | None:
     """How many times as fast as `over` the provider is: quartiles over rounds. None if one of them has no time.
 
-    Rounds are paired; a provider that was timed once is compared with every round of the other.
+    Rounds are paired; a provider that was timed once is compared with every round of the other. Over several: over the
+    one with the lowest median.
     """
-    ours, theirs = samples.get(provider), samples.get(over)
-    if not ours or not theirs:
+    others = [name for name in ((over,) if isinstance(over, str) else over) if rounds.get(name)]
+    ours = rounds.get(provider)
+    if not ours or not others:
         return None
-    rounds = max(len(ours), len(theirs))
-    ours, theirs = (times * rounds if len(times) == 1 else times for times in (ours, theirs))
+    theirs = rounds[min(others, key=lambda name: statistics.median(rounds[name]))]
+    most = max(len(ours), len(theirs))
+    ours, theirs = (times * most if len(times) == 1 else times for times in (ours, theirs))
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])

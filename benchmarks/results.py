@@ -1,103 +1,175 @@
-"""From cases to committed results: run, judge the requirements, print a table, write JSON with the environment."""
+"""From cases to committed results: check, time, judge the requirements, print a table, write JSON case by case.
+
+Format 2, one file per suite: {"format_version", "what", "smoke", "environment", "settings", "roof": {"tflops",
+"gbytes_per_s"}, "cases", "not_run": [names], "broken": {name: error}, "seconds"}. A case: {"name", "parameters",
+"baseline", "providers": {name: times, or {"refused": reason}, or {"skipped": reason}}, "requirements", "cost",
+"seconds"}.
+"""
 
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import moebert_kernels
-from benchmarks.measuring import Case, check, measure, speed_ratio, spread
+from benchmarks import clocks
+from benchmarks.environment import environment, load_average
+from benchmarks.gate import Checked, check
+from benchmarks.measuring import Case, Limit, Requirement, Samples, Target, latency, measure, speed_ratio, spread
+from benchmarks.model import Cost
 
-RESULTS = Path(__file__).resolve().parent / "results"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
 # A ratio of two times is read to two digits: 0.996 is not a loss against 1.0.
 DIGITS = 2
+JUDGED_GPU = "H200"  # requirements on a GPU are of this one
 
 
-def run_case(case: Case, *, seconds: float, min_rounds: int, judge: bool = True) -> dict[str, Any]:
+def run_case(
+    case: Case, target: Target, roof: Mapping[str, float], *, seconds: float, min_rounds: int, judge: bool = True
+) -> dict[str, Any]:
     """Build, check, time and judge one case.
 
     Args:
         case: see `Case`.
+        target: what it was made for.
+        roof: from `clocks.roof`.
         seconds: of timing; building and checking come on top.
         min_rounds: see `measure`.
-        judge: False at shapes for which the requirements say nothing.
+        judge: False where the requirements say nothing.
 
     Returns:
-        The case as plain data: parameters, providers (times or the reason of refusal), ratios, requirements.
+        The case as plain data.
     """
     start = time.perf_counter()
     checked = check(case.build())
-    prepared = time.perf_counter()
-    samples = measure(checked.runs, seconds=seconds, min_rounds=min_rounds)
-    samples |= {name: [elapsed_ms] for name, elapsed_ms in checked.slow_ms.items()}
+    checked_at = time.perf_counter()
+    peaks = {name: clocks.peak_mib(provider.run, target.device) for name, provider in checked.passed.items()}
+    timers = {
+        name: clocks.timer(provider.run, target.device, provider.capture) for name, provider in checked.passed.items()
+    }
+    samples = measure(timers, seconds=seconds, min_rounds=min_rounds)
+    samples |= {name: Samples(rounds=[elapsed_ms]) for name, elapsed_ms in checked.slow_ms.items()}
+    rounds = {name: of_provider.rounds for name, of_provider in samples.items()}
 
     entries: dict[str, Any] = {}
     for name in case.providers:
-        if name in checked.refused:
-            entries[name] = {"refused": checked.refused[name]}
+        if name in checked.refused or name in checked.skipped:
+            entries[name] = _without_time(checked, name)
             continue
-        q1, median, q3 = spread(samples[name])
-        entries[name] = {
-            "median_ms": _digits(median),
-            "q1_ms": _digits(q1),
-            "q3_ms": _digits(q3),
-            "rounds": len(samples[name]),
-            "error_share_of_bound": round(checked.error_shares[name], 3),
-        }
-        if (ratio := speed_ratio(samples, name, case.baseline)) is not None:
-            entries[name]["speed_over_baseline"] = _quartiles(ratio)
-    judged = []
-    for requirement in case.requires if judge else ():
-        ratio = speed_ratio(samples, requirement.provider, requirement.over)
-        judged.append(
-            {
-                "provider": requirement.provider,
-                "over": requirement.over,
-                "at_least": requirement.at_least,
-                "speed": None if ratio is None else _quartiles(ratio),
-                "passed": ratio is not None and round(ratio[1], DIGITS) >= requirement.at_least,
-            }
-        )
-    return {
+        entry = _times(samples[name]) | {"error_share_of_bound": round(checked.error_shares[name], 3)}
+        if (ratio := speed_ratio(rounds, name, case.baseline)) is not None:
+            entry["speed_over_baseline"] = _quartiles(ratio)
+        if peaks.get(name) is not None:
+            entry["peak_mib"] = round(peaks[name], 1)
+        if name in timers and timers[name].how:
+            entry["how"] = timers[name].how
+        if name in timers and timers[name].not_captured:
+            entry["not_captured"] = timers[name].not_captured
+        cost = (checked.passed[name].cost if name in checked.passed else None) or case.cost
+        entries[name] = entry | (_shares(cost, entry["median_ms"], roof) if cost else {})
+    result = {
         "name": case.name,
         "parameters": dict(case.parameters),
         "baseline": case.baseline,
         "providers": entries,
-        "requirements": judged,
-        "seconds": {"check": round(prepared - start, 1), "time": round(time.perf_counter() - prepared, 1)},
+        "requirements": [
+            judged(requirement, rounds)
+            for requirement in (case.requires if judge else ())
+            if not (isinstance(requirement, Requirement) and _all_skipped(requirement.over, checked))
+        ],
+    }
+    if case.cost:
+        result["cost"] = _cost(case.cost, roof)
+    return result | {
+        "seconds": {"check": round(checked_at - start, 1), "time": round(time.perf_counter() - checked_at, 1)}
+    }
+
+
+def judged(requirement: Requirement | Limit, rounds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """A requirement as plain data, with what was measured and whether it passed."""
+    if isinstance(requirement, Limit):
+        times = rounds.get(requirement.provider)
+        median = _digits(spread(times)[1]) if times else None
+        passed = median is not None and median <= requirement.at_most_ms
+        return {"provider": requirement.provider, "at_most_ms": requirement.at_most_ms, "median_ms": median,
+                "passed": passed}  # fmt: skip
+    ratio = speed_ratio(rounds, requirement.provider, requirement.over)
+    return {
+        "provider": requirement.provider,
+        "over": requirement.over if isinstance(requirement.over, str) else "best of " + ", ".join(requirement.over),
+        "at_least": requirement.at_least,
+        "speed": None if ratio is None else _quartiles(ratio),
+        "passed": ratio is not None and round(ratio[1], DIGITS) >= requirement.at_least,
     }
 
 
 def run_suite(
-    what: str, cases: Iterable[Case], *, seconds: float, min_rounds: int, threads: int, smoke: bool
+    what: str,
+    cases: Sequence[Case],
+    target: Target,
+    *,
+    seconds: float | None = None,
+    min_rounds: int = 7,
+    threads: int = 2,
+    folder: Path | None = None,
+    budget_s: float | None = None,
 ) -> dict[str, Any]:
-    """Run all cases of a file, printing each as it is done, and return the result to save."""
+    """Run the cases of a file in order, printing each as it is done.
+
+    Args:
+        what: the suite's name.
+        cases: what it measures on `target`.
+        target: see `Target`.
+        seconds: of timing for each case; None: as the case says. With smoke shapes: none.
+        min_rounds: see `measure`; with smoke shapes: 1.
+        threads: of torch on the CPU.
+        folder: `<folder>/<what>.json` is written after each case; those that an earlier, cut
+            run of the same commit on the same device left there are kept.
+        budget_s: no case begins after this many seconds; those left stand in "not_run".
+
+    Returns:
+        The result, as saved.
+    """
     torch.set_num_threads(threads)
+    rounds = 1 if target.smoke else min_rounds
     result: dict[str, Any] = {
-        "format_version": FORMAT_VERSION, "what": what, "smoke": smoke, "environment": environment(),
-        "settings": {"seconds_per_case": seconds, "min_rounds": min_rounds, "threads": threads}, "cases": [],
+        "format_version": FORMAT_VERSION, "what": what, "smoke": target.smoke, "environment": environment(target),
+        "settings": {"seconds_per_case": 0.0 if target.smoke else seconds, "min_rounds": rounds, "threads": threads},
+        "roof": clocks.roof(target.device, target.dtype, target.smoke), "cases": [],
+        "not_run": [case.name for case in cases], "broken": {}, "seconds": 0.0,
     }  # fmt: skip
+    earlier = _cases_of(folder, result) if folder else {}
+    gpu = result["environment"].get("gpu", "")
+    judge = not target.smoke and (not target.on_gpu or JUDGED_GPU in gpu)
     start = time.perf_counter()
     for case in cases:
-        entry = run_case(case, seconds=seconds, min_rounds=min_rounds, judge=not smoke)
-        print(table(entry), flush=True)
+        if case.name in earlier:
+            entry = earlier[case.name]
+        elif budget_s is not None and time.perf_counter() - start > budget_s:
+            continue
+        else:
+            lasting = 0.0 if target.smoke else (seconds if seconds is not None else case.seconds)
+            try:
+                entry = run_case(case, target, result["roof"], seconds=lasting, min_rounds=rounds, judge=judge)
+            except Exception as error:  # such as no memory for the inputs: must not cost the other cases
+                result["broken"][case.name] = clocks.first_line(error)
+                continue
+            print(table(entry), flush=True)
+            gc.collect()
         result["cases"].append(entry)
-        gc.collect()
-    result["environment"]["load_average_after"] = _load_average()
-    result["seconds"] = round(time.perf_counter() - start, 1)
+        result["not_run"].remove(case.name)
+        result["environment"]["load_average_after"] = load_average()
+        result["seconds"] = round(time.perf_counter() - start, 1)
+        if folder:
+            save(result, folder)
+    if folder:
+        save(result, folder)
     return result
 
 
@@ -106,28 +178,41 @@ def table(entry: dict[str, Any]) -> str:
     width = max(len(name) for name in entry["providers"])
     seconds = entry["seconds"]
     lines = [f"{entry['name']} (checked in {seconds['check']:.1f} s, timed in {seconds['time']:.1f} s)"]
+    if cost := entry.get("cost"):
+        lines[0] += f"; roof {cost['roof_ms']:.3f} ms, bound by {cost['bound_by']}"
     for name, numbers in entry["providers"].items():
-        if "refused" in numbers:
-            lines.append(f"  {name:{width}}  REFUSED: {numbers['refused']}")
+        if "median_ms" not in numbers:
+            (kind, reason), *_ = numbers.items()
+            lines.append(f"  {name:{width}}  {kind.upper() if kind == 'refused' else kind}: {reason}")
             continue
-        times = f"{numbers['median_ms']:10.3f} ms [{numbers['q1_ms']:.3f}, {numbers['q3_ms']:.3f}] x{numbers['rounds']}"
-        ratio = numbers.get("speed_over_baseline")
-        lines.append(f"  {name:{width}}  {times}" + (f"   {_ratio_text(ratio)} {entry['baseline']}" if ratio else ""))
+        line = f"  {name:{width}}  {numbers['median_ms']:10.3f} ms [{numbers['q1_ms']:.3f}, {numbers['q3_ms']:.3f}]"
+        line += f" x{numbers['rounds']}"
+        if cold := numbers.get("cold"):
+            line += f"  cold {cold['median_ms']:.3f} ms"
+        if "share_of_roof" in numbers:
+            line += f"  {numbers['share_of_roof']:4.0%} of roof"
+        if ratio := numbers.get("speed_over_baseline"):
+            line += f"   {_ratio_text(ratio)} {entry['baseline']}"
+        lines.append(line + ("  (eager)" if numbers.get("how") == "eager" else ""))
     lines += [f"  {requirement_text(requirement)}" for requirement in entry["requirements"]]
     return "\n".join(lines)
 
 
 def requirement_text(requirement: dict[str, Any]) -> str:
     """One judged requirement as a line."""
+    verdict = "pass" if requirement["passed"] else "FAIL"
+    if "at_most_ms" in requirement:
+        median = requirement["median_ms"]
+        got = "not measured" if median is None else f"{median} ms"
+        return f"{verdict}: {requirement['provider']} {got}, wanted <= {requirement['at_most_ms']} ms"
     speed = requirement["speed"]
     got = "not measured" if speed is None else _ratio_text(speed)
-    verdict = "pass" if requirement["passed"] else "FAIL"
     return f"{verdict}: {requirement['provider']} {got} {requirement['over']}, wanted >= {requirement['at_least']}x"
 
 
 def failures(result: dict[str, Any]) -> list[str]:
     """What a run must not hide: refused providers and missed requirements, one line each."""
-    lines = []
+    lines = [f"{name}: {reason}" for name, reason in result.get("broken", {}).items()]
     for case in result["cases"]:
         for name, numbers in case["providers"].items():
             if "refused" in numbers:
@@ -155,59 +240,67 @@ def save(result: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def device_slug(model: str | None = None) -> str:
-    """A device's model (None: the CPU's) as a folder name, e.g. "intel-xeon-processor-2.50ghz" or "nvidia-h200"."""
-    words = re.sub(r"\((r|tm)\)|\bcpu\b|@", " ", (model or cpu_model()).lower())
-    return re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+def load(path: Path) -> dict[str, Any]:
+    """A result of this format.
+
+    Raises:
+        ValueError: another format.
+    """
+    result = json.loads(path.read_text())
+    if result.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {result.get('format_version')}")
+    return result
 
 
-def cpu_model() -> str:
+def _cases_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Cases of an earlier, cut run of the same code on the same device, by name."""
+    path = folder / f"{result['what']}.json"
+    if not path.exists():
+        return {}
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+        earlier = load(path)
+    except ValueError:
+        return {}
+    same = all(earlier["environment"].get(k) == result["environment"].get(k) for k in ("commit", "cpu", "gpu", "torch"))
+    resumable = same and earlier["smoke"] == result["smoke"] and earlier["settings"] == result["settings"]
+    return {case["name"]: case for case in earlier["cases"]} if resumable and earlier["not_run"] else {}
 
 
-def environment() -> dict[str, Any]:
-    """What a reader must know before he compares: versions, the machine, how busy it was."""
-    packages = ("torch", "transformers", "numpy")
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "moebert_kernels": moebert_kernels.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "blas": "mkl" if torch.backends.mkl.is_available() else "other",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu": cpu_model(),
-        **(
-            {"gpu": torch.cuda.get_device_name(), "triton": importlib.metadata.version("triton")}
-            if torch.cuda.is_available()
-            else {}
-        ),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average_before": _load_average(),
+def _without_time(checked: Checked, name: str) -> dict[str, str]:
+    return {"refused": checked.refused[name]} if name in checked.refused else {"skipped": checked.skipped[name]}
+
+
+def _all_skipped(over: str | tuple[str, ...], checked: Checked) -> bool:
+    return all(name in checked.skipped for name in ((over,) if isinstance(over, str) else over))
+
+
+def _times(samples: Samples) -> dict[str, Any]:
+    entry: dict[str, Any] = _median_and_quartiles(samples.rounds) | {"rounds": len(samples.rounds)}
+    if samples.cold:
+        entry["cold"] = _median_and_quartiles(samples.cold)
+    if percentiles := latency(samples.calls):
+        entry |= {"p50_ms": _digits(percentiles[0]), "p99_ms": _digits(percentiles[1])}
+    return entry
+
+
+def _median_and_quartiles(values: list[float]) -> dict[str, float]:
+    q1, median, q3 = spread(values)
+    return {"median_ms": _digits(median), "q1_ms": _digits(q1), "q3_ms": _digits(q3)}
+
+
+def _cost(cost: Cost, roof: Mapping[str, float]) -> dict[str, Any]:
+    peaks = roof["tflops"], roof["gbytes_per_s"]
+    return {"flops": cost.flops, "bytes": cost.bytes, "roof_ms": _digits(cost.roof_ms(*peaks)),
+            "bound_by": cost.bound_by(*peaks)}  # fmt: skip
+
+
+def _shares(cost: Cost, median_ms: float, roof: Mapping[str, float]) -> dict[str, float]:
+    """Of one call: TFLOP/s, GB/s, and the roof's time as a share of its own."""
+    tflops = {"tflops": _digits(cost.flops / median_ms / 1e9)} if cost.flops else {}
+    return tflops | {
+        "gbytes_per_s": _digits(cost.bytes / median_ms / 1e6),
+        "share_of_roof": round(cost.roof_ms(roof["tflops"], roof["gbytes_per_s"]) / median_ms, 3),
     }
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":(exclude)results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _load_average() -> float | None:
-    """Of the last minute; 1.0 is one busy core."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _digits(value: float) -> float:

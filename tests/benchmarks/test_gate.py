@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measuring import Case, Provider, Requirement, check
+from benchmarks.gate import check
+from benchmarks.measuring import Case, Provider, Requirement, Skipped, Target
 from benchmarks.results import failures, run_case
 
 T, H = 12, 16
+ROOF = {"tflops": 1.0, "gbytes_per_s": 10.0}
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def raising(x, w):
 def test_sabotaged_provider_is_refused(linear, sabotage, reason):
     checked = check({"sound": Provider(sound(*linear), reference_of(*linear)),
                      "sabotaged": Provider(sabotage(*linear), reference_of(*linear))})  # fmt: skip
-    assert set(checked.runs) == {"sound"}
+    assert set(checked.passed) == {"sound"}
     assert set(checked.refused) == {"sabotaged"}
     assert reason in checked.refused["sabotaged"]
     assert "\n" not in checked.refused["sabotaged"]
@@ -108,9 +110,25 @@ def test_refused_provider_has_a_reason_and_no_time(linear):
         baseline="sound",
         requires=(Requirement("sabotaged", "sound", 0.5),),
     )
-    entry = run_case(case, seconds=0.0, min_rounds=1)
+    entry = run_case(case, Target.of("cpu"), ROOF, seconds=0.0, min_rounds=1)
     assert set(entry["providers"]["sabotaged"]) == {"refused"}
     assert entry["providers"]["sound"]["median_ms"] > 0
     assert entry["requirements"][0]["speed"] is None
     assert not entry["requirements"][0]["passed"]
     assert len(failures({"cases": [entry]})) == 2
+
+
+def test_skipped_provider_has_a_reason_and_is_not_held_against_us(linear):
+    case = Case(
+        name="linear",
+        parameters={"T": T},
+        providers=("sound", "peer", "other"),
+        build=lambda: {"sound": Provider(sound(*linear), reference_of(*linear)),
+                       "peer": Skipped("not installed"), "other": Skipped("needs sm_90")},
+        baseline="peer",
+        requires=(Requirement("sound", "peer", 1.2), Requirement("sound", ("peer", "other"), 1.2)),
+    )  # fmt: skip
+    entry = run_case(case, Target.of("cpu"), ROOF, seconds=0.0, min_rounds=1)
+    assert entry["providers"]["peer"] == {"skipped": "not installed"}
+    assert "speed_over_baseline" not in entry["providers"]["sound"]
+    assert entry["requirements"] == [] and failures({"cases": [entry]}) == []

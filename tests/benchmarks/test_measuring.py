@@ -4,25 +4,73 @@ import json
 import time
 
 import pytest
+import torch
 
-from benchmarks import results
-from benchmarks.measuring import MAX_ROUNDS, Case, Provider, Requirement, measure, speed_ratio, spread
+from benchmarks import environment, results
+from benchmarks.clocks import CpuTimer
+from benchmarks.measuring import (
+    ENOUGH_FOR_P99,
+    MAX_ROUNDS,
+    Case,
+    Limit,
+    Provider,
+    Requirement,
+    Samples,
+    Target,
+    latency,
+    measure,
+    speed_ratio,
+    spread,
+)
+from benchmarks.model import Cost
+
+CPU = Target.of("cpu")
+
+
+def ones_case(name="ones", requires=(), cost=None, calls=None):
+    def run():
+        if calls is not None:
+            calls.append(name)
+        return (torch.ones(2),)
+
+    provider = Provider(run, lambda dtype: (torch.ones(2, dtype=dtype),))
+    return Case(name, {"T": 2}, ("a", "b"), lambda: {"a": provider, "b": provider}, "b", requires, cost, seconds=0.0)
 
 
 def test_rounds_are_interleaved_and_warmup_is_dropped():
     calls = []
-    samples = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
+    samples = measure({name: CpuTimer(lambda name=name: calls.append(name)) for name in "ab"},
                       seconds=0.0, min_rounds=5, warmup_rounds=2)  # fmt: skip
-    assert [len(times) for times in samples.values()] == [5, 5]
+    assert [len(of_provider.rounds) for of_provider in samples.values()] == [5, 5]
     rounds = [set(calls[i : i + 2]) for i in range(0, len(calls), 2)]
     assert rounds == [{"a", "b"}] * 7
     assert len({tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)}) == 2  # no provider is always the first
 
 
 def test_rounds_end_with_the_time_or_at_the_most_allowed():
-    assert len(measure({"a": lambda: time.sleep(0.01)}, seconds=0.05, min_rounds=1)["a"]) < 6
-    assert len(measure({"a": lambda: None}, seconds=60.0)["a"]) == MAX_ROUNDS
+    assert len(measure({"a": CpuTimer(lambda: time.sleep(0.01))}, seconds=0.05, min_rounds=1)["a"].rounds) < 6
+    assert len(measure({"a": CpuTimer(lambda: None)}, seconds=60.0)["a"].rounds) == MAX_ROUNDS
     assert measure({}, seconds=60.0) == {}
+
+
+class TimerOfKnownTimes:
+    how, not_captured = "graph", ""
+
+    def warm_ms(self):
+        return [1.0, 9.0, 2.0]
+
+    def cold_ms(self):
+        return [5.0, 4.0, 30.0]
+
+
+def test_a_round_is_the_median_of_its_calls_and_every_call_is_kept():
+    samples = measure({"a": TimerOfKnownTimes()}, seconds=0.0, min_rounds=2)["a"]
+    assert samples == Samples(rounds=[2.0, 2.0], cold=[5.0, 5.0], calls=[1.0, 9.0, 2.0] * 2)
+
+
+def test_percentiles_want_enough_calls():
+    assert latency([1.0] * (ENOUGH_FOR_P99 - 1)) is None
+    assert latency([float(i) for i in range(101)]) == (50.0, 99.0)
 
 
 def test_spread_is_quartiles():
@@ -31,27 +79,83 @@ def test_spread_is_quartiles():
 
 
 def test_ratio_pairs_rounds():
-    samples = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}  # the machine was slow in the second round
-    assert speed_ratio(samples, "ours", "theirs") == (2.0, 2.0, 2.0)
+    rounds = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}  # the machine was slow in the second round
+    assert speed_ratio(rounds, "ours", "theirs") == (2.0, 2.0, 2.0)
     assert speed_ratio({"ours": [1.0, 2.0, 4.0], "once": [100.0]}, "ours", "once")[1] == 50.0
-    assert speed_ratio(samples, "ours", "refused") is None
+    assert speed_ratio(rounds, "ours", "refused") is None
 
 
-@pytest.mark.parametrize("at_least,passed", [(0.01, True), (1e9, False)])
-def test_requirements_are_judged(at_least, passed, tmp_path):
-    import torch
+def test_ratio_over_several_is_over_the_fastest_that_has_a_time():
+    rounds = {"ours": [1.0], "eager": [4.0], "compiled": [3.0]}
+    assert speed_ratio(rounds, "ours", ("eager", "compiled", "skipped"))[1] == 3.0
+    assert speed_ratio(rounds, "ours", ("skipped",)) is None
 
-    provider = Provider(lambda: (torch.ones(2),), lambda dtype: (torch.ones(2, dtype=dtype),))
-    case = Case("ones", {"T": 2}, ("a", "b"), lambda: {"a": provider, "b": provider}, "b",
-                (Requirement("a", "b", at_least),))  # fmt: skip
-    result = results.run_suite("ones", [case], seconds=0.0, min_rounds=3, threads=1, smoke=False)
+
+@pytest.mark.parametrize("requirement,passed", [
+    (Requirement("a", "b", 0.01), True), (Requirement("a", ("b",), 1e9), False),
+    (Limit("a", 1e9), True), (Limit("a", 0.0), False),
+])  # fmt: skip
+def test_requirements_are_judged(requirement, passed, tmp_path):
+    case = ones_case(requires=(requirement,), cost=Cost(flops=2e9, bytes=1e6))
+    result = results.run_suite("ones", [case], CPU, min_rounds=3, threads=1, folder=tmp_path)
     assert bool(results.failures(result)) is not passed
-    written = json.loads(results.save(result, tmp_path).read_text())
-    assert written == result
+    assert json.loads((tmp_path / "ones.json").read_text()) == result
     assert [path.name for path in tmp_path.iterdir()] == ["ones.json"]
-    assert written["environment"]["threads"] == 1
-    judged = results.run_suite("ones", [case], seconds=0.0, min_rounds=3, threads=1, smoke=True)
-    assert judged["cases"][0]["requirements"] == []
+    assert result["environment"]["threads"] == 1
+    assert (result["environment"]["device"], result["environment"]["dtype"]) == ("cpu", "float32")
+    smoke = results.run_suite("ones", [case], Target.of("cpu", smoke=True), threads=1)
+    assert smoke["cases"][0]["requirements"] == []
+
+
+def test_cost_and_shares_of_the_roof():
+    entry = results.run_case(
+        ones_case(cost=Cost(flops=2e9, bytes=1e6)), CPU, {"tflops": 1.0, "gbytes_per_s": 1.0}, seconds=0.0, min_rounds=1
+    )
+    assert entry["cost"] == {"flops": 2e9, "bytes": 1e6, "roof_ms": 2.0, "bound_by": "compute"}
+    times = entry["providers"]["a"]
+    assert times["tflops"] == pytest.approx(2.0 / times["median_ms"], rel=1e-3)
+    assert times["share_of_roof"] == pytest.approx(2.0 / times["median_ms"], rel=1e-3)
+    assert "how" not in times and "peak_mib" not in times  # of a GPU alone
+    assert "cost" not in results.run_case(ones_case(), CPU, {}, seconds=0.0, min_rounds=1)
+
+
+def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path):
+    calls = []
+    cases = [ones_case(name, calls=calls) for name in ("first", "second", "third")]
+
+    def run(chosen, **options):
+        calls.clear()
+        return results.run_suite("ones", chosen, CPU, min_rounds=1, threads=1, folder=tmp_path, **options)
+
+    cut = run(cases, budget_s=-1.0)
+    assert cut["cases"] == [] and cut["not_run"] == ["first", "second", "third"]
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([cases[0], Case("second", {}, ("a",), killed, "a"), cases[2]])
+    left = results.load(tmp_path / "ones.json")
+    assert [case["name"] for case in left["cases"]] == ["first"] and left["not_run"] == ["second", "third"]
+    whole = run(cases)
+    assert set(calls) == {"second", "third"}
+    assert [case["name"] for case in whole["cases"]] == ["first", "second", "third"] and whole["not_run"] == []
+    assert whole["cases"][0] == left["cases"][0]
+    run(cases)
+    assert set(calls) == {"first", "second", "third"}  # a whole result is measured again
+
+
+def test_a_case_that_cannot_be_built_is_a_failure_and_costs_no_other():
+    broken = Case("second", {}, ("a",), lambda: 1 / 0, "a")
+    result = results.run_suite("ones", [ones_case("first"), broken, ones_case("third")], CPU, min_rounds=1, threads=1)
+    assert [case["name"] for case in result["cases"]] == ["first", "third"]
+    assert results.failures(result) == ["second: ZeroDivisionError: division by zero"]
+
+
+def test_results_of_another_format_are_refused(tmp_path):
+    (tmp_path / "old.json").write_text('{"format_version": 1}')
+    with pytest.raises(ValueError, match="expected format_version 2, got 1"):
+        results.load(tmp_path / "old.json")
 
 
 @pytest.mark.parametrize("q3,warned", [(1.05, False), (1.5, True)])
@@ -62,7 +166,13 @@ def test_wide_spread_is_warned_of(q3, warned):
 
 
 def test_device_is_a_folder_name(monkeypatch):
-    monkeypatch.setattr(results, "cpu_model", lambda: "Intel(R) Xeon(R) Processor @ 2.50GHz")
-    assert results.device_slug() == "intel-xeon-processor-2.50ghz"
-    monkeypatch.setattr(results, "cpu_model", lambda: "AMD EPYC 7B13 64-Core Processor")
-    assert results.device_slug() == "amd-epyc-7b13-64-core-processor"
+    monkeypatch.setattr(environment, "cpu_model", lambda: "Intel(R) Xeon(R) Processor @ 2.50GHz")
+    assert environment.device_slug() == "intel-xeon-processor-2.50ghz"
+    monkeypatch.setattr(environment, "cpu_model", lambda: "AMD EPYC 7B13 64-Core Processor")
+    assert environment.device_slug() == "amd-epyc-7b13-64-core-processor"
+    assert environment.device_slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_roof_is_measured_in_the_same_run():
+    result = results.run_suite("ones", [ones_case()], Target.of("cpu", smoke=True), threads=1)
+    assert set(result["roof"]) == {"tflops", "gbytes_per_s"} and min(result["roof"].values()) > 0
