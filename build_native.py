@@ -2,9 +2,10 @@
 
     MOEBERT_KERNELS_BUILD_CUDA=auto|0|1    auto: a failed build is one line, which `moebert doctor` repeats; 1: an error
     MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
+    MOEBERT_KERNELS_CUDA_ARCHS=native      for the GPUs of this machine
 
 pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools.
-Beside the module lies `_C.json`: what is in it, or why there is none.
+`python setup.py build_native --inplace` builds into this tree, without pip and without a network. Beside the module lies `_C.json`: what is in it, or why there is none.
 """
 
 from __future__ import annotations
@@ -122,6 +123,20 @@ def cutlass_include() -> Path | None:
     return folder / CUTLASS_INCLUDE
 
 
+def cuda_archs() -> str:
+    """What CMake gets as MBK_CUDA_ARCHS; empty: its own default."""
+    chosen = os.environ.get(CUDA_ARCHS, "")
+    if chosen != "native":
+        return chosen
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise NotBuilt(f"{CUDA_ARCHS}=native: nvidia-smi names no GPU") from None
+    found = sorted({tuple(map(int, capability.split("."))) for capability in printed.split()})
+    return ";".join(f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in found)
+
+
 def configure_and_build(work: Path, log: list[str]) -> Path:
     """Compile what changed since the last time; the path of the module."""
     nvcc = find_nvcc()
@@ -137,7 +152,7 @@ def configure_and_build(work: Path, log: list[str]) -> Path:
         "cmake", "-S", ROOT, "-B", work, "-G", "Ninja", "-DMBK_KERNELS=ON",
         f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja') or 'ninja'}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DMBK_CUDA_ARCHS={os.environ.get(CUDA_ARCHS, '')}",
+        f"-DMBK_CUDA_ARCHS={cuda_archs()}",
         f"-DMBK_CUTLASS_INCLUDE={(wants_cutlass and cutlass_include()) or ''}", log=log,
     )  # fmt: skip
     shutil.copy(work / "compile_commands.json", ROOT / "build")
@@ -151,17 +166,20 @@ class BuildNative(Command):
     """Sub-command of `build` that makes `_C` and `_C.json`; in the source tree for an editable installation."""
 
     description = "build moebert_kernels._C where nvcc is found"
-    user_options: list[tuple[str, str, str]] = []  # noqa: RUF012  setuptools' own form
+    user_options = [("inplace", "i", "into the source tree")]  # noqa: RUF012  setuptools' own form
+    boolean_options = ["inplace"]  # noqa: RUF012
 
     def initialize_options(self) -> None:
         self.editable_mode = False
+        self.inplace = False
         self.build_lib = None
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self) -> None:
-        target = (ROOT if self.editable_mode else Path(self.build_lib)) / "moebert_kernels"
+        in_tree = self.editable_mode or self.inplace
+        target = (ROOT if in_tree else Path(self.build_lib)) / "moebert_kernels"
         target.mkdir(parents=True, exist_ok=True)
         for stale in (*target.glob("_C.*.so"), *target.glob("_C.json")):
             stale.unlink()
