@@ -5,7 +5,8 @@
     MOEBERT_KERNELS_CUDA_ARCHS=native      for the GPUs of this machine
 
 pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools.
-`python setup.py build_native --inplace` builds into this tree, without pip and without a network. Beside the module lies `_C.json`: what is in it, or why there is none.
+`python setup.py build_native --inplace` builds into this tree, without pip and without a network.
+Beside the module lies `_C.json`: what is in it, or why there is none.
 """
 
 from __future__ import annotations
