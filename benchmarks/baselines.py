@@ -126,7 +126,7 @@ def original_importance(w1s: list[Tensor], w2s: list[Tensor], losses: Tensor) ->
         w1s, w2s: (D, H) and (H, D) of each layer.
         losses: (B,) loss of each sample, with the graph that leads to the weights.
     """
-    scores = torch.zeros(len(w1s), w1s[0].shape[0])
+    scores = torch.zeros(len(w1s), w1s[0].shape[0], device=losses.device)
     for loss in losses:
         for layer, (w1, w2) in enumerate(zip(w1s, w2s, strict=True)):
             (dw1,) = torch.autograd.grad(loss, w1, retain_graph=True)
@@ -142,7 +142,7 @@ def importance_by_definition(w1s: list[Tensor], w2s: list[Tensor], sample_losses
         w1s, w2s: (D, H) and (H, D) of each layer.
         sample_losses: scalar losses, each from a forward pass of one sample alone.
     """
-    scores = torch.zeros(len(w1s), w1s[0].shape[0], dtype=w1s[0].dtype)
+    scores = torch.zeros(len(w1s), w1s[0].shape[0], dtype=w1s[0].dtype, device=w1s[0].device)
     for loss in sample_losses:
         grads = torch.autograd.grad(loss, [*w1s, *w2s])
         for layer, (w1, w2) in enumerate(zip(w1s, w2s, strict=True)):

@@ -1,7 +1,8 @@
-"""Whole encoders of BERT-base's size with random weights: dense, ideal (dense with the expert's width), ours, original.
+"""Whole encoders of BERT-base's and MiniLM-L6's size: full batches, padded ones, and sorted by length.
 
-The original's layer stands in the same transformers encoder and has the same weights and tables as ours. Token ids are
-uniform, so experts are about equally loaded, but for padding, which is one token.
+Lengths are those of real text (`real_text.json`), token ids are uniform. Dense BERT without any padding needs the
+flash-attn package; what both kinds of model can do everywhere is to batch texts of similar length, so that is measured.
+On a GPU, models also run under torch.compile.
 """
 
 from __future__ import annotations
@@ -10,140 +11,125 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
-from benchmarks import baselines
-from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
-from moebert_kernels import reference
-from moebert_kernels.models import MoEBertConfig, MoEBertModel
+from benchmarks import encoders, real_text
+from benchmarks.encoders import Batch
+from benchmarks.measuring import Case, Provider, Requirement, Target
 
-SECONDS = 25.0
-REAL_TOKENS = 40  # of 128, about MNLI's mean length
-SMOKE = {
-    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
-}  # fmt: skip
+BATCHES_SORTED = {"cpu": 2, "cuda": 4}  # the texts of so many batches are sorted by length
+FULL = ("moebert_kernels", "dense", "ideal", "half_depth", "original")
+PADDED = ("moebert_kernels", "padding_routed", "dense", "ideal", "original")
+SORTED = ("moebert_kernels", "dense", "ideal")
+COMPILED = ("moebert_kernels_compiled", "dense_compiled")
 
 
 def cases(target: Target) -> list[Case]:
-    smoke = target.smoke
-    T, real = (16, 5) if smoke else (128, REAL_TOKENS)
-    whole = ("moebert_kernels", "dense", "ideal", "original")
-    padded = ("moebert_kernels", "padding_routed", "original")
+    if target.smoke:
+        return [_full(target, "smoke", 2, 16), _padded(target, "smoke", 3), _sorted(target, "smoke", 2)]
+    large = 32 if target.on_gpu else 8
     return [
-        _case("encoder-B8", whole, smoke, 8, T, T, "dense", Requirement("moebert_kernels", "ideal", 0.95),
-              Requirement("moebert_kernels", "original", 1.0)),
-        _case("encoder-B1", whole, smoke, 1, T, T, "dense", Requirement("moebert_kernels", "dense", 1.65),
-              Requirement("moebert_kernels", "original", 1.0)),
-        _case("encoder-B8-padded", padded, smoke, 8, T, real, "padding_routed",
-              Requirement("moebert_kernels", "padding_routed", 1.2)),
-    ]  # fmt: skip
+        _full(target, "bert-base", large, 128, *_required(target, large)),
+        _full(target, "bert-base", 1, 128, *_required(target, 1)),
+        _padded(target, "bert-base", large, *_required_of_padded(target)),
+        _sorted(target, "bert-base", large),
+        _full(target, "minilm-l6", large, 128),
+        _full(target, "minilm-l6", 1, 128),
+        _padded(target, "minilm-l6", large),
+    ]
+
+
+def _required(target: Target, B: int) -> list[Requirement]:
+    if not target.on_gpu:
+        over = ("ideal", 0.95) if B > 1 else ("dense", 1.65)
+        return [Requirement("moebert_kernels", *over), Requirement("moebert_kernels", "original", 1.0)]
+    if B > 1 and target.dtype == torch.bfloat16 and "H200" in torch.cuda.get_device_name(target.device):
+        return [Requirement("moebert_kernels_compiled", ("dense", "dense_compiled"), 1.6)]
+    return []
+
+
+def _required_of_padded(target: Target) -> list[Requirement]:
+    return [] if target.on_gpu else [Requirement("moebert_kernels", "padding_routed", 1.2)]
+
+
+def _full(target: Target, model: str, B: int, T: int, *requires: Requirement) -> Case:
+    lengths = [[T] * B]
+    return _case(target, f"encoder-{model}-B{B}-T{T}", model, lengths, FULL, "dense", requires, seconds=6.0)
+
+
+def _padded(target: Target, model: str, B: int, *requires: Requirement) -> Case:
+    lengths = [real_text.typical_batch("mnli", B)]
+    name = f"encoder-{model}-B{B}-padded"
+    return _case(target, name, model, lengths, PADDED, "padding_routed", requires, seconds=6.0)
+
+
+def _sorted(target: Target, model: str, B: int) -> Case:
+    texts = sorted(real_text.lengths("mnli", B * BATCHES_SORTED[target.device.type]))
+    lengths = [texts[i : i + B] for i in range(0, len(texts), B)]
+    return _case(target, f"encoder-{model}-B{B}-sorted_by_length", model, lengths, SORTED, "dense", (), seconds=6.0)
 
 
 def _case(
-    name: str, providers: tuple[str, ...], smoke: bool, B: int, T: int, real: int, baseline: str, *requires: Requirement
-) -> Case:
-    expert_size = 32 if smoke else 768
+    target: Target, name: str, model: str, lengths: list[list[int]], providers: tuple[str, ...], baseline: str,
+    requires: tuple[Requirement, ...], seconds: float,
+) -> Case:  # fmt: skip
+    if target.on_gpu:
+        providers += COMPILED
+    if model == "minilm-l6":
+        providers = tuple(name for name in providers if name != "half_depth")
     return Case(
-        name=f"{name}-T{T}",
-        parameters={"dtype": "float32", "B": B, "T": T, "real_tokens": real, "E": 4, "I": expert_size,
-                    "model": "smoke" if smoke else "bert-base"},
+        name=name,
+        parameters={
+            "model": model, "dtype": target.dtype_name, "E": encoders.NUM_EXPERTS, "I": encoders.expert_size(model),
+            "B": len(lengths[0]), "T": max(map(max, lengths)), "batches": len(lengths),
+            "real_tokens": sum(map(sum, lengths)),
+        },
         providers=providers,
-        build=lambda: _build(providers, SMOKE if smoke else {}, B, T, real, expert_size),
+        build=lambda: _build(target, model, [encoders.padded_batch(target, model, b) for b in lengths], providers),
         baseline=baseline,
         requires=requires,
-        seconds=SECONDS,
+        seconds=seconds,
     )  # fmt: skip
 
 
-def _build(
-    providers: tuple[str, ...], sizes: dict[str, int], B: int, T: int, real: int, expert_size: int
-) -> dict[str, Provider]:
-    torch.manual_seed(0)
-    config = BertConfig(**sizes)
-    token_ids = torch.randint(1, config.vocab_size, (B, T))
-    mask = None
-    if real < T:
-        mask = torch.ones(B, T, dtype=torch.int64)
-        mask[:, real:] = 0
-        token_ids[:, real:] = config.pad_token_id
+def _build(target: Target, model: str, batches: list[Batch], providers: tuple[str, ...]) -> dict[str, Provider]:
+    moe = encoders.moe_model(target, model)
+    # both keep our model's weights and tables; without padding they are one
+    routing = encoders.naive(moe, batches, skip_padding=False)
+    padded = any(batch.mask is not None for batch in batches)
+    skipping = encoders.naive(moe, batches, skip_padding=True) if padded else routing
 
-    moe = MoEBertModel(MoEBertConfig(**sizes, num_experts=4, expert_size=expert_size)).eval()
-    baselines.randomise_constants(moe)
-    # both references keep the fast model's weights, tables and everything else
-    skipping, routing = (_naive_reference(moe, token_ids, mask, skip) for skip in (mask is not None, False))
-    built: dict[str, Provider] = {}
-    for name in providers:
-        if name == "moebert_kernels":
-            built[name] = Provider(_forward(moe, token_ids, mask), skipping)
-        elif name == "padding_routed":
-            routed = copy.deepcopy(moe)
-            routed.config.route_padding = True
-            built[name] = Provider(_forward(routed, token_ids, mask), routing)
-        elif name == "original":
-            original, set_token_ids = _with_experts(moe, _original_layer, lambda ids, table: table[ids])
-            set_token_ids(token_ids)
-            built[name] = Provider(_forward(original, token_ids, mask), routing)
-        else:
-            width = {"intermediate_size": expert_size} if name == "ideal" else {}
-            dense = BertModel(BertConfig(**(sizes | width))).eval()
-            baselines.randomise_constants(dense)
-            built[name] = Provider(_forward(dense, token_ids, mask), _in_dtype(dense, token_ids, mask))
-    return built
+    dense = encoders.dense_model(target, model)
+    of_dense = encoders.in_dtype(dense, batches)
 
+    def half_depth() -> Provider:
+        return _of_dense(target, model, batches, num_hidden_layers=encoders.num_layers(model) // 2)
 
-def _forward(model: nn.Module, token_ids: Tensor, mask: Tensor | None) -> Callable[[], Outputs]:
-    def run() -> Outputs:
-        with torch.no_grad():
-            return (model(input_ids=token_ids, attention_mask=mask).last_hidden_state,)
+    def padding_routed() -> Provider:
+        routed = copy.deepcopy(moe)
+        routed.config.route_padding = True
+        return Provider(encoders.forward(routed, batches), routing)
 
-    return run
-
-
-def _in_dtype(model: nn.Module, token_ids: Tensor, mask: Tensor | None) -> Callable[[torch.dtype], Outputs]:
-    return lambda dtype: _forward(copy.deepcopy(model).to(dtype), token_ids, mask)()
-
-
-def _with_experts(
-    moe: MoEBertModel, make_experts: Callable[[list[Tensor]], baselines.ExpertFunction],
-    route: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[BertModel, Callable[[Tensor], None]]:  # fmt: skip
-    """Transformers' BERT with the weights and tables of `moe`, computed another way."""
-
-    def layer(number: int) -> tuple[Tensor, baselines.ExpertFunction]:
-        source = moe.encoder.layer[number]
-        return source.router.table.long(), make_experts(list(source.experts.parameters()))
-
-    fields = BertConfig().to_dict()
-    config = BertConfig(**{k: v for k, v in moe.config.to_dict().items() if k in fields and k != "model_type"})
-    config.intermediate_size = 1  # built and replaced
-    attention_state = {
-        key: t for key, t in moe.state_dict().items() if ".experts." not in key and ".router." not in key
+    makers: dict[str, Callable[[], Provider]] = {
+        "moebert_kernels": lambda: Provider(encoders.forward(moe, batches), skipping),
+        "moebert_kernels_compiled": lambda: Provider(_compiled(moe, batches), skipping),
+        "dense": lambda: Provider(encoders.forward(dense, batches), of_dense),
+        "dense_compiled": lambda: Provider(_compiled(dense, batches), of_dense),
+        "ideal": lambda: _of_dense(target, model, batches, intermediate_size=encoders.expert_size(model)),
+        "half_depth": half_depth,
+        "padding_routed": padding_routed,
+        "original": lambda: Provider(encoders.original(moe, batches), routing),
     }
-    return baselines.bert_with_experts(config, attention_state, layer, route)
+    return {name: makers[name]() for name in providers}
 
 
-def _original_layer(weights: list[Tensor]) -> baselines.ExpertFunction:
-    return baselines.OriginalExperts(*weights)
+def _of_dense(target: Target, model: str, batches: list[Batch], **changed: int) -> Provider:
+    dense = encoders.dense_model(target, model, **changed)
+    return Provider(encoders.forward(dense, batches), encoders.in_dtype(dense, batches))
 
 
-def _naive_reference(
-    moe: MoEBertModel, token_ids: Tensor, mask: Tensor | None, skip_padding: bool
-) -> Callable[[torch.dtype], Outputs]:
-    """The encoder with `reference.fused_moe_ffn_add_norm` in every layer."""
-
-    def naive_layer(weights: list[Tensor]) -> baselines.ExpertFunction:
-        return lambda x, expert_ids: reference.fused_moe_ffn_add_norm(x, expert_ids, *(w.to(x.dtype) for w in weights))
-
-    def outputs(dtype: torch.dtype) -> Outputs:
-        flat_mask = mask.flatten() if skip_padding and mask is not None else None
-        model, set_token_ids = _with_experts(
-            moe, naive_layer, lambda ids, table: reference.hash_route(ids, table, flat_mask)
-        )
-        set_token_ids(token_ids)
-        return _forward(model.to(dtype), token_ids, mask)()
-
-    return outputs
+def _compiled(model: torch.nn.Module, batches: list[Batch]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """One compiled form for each shape, made on the first call, which is not timed."""
+    return encoders.forward(torch.compile(model, fullgraph=True, dynamic=False), batches)
 
 
 def test_encoder(case, provider, run_provider):
