@@ -35,10 +35,8 @@ def cases(target: Target) -> list[Case]:
         return [_case(target, "smoke", [16] * 2), _case(target, "smoke", real_text.typical_batch("mnli", 2))]
     if not target.on_gpu:
         return [_case(target, "minilm-l6", lengths) for lengths in ([128] * 8, real_text.typical_batch("mnli", 8))]
-    h200 = "H200" in torch.cuda.get_device_name(target.device) and target.dtype == torch.bfloat16
-    required = [Requirement("moebert_kernels", "dense", 1.25)] if h200 else []
     return [
-        _case(target, "bert-base", [128] * 32, *required),
+        _case(target, "bert-base", [128] * 32, Requirement("moebert_kernels", "dense", 1.25)),
         _case(target, "bert-base", real_text.typical_batch("mnli", 32)),
     ]
 
@@ -69,10 +67,11 @@ def _build(target: Target, model: str, batch: Batch) -> dict[str, Provider]:
     teacher = dense(0)
     config = teacher.config
     scores = torch.rand(config.num_hidden_layers, config.intermediate_size, generator=torch.Generator().manual_seed(1))
-    experts = encoders.expert_size(model)
-    shared = experts * 2 // 3
-    moe = convert_to_moe(dense(1), scores, encoders.NUM_EXPERTS, experts, shared)
-    students = {"moebert_kernels": moe, "dense": dense(2), "ideal": dense(3, intermediate_size=experts)}
+    students = {
+        "moebert_kernels": convert_to_moe(dense(1), scores, **encoders.split(model)),
+        "dense": dense(2),
+        "ideal": dense(3, intermediate_size=encoders.expert_size(model)),
+    }
     inputs = {
         "input_ids": batch.ids,
         "attention_mask": torch.ones_like(batch.ids) if batch.mask is None else batch.mask,

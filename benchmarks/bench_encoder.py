@@ -11,10 +11,11 @@ import copy
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from benchmarks import encoders, real_text
 from benchmarks.encoders import Batch
-from benchmarks.measuring import Case, Provider, Requirement, Target
+from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 
 BATCHES_SORTED = {"cpu": 2, "cuda": 4}  # the texts of so many batches are sorted by length
 FULL = ("moebert_kernels", "dense", "ideal", "half_depth", "original")
@@ -42,9 +43,7 @@ def _required(target: Target, B: int) -> list[Requirement]:
     if not target.on_gpu:
         over = ("ideal", 0.95) if B > 1 else ("dense", 1.65)
         return [Requirement("moebert_kernels", *over), Requirement("moebert_kernels", "original", 1.0)]
-    if B > 1 and target.dtype == torch.bfloat16 and "H200" in torch.cuda.get_device_name(target.device):
-        return [Requirement("moebert_kernels_compiled", ("dense", "dense_compiled"), 1.6)]
-    return []
+    return [Requirement("moebert_kernels_compiled", ("dense", "dense_compiled"), 1.6)] if B > 1 else []
 
 
 def _required_of_padded(target: Target) -> list[Requirement]:
@@ -53,24 +52,24 @@ def _required_of_padded(target: Target) -> list[Requirement]:
 
 def _full(target: Target, model: str, B: int, T: int, *requires: Requirement) -> Case:
     lengths = [[T] * B]
-    return _case(target, f"encoder-{model}-B{B}-T{T}", model, lengths, FULL, "dense", requires, seconds=6.0)
+    return _case(target, f"encoder-{model}-B{B}-T{T}", model, lengths, FULL, "dense", requires)
 
 
 def _padded(target: Target, model: str, B: int, *requires: Requirement) -> Case:
     lengths = [real_text.typical_batch("mnli", B)]
     name = f"encoder-{model}-B{B}-padded"
-    return _case(target, name, model, lengths, PADDED, "padding_routed", requires, seconds=6.0)
+    return _case(target, name, model, lengths, PADDED, "padding_routed", requires)
 
 
 def _sorted(target: Target, model: str, B: int) -> Case:
     texts = sorted(real_text.lengths("mnli", B * BATCHES_SORTED[target.device.type]))
     lengths = [texts[i : i + B] for i in range(0, len(texts), B)]
-    return _case(target, f"encoder-{model}-B{B}-sorted_by_length", model, lengths, SORTED, "dense", (), seconds=6.0)
+    return _case(target, f"encoder-{model}-B{B}-sorted_by_length", model, lengths, SORTED, "dense")
 
 
 def _case(
     target: Target, name: str, model: str, lengths: list[list[int]], providers: tuple[str, ...], baseline: str,
-    requires: tuple[Requirement, ...], seconds: float,
+    requires: tuple[Requirement, ...] = (),
 ) -> Case:  # fmt: skip
     if target.on_gpu:
         providers += COMPILED
@@ -81,53 +80,52 @@ def _case(
         parameters={
             "model": model, "dtype": target.dtype_name, "E": encoders.NUM_EXPERTS, "I": encoders.expert_size(model),
             "B": len(lengths[0]), "T": max(map(max, lengths)), "batches": len(lengths),
-            "real_tokens": sum(map(sum, lengths)),
+            "tokens": sum(map(sum, lengths)),
         },
         providers=providers,
-        build=lambda: _build(target, model, [encoders.padded_batch(target, model, b) for b in lengths], providers),
+        build=lambda: _build(target, model, lengths, providers),
         baseline=baseline,
         requires=requires,
-        seconds=seconds,
+        cost=encoders.moe_cost(target, model, lengths),
+        seconds=6.0,
     )  # fmt: skip
 
 
-def _build(target: Target, model: str, batches: list[Batch], providers: tuple[str, ...]) -> dict[str, Provider]:
+def _build(
+    target: Target, model: str, lengths: list[list[int]], providers: tuple[str, ...]
+) -> dict[str, Provider]:  # fmt: skip
+    batches = [encoders.padded_batch(target, model, batch) for batch in lengths]
     moe = encoders.moe_model(target, model)
     # both keep our model's weights and tables; without padding they are one
     routing = encoders.naive(moe, batches, skip_padding=False)
     padded = any(batch.mask is not None for batch in batches)
     skipping = encoders.naive(moe, batches, skip_padding=True) if padded else routing
+    routing_cost = encoders.moe_cost(target, model, lengths, skip_padding=False)
 
-    dense = encoders.dense_model(target, model)
-    of_dense = encoders.in_dtype(dense, batches)
-
-    def half_depth() -> Provider:
-        return _of_dense(target, model, batches, num_hidden_layers=encoders.num_layers(model) // 2)
+    def of_dense(run: Callable[..., Callable[[], Outputs]] = encoders.forward, **changed: int) -> Provider:
+        dense = encoders.dense_model(target, model, **changed)
+        cost = encoders.dense_cost(target, model, lengths, **changed)
+        return Provider(run(dense, batches), encoders.in_dtype(dense, batches), cost=cost)
 
     def padding_routed() -> Provider:
         routed = copy.deepcopy(moe)
         routed.config.route_padding = True
-        return Provider(encoders.forward(routed, batches), routing)
+        return Provider(encoders.forward(routed, batches), routing, cost=routing_cost)
 
     makers: dict[str, Callable[[], Provider]] = {
         "moebert_kernels": lambda: Provider(encoders.forward(moe, batches), skipping),
         "moebert_kernels_compiled": lambda: Provider(_compiled(moe, batches), skipping),
-        "dense": lambda: Provider(encoders.forward(dense, batches), of_dense),
-        "dense_compiled": lambda: Provider(_compiled(dense, batches), of_dense),
-        "ideal": lambda: _of_dense(target, model, batches, intermediate_size=encoders.expert_size(model)),
-        "half_depth": half_depth,
+        "dense": of_dense,
+        "dense_compiled": lambda: of_dense(_compiled),
+        "ideal": lambda: of_dense(intermediate_size=encoders.expert_size(model)),
+        "half_depth": lambda: of_dense(num_hidden_layers=encoders.num_layers(model) // 2),
         "padding_routed": padding_routed,
-        "original": lambda: Provider(encoders.original(moe, batches), routing),
+        "original": lambda: Provider(encoders.original(moe, batches), routing, cost=routing_cost),
     }
     return {name: makers[name]() for name in providers}
 
 
-def _of_dense(target: Target, model: str, batches: list[Batch], **changed: int) -> Provider:
-    dense = encoders.dense_model(target, model, **changed)
-    return Provider(encoders.forward(dense, batches), encoders.in_dtype(dense, batches))
-
-
-def _compiled(model: torch.nn.Module, batches: list[Batch]) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _compiled(model: nn.Module, batches: list[Batch]) -> Callable[[], Outputs]:
     """One compiled form for each shape, made on the first call, which is not timed."""
     return encoders.forward(torch.compile(model, fullgraph=True, dynamic=False), batches)
 

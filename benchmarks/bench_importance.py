@@ -1,7 +1,8 @@
 """Importance of all FFN neurons on one batch: one backward pass against the original's 2 L B.
 
 Both must give the exact top neurons of every layer. The original's way takes minutes at BERT-base's size, so it
-is timed once, on the call that is checked.
+is timed once, on the call that is checked. Scores are float32 on a GPU too: a half-precision model's top neurons are
+not the exact ones.
 """
 
 from __future__ import annotations
@@ -14,47 +15,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import baselines
+from benchmarks import baselines, encoders
 from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 from moebert_kernels.convert import importance_scores
 
 SECONDS = 30.0
 PROVIDERS = ("moebert_kernels", "original")
-SMOKE = {
-    "vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
-}  # fmt: skip
 
 
 def cases(target: Target) -> list[Case]:
-    smoke = target.smoke
-    B, T, top = (2, 8, 16) if smoke else (8, 128, 512)
-    sizes = SMOKE if smoke else {}
+    model = "smoke" if target.smoke else "bert-base"
+    B, T, top = (2, 8, 16) if target.smoke else (8, 128, 512)
     return [
         Case(
             name=f"importance-B{B}-T{T}",
-            parameters={"dtype": "float32", "B": B, "T": T, "top": top, "model": "smoke" if smoke else "bert-base"},
+            parameters={"dtype": "float32", "B": B, "T": T, "top": top, "model": model},
             providers=PROVIDERS,
-            build=lambda: _build(sizes, B, T, top),
+            build=lambda: _build(target.device, model, B, T, top),
             baseline="original",
             seconds=SECONDS,
-            requires=(Requirement("moebert_kernels", "original", 25.0),),
+            requires=() if target.on_gpu else (Requirement("moebert_kernels", "original", 25.0),),
         )
     ]
 
 
-def _build(sizes: dict[str, int], B: int, T: int, top: int) -> dict[str, Provider]:
+def _build(device: torch.device, size: str, B: int, T: int, top: int) -> dict[str, Provider]:
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
+    model = BertForSequenceClassification(BertConfig(**encoders.SIZES[size], num_labels=3)).eval()
     baselines.randomise_constants(model)
+    model.to(device)
     batch = {
-        "input_ids": torch.randint(1, model.config.vocab_size, (B, T)),
-        "attention_mask": torch.ones(B, T, dtype=torch.int64),
-        "labels": torch.randint(0, 3, (B,)),
+        "input_ids": torch.randint(1, model.config.vocab_size, (B, T)).to(device),
+        "attention_mask": torch.ones(B, T, dtype=torch.int64, device=device),
+        "labels": torch.randint(0, 3, (B,)).to(device),
     }
 
     def with_top(outputs: Outputs) -> Outputs:
         """Scores (L, D), and 1 where a neuron is among its layer's `top`: those must be the exact ones."""
-        scores = outputs[0]
+        scores = outputs[0].cpu()
         return scores, torch.zeros_like(scores).scatter_(1, scores.topk(top, dim=1).indices, 1.0)
 
     def original() -> Outputs:
@@ -66,7 +64,9 @@ def _build(sizes: dict[str, int], B: int, T: int, top: int) -> dict[str, Provide
         return with_top((scores,))
 
     return {
-        "moebert_kernels": Provider(lambda: (importance_scores(model, [batch]),), exact, arrange=with_top),
+        "moebert_kernels": Provider(
+            lambda: (importance_scores(model, [batch]),), exact, arrange=with_top, capture=False
+        ),
         "original": Provider(original, exact, arrange=with_top, slow=True),
     }
 

@@ -28,8 +28,9 @@ EXPERT_PARAMETERS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
 def cases(target: Target) -> list[Case]:
     model = "smoke" if target.smoke else "bert-base"
-    E, experts = encoders.NUM_EXPERTS, encoders.expert_size(model)
-    parameters = {"model": model, "dtype": target.dtype_name, "E": E, "I": experts, "shared": experts * 2 // 3}
+    split = encoders.split(model)
+    parameters = {"model": model, "dtype": target.dtype_name, "E": split["num_experts"], "I": split["expert_size"],
+                  "shared": split["shared"]}  # fmt: skip
     return [
         Case(
             f"convert-{model}", parameters, CONVERSION, lambda: _conversion(target, model), "deepcopy_of_dense",
@@ -41,8 +42,7 @@ def cases(target: Target) -> list[Case]:
 
 def _conversion(target: Target, model: str) -> dict[str, Provider]:
     dense = encoders.dense_model(target, model)
-    E, experts = encoders.NUM_EXPERTS, encoders.expert_size(model)
-    shared = experts * 2 // 3
+    E, experts, shared = encoders.split(model).values()
     L, D = dense.config.num_hidden_layers, dense.config.intermediate_size
     importance = torch.rand(L, D, generator=torch.Generator().manual_seed(0))
 
@@ -68,11 +68,11 @@ def _conversion(target: Target, model: str) -> dict[str, Provider]:
         return tuple(torch.stack(of_kind) for layer in by_layer for of_kind in zip(*layer, strict=True))
 
     def ours() -> Outputs:
-        moe = convert_to_moe(dense, importance, E, experts, shared)
+        moe = convert_to_moe(dense, importance, **encoders.split(model))
         return tuple(getattr(layer.experts, name).detach() for layer in moe.encoder.layer for name in EXPERT_PARAMETERS)
 
     def expert_by_expert() -> Outputs:
-        """As the original does it: two linear modules and a norm for each expert, filled with rows of the dense ones."""
+        """As the original: two linear modules and a norm for each expert, filled with rows of the dense ones."""
         with torch.no_grad():
             rest = copy.deepcopy(dense)
             modules = [_expert_modules(*weights) for weights in of_every_expert()]
@@ -102,7 +102,9 @@ def _conversion(target: Target, model: str) -> dict[str, Provider]:
     }  # fmt: skip
 
 
-def _expert_modules(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> nn.Module:
+def _expert_modules(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, norm_weight: Tensor, norm_bias: Tensor
+) -> nn.Module:
     modules = [nn.Linear(w1.shape[1], w1.shape[0]), nn.Linear(w2.shape[1], w2.shape[0]), nn.LayerNorm(len(b2))]
     expert = nn.ModuleList(module.to(device=w1.device, dtype=w1.dtype) for module in modules)
     for parameter, values in zip(expert.parameters(), (w1, b1, w2, b2, norm_weight, norm_bias), strict=True):

@@ -74,6 +74,7 @@ def run_provider(benchmark, checked_cases, request) -> Callable[[Case, str], Non
             benchmark.extra_info["slow_ms"] = checked.slow_ms[name]
             pytest.skip(f"slow: one call took {checked.slow_ms[name] / 1e3:.1f} s")
         provider = checked.passed[name]
+        benchmark.extra_info.update(provider.facts)
         timer = clocks.timer(provider.run, target.device, provider.capture)
         if timer.how:
             benchmark.extra_info.update(how=timer.how, device_ms=timer.warm_ms())

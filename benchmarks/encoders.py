@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks import baselines, real_text
 from benchmarks.measuring import Outputs, Target
+from benchmarks.model import Cost, Encoder, encoder_cost
 from moebert_kernels import reference
 from moebert_kernels.models import MoEBertConfig, MoEBertModel
 
@@ -67,8 +68,37 @@ def expert_size(model: str) -> int:
     return BertConfig(**SIZES[model]).intermediate_size // NUM_EXPERTS
 
 
+def split(model: str) -> dict[str, int]:
+    """Arguments of `convert_to_moe`; two thirds of an expert's neurons are in all experts, as in the paper."""
+    return {"num_experts": NUM_EXPERTS, "expert_size": expert_size(model), "shared": expert_size(model) * 2 // 3}
+
+
 def num_layers(model: str) -> int:
     return BertConfig(**SIZES[model]).num_hidden_layers
+
+
+def moe_cost(target: Target, model: str, lengths: list[list[int]], skip_padding: bool = True) -> Cost:
+    """FLOPs and bytes of one forward of our model over all batches."""
+    config = BertConfig(**SIZES[model])
+    return _cost(target, config, lengths, NUM_EXPERTS, expert_size(model), skip_padding)
+
+
+def dense_cost(target: Target, model: str, lengths: list[list[int]], **changed: int) -> Cost:
+    """The same of the dense model, with `changed` fields of its configuration."""
+    config = BertConfig(**(SIZES[model] | changed))
+    return _cost(target, config, lengths, 1, config.intermediate_size, skip_padding=False)
+
+
+def _cost(
+    target: Target, config: BertConfig, lengths: list[list[int]], E: int, I: int, skip_padding: bool
+) -> Cost:  # fmt: skip
+    sizes = Encoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+    total = Cost()
+    for batch in lengths:
+        B, S = len(batch), max(batch)
+        routed = sum(batch) if skip_padding else B * S
+        total += encoder_cost(sizes, "forward", B=B, S=S, E=E, I=I, dtype=target.dtype, routed_tokens=routed)
+    return total
 
 
 def forward(model: nn.Module, batches: list[Batch]) -> Callable[[], Outputs]:

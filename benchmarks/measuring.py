@@ -65,6 +65,8 @@ class Provider:
         slow: takes minutes; timed once, on the call that is checked.
         capture: False: timed eagerly also where a CUDA graph could hold it.
         cost: of one call, where it is not the case's, as of a dense layer beside experts.
+        checked: computes what the gate looks at where `run` cannot: it draws at random (dropout), or updates weights.
+        facts: of the provider, neither times nor costs, e.g. {"saved_mib": 12.5}; they go into the result.
     """
 
     run: Callable[[], Outputs]
@@ -73,6 +75,8 @@ class Provider:
     slow: bool = False
     capture: bool = True
     cost: Cost | None = None
+    checked: Callable[[], Outputs] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class Case:
 
     Attributes:
         name: readable and unique in its file.
-        parameters: shapes and whatever else a reader of the result needs: "op" or "model", "direction", "T", ...
+        parameters: shapes and whatever else a reader of the result needs: "op" or "model", "direction", "T", ... With
+            "tokens", of one call, the result says tokens per second.
         providers: names, in the order of the table; known before anything is built.
         build: makes the providers, or says why one cannot run; big tensors are allocated here and not before.
         baseline: the provider that the table's ratios are over.

@@ -71,6 +71,10 @@ def run_case(
             entry["how"] = timers[name].how
         if name in timers and timers[name].not_captured:
             entry["not_captured"] = timers[name].not_captured
+        if "tokens" in case.parameters:
+            entry["tokens_per_s"] = _digits(1e3 * case.parameters["tokens"] / entry["median_ms"])
+        if name in checked.passed:
+            entry |= checked.passed[name].facts
         cost = (checked.passed[name].cost if name in checked.passed else None) or case.cost
         entries[name] = entry | (_shares(cost, entry["median_ms"], roof) if cost else {})
     result = {
