@@ -1,0 +1,168 @@
+"""How to factor a weight for `mpo_decompose`: proposals, and caps at which building weights is the wrong thing to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise, permutations
+
+from moebert_kernels.convert.mpo import mpo_bonds
+from moebert_kernels.errors import UserError
+
+MAX_SITES = 6  # all orders of the factors are tried
+# (rows, columns) -> row factors, column factors of MPOE's T5 and GPT-2, and of its attention
+PUBLISHED = {
+    (3072, 768): ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4)),
+    (768, 3072): ((3, 4, 4, 4, 4), (4, 4, 8, 6, 4)),
+    (4096, 1024): ((4, 4, 8, 8, 4), (4, 4, 4, 4, 4)),
+    (1024, 4096): ((4, 4, 4, 4, 4), (4, 4, 8, 8, 4)),
+    (768, 768): ((3, 4, 4, 4, 4), (4, 4, 4, 4, 3)),
+}
+
+
+@dataclass(frozen=True)
+class FactorPlan:
+    """One way to factor a (rows, columns) matrix, and what it makes; the central tensor is the middle one.
+
+    Attributes:
+        row_factors, col_factors: as `mpo_decompose` takes them.
+        bonds: (D_1, ..., D_n+1).
+    """
+
+    row_factors: tuple[int, ...]
+    col_factors: tuple[int, ...]
+    bonds: tuple[int, ...]
+
+    @property
+    def central_site(self) -> int:
+        return (len(self.row_factors) - 1) // 2
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Of each site tensor."""
+        return tuple(
+            before * i * j * after
+            for i, j, (before, after) in zip(self.row_factors, self.col_factors, pairwise(self.bonds), strict=True)
+        )
+
+    @property
+    def central_parameters(self) -> int:
+        return self.parameters[self.central_site]
+
+    @property
+    def aux_parameters(self) -> int:
+        """What every further expert adds."""
+        return sum(self.parameters) - self.central_parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        return math.prod(self.row_factors) * math.prod(self.col_factors)
+
+    def ratio(self, num_experts: int) -> float:
+        """Parameters of E experts over those of E dense ones; 1 / E + aux / dense at full bonds."""
+        return (self.central_parameters + num_experts * self.aux_parameters) / (num_experts * self.dense_parameters)
+
+    def __str__(self) -> str:
+        rows, columns = (",".join(map(str, factors)) for factors in (self.row_factors, self.col_factors))
+        return (
+            f"rows {rows} x columns {columns}: bonds {','.join(map(str, self.bonds))}, central "
+            f"{self.central_parameters:,} and auxiliary {self.aux_parameters:,} parameters "
+            f"({self.aux_parameters / self.dense_parameters:.2%} of the dense matrix)"
+        )
+
+
+def plan_factors(
+    rows: int, columns: int, sites: int = 5, max_bond: int | Sequence[int] | None = None, count: int = 3
+) -> list[FactorPlan]:
+    """Proposals for a (rows, columns) matrix: what MPOE used for the shape, if it did, then the best by our rule.
+
+    The rule: factors as equal as the sizes allow, in the order that gives the smallest auxiliary tensors, which is also
+    the one that takes the fewest operations to multiply up. `print` a plan to read it.
+
+    Args:
+        rows, columns: of the matrix, >= 1.
+        sites: n, 2 to 6.
+        max_bond: caps, as for `mpo_decompose`.
+        count: most plans to return.
+
+    Raises:
+        UserError: a number out of range.
+    """
+    if not 2 <= sites <= MAX_SITES:
+        raise UserError(f"sites: expected 2 to {MAX_SITES}, got {sites}")
+    for name, value in (("rows", rows), ("columns", columns), ("count", count)):
+        if value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
+    plans = {
+        FactorPlan(i, j, mpo_bonds(i, j, max_bond))
+        for i in set(permutations(_balanced(rows, sites)))
+        for j in set(permutations(_balanced(columns, sites)))
+    }
+    best = sorted(plans, key=lambda plan: (plan.aux_parameters, plan.row_factors, plan.col_factors))
+    if sites == 5 and (rows, columns) in PUBLISHED:
+        i, j = PUBLISHED[rows, columns]
+        published = FactorPlan(i, j, mpo_bonds(i, j, max_bond))
+        best = [published, *(plan for plan in best if plan != published)]
+    return best[:count]
+
+
+def _balanced(size: int, count: int) -> tuple[int, ...]:
+    """`count` factors of `size` whose logarithms differ least."""
+    return min(_factorisations(size, count, 1), key=lambda factors: sum(math.log(f) ** 2 for f in factors))
+
+
+def _factorisations(size: int, count: int, least: int) -> Iterator[tuple[int, ...]]:
+    """Ascending factors, none below `least`."""
+    if count == 1:
+        if size >= least:
+            yield (size,)
+        return
+    for factor in _divisors(size):
+        if factor >= least and factor**count <= size:
+            for rest in _factorisations(size // factor, count - 1, factor):
+                yield (factor, *rest)
+
+
+@cache
+def _divisors(size: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, size + 1) if size % d == 0)
+
+
+def chain_flops_per_token(
+    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
+) -> int:
+    """FLOPs of W x for one x by contracting x with one site tensor after the other, from the better end."""
+    bonds = mpo_bonds(row_factors, col_factors, max_bond)
+    forwards = _chain_flops(row_factors, col_factors, bonds)
+    return min(forwards, _chain_flops(row_factors[::-1], col_factors[::-1], bonds[::-1]))
+
+
+def _chain_flops(row_factors: Sequence[int], col_factors: Sequence[int], bonds: Sequence[int]) -> int:
+    total, made, left = 0, 1, math.prod(col_factors)
+    for i, j, (before, after) in zip(row_factors, col_factors, pairwise(bonds), strict=True):
+        left //= j
+        total += 2 * made * before * i * j * after * left
+        made *= i
+    return total
+
+
+def check_caps(
+    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
+) -> None:
+    """Refuse caps so low that W x is cheaper without W: this package builds weights, and would waste the decomposition.
+
+    A converter calls it before it decomposes anything, unless it is told to go on.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    chain = chain_flops_per_token(row_factors, col_factors, max_bond)
+    dense = 2 * math.prod(row_factors) * math.prod(col_factors)
+    if chain < dense:
+        bonds = ",".join(map(str, mpo_bonds(row_factors, col_factors, max_bond)))
+        raise UserError(
+            f"max_bond: expected caps at which building the weight pays, got bonds {bonds}: {chain:,} FLOPs per token "
+            f"from site to site, {dense:,} with the weight ({chain / dense:.2f} times)"
+        )
