@@ -1,0 +1,287 @@
+"""Make REPORT.md of a folder of results: tables, pictures, what was lost, what was not measured."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import charts, suites
+from benchmarks.environment import RESULTS, results_folder
+from benchmarks.measuring import Target
+from benchmarks.results import requirement_text
+from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of, rows_with
+
+ROOT = RESULTS.parent.parent
+MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+SAME_EVERYWHERE = ("commit", "device", "cpu", "gpu", "torch")  # in the environments of a report's results
+
+
+INTRODUCTION = (
+    "Written by `python -m benchmarks report` from the JSON files beside it; how each number is measured:"
+    " [benchmarks/README.md](../../README.md). Times are medians of interleaved rounds with their quartiles; `2.00x` is"
+    " twice the baseline's speed. `ideal` and `roof` do less than the case asks for: they show what can be reached."
+)
+ROOF_NOTE = (
+    "The roof is the longer of FLOPs over a large matrix product's rate and bytes over a device copy's, both measured"
+    " in the same run; FLOPs and bytes are the floor that `benchmarks/model.py` counts. A share above 100 % means that"
+    " operands stayed in a cache."
+)
+
+
+class Unfit(Exception):
+    """Results that must not be shown, with the reason."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results/<this device>)")
+    parser.add_argument("--readme", type=Path, help="also put picture and sentence between this file's marks")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Returns 0, or 1 where the results must not be shown."""
+    folder = (options.results or results_folder(Target.of())).resolve()
+    try:
+        results = load_folder(folder)
+        text = markdown(results, charts.draw_all(rows_of(results), folder))
+        (folder / "REPORT.md").write_text(text, encoding="utf-8")
+        print(f"written: {folder / 'REPORT.md'}")
+        if options.readme:
+            options.readme.write_text(with_block(options.readme, readme_block(results, folder)), encoding="utf-8")
+            print(f"written: {options.readme}")
+    except Unfit as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def load_folder(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder in the order of the suites.
+
+    Raises:
+        Unfit: none there, another format, smoke shapes, commits or devices mixed, or a refused provider that is ours or
+            that ratios are over.
+    """
+    try:
+        found = load_all(folder)
+    except ValueError as error:
+        raise Unfit(str(error)) from None
+    (first_name, first), *_ = found.items()
+    for name, result in found.items():
+        if result["smoke"]:
+            raise Unfit(f"{name}: expected shapes that count, got those of --smoke")
+        for key in SAME_EVERYWHERE:
+            wanted, got = first["environment"].get(key), result["environment"].get(key)
+            if wanted != got:
+                raise Unfit(f"{name}: expected the {key} of {first_name}, {wanted}, got {got}; measure all on one")
+        for case in result["cases"]:
+            _check_gate(name, case)
+    order = {what: i for i, what in enumerate(suites.ALL)}
+    return sorted(found.values(), key=lambda result: (order.get(result["what"], len(order)), result["what"]))
+
+
+def _check_gate(name: str, case: Mapping[str, Any]) -> None:
+    """A peer that fails is left out by name; ours, or what ratios are over, makes the result worthless."""
+    needed = {case["baseline"], *(requirement["provider"] for requirement in case["requirements"])}
+    for provider, entry in case["providers"].items():
+        if "refused" in entry and (provider in needed or is_ours(case, provider)):
+            raise Unfit(f"{name}: {case['name']}: {provider} failed the gate: {entry['refused']}")
+
+
+def markdown(results: Sequence[Mapping[str, Any]], pictures: Mapping[str, Sequence[str]]) -> str:
+    """REPORT.md's text; equal results give equal text."""
+    rows = rows_of(results)
+    parts = [
+        f"# Benchmarks on {device_name(results)}",
+        f"{conditions(results)} {INTRODUCTION}",
+        *_images(pictures, "overview"),
+        "## Required", _required(rows),
+        "## Where another way is faster", _losses(rows),
+        "## Speed over the number of tokens", *_images(pictures, "speed"),
+        "## Whole models", *_images(pictures, "end-to-end"),
+        "## All times", *_times_tables(results),
+        "## Against the roof", *_images(pictures, "roofline"), _roof_table(rows),
+        "## Latency of few tokens", *_images(pictures, "latency"), _latency_table(rows),
+        "## Memory", *_images(pictures, "memory"), _memory_table(rows),
+        "## Not measured", _not_measured(results),
+        "## Environment", _environment(results),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def device_name(results: Sequence[Mapping[str, Any]]) -> str:
+    environment = results[0]["environment"]
+    if environment["device"] == "cuda":
+        return str(environment["gpu"])
+    model = re.sub(r"\s*\((R|TM)\)|\bCPU\b", "", environment["cpu"])
+    return f"{' '.join(model.split())}, {environment['threads']} threads"
+
+
+def conditions(results: Sequence[Mapping[str, Any]]) -> str:
+    environment = results[0]["environment"]
+    dates = sorted({result["environment"]["date"] for result in results})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    dtypes = ", ".join(sorted({str(result["environment"]["dtype"]) for result in results}))
+    return f"{dtypes}, torch {environment['torch']}, commit {environment['commit']}, {when}."
+
+
+def _images(pictures: Mapping[str, Sequence[str]], kind: str) -> list[str]:
+    return [f"![{name.removesuffix('.png').replace('-', ' ')}]({name})" for name in pictures.get(kind, ())] or (
+        [] if kind == "overview" else ["Nothing of this kind was measured."]
+    )
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    body = [" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines]
+    if not body:
+        return ""
+    return "\n".join(f"| {line} |" for line in (" | ".join(head), " | ".join("---" for _ in head), *body))
+
+
+def _required(rows: Sequence[Row]) -> str:
+    judged = [(row, requirement) for row in rows for requirement in row.case["requirements"]]
+    if not judged:
+        return "Nothing is required on this device."
+    missed = sum(not requirement["passed"] for _, requirement in judged)
+    lines = []
+    for row, requirement in judged:
+        verdict, _, text = requirement_text(requirement).partition(": ")
+        lines.append((row.label, text, "pass" if requirement["passed"] else f"**{verdict}**"))
+    return f"{len(lines) - missed} of {len(lines)} hold.\n\n" + _table(("case", "measured and wanted", ""), lines)
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """Every case and provider that does the same work in less time than ours."""
+    lines, compared = [], 0
+    for row in rows:
+        mine = row.times.get(ours(row.case))
+        for name, entry in row.times.items():
+            if mine is None or is_ours(row.case, name) or name in BOUNDS:
+                continue
+            compared += 1
+            if entry["median_ms"] < mine["median_ms"]:
+                sure = "" if entry["q3_ms"] < mine["q1_ms"] else "within the spread"
+                lines.append((row.label, name, time_text(entry), time_text(mine),
+                              f"{entry['median_ms'] / mine['median_ms']:.2f}x", sure))  # fmt: skip
+    if not lines:
+        return f"Nowhere: in none of {compared} comparisons."
+    head = ("case", "faster", "its time", "ours", "our speed over its", "")
+    return f"In {len(lines)} of {compared} comparisons:\n\n" + _table(head, lines)
+
+
+def time_text(entry: Mapping[str, Any]) -> str:
+    return f"{entry['median_ms']:.4g} ms [{entry['q1_ms']:.4g}, {entry['q3_ms']:.4g}]"
+
+
+def _times_tables(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One table per suite: a row per case and provider."""
+    parts = []
+    for result in results:
+        lines = []
+        for row in rows_of([result]):
+            for name, entry in row.times.items():
+                speed = row.speed(name)
+                ratio = f"{speed['median']:.2f}x [{speed['q1']:.2f}, {speed['q3']:.2f}]" if speed else "baseline"
+                notes = [f"cold {entry['cold']['median_ms']:.4g} ms"] if "cold" in entry else []
+                notes += [entry["how"]] if "how" in entry else []
+                notes += ["once"] if entry["rounds"] == 1 else []
+                lines.append((row.label, name, time_text(entry), ratio, ", ".join(notes)))
+        parts += [f"### {result['what']}", _table(("case", "provider", "time", "speed over baseline", ""), lines)]
+    return parts
+
+
+def _roof_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        cost, mine = row.case.get("cost"), row.times.get(ours(row.case), {})
+        if cost:
+            share = mine.get("share_of_roof")
+            waves = f"{cost['waves']:.1f}" if "waves" in cost else ""
+            lines.append((row.label, f"{cost['flops'] / 1e9:.4g}", f"{cost['bytes'] / 1e6:.4g}",
+                          f"{cost['roof_ms']:.4g} ms", cost["bound_by"], waves,
+                          "" if share is None else f"{share:.0%}"))  # fmt: skip
+    table = _table(("case", "GFLOP", "MB", "roof", "bound by", "waves", "our share of the roof"), lines)
+    return f"{ROOF_NOTE}\n\n{table}" if table else ""
+
+
+def _latency_table(rows: Sequence[Row]) -> str:
+    return _table(
+        ("case", "provider", "p50 ms", "p99 ms"),
+        [(row.label, name, f"{entry['p50_ms']:.4g}", f"{entry['p99_ms']:.4g}")
+         for row in charts.with_latency(rows) for name, entry in row.times.items() if "p99_ms" in entry],
+    )  # fmt: skip
+
+
+def _memory_table(rows: Sequence[Row]) -> str:
+    return _table(
+        ("case", "provider", "peak of one call, MiB"),
+        [(row.label, name, f"{entry['peak_mib']:,.1f}")
+         for row in rows_with(rows, "peak_mib") for name, entry in row.times.items() if "peak_mib" in entry],
+    )  # fmt: skip
+
+
+def _not_measured(results: Sequence[Mapping[str, Any]]) -> str:
+    """Providers without a time by reason, with the cases, and cases that no time was left for."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows_of(results):
+        for name, entry in row.case["providers"].items():
+            for kind in ("skipped", "refused"):
+                if kind in entry:
+                    reasons.setdefault((name, kind, entry[kind]), []).append(row.label)
+    lines = [(name, f"**{kind}**" if kind == "refused" else kind, reason, _some(cases))
+             for (name, kind, reason), cases in reasons.items()]  # fmt: skip
+    lines += [("all", "not run", "the suite's time was over", case)
+              for result in results for case in result.get("not_run", ())]  # fmt: skip
+    return _table(("provider", "", "reason", "cases"), lines) or "Every provider of every case was measured."
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _environment(results: Sequence[Mapping[str, Any]]) -> str:
+    shared = results[0]["environment"]
+    varying = {"date", "load_average_before", "load_average_after", "dtype"}
+    facts = [(key, str(value)) for key, value in shared.items() if key not in varying and value is not None]
+    per_suite = [
+        (result["what"], result["environment"]["date"], f"{result['roof']['tflops']:.4g}",
+         f"{result['roof']['gbytes_per_s']:.4g}", str(result["environment"].get("load_average_before", "")),
+         str(result["environment"].get("load_average_after", "")), f"{result['seconds']:.0f}")
+        for result in results
+    ]  # fmt: skip
+    head = ("suite", "date", "roof TFLOP/s", "roof GB/s", "load before", "load after", "seconds")
+    return f"{_table(('', ''), facts)}\n\n{_table(head, per_suite)}"
+
+
+def readme_block(results: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """The picture, one sentence on what was measured on what, and the whole models' numbers.
+
+    Raises:
+        Unfit: no picture for it.
+    """
+    if not (folder / "overview.png").exists():
+        raise Unfit(f"{folder}: expected times of fused_moe_ffn and of whole models for the README's picture, got none")
+    place = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
+    return (
+        f"![speed over the dense layer and over dense models]({place}/overview.png)\n\n"
+        f"Measured on {device_name(results)}, {conditions(results)} One feed-forward layer over the number of tokens,"
+        " and whole encoders; random weights, every output checked before it was timed:"
+        f" [all numbers, losses too]({place}/REPORT.md)."
+    )
+
+
+def with_block(path: Path, block: str) -> str:
+    """The file's text with `block` between its marks.
+
+    Raises:
+        Unfit: the marks are not there.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise Unfit(f"{path}: expected the lines {MARKS[0]} and {MARKS[1]}, got none")
+    return f"{before}{begin}\n{block}\n{end}{after}"

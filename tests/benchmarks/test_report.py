@@ -1,0 +1,172 @@
+"""The report shows losses and gaps as readily as wins, is the same twice, and refuses what must not be shown."""
+
+import json
+
+import pytest
+
+from benchmarks import charts
+from benchmarks.__main__ import main
+from benchmarks.report import MARKS, load_folder, markdown
+from benchmarks.results import FORMAT_VERSION
+from benchmarks.views import ours, rows_of, series_over_tokens
+from tests.benchmarks.results_of import ENVIRONMENT, case, encoder_case, entry, ffn_case, result, some_results, write
+
+
+def text_of(folder, results) -> str:
+    return markdown(load_folder(write(folder, results)), {})
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    folder = write(tmp_path_factory.mktemp("results"), some_results())
+    (folder / "gpu-build.json").write_text('{"stage": "build"}')  # a stage that measures nothing
+    (folder / "speed-gone.png").write_bytes(b"")
+    assert main(["report", "--results", str(folder)]) == 0
+    return folder
+
+
+def test_writes_text_and_small_pictures(reported):
+    from PIL import Image
+
+    text = (reported / "REPORT.md").read_text()
+    pictures = {path.name for path in reported.glob("*.png")}
+    assert pictures == {
+        "overview.png", "speed-fused_moe_ffn.png", "models-encoder.png", "latency.png", "memory.png", "roofline.png"
+    }  # fmt: skip
+    for name in pictures:
+        assert f"]({name})" in text
+        assert (reported / name).stat().st_size < 60_000
+        image = Image.open(reported / name)
+        assert min(image.size) > 200 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_same_results_give_the_same_bytes(reported, tmp_path):
+    write(tmp_path, some_results()[::-1])
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    for path in reported.glob("*.[mp][dn]*"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_says_what_was_measured_on_what(reported):
+    text = (reported / "REPORT.md").read_text()
+    assert text.startswith("# Benchmarks on Intel Xeon Processor @ 2.50GHz, 2 threads\n")
+    assert "float32, torch 2.13.0+cpu, commit 0123456789ab, 2026-11-21." in text
+    assert "| encoder | 2026-11-21 | 0.2 | 10 | 0.1 | 1.2 | 12 |" in text
+
+
+def test_required_passes_and_failures(reported):
+    text = (reported / "REPORT.md").read_text()
+    assert "6 of 8 hold." in text
+    assert "| fused_moe_ffn-forward-T1 | moebert_kernels 0.80x [0.80, 0.80] dense, wanted >= 1.0x | **FAIL** |" in text
+    assert "wanted >= 1.0x | pass |" in text
+
+
+def test_losses_stand_by_name_and_the_ideal_is_none(reported):
+    losses = (reported / "REPORT.md").read_text().partition("## Where another way is faster")[2].partition("##")[0]
+    assert "In 2 of 12 comparisons" in losses  # T = 1, both directions
+    assert "| fused_moe_ffn-forward-T1 | dense | 1 ms [0.98, 1.02] | 1.25 ms [1.225, 1.275] | 0.80x |  |" in losses
+    assert "ideal" not in losses
+
+
+def test_a_loss_within_the_spread_says_so(tmp_path):
+    close = encoder_case(ours_ms=121)
+    assert "| 0.99x | within the spread |" in text_of(tmp_path, [result("encoder", [close])])
+
+
+def test_no_losses_are_said_too(tmp_path):
+    assert "Nowhere: in none of 2 comparisons." in text_of(tmp_path, [result("encoder", [encoder_case()])])
+
+
+def test_what_was_not_measured_stands_with_its_reason(tmp_path):
+    peers = {"moebert_kernels": entry(1, 2), "dense": entry(2, 1), "scattermoe": {"refused": "output 0: too far"}}
+    results = [result("ffn", [ffn_case(8), case("a", peers)], not_run=["fused_moe_ffn-forward-T64"])]
+    text = text_of(tmp_path, results)
+    assert "| megablocks | skipped | not installed | fused_moe_ffn-forward-T8 |" in text
+    assert "| scattermoe | **refused** | output 0: too far | a |" in text
+    assert "| all | not run | the suite's time was over | fused_moe_ffn-forward-T64 |" in text
+    assert "Nothing of this kind was measured." in text
+
+
+def test_roof_latency_and_memory(reported):
+    text = (reported / "REPORT.md").read_text()
+    assert "| fused_moe_ffn-forward-T8 | 0.0192 | 9.4 | 0.95 ms | memory | 1.5 | 50% |" in text
+    assert "| fused_moe_ffn-forward-T8 | moebert_kernels | 4 | 8 |" in text
+    assert "| fused_moe_ffn-forward-T8 | dense | 32.0 |" in text
+
+
+def broken(change) -> list:
+    results = some_results()
+    change(results)
+    return results
+
+
+def refuse(results, provider):
+    results[0]["cases"][1]["providers"][provider] = {"refused": "output 0: expected an error of at most 1e-06, got 2"}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda r: refuse(r, "moebert_kernels"),
+         "ffn.json: fused_moe_ffn-forward-T8: moebert_kernels failed the gate: output 0: expected an error"),
+        (lambda r: refuse(r, "dense"), "ffn.json: fused_moe_ffn-forward-T8: dense failed the gate"),
+        (lambda r: r[1].update(smoke=True), "encoder.json: expected shapes that count, got those of --smoke"),
+        (lambda r: r[0].update(environment=ENVIRONMENT | {"commit": "f00"}),
+         "ffn.json: expected the commit of encoder.json, 0123456789ab, got f00"),
+        (lambda r: r[0].update(environment=ENVIRONMENT | {"gpu": "NVIDIA H200"}),
+         "ffn.json: expected the gpu of encoder.json, None, got NVIDIA H200"),
+        (lambda r: r[0].update(format_version=1), f"expected format_version {FORMAT_VERSION}, got 1"),
+        (lambda r: r.clear(), "expected results of python -m benchmarks run, got none"),
+    ],
+)  # fmt: skip
+def test_refuses(tmp_path, capsys, change, message):
+    folder = write(tmp_path, broken(change))
+    assert main(["report", "--results", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (folder / "REPORT.md").exists() and not list(folder.glob("*.png"))
+
+
+def test_a_peer_that_fails_the_gate_is_left_out_by_name(tmp_path):
+    assert "| ideal | **refused** |" in text_of(tmp_path, broken(lambda r: refuse(r, "ideal")))
+
+
+def test_readme_gets_picture_and_sentence_between_its_marks(tmp_path, capsys):
+    folder, readme = write(tmp_path / "results", some_results()), tmp_path / "README.md"
+    readme.write_text(f"# Name\n{MARKS[0]}\nold\n{MARKS[1]}\nrest\n")
+    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"# Name\n{MARKS[0]}\n![") and text.endswith(f".\n{MARKS[1]}\nrest\n") and "old" not in text
+    assert "overview.png" in text and "Measured on Intel Xeon Processor @ 2.50GHz, 2 threads, float32, torch" in text
+    readme.write_text("# Name\n")
+    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 1
+    assert "expected the lines <!-- measured: begin -->" in capsys.readouterr().err
+    (folder / "encoder.json").unlink()
+    readme.write_text(f"{MARKS[0]}{MARKS[1]}")
+    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 1
+    assert "whole models for the README's picture, got none" in capsys.readouterr().err
+
+
+def test_ours_is_found_by_name_or_comes_first():
+    assert ours(case("a", {"dense": {}, "moebert_kernels_graph": {}, "moebert_kernels": {}})) == "moebert_kernels"
+    assert ours(case("a", {"dense": {}, "moebert_kernels_graph": {}})) == "moebert_kernels_graph"
+    assert ours(case("a", {"group_tokens_by_hash": {}, "original": {}})) == "group_tokens_by_hash"
+
+
+def test_series_keep_shapes_apart():
+    other = [ffn_case(T) for T in (1, 8, 64)]
+    for one in other:
+        one["parameters"]["H"] = 384
+    rows = rows_of([result("ffn", [ffn_case(T) for T in (64, 1, 8)] + other)])
+    first, second = series_over_tokens(rows)
+    assert [row.tokens for row in first.rows] == [1, 8, 64] and "H 768" in first.shape and "H 384" in second.shape
+
+
+def test_many_bars_are_continued_in_another_picture(tmp_path):
+    cases = [encoder_case(f"encoder-{i}") for i in range(charts.BARS_PER_PICTURE // 3 + 1)]
+    pictures = charts.draw_all(rows_of([result("encoder", cases)]), tmp_path)
+    assert pictures["end-to-end"] == ["models-encoder.png", "models-encoder-2.png"]
+
+
+def test_json_stays_as_it_was(reported):
+    assert json.loads((reported / "ffn.json").read_text()) == some_results()[0]
