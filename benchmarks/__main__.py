@@ -6,7 +6,8 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("run",)  # benchmarks/<command>.py: its docstring, add_arguments(parser) and main(options) -> exit status
+COMMANDS = ("run", "report", "compare")
+# benchmarks/<command>.py: its docstring, add_arguments(parser) and main(options) -> exit status
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -65,7 +65,7 @@ def compare(
             worse = word in ("slower", "refused", "missing") and is_ours(was, provider)
             if word:
                 (regressions if worse else others).append(f"{word}: {name}: {provider} {text}".rstrip())
-            unchanged += not word
+            unchanged += not word and "median_ms" in now["providers"][provider]
         regressions += [f"missed: {name}: {text}" for text in _requirements_lost(was, now)]
     lines = [f"REGRESSION: {line}" for line in regressions] + others
     faster = sum(line.startswith("faster") for line in others)
