@@ -52,12 +52,13 @@ def interleaved_medians(
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: of every layer one expert."""
+    """All parameters of a model, and those that one token meets: of every layer `top_k` experts, or one."""
     total = sum(parameter.numel() for parameter in model.parameters())
     config: Any = model.config
-    E = getattr(config, "num_experts", 1)
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    return {"total_parameters": total, "active_parameters": total - experts * (E - 1) // E}
+    E, top_k = getattr(config, "num_experts", 1), getattr(config, "top_k", 1)
+    # a norm around all experts is no expert's own
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim > 1)
+    return {"total_parameters": total, "active_parameters": total - experts * (E - top_k) // E}
 
 
 def random_inputs(vocab_size: int, B: int, T: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
-_UNDECAYED_NAMES = ("bias", "b1", "b2", "norm_weight", "norm_bias")
+# A task router's logits are a bias too.
+_UNDECAYED_NAMES = ("bias", "b1", "b2", "norm_weight", "norm_bias", "logits")
 # transformers sets these in the model's own config when it is used or saved
 _SET_IN_USE = ("architectures", "dtype", "problem_type", "transformers_version")
 

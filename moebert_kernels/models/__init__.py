@@ -17,10 +17,12 @@ from moebert_kernels.models.heads import (
     MoEBertForTokenClassification,
 )
 from moebert_kernels.models.modeling import MoEBertModel
+from moebert_kernels.models.multi_task import MoEBertForMultiTaskClassification
 
 __all__ = [
     "MoEBertConfig",
     "MoEBertForMaskedLM",
+    "MoEBertForMultiTaskClassification",
     "MoEBertForQuestionAnswering",
     "MoEBertForSequenceClassification",
     "MoEBertForTokenClassification",
@@ -32,7 +34,8 @@ for _auto, _model in (
     (AutoModel, MoEBertModel),
     (AutoModelForMaskedLM, MoEBertForMaskedLM),
     (AutoModelForQuestionAnswering, MoEBertForQuestionAnswering),
-    (AutoModelForSequenceClassification, MoEBertForSequenceClassification),
+    # which of the two is the configuration's `architectures`
+    (AutoModelForSequenceClassification, (MoEBertForSequenceClassification, MoEBertForMultiTaskClassification)),
     (AutoModelForTokenClassification, MoEBertForTokenClassification),
 ):
     _auto.register(MoEBertConfig, _model, exist_ok=True)

@@ -104,14 +104,20 @@ def expected_shapes(config: MoEBertConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a MoE layer has in place of a dense feed-forward layer, by their key in the layer."""
     E, I, H = config.num_experts, config.expert_size, config.hidden_size
     router: dict[str, tuple[int, ...]]
-    router = {"router.table": (config.vocab_size,)} if config.is_hash_routed else {"router.gate.weight": (E, H)}
+    if config.is_hash_routed:
+        router = {"router.table": (config.vocab_size,)}
+    elif config.is_task_routed:
+        router = {"router.logits": (len(config.tasks or ()), E)}
+    else:
+        router = {"router.gate.weight": (E, H)}
+    norm = (H,) if config.norm == "layer" else (E, H)
     return router | {
         "experts.w1": (E, I, H),
         "experts.b1": (E, I),
         "experts.w2": (E, H, I),
         "experts.b2": (E, H),
-        "experts.norm_weight": (E, H),
-        "experts.norm_bias": (E, H),
+        "experts.norm_weight": norm,
+        "experts.norm_bias": norm,
     }
 
 

@@ -11,7 +11,9 @@ from moebert_kernels.errors import UserError
 FORMAT_VERSION = 1
 HASH_ROUTERS = ("hash-random", "hash-balance")
 GATE_ROUTERS = ("gate-token", "gate-sentence")
-ROUTERS = HASH_ROUTERS + GATE_ROUTERS
+TASK_ROUTER = "task"
+ROUTERS = (*HASH_ROUTERS, *GATE_ROUTERS, TASK_ROUTER)
+NORMS = ("expert", "layer")
 PRESETS = ("default", "paper")
 STYLES = ("bert", "roberta")
 
@@ -39,7 +41,13 @@ class MoEBertConfig(PreTrainedConfig):
         expert_size: I, neurons of each expert.
         shared: neurons that conversion copied into every expert. For information only.
         router: "hash-random" or "hash-balance" (a table of experts by token id in each layer), "gate-token" or
-            "gate-sentence" (a learned gate).
+            "gate-sentence" (a learned gate), or "task" (learned logits per task: a task's tokens share their experts).
+        tasks: names of the tasks, by task id; with router="task" alone.
+        task_labels: of each task the names of its classes, none for a score: one head per task in
+            `MoEBertForMultiTaskClassification`.
+        top_k: experts per token; above 1 with norm="layer" alone. None: 2 with router="task" and norm="layer", else 1.
+        norm: "expert" (MoEBERT's: residual and LayerNorm in each expert) or "layer" (one LayerNorm around the experts;
+            with router="task" alone). None: "layer" with router="task", else "expert".
         expert_dropout: dropout on the experts' output. None: `hidden_dropout_prob`.
         load_balance: weight of the gates' balance loss in `loss`.
         preset: "default" skips padding where an attention mask says so; "paper" routes and computes it, as published.
@@ -79,6 +87,10 @@ class MoEBertConfig(PreTrainedConfig):
     expert_size: int = 768
     shared: int = 512
     router: str = "hash-random"
+    tasks: list[str] | None = None
+    task_labels: dict[str, list[str]] | None = None
+    top_k: int | None = None
+    norm: str | None = None
     expert_dropout: float | None = None
     load_balance: float = 0.0
     preset: str = "default"
@@ -90,20 +102,52 @@ class MoEBertConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.route_padding is None:
             self.route_padding = self.preset == "paper"
+        if self.norm is None:
+            self.norm = "layer" if self.is_task_routed else "expert"
+        if self.top_k is None:
+            self.top_k = 2 if self.is_task_routed and self.norm == "layer" else 1
         super().__post_init__(**kwargs)
+        self.architectures = self.architectures or []  # transformers' Auto classes iterate over it
         self.check()
+        if self.task_labels is not None:  # one classifier for all tasks, of which each has some rows
+            names = [(task, self.task_labels[task]) for task in self.tasks or ()]
+            rows = [f"{task}: {label}" if label else task for task, labels in names for label in labels or [""]]
+            self.id2label = dict(enumerate(rows))
+            self.label2id = {row: number for number, row in enumerate(rows)}
 
     @property
     def is_hash_routed(self) -> bool:
         return self.router in HASH_ROUTERS
 
+    @property
+    def is_task_routed(self) -> bool:
+        return self.router == TASK_ROUTER
+
+    @property
+    def outputs_per_task(self) -> list[int]:
+        """With `task_labels`: of each task the number of classes, 1 for a score."""
+        return [len((self.task_labels or {})[name]) or 1 for name in self.tasks or ()]
+
+    def task_id(self, name: str) -> int:
+        """The number of a task.
+
+        Raises:
+            UserError: there is no such task, or the model does not route by task.
+        """
+        if name not in (self.tasks or ()):
+            have = ", ".join(self.tasks) if self.tasks else f"none (router={self.router!r})"
+            raise UserError(f"task: expected one of the model's tasks, {have}, got {name!r}")
+        return self.tasks.index(name)
+
     def check(self) -> None:
         """Raise a UserError that names the first field no model can be built from."""
-        for name, allowed in (("router", ROUTERS), ("preset", PRESETS), ("style", STYLES), ("hidden_act", ACTIVATIONS)):
+        for name, allowed in (
+            ("router", ROUTERS), ("preset", PRESETS), ("style", STYLES), ("hidden_act", ACTIVATIONS), ("norm", NORMS),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        for name in ("num_experts", "expert_size", "num_hidden_layers", "hidden_size", "vocab_size"):
+        for name in ("num_experts", "expert_size", "num_hidden_layers", "hidden_size", "vocab_size", "top_k"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
@@ -111,7 +155,26 @@ class MoEBertConfig(PreTrainedConfig):
             raise UserError(f"expert_dropout: expected a probability in [0, 1), got {self.expert_dropout!r}")
         if not self.load_balance >= 0:
             raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
+        self._check_tasks()
         if self.is_decoder or self.add_cross_attention:
             raise UserError("is_decoder: expected False, MoEBERT is an encoder, got True")
         if self.format_version != FORMAT_VERSION:
             raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")
+
+    def _check_tasks(self) -> None:
+        if not self.is_task_routed:
+            for name, only in (("tasks", None), ("task_labels", None), ("norm", "expert"), ("top_k", 1)):
+                if getattr(self, name) != only:
+                    got = getattr(self, name)
+                    raise UserError(f"{name}: expected {only!r} with router={self.router!r}, got {got!r}")
+            return
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"tasks: expected different names with router='task', got {self.tasks!r}")
+        if self.task_labels is not None and self.task_labels.keys() != set(self.tasks):
+            raise UserError(f"task_labels: expected labels of {', '.join(self.tasks)}, got {self.task_labels!r}")
+        most = 1 if self.norm == "expert" else self.num_experts
+        if self.top_k > most:
+            raise UserError(
+                f"top_k: expected at most {most} with num_experts={self.num_experts} and norm={self.norm!r}, "
+                f"got {self.top_k}"
+            )

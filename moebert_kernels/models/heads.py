@@ -69,20 +69,28 @@ class MoEBertForSequenceClassification(_WithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | int | None = None,
     ) -> MoEBertSequenceClassifierOutput | tuple[Any, ...]:
         """`labels`: (B,) int64, or float for regression, or (B, num_labels) float for several labels at once."""
         encoded = self.moebert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states, True,
+            output_attentions, output_hidden_states, True, task_ids,
         )  # fmt: skip
-        if self.config.style == "roberta":
-            logits = self.classifier(encoded.last_hidden_state)
-        else:
-            logits = self.classifier(self.dropout(encoded.pooler_output))
+        logits = self._logits(encoded)
         loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             loss = self._total(task_loss, encoded.balance_loss)
+        return self._output(loss, logits, encoded, return_dict)
+
+    def _logits(self, encoded: MoEBertModelOutput) -> Tensor:
+        if self.config.style == "roberta":
+            return self.classifier(encoded.last_hidden_state)
+        return self.classifier(self.dropout(encoded.pooler_output))
+
+    def _output(
+        self, loss: Tensor | None, logits: Tensor, encoded: MoEBertModelOutput, return_dict: bool | None
+    ) -> MoEBertSequenceClassifierOutput | tuple[Any, ...]:
         return self._returned(
             MoEBertSequenceClassifierOutput(loss=loss, logits=logits, **_extras(encoded)), return_dict
         )
@@ -108,11 +116,12 @@ class MoEBertForTokenClassification(_WithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | int | None = None,
     ) -> MoEBertTokenClassifierOutput | tuple[Any, ...]:
         """`labels`: (B, T) int64."""
         encoded = self.moebert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states, True,
+            output_attentions, output_hidden_states, True, task_ids,
         )  # fmt: skip
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None
@@ -142,11 +151,12 @@ class MoEBertForQuestionAnswering(_WithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | int | None = None,
     ) -> MoEBertQuestionAnsweringOutput | tuple[Any, ...]:
         """`start_positions`, `end_positions`: (B,) int64."""
         encoded = self.moebert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states, True,
+            output_attentions, output_hidden_states, True, task_ids,
         )  # fmt: skip
         start_logits, end_logits = (
             logits.squeeze(-1).contiguous() for logits in self.qa_outputs(encoded.last_hidden_state).split(1, dim=-1)
@@ -200,11 +210,12 @@ class MoEBertForMaskedLM(_WithHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | int | None = None,
     ) -> MoEBertMaskedLMOutput | tuple[Any, ...]:
         """`labels`: (B, T) int64."""
         encoded = self.moebert(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds,
-            output_attentions, output_hidden_states, True,
+            output_attentions, output_hidden_states, True, task_ids,
         )  # fmt: skip
         logits = self._head(encoded.last_hidden_state)
         loss = None

@@ -1,7 +1,7 @@
 """The MoEBERT encoder: transformers' BERT with a router and experts in place of each feed-forward layer.
 
 Under hash routing the experts follow from the token ids alone, so the groupings of all layers are built once, before
-the first layer. A gate needs its layer's input and groups there.
+the first layer. Under task routing they follow from the task. A gate needs its layer's input and routes there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.models.checkpoint import check_tensors, one_line_errors, read_config
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
-from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward
+from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
+from moebert_kernels.nn.task_router import checked_task_ids, route_tasks
 from moebert_kernels.ops.group_tokens import group_tokens_by_hash
 
 
@@ -37,24 +38,25 @@ class MoEBertLayer(GradientCheckpointingLayer):
         dropout = config.hidden_dropout_prob if config.expert_dropout is None else config.expert_dropout
         self.experts = MoEFeedForward(
             config.hidden_size, config.expert_size, config.num_experts,
-            activation=ACTIVATIONS[config.hidden_act], eps=config.layer_norm_eps, dropout=dropout,
+            activation=ACTIVATIONS[config.hidden_act], eps=config.layer_norm_eps, dropout=dropout, norm=config.norm,
         )  # fmt: skip
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, grouping: Grouping | None = None,
-        token_mask: Tensor | None = None, **attention_options: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, routing: Grouping | Tensor | None = None,
+        routing_weights: Tensor | None = None, token_mask: Tensor | None = None, **attention_options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Returns hidden states (B, T, H), attention probabilities and balance loss, each None if there is none.
 
         Args:
             hidden_states: (B, T, H).
             attention_mask: in the form the attention implementation takes.
-            grouping: of all B * T tokens, under hash routing.
+            routing, routing_weights: what is known before the first layer. Hash routing: the grouping of all B * T
+                tokens, and None. Task routing: expert ids and probabilities, (B, T, top_k). A gate: None.
             token_mask: (B, T), 0 where a token is padding; read by a gate.
         """
         hidden_states, attention = self.attention(hidden_states, attention_mask, **attention_options)
-        if grouping is not None:
-            return self.experts(hidden_states, grouping), attention, None
+        if routing is not None:
+            return self.experts(hidden_states, routing, routing_weights), attention, None
         expert_ids, routing_weights, balance_loss = self.router(hidden_states, token_mask)
         return self.experts(hidden_states, expert_ids, routing_weights), attention, balance_loss
 
@@ -70,6 +72,13 @@ class MoEBertEncoder(nn.Module):
         tables: list[Any] = [layer.router.table for layer in self.layer]
         mask = None if self.config.route_padding else token_mask
         return group_tokens_by_hash(token_ids, torch.stack(tables), self.config.num_experts, mask)
+
+    def route_tasks(self, task_ids: Tensor, x: Tensor, token_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Expert ids and probabilities (B, T, top_k) of every layer, under task routing."""
+        logits: list[Any] = [layer.router.logits for layer in self.layer]
+        mask = None if self.config.route_padding else token_mask
+        expert_ids, weights = route_tasks(torch.stack(logits), task_ids, self.config.top_k or 1, x.shape[1], mask)
+        return list(zip(expert_ids, weights.to(x.dtype), strict=True))
 
 
 class MoEBertPreTrainedModel(PreTrainedModel):
@@ -119,6 +128,15 @@ class MoEBertPreTrainedModel(PreTrainedModel):
                 module.resize(embeddings.num_embeddings)
         return embeddings
 
+    def set_task(self, name: str | None) -> None:
+        """Use this task where a forward is given no `task_ids`. None: ask for them. Not saved.
+
+        Raises:
+            UserError: there is no such task, or the model does not route by task.
+        """
+        base: Any = self.base_model
+        base.task_id = None if name is None else self.config.task_id(name)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -130,6 +148,8 @@ class MoEBertPreTrainedModel(PreTrainedModel):
             init.ones_(module.norm_weight)
         elif isinstance(module, HashRouter):
             init.copy_(module.table, _new_table(self.config))
+        elif isinstance(module, TaskRouter):
+            init.normal_(module.logits, std=self.config.initializer_range)
         elif isinstance(module, (BertLMPredictionHead, RobertaLMHead)):
             init.zeros_(module.bias)
         elif isinstance(module, (BertEmbeddings, RobertaEmbeddings)):
@@ -145,6 +165,8 @@ class MoEBertModel(MoEBertPreTrainedModel):
         self.embeddings: Any = RobertaEmbeddings(config) if config.style == "roberta" else BertEmbeddings(config)
         self.encoder = MoEBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
+        # where a forward is given none; see `set_task`
+        self.task_id: int | None = 0 if config.is_task_routed and len(config.tasks or ()) == 1 else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -163,6 +185,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        task_ids: Tensor | int | None = None,
     ) -> MoEBertModelOutput | tuple[Any, ...]:
         """As transformers' BertModel.
 
@@ -172,9 +195,11 @@ class MoEBertModel(MoEBertPreTrainedModel):
                 `config.route_padding`. A mask of more dimensions reaches the attention only.
             token_type_ids, position_ids: (B, T) int64.
             inputs_embeds: (B, T, H), used instead of the word embeddings.
+            task_ids: (B,) integers, or one for all sequences; read under task routing alone. None: the task that
+                `set_task` named, or the only one. A tensor on a GPU is read back once to be checked; an int is not.
 
         Raises:
-            UserError: no input, or no token ids under hash routing.
+            UserError: no input, no token ids under hash routing, or no task or one out of range under task routing.
         """
         config = self.config
         self._check_inputs(input_ids, inputs_embeds)
@@ -193,15 +218,22 @@ class MoEBertModel(MoEBertPreTrainedModel):
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
         layers = self.encoder.layer
-        groupings = self.encoder.group_tokens(input_ids, token_mask) if config.is_hash_routed else [None] * len(layers)
+        routings: list[tuple[Grouping | Tensor | None, Tensor | None]]
+        if config.is_hash_routed:
+            routings = [(grouping, None) for grouping in self.encoder.group_tokens(input_ids, token_mask)]
+        elif config.is_task_routed:
+            checked = self.checked_task_ids(task_ids, hidden_states)
+            routings = [*self.encoder.route_tasks(checked, hidden_states, token_mask)]
+        else:
+            routings = [(None, None)] * len(layers)
         options = {"output_attentions": True} if output_attentions else {}
 
         all_hidden_states = [hidden_states]
         all_attentions = []
         balance_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        for layer, grouping in zip(layers, groupings, strict=True):
+        for layer, (routing, weights) in zip(layers, routings, strict=True):
             hidden_states, attention, layer_balance = layer(
-                hidden_states, attention_bias, grouping, token_mask, **options
+                hidden_states, attention_bias, routing, weights, token_mask, **options
             )
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
@@ -219,6 +251,18 @@ class MoEBertModel(MoEBertPreTrainedModel):
         )
         return output if return_dict else output.to_tuple()
 
+    def checked_task_ids(self, task_ids: Tensor | int | None, like: Tensor) -> Tensor:
+        """The task of every sequence, (B,) int64 on the device of `like` (B, ...); see `forward`.
+
+        Raises:
+            UserError: none is given and none is set, or one is out of range.
+        """
+        task_ids = self.task_id if task_ids is None else task_ids
+        names = self.config.tasks or []
+        if task_ids is None:
+            raise UserError(f"task_ids: expected an id for each of {', '.join(names)}, or set_task before, got None")
+        return checked_task_ids(task_ids, len(names), like.shape[0], like.device)
+
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
         if input_ids is None:
             if inputs_embeds is None:
@@ -235,10 +279,13 @@ class MoEBertModel(MoEBertPreTrainedModel):
             )
 
 
-def _make_router(config: MoEBertConfig) -> HashRouter | GateRouter:
+def _make_router(config: MoEBertConfig) -> HashRouter | GateRouter | TaskRouter:
     if config.is_hash_routed:
         # Filled by `_init_weights` in a new model, by the checkpoint in a loaded one.
         return HashRouter(torch.zeros(config.vocab_size, dtype=torch.int64), config.num_experts)
+    if config.is_task_routed:
+        num_tasks, top_k = len(config.tasks or ()), config.top_k or 1
+        return TaskRouter(num_tasks, config.num_experts, top_k, route_padding=bool(config.route_padding))
     return GateRouter(
         config.hidden_size, config.num_experts, "token" if config.router == "gate-token" else "sentence",
         original_batch1=config.original_batch1, route_padding=config.route_padding,

@@ -3,5 +3,6 @@
 from moebert_kernels.nn.gate_router import GateRouter, balance_loss
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.nn.moe_feed_forward import MoEFeedForward
+from moebert_kernels.nn.task_router import TaskRouter
 
-__all__ = ["GateRouter", "HashRouter", "MoEFeedForward", "balance_loss"]
+__all__ = ["GateRouter", "HashRouter", "MoEFeedForward", "TaskRouter", "balance_loss"]

@@ -1,17 +1,24 @@
-"""The mixture-of-experts feed-forward layer of MoEBERT, with the residual and LayerNorm inside each expert."""
+"""The mixture-of-experts feed-forward layer with its residual and LayerNorm, in each expert or around all of them."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_kernels.activation import is_gated
+from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 
 
 class MoEFeedForward(nn.Module):
-    """y = p * LayerNorm_e(x + dropout(w2_e act(w1_e x + b1_e) + b2_e)), one expert per token; y = x where skipped.
+    """The experts, FFN_e(x) = w2_e act(w1_e x + b1_e) + b2_e, and what a post-norm encoder has around them.
+
+    With a norm per expert, MoEBERT's form: y = p * LayerNorm_e(x + dropout(FFN_e(x))), one expert per token; y = x
+    where skipped. With one norm per layer: y = LayerNorm(x + dropout(sum_j p_j FFN_ej(x))), any number of experts per
+    token; y = LayerNorm(x) where skipped.
 
     Args:
         hidden_size: H.
@@ -20,15 +27,24 @@ class MoEFeedForward(nn.Module):
         activation: one of the ops' names; see `fused_moe_ffn_add_norm`. Gated ones double the rows of `w1`.
         eps: of the LayerNorms.
         dropout: probability, applied to the output of the second matrix in training.
+        norm: "expert" or "layer".
 
-    Parameters: w1 (E, I, H), b1 (E, I), w2 (E, H, I), b2 (E, H), norm_weight and norm_bias (E, H).
+    Parameters: w1 (E, I, H), b1 (E, I), w2 (E, H, I), b2 (E, H), norm_weight and norm_bias (E, H), or (H,) with one
+    norm per layer.
+
+    Raises:
+        UserError: another `norm`.
     """
 
     def __init__(
         self, hidden_size: int, expert_size: int, num_experts: int, *,
         activation: str = "gelu", eps: float = 1e-12, dropout: float = 0.0,
+        norm: str = "expert",
     ) -> None:  # fmt: skip
         super().__init__()
+        if norm not in ("expert", "layer"):
+            raise UserError(f"norm: expected 'expert' or 'layer', got {norm!r}")
+        self.norm = norm
         self.activation = activation
         self.eps = eps
         self.dropout = dropout
@@ -37,8 +53,9 @@ class MoEFeedForward(nn.Module):
         self.b1 = nn.Parameter(torch.empty(num_experts, rows))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
         self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.norm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        norm_shape = (num_experts, hidden_size) if norm == "expert" else (hidden_size,)
+        self.norm_weight = nn.Parameter(torch.empty(norm_shape))
+        self.norm_bias = nn.Parameter(torch.empty(norm_shape))
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -50,16 +67,24 @@ class MoEFeedForward(nn.Module):
         nn.init.ones_(self.norm_weight)
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """Apply to each token its expert.
+        """Apply to each token its experts.
 
         Args:
             x: (..., H) float.
-            routing: a Grouping of the flattened tokens, or expert ids of shape (...).
-            routing_weights: (...) of the dtype of x, multiplied with the output; None means 1.
+            routing: a Grouping of the flattened tokens, or expert ids of shape (...), or (..., top_k) with one norm
+                per layer.
+            routing_weights: p, the shape of the ids and the dtype of x; None means 1.
 
         Returns:
             (..., H), dtype of x (float32 under autocast).
         """
+        if self.norm == "layer":
+            y = fused_moe_ffn(
+                x, routing, self.w1, self.b1, self.w2, self.b2,
+                routing_weights=routing_weights, activation=self.activation,
+            )  # fmt: skip
+            y = x + F.dropout(y, self.dropout, self.training)
+            return F.layer_norm(y, self.norm_weight.shape, self.norm_weight, self.norm_bias, self.eps)
         return fused_moe_ffn_add_norm(
             x, routing, self.w1, self.b1, self.w2, self.b2, self.norm_weight, self.norm_bias,
             routing_weights=routing_weights, eps=self.eps, activation=self.activation,
@@ -70,5 +95,5 @@ class MoEFeedForward(nn.Module):
         num_experts, hidden_size, expert_size = self.w2.shape
         return (
             f"hidden_size={hidden_size}, expert_size={expert_size}, num_experts={num_experts}, "
-            f"activation={self.activation!r}, eps={self.eps}, dropout={self.dropout}"
+            f"activation={self.activation!r}, eps={self.eps}, dropout={self.dropout}, norm={self.norm!r}"
         )

@@ -4,6 +4,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig
 from tests.models import tiny
 
+TASKS = {"router": "task", "tasks": ["a", "b"]}
+
 
 @pytest.mark.parametrize(
     "field, message",
@@ -13,7 +15,7 @@ from tests.models import tiny
         ({"expert_size": 0}, "expert_size: expected an integer of at least 1, got 0"),
         (
             {"router": "hash"},
-            "router: expected one of hash-random, hash-balance, gate-token, gate-sentence, got 'hash'",
+            "router: expected one of hash-random, hash-balance, gate-token, gate-sentence, task, got 'hash'",
         ),
         ({"preset": "mine"}, "preset: expected one of default, paper, got 'mine'"),
         ({"style": "t5"}, "style: expected one of bert, roberta, got 't5'"),
@@ -21,6 +23,19 @@ from tests.models import tiny
         ({"load_balance": -1.0}, "load_balance: expected a number of at least 0, got -1.0"),
         ({"format_version": 2}, "format_version: expected 1, got 2"),
         ({"is_decoder": True}, "is_decoder: expected False, MoEBERT is an encoder, got True"),
+        ({"norm": "none"}, "norm: expected one of expert, layer, got 'none'"),
+        ({"norm": "layer"}, "norm: expected 'expert' with router='hash-random', got 'layer'"),
+        ({"tasks": ["a"]}, "tasks: expected None with router='hash-random', got ['a']"),
+        ({"router": "gate-token", "top_k": 2}, "top_k: expected 1 with router='gate-token', got 2"),
+        ({"router": "task"}, "tasks: expected different names with router='task', got None"),
+        ({**TASKS, "tasks": ["a", "a"]}, "tasks: expected different names with router='task', got ['a', 'a']"),
+        ({**TASKS, "top_k": 0}, "top_k: expected an integer of at least 1, got 0"),
+        ({**TASKS, "top_k": 5}, "top_k: expected at most 4 with num_experts=4 and norm='layer', got 5"),
+        (
+            {**TASKS, "norm": "expert", "top_k": 2},
+            "top_k: expected at most 1 with num_experts=4 and norm='expert', got 2",
+        ),
+        ({**TASKS, "task_labels": {"a": []}}, "task_labels: expected labels of a, b, got {'a': []}"),
     ],
 )
 def test_rejects(field, message):
@@ -52,3 +67,22 @@ def test_survives_json():
     again = MoEBertConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()
     assert again.num_labels == 5 and again.route_padding
+
+
+def test_task_routing_survives_json():
+    config = tiny.config(**TASKS, task_labels={"b": ["no", "yes"], "a": []})
+    assert (config.norm, config.top_k, config.num_labels, config.outputs_per_task) == ("layer", 2, 3, [1, 2])
+    assert config.id2label == {0: "a", 1: "b: no", 2: "b: yes"}
+    again = MoEBertConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert tiny.config(**TASKS, norm="expert").top_k == 1
+
+
+def test_a_task_has_a_number():
+    assert tiny.config(**TASKS).task_id("b") == 1
+    with pytest.raises(UserError, match="task: expected one of the model's tasks, a, b, got 'c'"):
+        tiny.config(**TASKS).task_id("c")
+    with pytest.raises(
+        UserError, match=r"task: expected one of the model's tasks, none \(router='hash-random'\), got 'c'"
+    ):
+        tiny.config().task_id("c")

@@ -17,7 +17,7 @@ HEADS = {
     "qa": MoEBertForQuestionAnswering,
     "mlm": MoEBertForMaskedLM,
 }
-ROUTERS = ("hash-random", "hash-balance", "gate-token", "gate-sentence")
+ROUTERS = ("hash-random", "hash-balance", "gate-token", "gate-sentence", "task")
 STYLES = ("bert", "roberta")
 
 
@@ -26,6 +26,8 @@ def config(**changes):
         "vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
         "max_position_embeddings": 24, "expert_size": 12, "initializer_range": 0.2,
     }  # fmt: skip
+    if changes.get("router") == "task":
+        fields["tasks"] = ["only"]  # which a model takes when it is told none
     return MoEBertConfig(**(fields | changes))
 
 

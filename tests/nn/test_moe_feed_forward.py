@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moebert_kernels import group_tokens, reference
+from moebert_kernels.errors import UserError
 from moebert_kernels.nn import MoEFeedForward
 
 H, I, E = 6, 5, 3
@@ -19,8 +20,32 @@ def test_is_the_reference(activation):
         torch.testing.assert_close(layer(x, routing, weights), wanted.view_as(x))
 
 
-def test_dropout_only_in_training():
-    layer = MoEFeedForward(H, I, E, dropout=0.5)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_norm_around_the_experts_is_the_reference(activation, top_k):
+    layer = MoEFeedForward(H, I, E, activation=activation, norm="layer", eps=1e-5).double()
+    with torch.no_grad():
+        for norm in (layer.norm_weight, layer.norm_bias):
+            norm.copy_(torch.randn(H))
+    x, ids = torch.randn(2, 4, H, dtype=torch.float64), torch.randint(-1, E, (2, 4, top_k))
+    weights = torch.rand(2, 4, top_k, dtype=torch.float64)
+    mixed = reference.fused_moe_ffn(
+        x.view(-1, H), ids.view(-1, top_k), layer.w1, layer.b1, layer.w2, layer.b2,
+        routing_weights=weights.view(-1, top_k), activation=activation,
+    )  # fmt: skip
+    wanted = torch.nn.functional.layer_norm(x + mixed.view_as(x), (H,), layer.norm_weight, layer.norm_bias, 1e-5)
+    for routing in (ids, group_tokens(ids.view(-1, top_k), E)):
+        torch.testing.assert_close(layer(x, routing, weights), wanted)
+
+
+def test_rejects_an_unknown_norm():
+    with pytest.raises(UserError, match="norm: expected 'expert' or 'layer', got 'pre'"):
+        MoEFeedForward(H, I, E, norm="pre")
+
+
+@pytest.mark.parametrize("norm", ["expert", "layer"])
+def test_dropout_only_in_training(norm):
+    layer = MoEFeedForward(H, I, E, dropout=0.5, norm=norm)
     x, ids = torch.randn(9, H), torch.randint(0, E, (9,))
     assert not torch.equal(layer(x, ids), layer(x, ids))
     torch.manual_seed(3)
