@@ -23,8 +23,8 @@ SAME_EVERYWHERE = ("commit", "device", "cpu", "gpu", "torch")  # in the environm
 INTRODUCTION = (
     "Written by `python -m benchmarks report` from the JSON files beside it; how each number is measured:"
     " [benchmarks/README.md](../../README.md). Times are medians of interleaved rounds with their quartiles; `2.00x` is"
-    f" twice the baseline's speed. {', '.join(f'`{name}`' for name in BOUNDS)} do less than the case asks for: they show"
-    " what can be reached, and no loss is counted against them."
+    f" twice the baseline's speed. {', '.join(f'`{name}`' for name in BOUNDS)} do less than the case asks for: they"
+    " show what can be reached, and no loss is counted against them."
 )
 ROOF_NOTE = (
     "The roof is the longer of FLOPs over a large matrix product's rate and bytes over a device copy's, both measured"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,53 +51,63 @@ def evaluate(
 
 def bench(
     model: o.ModelName,
-    baseline: Annotated[str, typer.Option("--baseline", help="The model to compare with.")],
+    against: Annotated[str, typer.Option("--against", help="The model to compare with.")],
     task: o.OptionalTaskName = None,
     data: o.Data = None,
     output: o.OptionalOutputFile = None,
     seed: o.Seed = 0,
-    batch_size: o.BatchSize = 8,
-    length: Annotated[int, typer.Option("--length", min=1, help="Tokens of each sequence, without --task.")] = 128,
+    batch_size: Annotated[
+        list[int] | None, typer.Option("--batch-size", min=1, help="Sequences at once; may be repeated. Default: 8.")
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--length",
+            min=1,
+            help="Tokens of each random sequence, with --task at most of each text; may be repeated. Default: 128, with"
+            " --task the preset's.",
+        ),
+    ] = None,
     split: o.Split = "validation",
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each runs both models once.")] = 21,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: float32, on a GPU bfloat16."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each times both models once.")] = 21,
 ) -> None:
-    """Compare the speed of two models: medians of runs in turns, on random tokens or on a batch of a task's."""
-    from moebert_kernels.demo.report import aligned, millions
-    from moebert_kernels.demo.timing import interleaved_medians, parameter_counts, random_inputs
+    """Compare the speed of two models: medians of runs in turns, on random tokens or on a task's padded batches.
+
+    The ops are checked against their reference first. On a GPU, CUDA events time replays of CUDA graphs.
+    """
+    from moebert_kernels.demo.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.distill.loading import load_encoder
     from moebert_kernels.doctor import self_test
 
     if output is not None:
         check_writable(output.absolute().parent)
+    device = inputs.device()
+    wanted = chosen_dtype(dtype, device)
     broken = [op for op, result in self_test().items() if not result["ok"]]
     if broken:
         raise UserError(f"{broken[0]}: expected to agree with its reference, got something else; see moebert doctor")
-    models = {name: load_encoder(path).to(inputs.device()) for name, path in (("model", model), ("baseline", baseline))}
+    paths = {"model": model, "against": against}
+    models = {name: load_encoder(path).to(device, wanted) for name, path in paths.items()}
     if task is None:
-        vocabulary = min(encoder.config.vocab_size for encoder in models.values())
-        for encoder in models.values():
-            if length > encoder.config.max_position_embeddings:
-                positions = encoder.config.max_position_embeddings
-                raise UserError(f"length: expected at most {positions}, the model's positions, got {length}")
-        ids, mask = random_inputs(vocabulary, batch_size or 8, length, seed)
+        batches = _random_batches(models.values(), batch_size or [8], length or [128], seed)
     else:
-        ids, mask = _first_batch(model, task, data, split, text_column, label_column, batch_size or 8)
-    times = interleaved_medians(models, ids, mask, rounds)
-    rows = [("", "parameters", "active", "FFN ms", "model ms")]
-    for name, encoder in models.items():
-        counts = parameter_counts(encoder)
-        times[name] |= counts
-        rows.append((name, millions(counts["total_parameters"]), millions(counts["active_parameters"]),
-                     f"{times[name]['ffn_ms']:.1f}", f"{times[name]['model_ms']:.1f}"))  # fmt: skip
-    speedup = times["baseline"]["model_ms"] / times["model"]["model_ms"]
-    print(aligned(rows))
-    print(
-        f"speed-up {speedup:.2f} (B={ids.shape[0]} T={ids.shape[1]}, {int(mask.sum())} real tokens, {inputs.device()})"
-    )
+        batches = _task_batches(
+            model, task, data, split, text_column, label_column, batch_size or [8], length or [None]
+        )  # fmt: skip
+    result = {
+        "environment": environment(device, wanted), "rounds": rounds,
+        "models": {name: {"path": str(paths[name])} | sizes_of(encoder) for name, encoder in models.items()},
+        "cases": [compare(models, ids, mask, rounds) for ids, mask in batches],
+    }  # fmt: skip
+    print(text_table(result))
     if output is not None:
-        _write_json(output, {"shape": list(ids.shape), "real_tokens": int(mask.sum()), "speedup": speedup, **times})
+        _write_json(output, result)
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For bug reports.")] = False) -> None:
@@ -118,19 +129,40 @@ def demo(
     run_demo(output, quick=quick, seed=seed)
 
 
-def _first_batch(
-    model: str, task: str, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str, B: int
-) -> tuple[Any, Any]:
-    """Ids and mask of the split's first sentences, padded as in evaluation."""
+def _random_batches(
+    models: Iterable[Any], batch_sizes: list[int], lengths: list[int], seed: int
+) -> list[tuple[Any, Any]]:
+    """Ids and mask of random tokens, one batch for each size and length."""
+    from moebert_kernels.demo.timing import random_inputs
+
+    models = list(models)
+    positions = min(model.config.max_position_embeddings for model in models)
+    if max(lengths) > positions:
+        raise UserError(f"length: expected at most {positions}, the models' positions, got {max(lengths)}")
+    vocabulary = min(model.config.vocab_size for model in models)
+    return [random_inputs(vocabulary, B, T, seed) for B in batch_sizes for T in lengths]
+
+
+def _task_batches(
+    model: str, task: str, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str,
+    batch_sizes: list[int], lengths: Sequence[int | None],
+) -> list[tuple[Any, Any]]:  # fmt: skip
+    """Ids and mask of the split's first texts, padded as in evaluation."""
     from moebert_kernels.distill.features import tokenize
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, split)
-    rows = loaded.split(split)
-    length = inputs.max_length_for(load_config(model), loaded.task, None)
-    features = tokenize(rows.select(range(min(B, len(rows)))), loaded.task, load_tokenizer(model), length)
-    batch = features.collate(range(min(B, len(features))))
-    return batch["input_ids"], batch["attention_mask"]
+    rows, config, tokenizer = loaded.split(split), load_config(model), load_tokenizer(model)
+    batches = []
+    for B in batch_sizes:
+        if len(rows) < B:
+            raise UserError(f"batch_size: expected at most {len(rows)}, the rows of {split}, got {B}")
+        for length in lengths:
+            at_most = inputs.max_length_for(config, loaded.task, length)
+            features = tokenize(rows.select(range(B)), loaded.task, tokenizer, at_most)
+            batch = features.collate(range(B))
+            batches.append((batch["input_ids"], batch["attention_mask"]))
+    return batches
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

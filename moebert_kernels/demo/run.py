@@ -16,7 +16,7 @@ import transformers
 from moebert_kernels.demo.data import DATA_PACKAGE, MODEL_PACKAGE, REVIEWS, base_model, cache_folder, movie_reviews
 from moebert_kernels.demo.report import chart, difference, percent, text_table, write_report
 from moebert_kernels.demo.study import FULL, QUICK, Recipe, Study
-from moebert_kernels.demo.timing import interleaved_medians, random_inputs
+from moebert_kernels.demo.timing import compare_models, random_inputs
 from moebert_kernels.distill.loading import load_model
 from moebert_kernels.distill.progress import quiet_transformers
 
@@ -79,8 +79,11 @@ def with_times(results: Sequence[Mapping[str, Any]], rounds: int = 21) -> list[d
         models = {result["name"]: load_model(result["path"], REVIEWS) for result in results}
     B, T = TIMED_SHAPE
     vocabulary = min(model.config.vocab_size for model in models.values())
-    times = interleaved_medians(models, *random_inputs(vocabulary, B, T), rounds=rounds)
-    return [dict(result) | times[result["name"]] for result in results]
+    times = compare_models(models, *random_inputs(vocabulary, B, T), rounds=rounds)
+    return [
+        dict(result) | {unit: times[result["name"]][unit]["median"] for unit in ("ffn_ms", "model_ms")}
+        for result in results
+    ]
 
 
 def make_report(results: Sequence[Mapping[str, Any]], recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -2,53 +2,73 @@
 
 from __future__ import annotations
 
+import random
 import statistics
-import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.demo.clocks import peak_mib, timer
+
 WARM_UP = 3
+PARTS = ("router", "experts", "intermediate", "output")  # of a layer, after its attention
 
 
-@torch.inference_mode()
-def interleaved_medians(
+def compare_models(
     models: Mapping[str, nn.Module], input_ids: Tensor, attention_mask: Tensor, rounds: int = 21
-) -> dict[str, dict[str, float]]:
-    """Median times of whole models and of their feed-forward layers, in milliseconds.
+) -> dict[str, dict[str, Any]]:
+    """Times of whole models and of their feed-forward layers, in milliseconds, with quartiles over rounds.
 
     Args:
-        models: BERT-style models of transformers or MoEBERTs, on one device.
+        models: BERT-style models of transformers or MoEBERTs, on one device. Ratios are over the last one.
         input_ids, attention_mask: (B, T) int64.
-        rounds: each of them runs every model once.
+        rounds: each of them times every model and all its feed-forward layers, in an order that changes.
 
     Returns:
-        name -> `model_ms`, and `ffn_ms`: everything from a layer's attention to its output, summed over the layers,
-        with the grouping of the tokens.
+        name -> `model_ms`, `ffn_ms` and the ratios `model_speed`, `ffn_speed`, each {"q1", "median", "q3"};
+        `tokens_per_s`, of real tokens; `peak_mib` of one call beyond what was there, None on a CPU; `how`, on a GPU
+        "graph" or "eager". `ffn_ms` is everything from a layer's attention to its output, summed over the layers, with
+        the grouping of the tokens, on the inputs that the model gives them.
     """
     device: Any = next(iter(models.values())).device
     batch = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-    times: dict[str, dict[str, list[float]]] = {name: {"model_ms": [], "ffn_ms": []} for name in models}
-    with ExitStack() as stack:
-        clocks = {name: stack.enter_context(_FfnClock(model, device)) for name, model in models.items()}
-        for model in models.values():
-            stack.callback(model.train, model.training)
-            model.eval()
+    with evaluating(models.values()), torch.inference_mode():
+        timers = {}
+        for name, model in models.items():
+            timers[name, "model"] = timer(partial(model, **batch), device)
+            timers[name, "ffn"] = timer(feed_forwards(model, batch), device)
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
+        order, shuffle = list(timers), random.Random(0).shuffle
         for number in range(-WARM_UP, rounds):
-            for name, model in models.items():
-                clocks[name].reset()
-                start = _now(device)
-                model(**batch)
-                whole = _now(device) - start
+            shuffle(order)
+            for key in order:
+                elapsed_ms = statistics.median(timers[key].warm_ms())
                 if number >= 0:
-                    times[name]["model_ms"].append(1e3 * whole)
-                    times[name]["ffn_ms"].append(1e3 * (clocks[name].seconds + _grouping_time(model, batch, device)))
-    return {
-        name: {unit: statistics.median(values) for unit, values in measured.items()} for name, measured in times.items()
-    }
+                    times[key].append(elapsed_ms)
+        peaks = {name: peak_mib(partial(model, **batch), device) for name, model in models.items()}
+    *_, last = models
+    real_tokens = int(attention_mask.sum())
+    result: dict[str, dict[str, Any]] = {}
+    for name in models:
+        entry: dict[str, Any] = {}
+        for part in ("model", "ffn"):
+            entry[f"{part}_ms"] = quartiles(times[name, part])
+            pairs = zip(times[last, part], times[name, part], strict=True)
+            entry[f"{part}_speed"] = quartiles([theirs / ours for theirs, ours in pairs])
+        entry["tokens_per_s"] = 1e3 * real_tokens / entry["model_ms"]["median"]
+        result[name] = entry | {"peak_mib": peaks[name], "how": timers[name, "model"].how}
+    return result
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"q1": values[0], "median": values[0], "q3": values[0]}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"q1": q1, "median": median, "q3": q3}
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -68,52 +88,37 @@ def random_inputs(vocab_size: int, B: int, T: int, seed: int = 0) -> tuple[Tenso
     return ids, torch.ones_like(ids)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
+    """What runs all feed-forward layers on what the model gives them when it sees `batch`; returns the last output."""
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((module, args, kwargs))
+
+    encoder = getattr(model, "base_model", model).encoder
+    with ExitStack() as stack:
+        for layer in encoder.layer:
+            for part in (getattr(layer, name) for name in PARTS if hasattr(layer, name)):
+                stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
+        model(**batch)
+    hashed = getattr(model.config, "is_hash_routed", False)
+
+    def run() -> Any:
+        if hashed:
+            encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
+        y = None
+        for module, args, kwargs in calls:
+            y = module(*args, **kwargs)
+        return y
+
+    return run
 
 
-def _layers(model: Any) -> nn.ModuleList:
-    return getattr(model, "base_model", model).encoder.layer
-
-
-def _grouping_time(model: Any, batch: Mapping[str, Tensor], device: torch.device) -> float:
-    """Of all layers' tokens, which the model groups outside its layers."""
-    if not getattr(model.config, "is_hash_routed", False):
-        return 0.0
-    start = _now(device)
-    getattr(model, "base_model", model).encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
-    return _now(device) - start
-
-
-class _FfnClock:
-    """While entered, adds up the time that a model spends in its feed-forward layers."""
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        self._model, self._device = model, device
-        self.seconds = 0.0
-        self._start = 0.0
-
-    def reset(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> _FfnClock:
-        self._handles = []
-        for layer in _layers(self._model):
-            modules = (
-                (layer.experts, layer.experts) if hasattr(layer, "experts") else (layer.intermediate, layer.output)
-            )
-            self._handles.append(modules[0].register_forward_pre_hook(self._begin))
-            self._handles.append(modules[1].register_forward_hook(self._end))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, *_: object) -> None:
-        self._start = _now(self._device)
-
-    def _end(self, *_: object) -> None:
-        self.seconds += _now(self._device) - self._start
+@contextmanager
+def evaluating(models: Any) -> Iterator[None]:
+    """Dropout off while entered."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(model.train, model.training)
+            model.eval()
+        yield

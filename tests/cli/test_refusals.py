@@ -212,3 +212,15 @@ def test_bad_options(base, data, tmp_path):
     assert refused("eval", "--model", base, "--task", "sst2", "--text-column", "t").startswith("text-column: expected")
     assert CliRunner().invoke(app, ["eval", "--model", str(base)]).exit_code == 2  # typer's own: --task is missing
     write_base(tmp_path / "wide", hidden_act="gelu_new")
+
+
+def test_bench(base, data):
+    both = ("--model", base, "--against", base)
+    assert refused("bench", *both, "--length", 8, "--length", 25) == (
+        "length: expected at most 24, the models' positions, got 25"
+    )
+    assert refused("bench", *both, "--dtype", "bf16") == (
+        "dtype: expected one of float32, bfloat16, float16, got bf16"
+    )  # fmt: skip
+    line = refused("bench", *both, *TABLE, "--data", data, "--batch-size", 65)
+    assert line == "batch_size: expected at most 64, the rows of validation, got 65"

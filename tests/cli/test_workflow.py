@@ -187,16 +187,33 @@ def test_squad_goes_all_the_way(base, tmp_path):
     assert "exact_match" in done("eval", "--model", tmp_path / "student", *common)
 
 
-@pytest.mark.parametrize("task", [("--task", "custom"), ()])
-def test_bench_compares(teacher, moe, data, task, tmp_path):
-    words = (*TABLE[2:], "--data", data) if task else ("--length", 12)
+def test_bench_compares_on_random_tokens(teacher, moe, tmp_path):
     out = tmp_path / "bench.json"
-    text = done("bench", "--model", moe, "--baseline", teacher, "--rounds", 2, "--output", out, *task, *words)
-    assert "speed-up" in text
+    words = ("--length", 12, "--length", 20, "--batch-size", 1, "--batch-size", 3, "--rounds", 2, "--output", out)
+    text = done("bench", "--model", moe, "--against", teacher, *words)
+    assert "B=3 T=20, 60 real tokens" in text and "of 2 rounds in turns, float32" in text
     result = json.loads(out.read_text())
-    assert result["speedup"] > 0
-    assert 0 < result["model"]["ffn_ms"] < result["model"]["model_ms"]
-    assert result["model"]["active_parameters"] < result["model"]["total_parameters"]
+    assert [(case["batch_size"], case["length"]) for case in result["cases"]] == [(1, 12), (1, 20), (3, 12), (3, 20)]
+    sizes = result["models"]
+    assert sizes["model"]["active_parameters"] < sizes["model"]["total_parameters"]
+    assert sizes["against"]["active_parameters"] == sizes["against"]["total_parameters"]
+    assert sizes["against"]["weights_mib"] >= 4 * sizes["against"]["total_parameters"] / 2**20
+    for case in result["cases"]:
+        for entry in case["providers"].values():
+            assert entry["ffn_ms"]["median"] > 0
+            assert entry["model_ms"]["q1"] <= entry["model_ms"]["median"] <= entry["model_ms"]["q3"]
+            assert entry["tokens_per_s"] * entry["model_ms"]["median"] == pytest.approx(1e3 * case["real_tokens"])
+        assert case["providers"]["against"]["model_speed"]["median"] == 1
+
+
+def test_bench_compares_on_padded_batches_of_a_task(teacher, moe, data, tmp_path):
+    out = tmp_path / "bench.json"
+    words = (*TABLE, "--data", data, "--batch-size", 8, "--length", 8, "--rounds", 1, "--dtype", "bfloat16")
+    text = done("bench", "--model", moe, "--against", teacher, *words, "--output", out)
+    result = json.loads(out.read_text())
+    (case,) = result["cases"]
+    assert case["length"] == 8 and 8 < case["real_tokens"] < 64  # cut at 8 tokens, the shortest texts padded
+    assert result["environment"]["dtype"] == "bfloat16" and "bfloat16" in text
 
 
 def test_doctor_runs():
