@@ -51,11 +51,11 @@ class GateRouter(nn.Module):
         valid = None if attention_mask is None else attention_mask != 0
         counted = None if self.route_padding else valid
         if self.per == "token":
-            probabilities = self._probabilities(x)
+            probabilities = gate_probabilities(self.gate, x)
             weights, expert_ids = probabilities.max(dim=-1)
             loss = balance_loss(probabilities, expert_ids, counted)
         else:
-            probabilities = self._probabilities(_masked_mean(x, valid))
+            probabilities = gate_probabilities(self.gate, _masked_mean(x, valid))
             weights, expert_ids = probabilities.max(dim=-1)
             loss = balance_loss(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
             weights, expert_ids = (v.unsqueeze(1).expand(x.shape[:2]) for v in (weights, expert_ids))
@@ -65,14 +65,19 @@ class GateRouter(nn.Module):
             return expert_ids, None, torch.zeros_like(loss)
         return expert_ids, weights.to(x.dtype), loss
 
-    def _probabilities(self, x: Tensor) -> Tensor:
-        # Two experts' logits often differ by less than a bfloat16 step, so autocast does not reach the gate.
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x.to(self.gate.weight.dtype))
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
-
     def extra_repr(self) -> str:
         return f"per={self.per!r}, original_batch1={self.original_batch1}, route_padding={self.route_padding}"
+
+
+def gate_probabilities(gate: nn.Linear, x: Tensor, noise: float = 0.0) -> Tensor:
+    """softmax(gate(x)) in at least float32; `noise` is the standard deviation of what is added to the logits."""
+    # Two experts' logits often differ by less than a bfloat16 step, so autocast does not reach the gate.
+    with torch.autocast(x.device.type, enabled=False):
+        logits = gate(x.to(gate.weight.dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if noise:
+            logits = logits + noise * torch.randn_like(logits)
+        return logits.softmax(dim=-1)
 
 
 def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:

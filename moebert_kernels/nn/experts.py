@@ -1,0 +1,210 @@
+"""Expert feed-forwards that own parameters: shared-core (MPOE) experts, and dense ones with the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moebert_kernels.activation import ACTIVATIONS, is_gated
+from moebert_kernels.errors import UserError
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.nn.hot_experts import HotExperts
+from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, shared_fold
+from moebert_kernels.ops._routing import resolve_routing
+from moebert_kernels.ops.expert_gemm import expert_gemm
+from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
+
+BIASES = ("none", "expert", "shared")
+GEGLU_TANH = "geglu_tanh"  # T5 v1.1's gate, of no fused op: two `expert_gemm`s and the gate between them
+
+
+class Experts(nn.Module):
+    """y[t] = sum_j p[t, j] (w2[e] dropout(act(w1[e] x[t] + b1[e])) + b2[e]): what all kinds of experts share.
+
+    Args:
+        hidden_size: H.
+        expert_size: I.
+        num_experts: E.
+        activation: a name of `fused_moe_ffn`, or "geglu_tanh"; gated ones double the rows of w1, gate rows first.
+        bias: "none"; "expert": b1 (E, I or 2I) and b2 (E, H); "shared": b1 (I or 2I,) and b2 (H,) for all experts.
+        hidden_dropout: probability of dropping an activation in training.
+
+    Raises:
+        UserError: an unknown activation or bias.
+    """
+
+    b1: Tensor | None
+    b2: Tensor | None
+
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, *,
+        activation: str = "relu", bias: str = "none", hidden_dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for name, value, allowed in (("activation", activation, (*ACTIVATIONS, GEGLU_TANH)), ("bias", bias, BIASES)):
+            if value not in allowed:
+                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        self.num_experts = num_experts
+        self.activation = activation
+        self.hidden_dropout = hidden_dropout
+        self.rows = 2 * expert_size if is_gated(activation) or activation == GEGLU_TANH else expert_size
+        for name, size in (("b1", self.rows), ("b2", hidden_size)):
+            shape = (size,) if bias == "shared" else (num_experts, size)
+            self.register_parameter(name, None if bias == "none" else nn.Parameter(torch.zeros(shape)))
+
+    def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """w1 (E, I or 2I, H) and w2 (E, H, I); those of experts without rows in `offsets` may be zeros."""
+        raise NotImplementedError
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """b1 (E, I or 2I) and b2 (E, H), or None."""
+        b1, b2 = (None if b is None else b.expand(self.num_experts, -1) for b in (self.b1, self.b2))
+        return b1, b2
+
+    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """Apply to each token its experts, as `fused_moe_ffn` does.
+
+        Args:
+            x: (..., H) float.
+            routing: a Grouping of the flattened tokens, or expert ids (...) or (..., top_k).
+            routing_weights: p, of the shape of the ids and the dtype of x; None means 1.
+        """
+        grouping = resolve_routing(x, routing, self.num_experts, max_top_k=None)
+        w1, w2 = self.weights(grouping.offsets)
+        return self._feed_forward(x, grouping, routing_weights, w1, w2, *self.biases())
+
+    def _feed_forward(
+        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None,
+        w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        dropout = self.hidden_dropout if self.training else 0.0
+        if self.activation != GEGLU_TANH:
+            return fused_moe_ffn(
+                x, routing, w1, b1, w2, b2,
+                routing_weights=routing_weights, activation=self.activation, hidden_dropout_p=dropout,
+            )  # fmt: skip
+        grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=None)
+        rows = expert_gemm(x.reshape(-1, x.shape[-1]), w1, grouping, b1, gather=True)
+        gate, up = rows.chunk(2, dim=-1)
+        hidden = functional.dropout(functional.gelu(gate, approximate="tanh") * up, dropout)
+        outputs = expert_gemm(hidden, w2, grouping, b2).index_select(0, grouping.token_to_row)
+        outputs = outputs.view(-1, grouping.top_k, x.shape[-1])
+        if routing_weights is not None:
+            outputs = outputs * routing_weights.reshape(-1, grouping.top_k, 1)
+        return outputs.sum(1).view(x.shape)
+
+    def extra_repr(self) -> str:
+        bias = "none" if self.b1 is None else "shared" if self.b1.ndim == 1 else "expert"
+        return (
+            f"num_experts={self.num_experts}, activation={self.activation!r}, bias={bias!r}, "
+            f"hidden_dropout={self.hidden_dropout}"
+        )
+
+
+class DenseExperts(Experts):
+    """Experts with weights of their own, as in Switch Transformers (2101.03961).
+
+    Parameters: w1 (E, I or 2I, H), w2 (E, H, I), and the biases of `Experts`.
+    """
+
+    def __init__(self, hidden_size: int, expert_size: int, num_experts: int, **options: Any) -> None:
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        self.w1 = nn.Parameter(torch.empty(num_experts, self.rows, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:
+        """Draw the weights with these standard deviations; biases 0."""
+        nn.init.normal_(self.w1, std=std)
+        nn.init.normal_(self.w2, std=std if w2_std is None else w2_std)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.w1, self.w2
+
+
+class MPOExperts(Experts):
+    """Experts that share the central tensors of both weights and own small auxiliary ones (MPOE, 2203.01104).
+
+    Args:
+        hidden_size, expert_size, num_experts, options: as for `Experts`.
+        w1_factors, w2_factors: row and column factors of w1 (I or 2I, H) and w2 (H, I); see `MPOWeight`.
+        max_bond: as for `MPOWeight`.
+
+    Parameters: w1 and w2, each an `MPOWeight`; and the biases of `Experts`.
+
+    Weights are folded inside autograd once per forward, or once per optimizer step under `shared_fold`; when neither
+    training nor a gradient asks for it, once until a parameter changes.
+
+    Raises:
+        UserError: factors that do not multiply to the shapes; what `Experts` and `MPOWeight` raise.
+    """
+
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, *,
+        w1_factors: Sequence[Sequence[int]], w2_factors: Sequence[Sequence[int]], max_bond: int | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        self.w1 = MPOWeight(num_experts, *w1_factors, max_bond)
+        self.w2 = MPOWeight(num_experts, *w2_factors, max_bond)
+        for name, weight, shape in (
+            ("w1", self.w1, (self.rows, hidden_size)),
+            ("w2", self.w2, (hidden_size, expert_size)),
+        ):
+            if weight.shape[1:] != shape:
+                raise UserError(f"{name}_factors: expected products {shape}, got {weight.shape[1:]}")
+        self._hot: HotExperts | None = None
+
+    def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:
+        """Draw the sites so that the folded weights have these standard deviations; biases 0."""
+        self.w1.reset_parameters(std)
+        self.w2.reset_parameters(std if w2_std is None else w2_std)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.w1(offsets), self.w2(offsets)
+
+    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        if self._hot is None or self.training or torch.is_grad_enabled():
+            return super().forward(x, routing, routing_weights)
+        grouping = resolve_routing(x, routing, self.num_experts, max_top_k=None)
+        y = torch.zeros_like(x)
+        for ids, experts, w1, w2 in self._hot.batches(grouping, self.w1, self.w2):
+            b1, b2 = (None if b is None else b[experts] for b in self.biases())
+            y = y + self._feed_forward(x, ids.view(*x.shape[:-1], -1), routing_weights, w1, w2, b1, b2)
+        return y
+
+    def shared_fold(self) -> AbstractContextManager[SharedFold]:
+        """See `moebert_kernels.nn.shared_fold`."""
+        return shared_fold(self)
+
+    def fold(self, hot_experts: int | None = None) -> None:
+        """Make ready for inference.
+
+        Args:
+            hot_experts: keep the weights of at most so many experts, those used last, and fold others when tokens
+                need them, instead of keeping all. Reads the experts in use back from the device in every forward.
+        """
+        if hot_experts is None:
+            self._hot = None
+            self.w1.fold()
+            self.w2.fold()
+        else:
+            self.unfold()
+            self._hot = HotExperts(min(hot_experts, self.num_experts))
+
+    def unfold(self) -> None:
+        """Drop folded weights."""
+        self._hot = None
+        self.w1.unfold()
+        self.w2.unfold()

@@ -1,0 +1,273 @@
+"""One weight of all experts as a matrix-product operator: a shared central tensor, auxiliary tensors per expert.
+
+MPOE (2203.01104), section 3. Site k of the operator is a tensor (D_k, i_k, j_k, D_{k+1}); the i multiply to the rows
+(out) of the weight, the j to its columns (in), and D_0 = D_n = 1. The middle site is the central tensor (of an even
+number of sites, the one before the middle).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.ops._checks import autocast_dtype, opaque
+from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
+
+
+class MPOWeight(nn.Module):
+    """The (E, out, in) weights of E experts, folded from one central tensor and their own auxiliary tensors.
+
+    Args:
+        num_experts: E.
+        row_factors: i_1..i_n, which multiply to out; n is at least 2.
+        col_factors: j_1..j_n, which multiply to in.
+        max_bond: the largest bond dimension; None: full bonds, with which an expert can be any matrix.
+
+    Parameters: `central` (D, i, j, D') and `aux`, the other sites in order, each (E, D_k, i_k, j_k, D_{k+1}).
+
+    Calling it folds inside autograd, once per call. In eval mode and where no gradient is wanted, all experts are
+    folded once and kept in the compute dtype until a parameter changes (its version counter, `.to()`,
+    `load_state_dict`) or the module goes back to training; a change through `.data` is not seen: call `unfold`. While
+    torch compiles, only what `fold` made is kept.
+
+    Raises:
+        UserError: factors or a bond from which no operator can be built.
+    """
+
+    def __init__(
+        self, num_experts: int, row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | None = None
+    ) -> None:
+        super().__init__()
+        shapes = site_shapes(row_factors, col_factors, max_bond)
+        middle = (len(shapes) - 1) // 2
+        self.num_experts = num_experts
+        self.shape = (num_experts, math.prod(row_factors), math.prod(col_factors))
+        self.central = nn.Parameter(torch.empty(shapes[middle]))
+        self.aux = nn.ParameterList(
+            torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :])
+        )
+        # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
+        self.masked: tuple[bool, ...] = (False,) * num_experts
+        self._folded: tuple[Any, Tensor] | None = None
+        self._leaf: tuple[Tensor, Tensor] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw all sites so that the entries of the folded weights have this standard deviation."""
+        for site in self.parameters():
+            nn.init.normal_(site, std=self.initial_std(std))
+
+    def initial_std(self, std: float) -> float:
+        """Of every site, for folded entries of standard deviation `std`: sums over all paths along the bonds."""
+        paths = math.prod(site.shape[-1] for site in self.sites)
+        return (std * std / paths) ** (0.5 / len(self.sites))
+
+    def set_sites(self, sites: Sequence[Tensor]) -> None:
+        """Take over the site tensors (D_k, i_k, j_k, D_{k+1}) of one matrix, the same for every expert.
+
+        Raises:
+            UserError: another number of sites, or a site of another shape than this weight's.
+        """
+        own = self.sites
+        if len(sites) != len(own):
+            raise UserError(f"sites: expected {len(own)} tensors, got {len(sites)}")
+        for k, (target, site) in enumerate(zip(own, sites, strict=True)):
+            wanted = tuple(target.shape) if target is self.central else tuple(target.shape[1:])
+            if tuple(site.shape) != wanted:
+                name = "central tensor" if target is self.central else f"site {k}"
+                raise UserError(f"{name}: expected shape {wanted}, got {tuple(site.shape)}")
+        with torch.no_grad():
+            for target, site in zip(own, sites, strict=True):
+                target.copy_(site)  # auxiliary ones are broadcast over the experts
+
+    @property
+    def sites(self) -> list[Tensor]:
+        """All parameters in the order of the sites."""
+        middle = len(self.aux) // 2
+        aux = list(self.aux)
+        return [*aux[:middle], self.central, *aux[middle:]]
+
+    def forward(self, offsets: Tensor | None = None) -> Tensor:
+        """The weights (E, out, in); with the `offsets` (E + 1,) of a Grouping, experts without rows may be zeros."""
+        if self._leaf is not None and (torch.is_grad_enabled() or self.training):
+            return self._leaf[1]
+        if self.training or self._wants_gradient():
+            return self._fold(offsets)
+        if opaque(self.central):
+            return self._fold(offsets) if self._folded is None else self._folded[1]
+        self.fold()
+        assert self._folded is not None
+        return self._folded[1]
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Fold all experts and keep the result in the dtype that autocast asks for here, or the parameters' own."""
+        key = self.cache_key()
+        if self._folded is None or self._folded[0] != key:
+            self._folded = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+
+    def unfold(self) -> None:
+        """Drop what `fold` kept."""
+        self._folded = None
+
+    @torch.no_grad()
+    def fold_experts(self, experts: Sequence[int]) -> Tensor:
+        """The weights (len(experts), out, in) of some experts, without keeping them."""
+        return mpo_expert_weights(self.central, [a[list(experts)] for a in self.aux]).to(self.cache_key()[0])
+
+    def cache_key(self) -> tuple[Any, ...]:
+        """The compute dtype, then what changes when a parameter does."""
+        dtype = autocast_dtype(self.central) or self.central.dtype
+        return (dtype, *((p.data_ptr(), _version(p)) for p in self.parameters()))
+
+    def open_leaf(self) -> None:
+        """Fold now, and give the result out as a leaf that accumulates gradients; see `shared_fold`."""
+        with torch.enable_grad(), torch.autocast(self.central.device.type, enabled=False):
+            folded = self._fold(None)
+        self._leaf = folded, folded.detach().requires_grad_(folded.requires_grad)
+
+    def close_leaf(self, backward: bool) -> None:
+        """Hand the leaf's gradient on to the parameters, if asked, and forget it."""
+        if self._leaf is None:
+            return
+        folded, leaf = self._leaf
+        self._leaf = None
+        if backward and leaf.grad is not None:
+            folded.backward(leaf.grad)
+
+    @property
+    def has_leaf(self) -> bool:
+        return self._leaf is not None
+
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def _fold(self, offsets: Tensor | None) -> Tensor:
+        aux = list(self.aux)
+        if not any(self.masked) or not self._wants_gradient() or not self.central.requires_grad:
+            return mpo_expert_weights(self.central, aux, offsets=offsets)
+        if all(self.masked):
+            weights = mpo_expert_weights(self.central.detach(), aux, offsets=offsets)
+        else:
+            rows: dict[int, Tensor] = {}
+            for central, masked in ((self.central, False), (self.central.detach(), True)):
+                experts = [e for e in range(self.num_experts) if self.masked[e] == masked]
+                counts = None if offsets is None else offsets.diff()[experts]
+                some = None if counts is None else torch.cat([counts.new_zeros(1), counts.cumsum(0).to(counts.dtype)])
+                folded = mpo_expert_weights(central, [a[experts] for a in aux], offsets=some)
+                rows |= dict(zip(experts, folded.unbind(), strict=True))
+            weights = torch.stack([rows[e] for e in range(self.num_experts)])
+        return _JoinGraph.apply(weights, self.central) if all(self.masked) and _is_distributed() else weights
+
+    def train(self, mode: bool = True) -> MPOWeight:
+        if mode:
+            self.unfold()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> MPOWeight:
+        self.unfold()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_folded": None, "_leaf": None}  # copies and pickles fold for themselves
+
+    def extra_repr(self) -> str:
+        sites = ", ".join(str(tuple(s.shape[-4:])) for s in self.sites)
+        return f"num_experts={self.num_experts}, shape={self.shape[1:]}, sites=[{sites}]"
+
+
+def site_shapes(
+    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | None = None
+) -> list[tuple[int, int, int, int]]:
+    """Shapes (D_k, i_k, j_k, D_{k+1}) of all sites, with full bonds or with bonds cut at `max_bond`.
+
+    Raises:
+        UserError: fewer than 2 factors, another number of the rows' than of the columns', or a value below 1.
+    """
+    rows, cols = list(row_factors), list(col_factors)
+    if len(rows) != len(cols) or len(rows) < 2:
+        raise UserError(f"factors: expected at least 2, as many of the rows as of the columns, got {rows} and {cols}")
+    if any(not isinstance(f, int) or f < 1 for f in (*rows, *cols)):
+        raise UserError(f"factors: expected integers of at least 1, got {rows} and {cols}")
+    if max_bond is not None and (not isinstance(max_bond, int) or max_bond < 1):
+        raise UserError(f"max_bond: expected an integer of at least 1, got {max_bond!r}")
+    sizes = [i * j for i, j in zip(rows, cols, strict=True)]
+    bonds = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(sizes) + 1)]
+    if max_bond is not None:
+        bonds = [min(bond, max_bond) for bond in bonds]
+    return list(zip(bonds[:-1], rows, cols, bonds[1:], strict=True))
+
+
+class SharedFold:
+    """What `shared_fold` gives: the means to run the folds' backward early."""
+
+    def __init__(self, weights: list[MPOWeight]) -> None:
+        self._weights = weights
+
+    def backward(self) -> None:
+        """Run the folds' backward into the parameters now, to clip and reduce gradients inside the context.
+
+        What runs after it in the context folds for itself.
+        """
+        for weight in self._weights:
+            weight.close_leaf(backward=True)
+
+
+@contextmanager
+def shared_fold(module: nn.Module) -> Iterator[SharedFold]:
+    """Fold every `MPOWeight` in `module` once for all forwards and backwards of an optimizer step.
+
+    The gradients of the folded weights are summed over the micro-batches; leaving the context runs the folds' backward
+    into the parameters, so that clipping and the optimizer's step come after it. An error inside drops the gradients
+    of the folded weights. Needs the memory of all folded weights and their gradients.
+
+    Raises:
+        ValueError: inside another one.
+    """
+    weights = [m for m in module.modules() if isinstance(m, MPOWeight)]
+    if any(weight.has_leaf for weight in weights):
+        raise ValueError("shared_fold: expected no other one around it, got one")
+    for weight in weights:
+        weight.open_leaf()
+    fold, complete = SharedFold(weights), False
+    try:
+        yield fold
+        complete = True
+    finally:
+        for weight in weights:
+            weight.close_leaf(backward=complete)
+
+
+class _JoinGraph(torch.autograd.Function):
+    """`weights`, with `central` in the graph and a gradient of zero for it, which costs no GEMM.
+
+    DistributedDataParallel waits for a gradient of every parameter. `GradientMask` takes the zeros away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, central: Tensor) -> Tensor:
+        ctx.save_for_backward(central)
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor, Tensor]:
+        return dweights, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version

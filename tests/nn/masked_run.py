@@ -1,0 +1,59 @@
+"""Masked training of small experts by any number of processes: python -m tests.nn.masked_run FILE."""
+
+import sys
+from contextlib import nullcontext
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from moebert_kernels.nn import GradientMask, RoutedFeedForward, SwitchRouter
+from tests.nn.mpo import E, H, small_experts
+
+STEPS, MICRO_BATCHES, SENTENCES = 6, 2, 4
+
+
+def layer():
+    torch.manual_seed(0)
+    made = RoutedFeedForward(SwitchRouter(H, E), small_experts())
+    return made.double()
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(STEPS, MICRO_BATCHES, SENTENCES, 3, H, generator=generator, dtype=torch.float64)
+
+
+def train(made, unit, shared, rank=0, world=1):
+    """Parameters, and AdamW's first moments of the central tensor with the steps it made."""
+    model = DistributedDataParallel(made) if world > 1 else made
+    mask = GradientMask(made, 0.5, unit=unit, seed=3)
+    optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.1)
+    for step, micro_batches in enumerate(data()):
+        with mask.step(step), made.experts.shared_fold() if shared else nullcontext():
+            for i, x in enumerate(micro_batches):
+                last = i == len(micro_batches) - 1
+                with nullcontext() if last or world == 1 else model.no_sync():
+                    y, _ = model(x[rank::world])
+                    (world * (y - 1).square().sum() / x.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    central = made.experts.w1.central
+    state = optimizer.state[central]
+    return {n: p.detach().clone() for n, p in made.named_parameters()} | {
+        "moment": state["exp_avg"].clone(), "steps": state["step"].clone().reshape(1)
+    }  # fmt: skip
+
+
+CASES = {"each": ("step", False), "shared": ("step", True), "expert": ("expert", False)}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    results = {}
+    for case, (unit, shared) in CASES.items():
+        results |= {f"{case}.{name}": value for name, value in train(layer(), unit, shared, rank, world).items()}
+    save_file(results, f"{sys.argv[1]}.{rank}")
+    torch.distributed.destroy_process_group()

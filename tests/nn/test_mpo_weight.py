@@ -1,0 +1,164 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.nn import MPOWeight, shared_fold
+from moebert_kernels.nn.mpo_weight import site_shapes
+from tests.nn.mpo import E, H, counted_folds, small_experts
+
+
+def loop_over_bonds(weight, expert):
+    """The definition: a product of matrices over the bonds, for each pair of multi-indices."""
+    sites = [s if s is weight.central else s[expert] for s in weight.sites]
+    W = torch.zeros(weight.shape[1:])
+    for row in range(W.shape[0]):
+        for col in range(W.shape[1]):
+            product, i, j = torch.ones(1, 1), row, col
+            for site in reversed(sites):
+                i, i_k = divmod(i, site.shape[1])
+                j, j_k = divmod(j, site.shape[2])
+                product = site[:, i_k, j_k] @ product
+            W[row, col] = product
+    return W
+
+
+@torch.no_grad()
+def test_folds_to_the_product_over_the_bonds():
+    weight = MPOWeight(3, [2, 3, 2], [2, 1, 3])
+    assert weight.shape == (3, 12, 6)
+    for e in range(3):
+        torch.testing.assert_close(weight()[e], loop_over_bonds(weight, e))
+
+
+def test_shapes_of_the_t5_base_weight():
+    shapes = site_shapes([4, 4, 8, 6, 4], [3, 4, 4, 4, 4])
+    assert [shape[0] for shape in shapes] == [1, 12, 192, 384, 16]
+    assert [math.prod(shape) for shape in shapes] == [144, 36864, 2359296, 147456, 256]
+    assert [shape[0] for shape in site_shapes([4, 4, 8, 6, 4], [3, 4, 4, 4, 4], 16)] == [1, 12, 16, 16, 16]
+    assert MPOWeight(2, [2, 3], [3, 2]).central.shape == (1, 2, 3, 6)
+
+
+@torch.no_grad()
+def test_drawn_sites_fold_to_the_wanted_deviation():
+    weight = MPOWeight(8, [4, 4, 4, 4], [4, 4, 4, 4])
+    weight.reset_parameters(std=0.02)
+    assert weight().std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_kept_fold_follows_every_change():
+    weight = MPOWeight(E, [2, 3, 4], [2, 3, 2]).eval()
+
+    def fold():
+        with torch.no_grad(), counted_folds() as folds:
+            return weight(), folds.call_count
+
+    first, folds = fold()
+    assert folds == 1 and fold()[0] is first and fold()[1] == 0
+    changes = [
+        lambda: weight.central.mul_(2),
+        lambda: weight.aux[1].add_(1),
+        lambda: weight.load_state_dict(copy.deepcopy(weight.state_dict())),
+        lambda: weight.double().float(),
+        lambda: weight.train().eval(),
+        lambda: weight.unfold(),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        assert fold()[1] == 1
+        assert fold()[1] == 0
+    torch.testing.assert_close(fold()[0], MPOWeight.forward(copy.deepcopy(weight).train()))
+    with torch.autocast("cpu", torch.bfloat16):
+        low, folds = fold()
+        assert low.dtype == torch.bfloat16 and folds == 1 and fold()[1] == 0
+
+
+def test_training_and_wanted_gradients_fold_each_time():
+    weight = MPOWeight(E, [2, 3, 4], [2, 3, 2])
+    with counted_folds() as folds:
+        weight().sum().backward()
+        weight.eval()().sum().backward()
+        weight.train()
+        with torch.no_grad():
+            weight()
+            weight()
+    assert folds.call_count == 4
+    with torch.inference_mode(), counted_folds() as folds:
+        weight.eval()
+        weight()
+        weight()
+    assert folds.call_count == 1
+
+
+def test_copies_and_checkpoints_hold_no_folded_weights():
+    weight = MPOWeight(E, [2, 3, 4], [2, 3, 2]).eval()
+    weight.fold()
+    assert copy.deepcopy(weight)._folded is None
+    assert sorted(weight.state_dict()) == ["aux.0", "aux.1", "central"]
+
+
+def step(experts, xs, context):
+    experts.zero_grad()
+    with context(experts):
+        for x in xs:
+            ids = torch.arange(x.shape[0]) % 3  # expert 3 stays without tokens
+            experts(x, ids).square().sum().backward()
+    return {name: p.grad for name, p in experts.named_parameters()}
+
+
+def test_shared_fold_gives_the_gradients_of_separate_folds():
+    experts = small_experts(bias="expert")
+    xs = [torch.randn(n, H) for n in (7, 1, 5)]
+    with counted_folds() as folds:
+        wanted = step(experts, xs, lambda _: torch.enable_grad())
+    assert folds.call_count == 2 * 3
+    with counted_folds() as folds:
+        got = step(experts, xs, shared_fold)
+    assert folds.call_count == 2
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+
+
+def test_shared_fold_ends_early_on_demand_and_drops_gradients_of_an_error():
+    experts, x, ids = small_experts(), torch.randn(5, H), torch.arange(5) % E
+    with experts.shared_fold() as fold:
+        experts(x, ids).sum().backward()
+        assert experts.w1.central.grad is None
+        fold.backward()
+        early = experts.w1.central.grad.clone()
+        with pytest.raises(ValueError, match="shared_fold: expected no other one"):
+            with experts.shared_fold(), experts.shared_fold():
+                pass
+    assert torch.equal(experts.w1.central.grad, early)
+    experts.zero_grad()
+    with pytest.raises(RuntimeError, match="stop"), experts.shared_fold():
+        experts(x, ids).sum().backward()
+        raise RuntimeError("stop")
+    assert experts.w1.central.grad is None and not experts.w1.has_leaf
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: MPOWeight(2, [2], [2]), "factors: expected at least 2"),
+        (lambda: MPOWeight(2, [2, 3], [2]), "factors: expected at least 2, as many of the rows"),
+        (lambda: MPOWeight(2, [2, 0], [2, 1]), "factors: expected integers of at least 1"),
+        (lambda: MPOWeight(2, [2, 3], [2, 1], 0), "max_bond: expected an integer of at least 1, got 0"),
+        (lambda: small_experts(w1_factors=([2, 3, 4], [2, 2, 2])), r"w1_factors: expected products \(24, 12\), got \(24, 8\)"),
+        (lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 2, 2, 2)]), "sites: expected 2 tensors, got 1"),
+        (
+            lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 3, 2, 3), torch.ones(3, 3, 1, 1)]),
+            r"central tensor: expected shape \(1, 2, 2, 3\), got \(1, 3, 2, 3\)",
+        ),
+        (
+            lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 2, 2, 3), torch.ones(2, 3, 1, 1)]),
+            r"site 1: expected shape \(3, 3, 1, 1\), got \(2, 3, 1, 1\)",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_shapes_are_refused(build, message):
+    with pytest.raises(UserError, match=message):
+        build()
