@@ -153,14 +153,13 @@ class MPOExperts(Experts):
         **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(hidden_size, expert_size, num_experts, **options)
-        self.w1 = MPOWeight(num_experts, *w1_factors, max_bond)
-        self.w2 = MPOWeight(num_experts, *w2_factors, max_bond)
-        for name, weight, shape in (
-            ("w1", self.w1, (self.rows, hidden_size)),
-            ("w2", self.w2, (hidden_size, expert_size)),
-        ):
-            if weight.shape[1:] != shape:
-                raise UserError(f"{name}_factors: expected products {shape}, got {weight.shape[1:]}")
+        (rows, cols), (rows2, cols2) = w1_factors, w2_factors
+        self.w1 = MPOWeight(num_experts, rows, cols, max_bond)
+        self.w2 = MPOWeight(num_experts, rows2, cols2, max_bond)
+        shapes = {"w1": (self.rows, hidden_size), "w2": (hidden_size, expert_size)}
+        for name, weight in (("w1", self.w1), ("w2", self.w2)):
+            if weight.shape[1:] != shapes[name]:
+                raise UserError(f"{name}_factors: expected products {shapes[name]}, got {weight.shape[1:]}")
         self._hot: HotExperts | None = None
 
     def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:

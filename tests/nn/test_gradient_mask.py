@@ -101,9 +101,9 @@ def test_an_error_ends_the_mask():
 def test_shared_fold_opens_inside_the_masks_step():
     experts = small_experts()
     mask = GradientMask(experts, 1.0)
-    with experts.shared_fold(), pytest.raises(ValueError, match="shared_fold: expected it inside the mask's step"):
-        with mask.step(0):
-            pass
+    inside = pytest.raises(ValueError, match="shared_fold: expected it inside the mask's step")
+    with experts.shared_fold(), inside, mask.step(0):
+        pass
 
 
 @pytest.mark.parametrize("unit", ["step", "expert"])

@@ -129,9 +129,9 @@ def test_shared_fold_ends_early_on_demand_and_drops_gradients_of_an_error():
         assert experts.w1.central.grad is None
         fold.backward()
         early = experts.w1.central.grad.clone()
-        with pytest.raises(ValueError, match="shared_fold: expected no other one"):
-            with experts.shared_fold(), experts.shared_fold():
-                pass
+        refused = pytest.raises(ValueError, match="shared_fold: expected no other one")
+        with refused, experts.shared_fold(), experts.shared_fold():
+            pass
     assert torch.equal(experts.w1.central.grad, early)
     experts.zero_grad()
     with pytest.raises(RuntimeError, match="stop"), experts.shared_fold():
@@ -147,7 +147,10 @@ def test_shared_fold_ends_early_on_demand_and_drops_gradients_of_an_error():
         (lambda: MPOWeight(2, [2, 3], [2]), "factors: expected at least 2, as many of the rows"),
         (lambda: MPOWeight(2, [2, 0], [2, 1]), "factors: expected integers of at least 1"),
         (lambda: MPOWeight(2, [2, 3], [2, 1], 0), "max_bond: expected an integer of at least 1, got 0"),
-        (lambda: small_experts(w1_factors=([2, 3, 4], [2, 2, 2])), r"w1_factors: expected products \(24, 12\), got \(24, 8\)"),
+        (
+            lambda: small_experts(w1_factors=([2, 3, 4], [2, 2, 2])),
+            r"w1_factors: expected products \(24, 12\), got \(24, 8\)",
+        ),
         (lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 2, 2, 2)]), "sites: expected 2 tensors, got 1"),
         (
             lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 3, 2, 3), torch.ones(3, 3, 1, 1)]),
