@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.mpo_weight import mpo_bonds
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
 
 
@@ -44,38 +45,6 @@ class MPODecomposition:
         """
         lost = [spectrum[bond:] for spectrum, bond in zip(self.spectra, self.bonds[1:-1], strict=True)]
         return math.sqrt(sum(float(values.square().sum()) for values in lost))
-
-
-def mpo_bonds(
-    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
-) -> tuple[int, ...]:
-    """Bond dimensions (D_1, ..., D_n+1): as many as a full-rank matrix needs, cut at `max_bond`.
-
-    Args:
-        row_factors, col_factors: i_1 .. i_n and j_1 .. j_n, n >= 1.
-        max_bond: one cap for all bonds, or n - 1 caps; None: no cap.
-
-    Raises:
-        UserError: factors or caps that are not integers >= 1, or of another number.
-    """
-    for name, factors in (("row_factors", row_factors), ("col_factors", col_factors)):
-        if len(factors) == 0 or not all(_positive(factor) for factor in factors):
-            raise UserError(f"{name}: expected integers >= 1, got {list(factors)}")
-    if len(col_factors) != len(row_factors):
-        raise UserError(f"col_factors: expected {len(row_factors)} of them (as row_factors), got {len(col_factors)}")
-    inner = len(row_factors) - 1
-    caps = list(max_bond) if isinstance(max_bond, Sequence) else [max_bond] * inner
-    if len(caps) != inner:
-        raise UserError(f"max_bond: expected {inner} caps for {inner + 1} sites, got {len(caps)}")
-    if not all(cap is None or _positive(cap) for cap in caps):
-        raise UserError(f"max_bond: expected integers >= 1, got {max_bond}")
-    sizes = [i * j for i, j in zip(row_factors, col_factors, strict=True)]
-    full = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, inner + 1)]
-    return (1, *(size if cap is None else min(size, cap) for size, cap in zip(full, caps, strict=True)), 1)
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @torch.no_grad()

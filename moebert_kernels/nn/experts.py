@@ -149,8 +149,8 @@ class MPOExperts(Experts):
 
     def __init__(
         self, hidden_size: int, expert_size: int, num_experts: int, *,
-        w1_factors: Sequence[Sequence[int]], w2_factors: Sequence[Sequence[int]], max_bond: int | None = None,
-        **options: Any,
+        w1_factors: Sequence[Sequence[int]], w2_factors: Sequence[Sequence[int]],
+        max_bond: int | Sequence[int] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(hidden_size, expert_size, num_experts, **options)
         (rows, cols), (rows2, cols2) = w1_factors, w2_factors

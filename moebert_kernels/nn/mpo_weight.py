@@ -1,6 +1,6 @@
 """One weight of all experts as a matrix-product operator: a shared central tensor, auxiliary tensors per expert.
 
-MPOE (2203.01104), section 3. Site k of the operator is a tensor (D_k, i_k, j_k, D_{k+1}); the i multiply to the rows
+MPOE (2203.01104), section 3. Site k of the operator is a tensor (D_k, i_k, j_k, D_k+1); the i multiply to the rows
 (out) of the weight, the j to its columns (in), and D_0 = D_n = 1. The middle site is the central tensor (of an even
 number of sites, the one before the middle).
 """
@@ -27,9 +27,9 @@ class MPOWeight(nn.Module):
         num_experts: E.
         row_factors: i_1..i_n, which multiply to out; n is at least 2.
         col_factors: j_1..j_n, which multiply to in.
-        max_bond: the largest bond dimension; None: full bonds, with which an expert can be any matrix.
+        max_bond: caps of the bonds, see `mpo_bonds`; None: full bonds, with which an expert can be any matrix.
 
-    Parameters: `central` (D, i, j, D') and `aux`, the other sites in order, each (E, D_k, i_k, j_k, D_{k+1}).
+    Parameters: `central` (D, i, j, D') and `aux`, the other sites in order, each (E, D_k, i_k, j_k, D_k+1).
 
     Calling it folds inside autograd, once per call. In eval mode and where no gradient is wanted, all experts are
     folded once and kept in the compute dtype until a parameter changes (its version counter, `.to()`,
@@ -41,10 +41,13 @@ class MPOWeight(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | None = None
-    ) -> None:
+        self, num_experts: int, row_factors: Sequence[int], col_factors: Sequence[int],
+        max_bond: int | Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         shapes = site_shapes(row_factors, col_factors, max_bond)
+        if len(shapes) < 2:
+            raise UserError(f"row_factors: expected at least 2, got {list(row_factors)}")
         middle = (len(shapes) - 1) // 2
         self.num_experts = num_experts
         self.shape = (num_experts, math.prod(row_factors), math.prod(col_factors))
@@ -69,7 +72,7 @@ class MPOWeight(nn.Module):
         return (std * std / paths) ** (0.5 / len(self.sites))
 
     def set_sites(self, sites: Sequence[Tensor]) -> None:
-        """Take over the site tensors (D_k, i_k, j_k, D_{k+1}) of one matrix, the same for every expert.
+        """Take over the site tensors (D_k, i_k, j_k, D_k+1) of one matrix, the same for every expert.
 
         Raises:
             UserError: another number of sites, or a site of another shape than this weight's.
@@ -187,25 +190,43 @@ class MPOWeight(nn.Module):
 
 
 def site_shapes(
-    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | None = None
+    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
 ) -> list[tuple[int, int, int, int]]:
-    """Shapes (D_k, i_k, j_k, D_{k+1}) of all sites, with full bonds or with bonds cut at `max_bond`.
+    """Shapes (D_k, i_k, j_k, D_k+1) of all sites; raises as `mpo_bonds`."""
+    bonds = mpo_bonds(row_factors, col_factors, max_bond)
+    return list(zip(bonds[:-1], row_factors, col_factors, bonds[1:], strict=True))
+
+
+def mpo_bonds(
+    row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Bond dimensions (D_1, ..., D_n+1): as many as a full-rank matrix needs, cut at `max_bond`.
+
+    Args:
+        row_factors, col_factors: i_1 .. i_n and j_1 .. j_n, n >= 1.
+        max_bond: one cap for all bonds, or n - 1 caps; None: no cap.
 
     Raises:
-        UserError: fewer than 2 factors, another number of the rows' than of the columns', or a value below 1.
+        UserError: factors or caps that are not integers >= 1, or of another number.
     """
-    rows, cols = list(row_factors), list(col_factors)
-    if len(rows) != len(cols) or len(rows) < 2:
-        raise UserError(f"factors: expected at least 2, as many of the rows as of the columns, got {rows} and {cols}")
-    if any(not isinstance(f, int) or f < 1 for f in (*rows, *cols)):
-        raise UserError(f"factors: expected integers of at least 1, got {rows} and {cols}")
-    if max_bond is not None and (not isinstance(max_bond, int) or max_bond < 1):
-        raise UserError(f"max_bond: expected an integer of at least 1, got {max_bond!r}")
-    sizes = [i * j for i, j in zip(rows, cols, strict=True)]
-    bonds = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(len(sizes) + 1)]
-    if max_bond is not None:
-        bonds = [min(bond, max_bond) for bond in bonds]
-    return list(zip(bonds[:-1], rows, cols, bonds[1:], strict=True))
+    for name, factors in (("row_factors", row_factors), ("col_factors", col_factors)):
+        if len(factors) == 0 or not all(_positive(factor) for factor in factors):
+            raise UserError(f"{name}: expected integers >= 1, got {list(factors)}")
+    if len(col_factors) != len(row_factors):
+        raise UserError(f"col_factors: expected {len(row_factors)} of them (as row_factors), got {len(col_factors)}")
+    inner = len(row_factors) - 1
+    caps = list(max_bond) if isinstance(max_bond, Sequence) else [max_bond] * inner
+    if len(caps) != inner:
+        raise UserError(f"max_bond: expected {inner} caps for {inner + 1} sites, got {len(caps)}")
+    if not all(cap is None or _positive(cap) for cap in caps):
+        raise UserError(f"max_bond: expected integers >= 1, got {max_bond}")
+    sizes = [i * j for i, j in zip(row_factors, col_factors, strict=True)]
+    full = [min(math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, inner + 1)]
+    return (1, *(size if cap is None else min(size, cap) for size, cap in zip(full, caps, strict=True)), 1)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 class SharedFold:

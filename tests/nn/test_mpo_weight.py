@@ -143,10 +143,11 @@ def test_shared_fold_ends_early_on_demand_and_drops_gradients_of_an_error():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: MPOWeight(2, [2], [2]), "factors: expected at least 2"),
-        (lambda: MPOWeight(2, [2, 3], [2]), "factors: expected at least 2, as many of the rows"),
-        (lambda: MPOWeight(2, [2, 0], [2, 1]), "factors: expected integers of at least 1"),
-        (lambda: MPOWeight(2, [2, 3], [2, 1], 0), "max_bond: expected an integer of at least 1, got 0"),
+        (lambda: MPOWeight(2, [2], [2]), "row_factors: expected at least 2"),
+        (lambda: MPOWeight(2, [2, 3], [2]), r"col_factors: expected 2 of them \(as row_factors\), got 1"),
+        (lambda: MPOWeight(2, [2, 0], [2, 1]), r"row_factors: expected integers >= 1, got \[2, 0\]"),
+        (lambda: MPOWeight(2, [2, 3], [2, 1], 0), "max_bond: expected integers >= 1, got 0"),
+        (lambda: MPOWeight(2, [2, 3], [2, 1], [4, 4]), "max_bond: expected 1 caps for 2 sites, got 2"),
         (
             lambda: small_experts(w1_factors=([2, 3, 4], [2, 2, 2])),
             r"w1_factors: expected products \(24, 12\), got \(24, 8\)",
