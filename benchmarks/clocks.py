@@ -41,14 +41,13 @@ class Timer(Protocol):
         ...
 
 
-class CpuTimer:
+class WallTimer:
     """One call a round by the wall clock; it has finished when it returns."""
 
-    how = None
     not_captured = ""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.finished = run
+    def __init__(self, run: Callable[[], Any], how: str | None = None) -> None:
+        self.finished, self.how = run, how
 
     def warm_ms(self) -> list[float]:
         start = time.perf_counter()
@@ -60,17 +59,16 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """Replays of a CUDA graph, or eager calls where `run` cannot be captured or must not be."""
+    """Replays of a CUDA graph, or eager calls where `run` cannot be captured; events time both."""
 
-    def __init__(self, run: Callable[[], Any], flushed: torch.Tensor, capture: bool = True) -> None:
+    def __init__(self, run: Callable[[], Any], flushed: torch.Tensor) -> None:
         self.call, self.how, self.not_captured = run, "eager", ""
         self.flushed = flushed
-        if capture:
-            try:
-                self.call, self.how = captured(run), "graph"
-            except Exception as error:  # whatever a library raises when it may not wait for the device
-                self.not_captured = first_line(error)
-                torch.cuda.synchronize()
+        try:
+            self.call, self.how = captured(run), "graph"
+        except Exception as error:  # whatever a library raises when it may not wait for the device
+            self.not_captured = first_line(error)
+            torch.cuda.synchronize()
 
     def finished(self) -> None:
         self.call()
@@ -111,10 +109,17 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def timer(run: Callable[[], Any], device: torch.device, capture: bool = True) -> Timer:
-    """The clock of `device` around `run`."""
+    """The clock of `device` around `run`; without `capture` the wall clock, on a GPU until all work is done."""
     if device.type == "cpu":
-        return CpuTimer(run)
-    return GpuTimer(run, _flushed(device), capture)
+        return WallTimer(run)
+    if capture:
+        return GpuTimer(run, _flushed(device))
+
+    def finished() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return WallTimer(finished, "eager")
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_ffn import captured, replay_us
+from benchmarks import clocks
 from moebert_kernels import group_tokens
 from moebert_kernels.kernels import config as configs
 from moebert_kernels.kernels.expert_gemm import expert_gemm
@@ -51,8 +51,8 @@ def wave_us(config: configs.Config, kind: configs.Kind, precision: configs.Preci
             expert_gemm_weights(a, b, dw, None, grouping, chunk=2**30, config=config, split=False)
             return (dw,)
 
-    replay = captured(run)
-    return statistics.median(replay_us(replay, lambda: None, times=20) for _ in range(5))
+    clock = clocks.timer(run, device)
+    return 1e3 * statistics.median(ms for _ in range(10) for ms in clock.warm_ms())
 
 
 def run() -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Provider:
         reference: the same outputs from a plain computation in the given dtype.
         arrange: brings the outputs into the reference's form; not timed.
         slow: takes minutes; timed once, on the call that is checked.
-        capture: False: timed eagerly also where a CUDA graph could hold it.
+        capture: False: timed eagerly by the wall clock on a GPU, as a caller sees it who waits.
         cost: of one call, where it is not the case's, as of a dense layer beside experts.
         checked: computes what the gate looks at where `run` cannot: it draws at random (dropout), or updates weights.
         facts: of the provider, neither times nor costs, e.g. {"saved_mib": 12.5}; they go into the result.
