@@ -34,7 +34,7 @@ class Draws:
         return torch.cat([first, rest])[:T]
 
     def ffn_weights(self, *lead: int, H: int, width: int, rows: int | None = None, bias: bool = True) -> list[Tensor]:
-        """w1 (*lead, rows, H), b1, w2 (*lead, H, width), b2; without the biases if not `bias`. `rows`: by default `width`."""
+        """w1 (*lead, rows, H), b1, w2 (*lead, H, width), b2; no biases if not `bias`. `rows`: by default `width`."""
         rows = rows or width
         w1, b1 = self.normal(*lead, rows, H, scale=H**-0.5), self.normal(*lead, rows, scale=0.1)
         w2, b2 = self.normal(*lead, H, width, scale=width**-0.5), self.normal(*lead, H, scale=0.1)
