@@ -1,5 +1,6 @@
-"""Dense -> MoE: importance of neurons, split into experts, hash tables, MPO, conversion, the original's checkpoints."""
+"""Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, collapse, students."""
 
+from moebert_kernels.convert.collapse import collapse
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
@@ -7,21 +8,30 @@ from moebert_kernels.convert.mpo import MPODecomposition, mpo_bonds, mpo_decompo
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.split import expert_indices
+from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
+from moebert_kernels.convert.task_moe import convert_to_task_moe
 
 __all__ = [
+    "STUDENT_SHAPES",
     "FactorPlan",
     "Importance",
     "MPODecomposition",
+    "StudentShape",
     "balanced_hash_table",
     "check_caps",
+    "collapse",
     "convert_to_moe",
+    "convert_to_task_moe",
     "count_tokens",
     "dense_student",
+    "describe_layer_map",
     "expert_indices",
     "from_original",
     "importance_scores",
+    "layer_map",
     "load_importance",
+    "make_student",
     "model_fingerprint",
     "mpo_bonds",
     "mpo_decompose",

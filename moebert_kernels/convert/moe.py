@@ -1,7 +1,8 @@
 """A dense BERT or RoBERTa-style model -> a MoEBERT with the same head, weights and labels."""
 
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from moebert_kernels.convert.importance_file import check_scores
 from moebert_kernels.convert.split import check_split, expert_indices
 from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.configuration import TASK_ROUTER
 
 _HEADS = ("Model", "ForSequenceClassification", "ForQuestionAnswering", "ForMaskedLM", "ForTokenClassification")
 # a dense encoder's own: the converted model says these itself, or has no use for them
@@ -56,26 +58,25 @@ def convert_to_moe(
             cannot be filled, tables that do not fit, or no tables and counts where they are needed.
     """
     ffns = dense_ffns(model)
-    style, moe_class = encoder_style(model), _moe_class(model)
-    source: Any = model
+    style, source = encoder_style(model), cast(Any, model)
+    if router == TASK_ROUTER:
+        raise UserError("router: expected one by tokens or gates, got 'task', which convert_to_task_moe makes")
     D = ffns[0].first.out_features
     check_split(D, num_experts, expert_size, shared)
-    indices = expert_indices(_ranking(model, importance, seed), num_experts, expert_size, shared)
+    indices = expert_indices(ranking(model, importance, seed), num_experts, expert_size, shared)
 
     config = moe_config(
         source.config.to_dict(), attn_implementation=source.config._attn_implementation, style=style, router=router,
         num_experts=num_experts, expert_size=expert_size, shared=shared, **config_options,
     )  # fmt: skip
-    state = dict(source.state_dict())
-    if moe_class is not models.MoEBertModel:
-        state = {_renamed(key, source.base_model_prefix): tensor for key, tensor in state.items()}
-        prefix = "moebert."
-    else:
-        prefix = ""
-    for layer, ffn in enumerate(ffns):
-        _replace_ffn(state, f"{prefix}encoder.layer.{layer}.", indices[layer].to(ffn.first.weight.device))
+    moe_class, prefix, state = moe_state(model)
+    for layer in range(len(ffns)):
+        base = f"{prefix}encoder.layer.{layer}."
+        w1, b1, w2, b2, norm_weight, norm_bias = pop_ffn(state, base)
+        experts = expert_weights(w1, b1, w2, b2, norm_weight, norm_bias, indices[layer])
+        state |= {f"{base}experts.{name}": tensor for name, tensor in experts.items()}
     state |= router_state(config, prefix, tables=tables, token_counts=token_counts, seed=seed)
-    options = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
+    options: dict[str, Any] = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
     return build_model(moe_class, config, state, like=source, **options)
 
 
@@ -95,7 +96,7 @@ def dense_student(model: nn.Module, importance: Tensor | None, width: int, seed:
     D = ffns[0].first.out_features
     if not 1 <= width <= D:
         raise UserError(f"width: expected 1 to D={D}, got {width}")
-    kept = expert_indices(_ranking(model, importance, seed), 1, width, width)[:, 0]
+    kept = expert_indices(ranking(model, importance, seed), 1, width, width)[:, 0]
     config = type(source.config)(
         **{k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "transformers_version")}
         | {"intermediate_size": width, "attn_implementation": source.config._attn_implementation}
@@ -107,7 +108,7 @@ def dense_student(model: nn.Module, importance: Tensor | None, width: int, seed:
         base = f"{prefix}encoder.layer.{layer}."
         for name, dim in (("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0), ("output.dense.weight", 1)):
             state[base + name] = state[base + name].index_select(dim, idx)
-    options = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
+    options: dict[str, Any] = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
     return build_model(type(source), config, state, like=source, **options)
 
 
@@ -124,7 +125,7 @@ def expert_weights(
     Returns:
         w1 (E, F, H), b1 (E, F), w2 (E, H, F), b2, norm_weight and norm_bias (E, H).
     """
-    E = indices.shape[0]
+    E, indices = indices.shape[0], indices.to(w1.device)
     whole = {"b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
     return {
         "w1": w1[indices],
@@ -165,21 +166,36 @@ def router_state(
     return {k + "table": table for k, table in zip(keys, stacked_tables(tables, L, V, E), strict=True)}
 
 
-def build_model(model_class: Any, config: Any, state: dict[str, Tensor], *, like: Any = None, **options: Any) -> Any:
-    """Return a model with exactly these weights; torch's generators are left as they were."""
+def build_model(
+    model_class: Any, config: Any, state: Mapping[str, Tensor], *, like: Any = None, new: tuple[str, ...] = (),
+    seed: int = 0, **options: Any,
+) -> Any:  # fmt: skip
+    """Return a model with exactly these weights; torch's generators are left as they were.
+
+    Args:
+        like: a model whose device, dtype and mode it gets.
+        new: prefixes of weights that may be missing in `state`; the model's own initialisation draws them by `seed`.
+        options: of the model's constructor.
+
+    Raises:
+        UserError: other weights than the model has.
+    """
     with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         built = model_class(config, **options)
+    drawn = {key: t for key, t in built.state_dict().items() if key.startswith(new) and key not in state} if new else {}
     if like is not None:
         built = built.to(device=like.device, dtype=like.dtype).train(like.training)
     try:
-        built.load_state_dict(state)
+        built.load_state_dict({**drawn, **state})
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: expected the weights of a {model_class.__name__}, got others: {reason}") from error
     return built
 
 
-def _ranking(model: nn.Module, importance: Tensor | None, seed: int) -> Tensor:
+def ranking(model: nn.Module, importance: Tensor | None, seed: int) -> Tensor:
+    """The scores (L, D) on the CPU, after checking that they are the model's; None: random ones, with a warning."""
     if importance is None:
         warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
         ffns = dense_ffns(model)
@@ -197,14 +213,27 @@ def _moe_class(model: nn.Module) -> Any:
     raise UserError(f"model: expected the bare model or one of {', '.join(_HEADS[1:])}, got {name}")
 
 
-def _renamed(key: str, prefix: str) -> str:
-    return f"moebert.{key.removeprefix(prefix + '.')}" if key.startswith(prefix + ".") else key
+def moe_state(model: nn.Module) -> tuple[Any, str, dict[str, Tensor]]:
+    """The MoEBERT class with the head of a dense model, its encoder's prefix, and the dense weights under its names."""
+    source: Any = model
+    moe_class = _moe_class(model)
+    if moe_class is models.MoEBertModel:
+        return moe_class, "", dict(source.state_dict())
+    renamed = {renamed_key(key, source.base_model_prefix, "moebert"): t for key, t in source.state_dict().items()}
+    return moe_class, "moebert.", renamed
 
 
-def _replace_ffn(state: dict[str, Tensor], layer: str, indices: Tensor) -> None:
-    """Put experts in the place of one layer's dense weights."""
-    first, second, norm = f"{layer}intermediate.dense", f"{layer}output.dense", f"{layer}output.LayerNorm"
-    names = [f"{module}.{kind}" for module in (first, second, norm) for kind in ("weight", "bias")]
-    w1, b1, w2, b2, norm_weight, norm_bias = (state.pop(name) for name in names)
-    experts = expert_weights(w1, b1, w2, b2, norm_weight, norm_bias, indices)
-    state.update({f"{layer}experts.{name}": tensor for name, tensor in experts.items()})
+def renamed_key(key: str, prefix: str, other: str) -> str:
+    """A weight's name in a model whose encoder has another name."""
+    return f"{other}.{key.removeprefix(prefix + '.')}" if key.startswith(prefix + ".") else key
+
+
+def ffn_names(layer: str) -> list[str]:
+    """Names of a dense layer's w1, b1, w2, b2, norm's weight and bias; `layer` is their common prefix."""
+    modules = (f"{layer}intermediate.dense", f"{layer}output.dense", f"{layer}output.LayerNorm")
+    return [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+
+
+def pop_ffn(state: dict[str, Tensor], layer: str) -> Any:
+    """Take the six weights that `ffn_names` names out of `state`."""
+    return tuple(state.pop(name) for name in ffn_names(layer))

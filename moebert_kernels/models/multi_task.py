@@ -64,7 +64,10 @@ class MoEBertForMultiTaskClassification(MoEBertForSequenceClassification):
             output_attentions, output_hidden_states, True, task_ids if isinstance(task_ids, int) else checked,
         )  # fmt: skip
         logits = self._logits(encoded)
-        logits = logits[:, self.rows_of(task_ids)] if isinstance(task_ids, int) else self._of_tasks(logits, checked)
+        if isinstance(task_ids, int):
+            logits = logits[:, self.rows_of(task_ids)].contiguous()
+        else:
+            logits = self._of_tasks(logits, checked)
         loss = None
         if labels is not None:
             is_score = torch.tensor([not self.config.task_labels[name] for name in self.config.tasks])
