@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("run", "report", "compare")
+COMMANDS = ("run", "report", "compare", "model")
 # benchmarks/<command>.py: its docstring, add_arguments(parser) and main(options) -> exit status
 
 
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in COMMANDS}
     for name, module in modules.items():
-        module.add_arguments(commands.add_parser(name, help=module.__doc__, description=module.__doc__))
+        module.add_arguments(commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__))
     options = parser.parse_args(arguments)
     return modules[options.command].main(options)
 

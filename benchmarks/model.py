@@ -1,4 +1,4 @@
-"""What an op must compute and move: the floor under any implementation, and the roof's time.
+"""What an op must compute and move, the floor under any implementation, and what more GPUs would cost.
 
 FLOPs are those of the matrix products, 2 M N K each, as torch's `FlopCounterMode` counts them. Bytes are those of the
 launches of ARCHITECTURE.md ("The idea that makes it fast"): each reads its operands once and writes its results once,
@@ -12,6 +12,7 @@ so few tokens read few experts. The gradient of a weight is written for all expe
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Literal
 
@@ -233,3 +234,18 @@ def encoder_cost(
     norm = Cost(0, size * (T * H * (3 + (3 if training else 0)) + 2 * H * (2 if training else 1)))
     experts = op_cost("fused_moe_ffn_add_norm", direction, T=routed, E=E, H=H, I=I, dtype=dtype)
     return ((projections + scores + norm) * encoder.attentions + experts) * encoder.L
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tflops", type=float, default=790.0, help="of a large product (default: measured on an H200)")
+    parser.add_argument(
+        "--gbytes-per-s", type=float, default=4300.0, help="of a device copy (default: as measured there)"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the tables of docs/guide/scaling.md for a GPU of these rates."""
+    from benchmarks.scaling import Roof, tables
+
+    print(tables(Roof(options.tflops, options.gbytes_per_s)))
+    return 0
