@@ -127,11 +127,17 @@ def end_to_end(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
         yield from _bar_pictures(f"models-{what}", models, _speed_bars, "speed over the baseline's, which has 1")
 
 
+def peers(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
+    """Other packages on the nearest layer that each computes; the baseline is ours."""
+    chosen = [row for row in rows if row.what == "peers"]
+    yield from _bar_pictures("peers", chosen, _speed_bars, "speed over the baseline's, which has 1")
+
+
 PICTURES: dict[str, Callable[[Sequence[Row]], Iterator[tuple[str, Any]]]] = {
-    "overview": overview, "speed": speed_over_tokens, "end-to-end": end_to_end, "latency": latency, "memory": memory,
-    "roofline": roofline,
+    "overview": overview, "speed": speed_over_tokens, "peers": peers, "end-to-end": end_to_end, "latency": latency,
+    "memory": memory, "roofline": roofline,
 }  # fmt: skip
-STEMS = ("overview", "speed-", "models-", "latency", "memory", "roofline")
+STEMS = ("overview", "speed-", "peers", "models-", "latency", "memory", "roofline")
 
 
 def _speed_lines(ax: Any, rows: Sequence[Row]) -> None:

@@ -1,137 +1,12 @@
-"""Clocks: a CPU's wall clock, and on a GPU CUDA events around replays of a CUDA graph, with a warm and a cold L2.
-
-A call that cannot be captured (it waits for the device) is timed eagerly, and the result says so. The device gets work
-before the first event, so that it is never idle while Python prepares the next launch: events time the device alone.
-"""
+"""The package's clocks, and the roof of this device by them."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any, Protocol
-
 import torch
 
-FLUSHED_BYTES = 256 * 2**20  # four times the L2 of an H200
-DELAYS = 4  # writes of that many bytes take longer than Python needs for a round's launches
-CALLS = 5  # timed in one round
+from moebert_kernels.demo.clocks import Timer, WallTimer, first_line, peak_mib, timer
 
-
-class Timer(Protocol):
-    """Times one callable.
-
-    Attributes:
-        how: "graph" or "eager" on a GPU, None on a CPU.
-        not_captured: why there is no graph, or "".
-    """
-
-    how: str | None
-    not_captured: str
-
-    def finished(self) -> None:
-        """One call, returning when all its work is done."""
-        ...
-
-    def warm_ms(self) -> list[float]:
-        """Milliseconds of each call of a round."""
-        ...
-
-    def cold_ms(self) -> list[float]:
-        """The same with an emptied L2 before each call; empty where that is not measured."""
-        ...
-
-
-class WallTimer:
-    """One call a round by the wall clock; it has finished when it returns."""
-
-    not_captured = ""
-
-    def __init__(self, run: Callable[[], Any], how: str | None = None) -> None:
-        self.finished, self.how = run, how
-
-    def warm_ms(self) -> list[float]:
-        start = time.perf_counter()
-        self.finished()
-        return [(time.perf_counter() - start) * 1e3]
-
-    def cold_ms(self) -> list[float]:
-        return []
-
-
-class GpuTimer:
-    """Replays of a CUDA graph, or eager calls where `run` cannot be captured; events time both."""
-
-    def __init__(self, run: Callable[[], Any], flushed: torch.Tensor) -> None:
-        self.call, self.how, self.not_captured = run, "eager", ""
-        self.flushed = flushed
-        try:
-            self.call, self.how = captured(run), "graph"
-        except Exception as error:  # whatever a library raises when it may not wait for the device
-            self.not_captured = first_line(error)
-            torch.cuda.synchronize()
-
-    def finished(self) -> None:
-        self.call()
-        torch.cuda.synchronize()
-
-    def warm_ms(self) -> list[float]:
-        for _ in range(DELAYS):
-            self.flushed.zero_()
-        self.call()
-        return self._timed(lambda: None)
-
-    def cold_ms(self) -> list[float]:
-        return self._timed(self.flushed.zero_)
-
-    def _timed(self, before: Callable[[], object]) -> list[float]:
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
-        for start, end in pairs:
-            before()
-            start.record()
-            self.call()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in pairs]
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as a CUDA graph: replaying it costs one launch and allocates nothing."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def timer(run: Callable[[], Any], device: torch.device, capture: bool = True) -> Timer:
-    """The clock of `device` around `run`; without `capture` the wall clock, on a GPU until all work is done."""
-    if device.type == "cpu":
-        return WallTimer(run)
-    if capture:
-        return GpuTimer(run, _flushed(device))
-
-    def finished() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return WallTimer(finished, "eager")
-
-
-def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Most memory that one call holds beyond what was there before it, in MiB; None on a CPU."""
-    if device.type == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+__all__ = ["Timer", "WallTimer", "first_line", "peak_mib", "roof", "timer"]
 
 
 def roof(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> dict[str, float]:
@@ -147,17 +22,3 @@ def roof(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> dict[
         "tflops": float(f"{2 * size**3 / product_ms / 1e9:.4g}"),
         "gbytes_per_s": float(f"{2 * copied / copy_ms / 1e6:.4g}"),
     }
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-_BUFFERS: dict[torch.device, torch.Tensor] = {}
-
-
-def _flushed(device: torch.device) -> torch.Tensor:
-    """What is overwritten to empty the L2: one buffer per device, for all timers."""
-    if device not in _BUFFERS:
-        _BUFFERS[device] = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    return _BUFFERS[device]

@@ -13,8 +13,9 @@ so few tokens read few experts. The gradient of a weight is written for all expe
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -174,6 +175,17 @@ def op_waves(
     rows, columns = T * top_k, I * (2 if gated and op != "expert_gemm" else 1)
     config = pick_config("rows", rows, E, columns, H, wanted, device)
     return mean_waves(config, precision_of(wanted), rows, E, columns, device)
+
+
+def waves_of(parameters: Mapping[str, Any], device: Device) -> float | None:
+    """`op_waves` of a case's parameters; None where they are not of an op with a GEMM."""
+    sizes = {name: parameters.get(name) for name in ("T", "E", "H", "I", "dtype")}
+    if parameters.get("op") == "expert_gemm":
+        sizes |= {"H": parameters.get("K"), "I": parameters.get("N")}
+    if parameters.get("op") not in OPS or None in sizes.values():
+        return None
+    gated = parameters.get("layer") == "swiglu"
+    return op_waves(parameters["op"], **sizes, device=device, gated=gated)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def markdown(results: Sequence[Mapping[str, Any]], pictures: Mapping[str, Sequen
         "## Required", _required(rows),
         "## Where another way is faster", _losses(rows),
         "## Speed over the number of tokens", *_images(pictures, "speed"),
+        "## Other packages", *_images(pictures, "peers"),
         "## Whole models", *_images(pictures, "end-to-end"),
         "## All times", *_times_tables(results),
         "## Against the roof", *_images(pictures, "roofline"), _roof_table(rows),
@@ -236,8 +237,11 @@ def _not_measured(results: Sequence[Mapping[str, Any]]) -> str:
                     reasons.setdefault((name, kind, entry[kind]), []).append(row.label)
     lines = [(name, f"**{kind}**" if kind == "refused" else kind, reason, _some(cases))
              for (name, kind, reason), cases in reasons.items()]  # fmt: skip
-    lines += [("all", "not run", "the suite's time was over", case)
-              for result in results for case in result.get("not_run", ())]  # fmt: skip
+    for result in results:
+        broken = result["broken"]
+        lines += [("all", "**broken**", reason, case) for case, reason in broken.items()]
+        late = [case for case in result["not_run"] if case not in broken]
+        lines += [("all", "not run", "the suite's time was over", case) for case in late]
     return _table(("provider", "", "reason", "cases"), lines) or "Every provider of every case was measured."
 
 
@@ -272,8 +276,21 @@ def readme_block(results: Sequence[Mapping[str, Any]], folder: Path) -> str:
         f"![speed over the dense layer and over dense models]({place}/overview.png)\n\n"
         f"Measured on {device_name(results)}, {conditions(results)} One feed-forward layer over the number of tokens,"
         " and whole encoders; random weights, every output checked before it was timed:"
-        f" [all numbers, losses too]({place}/REPORT.md)."
+        f" [all numbers, losses too]({place}/REPORT.md).\n\n{_encoder_table(rows_of(results))}"
     )
+
+
+def _encoder_table(rows: Sequence[Row]) -> str:
+    """Whole encoders: ours, what it is compared with, and the ideal of the same FLOPs."""
+    lines = []
+    for row in rows:
+        mine, ideal = row.times.get(ours(row.case)), row.times.get("ideal")
+        speed, baseline = row.speed(ours(row.case)), row.case["baseline"]
+        if row.what == "encoder" and mine and speed:
+            share = f"{ideal['median_ms'] / mine['median_ms']:.2f}x" if ideal else ""
+            theirs = f"{row.times[baseline]['median_ms']:.4g} ms, {baseline}"
+            lines.append((row.label, f"{mine['median_ms']:.4g} ms", theirs, f"{speed['median']:.2f}x", share))
+    return _table(("whole encoder", "ours", "baseline", "ours over it", "ours over the ideal"), lines)
 
 
 def with_block(path: Path, block: str) -> str:

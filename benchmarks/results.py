@@ -21,7 +21,8 @@ from benchmarks import clocks
 from benchmarks.environment import environment, load_average
 from benchmarks.gate import Checked, check
 from benchmarks.measuring import Case, Limit, Requirement, Samples, Target, latency, measure, speed_ratio, spread
-from benchmarks.model import Cost
+from benchmarks.model import Cost, waves_of
+from moebert_kernels.kernels.config import Device
 
 FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
@@ -90,6 +91,8 @@ def run_case(
     }
     if case.cost:
         result["cost"] = _cost(case.cost, roof)
+        if target.on_gpu and (waves := waves_of(case.parameters, Device.of(target.device))) is not None:
+            result["cost"]["waves"] = waves
     return result | {
         "seconds": {"check": round(checked_at - start, 1), "time": round(time.perf_counter() - checked_at, 1)}
     }
@@ -184,6 +187,7 @@ def table(entry: dict[str, Any]) -> str:
     lines = [f"{entry['name']} (checked in {seconds['check']:.1f} s, timed in {seconds['time']:.1f} s)"]
     if cost := entry.get("cost"):
         lines[0] += f"; roof {cost['roof_ms']:.3f} ms, bound by {cost['bound_by']}"
+        lines[0] += f", {cost['waves']:g} waves" if "waves" in cost else ""
     for name, numbers in entry["providers"].items():
         if "median_ms" not in numbers:
             (kind, reason), *_ = numbers.items()

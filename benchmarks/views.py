@@ -16,6 +16,7 @@ BOUNDS = (
     "roof",
     "deepcopy_of_dense",
 )  # providers that do less than the case asks for: what can be reached, no alternatives
+_NOT_SHAPE = ("op", "direction", "T")
 
 
 def load_all(path: Path) -> dict[str, dict[str, Any]]:
@@ -99,7 +100,8 @@ def ours(case: Mapping[str, Any]) -> str:
 
 
 def is_ours(case: Mapping[str, Any], provider: str) -> bool:
-    return provider == ours(case) or provider.startswith(OURS)
+    """Ours, or a form of it, such as on another backend."""
+    return provider.startswith((ours(case), OURS))
 
 
 def is_model(row: Row) -> bool:
@@ -111,18 +113,15 @@ def rows_with(rows: Iterable[Row], unit: str) -> list[Row]:
 
 
 def series_over_tokens(rows: Iterable[Row], least: int = 3) -> list[Series]:
-    """Ops that were timed at `least` or more numbers of tokens."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    """Ops that were timed at `least` or more numbers of tokens; at equal ones, the first suite's case counts."""
+    found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
         parameters = row.case["parameters"]
         if "op" in parameters and row.times and row.speed(ours(row.case)):
             shape = ", ".join(f"{name} {value}" for name, value in parameters.items() if name not in _NOT_SHAPE)
-            found.setdefault((row.subject, row.direction, shape), []).append(row)
+            found.setdefault((row.subject, row.direction, shape), {}).setdefault(row.tokens, row)
     return [
-        Series((op, direction), shape, sorted(some, key=lambda row: row.tokens))
+        Series((op, direction), shape, [some[tokens] for tokens in sorted(some)])
         for (op, direction, shape), some in found.items()
-        if len({row.tokens for row in some}) == len(some) >= least
+        if len(some) >= least
     ]
-
-
-_NOT_SHAPE = ("op", "direction", "T")

@@ -39,7 +39,7 @@ def result(what: str, cases: list[dict[str, Any]], **more: Any) -> dict[str, Any
     return {
         "format_version": FORMAT_VERSION, "what": what, "smoke": False, "environment": ENVIRONMENT,
         "settings": {"seconds_per_case": None, "min_rounds": 7, "threads": 2}, "roof": ROOF, "cases": cases,
-        "not_run": [], "seconds": 12.0,
+        "not_run": [], "broken": {}, "seconds": 12.0,
     } | more  # fmt: skip
 
 

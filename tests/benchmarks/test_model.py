@@ -14,6 +14,7 @@ from benchmarks.model import (
     experts_touched,
     op_cost,
     op_waves,
+    waves_of,
 )
 from moebert_kernels import group_tokens, reference
 from moebert_kernels.kernels.config import CANDIDATES, Device, mean_waves, pick_config
@@ -168,6 +169,17 @@ def test_waves_are_those_of_the_chosen_configuration():
     assert op_waves("fused_moe_ffn", **sizes | {"T": 0}, dtype="bfloat16", device=H200) == 0
 
 
+def test_waves_of_a_case():
+    sizes = {"direction": "forward", "dtype": "bfloat16", "T": 4096, "E": 4}
+    wanted = op_waves("fused_moe_ffn", **BIG, device=H200)
+    assert waves_of({"op": "fused_moe_ffn", "H": 768, "I": 768, "D": 3072} | sizes, H200) == wanted
+    assert waves_of({"op": "expert_gemm", "K": 768, "N": 768} | sizes, H200) == wanted
+    gated = waves_of({"op": "fused_moe_ffn", "layer": "swiglu", "H": 768, "I": 768} | sizes, H200)
+    assert gated == op_waves("expert_gemm", **BIG | {"I": 2 * 768}, device=H200) > wanted
+    assert waves_of({"op": "group_tokens_by_hash", "V": 9} | sizes, H200) is None
+    assert waves_of({"model": "bert-base", "H": 768, "I": 768} | sizes, H200) is None
+
+
 def test_waves_count_tiles_over_slots():
     tile = next(c for c in CANDIDATES["half"]["rows"] if (c.BLOCK_M, c.BLOCK_N) == (128, 128))
     # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 x 1 slots
@@ -246,7 +258,8 @@ def test_encoder_rejects():
 def test_every_op_has_a_cost():
     import moebert_kernels
 
-    assert set(OPS) == set(moebert_kernels.__all__) - {"Grouping"}
+    by_sites = {"mpo_expert_weights"}  # sized by a plan of factors, not by T, H and I
+    assert set(OPS) == set(moebert_kernels.__all__) - {"Grouping"} - by_sites
     for op in OPS:
         for direction in ("forward",) if op in ROUTING else ("forward", "forward_backward"):
             assert op_cost(op, direction, **BIG).bytes > 0

@@ -8,8 +8,9 @@ from benchmarks import charts
 from benchmarks.__main__ import main
 from benchmarks.report import MARKS, load_folder, markdown
 from benchmarks.results import FORMAT_VERSION
-from benchmarks.views import ours, rows_of, series_over_tokens
+from benchmarks.views import is_ours, ours, rows_of, series_over_tokens
 from tests.benchmarks.results_of import ENVIRONMENT, case, encoder_case, entry, ffn_case, result, some_results, write
+from tests.helpers import ROOT
 
 
 def text_of(folder, results) -> str:
@@ -79,11 +80,13 @@ def test_no_losses_are_said_too(tmp_path):
 
 def test_what_was_not_measured_stands_with_its_reason(tmp_path):
     peers = {"moebert_kernels": entry(1, 2), "dense": entry(2, 1), "scattermoe": {"refused": "output 0: too far"}}
-    results = [result("ffn", [ffn_case(8), case("a", peers)], not_run=["fused_moe_ffn-forward-T64"])]
+    gone = {"not_run": ["T64", "T512"], "broken": {"T512": "OutOfMemoryError: no memory"}}
+    results = [result("ffn", [ffn_case(8), case("a", peers)], **gone)]
     text = text_of(tmp_path, results)
     assert "| megablocks | skipped | not installed | fused_moe_ffn-forward-T8 |" in text
     assert "| scattermoe | **refused** | output 0: too far | a |" in text
-    assert "| all | not run | the suite's time was over | fused_moe_ffn-forward-T64 |" in text
+    assert "| all | not run | the suite's time was over | T64 |" in text
+    assert "| all | **broken** | OutOfMemoryError: no memory | T512 |" in text and text.count("T512") == 1
     assert "Nothing of this kind was measured." in text
 
 
@@ -136,7 +139,8 @@ def test_readme_gets_picture_and_sentence_between_its_marks(tmp_path, capsys):
     readme.write_text(f"# Name\n{MARKS[0]}\nold\n{MARKS[1]}\nrest\n")
     assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith(f"# Name\n{MARKS[0]}\n![") and text.endswith(f".\n{MARKS[1]}\nrest\n") and "old" not in text
+    assert text.startswith(f"# Name\n{MARKS[0]}\n![") and text.endswith(f"|\n{MARKS[1]}\nrest\n") and "old" not in text
+    assert "| encoder-B1 | 100 ms | 150 ms, dense | 1.50x |  |" in text
     assert "overview.png" in text and "Measured on Intel Xeon Processor @ 2.50GHz, 2 threads, float32, torch" in text
     readme.write_text("# Name\n")
     assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 1
@@ -147,10 +151,17 @@ def test_readme_gets_picture_and_sentence_between_its_marks(tmp_path, capsys):
     assert "whole models for the README's picture, got none" in capsys.readouterr().err
 
 
+def test_the_readme_has_its_marks_on_the_first_screen():
+    before, begin, rest = (ROOT / "README.md").read_text().partition(MARKS[0])
+    assert begin and MARKS[1] in rest and before.count("\n") < 15
+
+
 def test_ours_is_found_by_name_or_comes_first():
     assert ours(case("a", {"dense": {}, "moebert_kernels_graph": {}, "moebert_kernels": {}})) == "moebert_kernels"
     assert ours(case("a", {"dense": {}, "moebert_kernels_graph": {}})) == "moebert_kernels_graph"
-    assert ours(case("a", {"group_tokens_by_hash": {}, "original": {}})) == "group_tokens_by_hash"
+    grouping = case("a", {"group_tokens_by_hash": {}, "original": {}, "group_tokens_by_hash_cuda": {}})
+    assert ours(grouping) == "group_tokens_by_hash"
+    assert [is_ours(grouping, name) for name in grouping["providers"]] == [True, False, True]
 
 
 def test_series_keep_shapes_apart():
@@ -158,7 +169,8 @@ def test_series_keep_shapes_apart():
     for one in other:
         one["parameters"]["H"] = 384
     rows = rows_of([result("ffn", [ffn_case(T) for T in (64, 1, 8)] + other)])
-    first, second = series_over_tokens(rows)
+    first, second = series_over_tokens(rows + rows_of([result("tiny", [ffn_case(8)])]))
+    assert all(row.what == "ffn" for row in first.rows)
     assert [row.tokens for row in first.rows] == [1, 8, 64] and "H 768" in first.shape and "H 384" in second.shape
 
 
