@@ -33,7 +33,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "expert_gemm": ("triton", "cuda", "torch"),
     "fused_moe_ffn": ("triton", "cuda", "torch"),
     "fused_moe_ffn_add_norm": ("triton", "cuda", "torch"),
-    "mpo_expert_weights": ("torch",),
+    "mpo_expert_weights": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
 _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C

@@ -1,6 +1,6 @@
 """Small tiles, chunks and spans for Triton's kernels, so that tensors of a few dozen rows have several of each."""
 
-from moebert_kernels.kernels import config, fused_moe_ffn_add_norm, group_tokens
+from moebert_kernels.kernels import config, fused_moe_ffn_add_norm, group_tokens, mpo_expert_weights
 from moebert_kernels.triton_backend import expert_gemm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as add_norm
 
@@ -13,6 +13,7 @@ def use_tiny_tiles(monkeypatch) -> None:
     weights = config.Config(BLOCK_M=TILE, BLOCK_N=2 * TILE, BLOCK_K=TILE, num_warps=4, num_stages=2)
     for precision in config.CANDIDATES:
         monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
+        monkeypatch.setitem(mpo_expert_weights.CONFIGS, precision, mpo_expert_weights.FoldConfig(*[TILE] * 4, 4, 2))
     config._pick.cache_clear()
     monkeypatch.setattr(expert_gemm, "pick_chunk", lambda *_: CHUNK)
     monkeypatch.setattr(add_norm, "NORM_CHUNK", 8)

@@ -1,4 +1,4 @@
-"""How to factor a weight for `mpo_decompose`: proposals, and caps at which building weights is the wrong thing to do."""
+"""How to factor a weight for `mpo_decompose`: proposals, and caps at which weights are the wrong thing to build."""
 
 from __future__ import annotations
 

@@ -1,26 +1,18 @@
 import pytest
 import torch
 
-from moebert_kernels import backend, mpo_expert_weights, reference
+from moebert_kernels import mpo_expert_weights, reference
 from tests.helpers import assert_as_accurate
 from tests.ops.cases import DTYPES, slack, widest
 
 EXPERTS = 3
-
-
-@pytest.fixture(autouse=True)
-def offered(implementation):
-    if implementation not in backend._OFFERS["mpo_expert_weights"]:
-        pytest.skip("no kernel yet")
-
-
 # name: row factors, column factors, bonds, position of the central tensor
 SHAPES = {
-    "five": ((2, 3, 4, 3, 2), (3, 2, 2, 2, 3), (1, 6, 20, 17, 5, 1), None),
-    "tiles": ((3, 8, 2, 5, 4), (5, 1, 3, 2, 2), (1, 7, 40, 36, 9, 1), None),  # more than two tiles each way
-    "two": ((3, 4), (5, 2), (1, 7, 1), None),
-    "three_at_the_left_end": ((2, 3, 2), (3, 2, 4), (1, 5, 6, 1), 0),
-    "three_at_the_right_end": ((2, 3, 2), (3, 2, 4), (1, 5, 6, 1), 2),
+    "five": ((2, 2, 1, 3, 2), (3, 2, 2, 1, 3), (1, 6, 20, 17, 5, 1), None),  # two tiles each way
+    "tiles": ((5, 2, 2, 3, 4), (2, 2, 1, 3, 1), (1, 7, 40, 36, 9, 1), None),  # three
+    "two": ((1, 4), (2, 5), (1, 7, 1), None),
+    "three_at_the_left_end": ((2, 3, 2), (1, 2, 2), (1, 5, 6, 1), 0),
+    "three_at_the_right_end": ((2, 3, 2), (2, 2, 1), (1, 5, 6, 1), 2),
     "four_off_centre": ((2, 1, 3, 1), (1, 3, 2, 2), (1, 2, 5, 3, 1), 1),
     "ones": ((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), None),
 }
@@ -51,10 +43,18 @@ def output_gradient(shape):
     return torch.randn(EXPERTS, torch.tensor(rows).prod(), torch.tensor(columns).prod())
 
 
+@pytest.mark.parametrize("counts", [None, (3, 0, 2), (0, 0, 0)], ids=["all", "one_empty", "nobody"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [None, (3, 0, 2)], ids=["all", "one_empty"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_matches_reference(shape, counts, dtype):
+def test_matches_reference(counts, dtype):
+    compare("five", counts, dtype)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "five"])
+def test_shapes(shape):
+    compare(shape, (3, 0, 2), torch.float32)
+
+
+def compare(shape, counts, dtype):
     position, tensors = sites(shape, dtype)
     dw = output_gradient(shape).to(dtype)
     offsets = None if counts is None else torch.tensor([0, *counts]).cumsum(0).int()
@@ -69,7 +69,7 @@ def test_matches_reference(shape, counts, dtype):
         else:
             assert_as_accurate(*three, name=name, factor=slack(dtype))
     if counts is not None:
-        assert not got[0][1].any() and not got[2][1].any()
+        assert not got[0][1].any() and not got[2][1].any()  # the second expert has nobody
 
 
 def test_the_middle_is_the_default_and_inference_equals_training():
@@ -116,7 +116,7 @@ def test_a_masked_central_tensor_saves_its_gemm(implementation):
     if implementation != "torch":
         pytest.skip("counts the GEMMs of torch")
     _, tensors = sites("tiles")
-    left, right, bond, next_bond, middle = 3 * 5 * 8, 5 * 2 * 4 * 2, 40, 36, 2 * 3
+    left, right, bond, next_bond, middle = 5 * 2 * 2 * 2, 3 * 3 * 4, 40, 36, 2
     everything = gemm_flops(tensors, range(5))
     dc = 2 * EXPERTS * left * bond * middle * next_bond
     assert everything - gemm_flops(tensors, range(1, 5)) == dc
@@ -144,7 +144,7 @@ def test_backward_keeps_the_arguments_alone():
 
 
 def test_bitwise_repeatable_and_saved_tensors_stay():
-    _, tensors = sites("tiles")
+    _, tensors = sites("two")
     tensors = [t.requires_grad_() for t in tensors]
     w = mpo_expert_weights(tensors[0], tensors[1:])
     assert torch.equal(w, mpo_expert_weights(tensors[0], tensors[1:]))
@@ -209,14 +209,14 @@ def test_opcheck_compile_and_export():
     program = torch.export.export(module, (offsets,))
     assert torch.equal(program.module()(offsets), module(offsets))
     with torch.device("meta"):
-        assert mpo_expert_weights(tensors[0].to("meta"), [t.to("meta") for t in tensors[1:]]).shape == (3, 144, 72)
+        assert mpo_expert_weights(tensors[0].to("meta"), [t.to("meta") for t in tensors[1:]]).shape == (3, 24, 36)
 
 
 def test_rejects():
     _, (central, *aux) = sites("five")
     for message, arguments, options in (
         (r"central: expected a tensor, got list", ([1.0], aux), {}),
-        (r"central: expected shape \(D, i, j, D'\) of sizes >= 1, got \(4, 2, 17\)", (central[0], aux), {}),
+        (r"central: expected shape \(D, i, j, D'\) of sizes >= 1, got \(1, 2, 17\)", (central[0], aux), {}),
         (r"aux: expected a sequence of at least one tensor .*, got none", (central, []), {}),
         (r"aux: expected a sequence of at least one tensor .*, got a tensor", (central, aux[0]), {}),
         (r"aux\[1\]: expected shape \(E, D, i, j, D'\) of sizes >= 1, got \(3, 6, 3, 2\)",
