@@ -41,13 +41,14 @@ from moebert_kernels.kernels import (
     fused_moe_ffn_add_norm,
     group_tokens,
     hash_route,
+    mpo_expert_weights,
 )
 from moebert_kernels.kernels.tiles import num_chunks, padded_experts
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).parent / "results" / "triton-resources.json"
 T, H, I, E, LAYERS, VOCABULARY = 4096, 768, 768, 4, 12, 30522  # of BERT-base
-FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.dw1")  # for float32
+FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.dw1", "fold")  # for float32
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.bool: "i1",
@@ -204,6 +205,18 @@ def gemm_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[
             )
 
 
+def fold_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The weights of 8 experts of T5-base's wi: 192 and 384 rows of the auxiliary tensors' products."""
+    dtype = DTYPES[precision]
+    left, central, right = (torch.empty(s, dtype=dtype) for s in ((8, 192, 192), (192, 8, 4, 384), (8, 384, 384)))
+    w, offsets = torch.empty(8, 3072, 768, dtype=dtype), torch.empty(9, dtype=torch.int32)
+    config = mpo_expert_weights.pick_config(192, 384, precision)
+    yield (
+        f"fold/{config.name()}",
+        lambda: mpo_expert_weights.fold(left, central, right, w, offsets, 12, 16, config),
+    )
+
+
 def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     """The kernels without a configuration."""
     bf16, fp32, i32 = torch.bfloat16, torch.float32, torch.int32
@@ -241,6 +254,13 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             torch.empty(num_chunks(T, E, 1024), H, I), torch.empty(E, H, I, dtype=bf16), grouping.offsets, 1024
         ),
     )
+    yield (
+        "mpo_expert_weights.permute",
+        lambda: mpo_expert_weights.permute(
+            torch.empty(8, 3072, 768, dtype=bf16), torch.empty(8, 6144, 384, dtype=bf16), torch.empty(9, dtype=i32),
+            8, 4, 12, 16,
+        ),
+    )  # fmt: skip
     for dropout_p in (0.0, 0.1):
         for input_dtype in (bf16, fp32):
             name = f"{TYPES[input_dtype]}{'.dropout' if dropout_p else ''}"
@@ -265,12 +285,12 @@ def launches() -> Iterator[Launch]:
         yield recorded(name, launch)
     for precision in configs.CANDIDATES:
         with mock.patch.object(configs, "precision_of", lambda _, p=precision: p):
-            for module in (expert_gemm, expert_gemm_weights):
+            for module in (expert_gemm, expert_gemm_weights, mpo_expert_weights):
                 module.precision_of = configs.precision_of
-            for name, launch in gemm_launches(precision):
+            for name, launch in (*gemm_launches(precision), *fold_launches(precision)):
                 if precision == "half" or name.partition("/")[0] in FEW:
                     yield recorded(f"{precision}/{name}", launch)
-    for module in (expert_gemm, expert_gemm_weights):
+    for module in (expert_gemm, expert_gemm_weights, mpo_expert_weights):
         module.precision_of = configs.precision_of
 
 

@@ -36,7 +36,7 @@ class FoldConfig:
 
 # BLOCK_A is the most: all rows of L_e, if they are no more, so that C_x R_e^T is computed once.
 CONFIGS: dict[Precision, FoldConfig] = {
-    "half": FoldConfig(256, 128, 64, 64, 8, 3),
+    "half": FoldConfig(256, 128, 64, 32, 8, 4),
     "tf32": FoldConfig(256, 64, 32, 32, 8, 3),
     "ieee": FoldConfig(256, 32, 32, 32, 8, 2),
 }

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moebert_kernels import backend, fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens, reference
+from moebert_kernels import (
+    backend,
+    fused_moe_ffn,
+    fused_moe_ffn_add_norm,
+    group_tokens,
+    mpo_expert_weights,
+    reference,
+)
 from tests.backends import KERNEL_BACKENDS
 from tests.ops.cases import run
 from tests.tiny_tiles import use_tiny_tiles
@@ -74,6 +81,28 @@ def test_fused_moe_ffn_add_norm(tokens, hidden, width, experts, weighted, stride
 
     got = run(call(fused_moe_ffn_add_norm), [x, *weights, *norm, p], dy, torch.float32)
     assert_close(got, run(call(reference.fused_moe_ffn_add_norm), [x, *weights, *norm, p], dy, torch.float64))
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), sites=st.integers(2, 4), experts=st.integers(1, 3), strided=st.booleans())
+def test_mpo_expert_weights(data, sites, experts, strided):
+    torch.manual_seed(0)
+    factors = [(data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))) for _ in range(sites)]
+    bonds = [1, *(data.draw(st.integers(1, 19)) for _ in range(sites - 1)), 1]
+    position = data.draw(st.integers(0, sites - 1))
+    shapes = [(bonds[k], *factors[k], bonds[k + 1]) for k in range(sites)]
+    tensors = [torch.randn(s if k == position else (experts, *s)) / s[0] ** 0.5 for k, s in enumerate(shapes)]
+    central = tensors.pop(position)
+    if strided:
+        tensors = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    offsets = torch.tensor([0, 2, 2, 3][: experts + 1], dtype=torch.int32)
+
+    def call(op):
+        return lambda c, *aux: op(c, aux, offsets=offsets, central_site=position)
+
+    dw = torch.randn(experts, *(int(torch.tensor(side).prod()) for side in zip(*factors, strict=True)))
+    got = run(call(mpo_expert_weights), [central, *tensors], dw, torch.float32)
+    assert_close(got, run(call(reference.mpo_expert_weights), [central, *tensors], dw, torch.float64))
 
 
 @settings(max_examples=20, deadline=None)

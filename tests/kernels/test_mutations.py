@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 FFN = "tests/ops/test_fused_moe_ffn.py"
 ADD_NORM = "tests/ops/test_fused_moe_ffn_add_norm.py"
+MPO = "tests/ops/test_mpo_expert_weights.py"
 # what breaks: file, what stands there, what takes its place, the tests that must notice
 MUTATIONS = {
     "mask": ("expert_gemm.py", "mask_m = row < end\n", "mask_m = row < end - 1\n", FFN, "skewed and float32"),
@@ -24,6 +25,12 @@ MUTATIONS = {
                "first - (before_next - tiles) * BLOCK, 0), 0)", FFN, "all_to_one and float32"),
     "scale": ("fused_moe_ffn_add_norm.py", "ffn = tl.where(keep, ffn * scale, 0.0)", "ffn = tl.where(keep, ffn, 0.0)",
               ADD_NORM, "dropout and False"),
+    "product": ("mpo_expert_weights.py", "for k in range(0, D_NEXT, BLOCK_K)", "for k in range(0, BLOCK_K, BLOCK_K)",
+                MPO, "matches_reference and float32 and one_empty"),
+    "place": ("mpo_expert_weights.py", "a % J * MIDDLE_COLUMNS + x % MIDDLE_COLUMNS", "a % J * MIDDLE_COLUMNS",
+              MPO, "shapes and off_centre"),
+    "predicate": ("mpo_expert_weights.py", "tl.load(Offsets + expert + 1) >", "tl.load(Offsets + expert + 1) >=",
+                  MPO, "matches_reference and float32 and one_empty"),
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ SHAPES = {
     "two": ((1, 4), (2, 5), (1, 7, 1), None),
     "three_at_the_left_end": ((2, 3, 2), (1, 2, 2), (1, 5, 6, 1), 0),
     "three_at_the_right_end": ((2, 3, 2), (2, 2, 1), (1, 5, 6, 1), 2),
-    "four_off_centre": ((2, 1, 3, 1), (1, 3, 2, 2), (1, 2, 5, 3, 1), 1),
+    "four_off_centre": ((2, 2, 3, 1), (1, 3, 1, 2), (1, 2, 5, 3, 1), 1),
     "ones": ((1, 1, 1), (1, 1, 1), (1, 1, 1, 1), None),
 }
 
@@ -219,7 +219,7 @@ def test_rejects():
         (r"central: expected shape \(D, i, j, D'\) of sizes >= 1, got \(1, 2, 17\)", (central[0], aux), {}),
         (r"aux: expected a sequence of at least one tensor .*, got none", (central, []), {}),
         (r"aux: expected a sequence of at least one tensor .*, got a tensor", (central, aux[0]), {}),
-        (r"aux\[1\]: expected shape \(E, D, i, j, D'\) of sizes >= 1, got \(3, 6, 3, 2\)",
+        (r"aux\[1\]: expected shape \(E, D, i, j, D'\) of sizes >= 1, got \(3, 6, 2, 2\)",
          (central, [aux[0], aux[1][..., 0], *aux[2:]]), {}),
         (r"aux\[0\]: expected a left bond of 1 \(the outer bond\), got 6", (central, aux[1:]), {"central_site": 1}),
         (r"central: expected a left bond of 20 \(as aux\[1\]\), got 19", (central[1:], aux), {}),
