@@ -13,7 +13,7 @@ from benchmarks import charts, suites
 from benchmarks.environment import RESULTS, results_folder
 from benchmarks.measuring import Target
 from benchmarks.results import requirement_text
-from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of, rows_with
+from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of
 
 ROOT = RESULTS.parent.parent
 MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
@@ -121,7 +121,8 @@ def device_name(results: Sequence[Mapping[str, Any]]) -> str:
     if environment["device"] == "cuda":
         return str(environment["gpu"])
     model = re.sub(r"\s*\((R|TM)\)|\bCPU\b", "", environment["cpu"])
-    return f"{' '.join(model.split())}, {environment['threads']} threads"
+    threads = environment["threads"]
+    return f"{' '.join(model.split())}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def conditions(results: Sequence[Mapping[str, Any]]) -> str:
@@ -192,6 +193,7 @@ def _times_tables(results: Sequence[Mapping[str, Any]]) -> list[str]:
                 notes = [f"cold {entry['cold']['median_ms']:.4g} ms"] if "cold" in entry else []
                 notes += [entry["how"]] if "how" in entry else []
                 notes += ["once"] if entry["rounds"] == 1 else []
+                notes += [f"{entry['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in entry else []
                 lines.append((row.label, name, time_text(entry), ratio, ", ".join(notes)))
         parts += [f"### {result['what']}", _table(("case", "provider", "time", "speed over baseline", ""), lines)]
     return parts
@@ -220,11 +222,14 @@ def _latency_table(rows: Sequence[Row]) -> str:
 
 
 def _memory_table(rows: Sequence[Row]) -> str:
-    return _table(
-        ("case", "provider", "peak of one call, MiB"),
-        [(row.label, name, f"{entry['peak_mib']:,.1f}")
-         for row in rows_with(rows, "peak_mib") for name, entry in row.times.items() if "peak_mib" in entry],
-    )  # fmt: skip
+    units = {"peak_mib": "peak of one call, MiB", "saved_mib": "kept for backward, MiB"}
+    lines = []
+    for row in rows:
+        for name, entry in row.times.items():
+            cells = [f"{entry[unit]:,.1f}" if entry.get(unit) is not None else "" for unit in units]
+            if any(cells):
+                lines.append((row.label, name, *cells))
+    return _table(("case", "provider", *units.values()), lines)
 
 
 def _not_measured(results: Sequence[Mapping[str, Any]]) -> str:

@@ -94,7 +94,13 @@ def test_roof_latency_and_memory(reported):
     text = (reported / "REPORT.md").read_text()
     assert "| fused_moe_ffn-forward-T8 | 0.0192 | 9.4 | 0.95 ms | memory | 1.5 | 50% |" in text
     assert "| fused_moe_ffn-forward-T8 | moebert_kernels | 4 | 8 |" in text
-    assert "| fused_moe_ffn-forward-T8 | dense | 32.0 |" in text
+    assert "| fused_moe_ffn-forward-T8 | dense | 32.0 |  |" in text
+
+
+def test_a_training_step_has_tokens_per_second_and_what_is_kept_for_backward(tmp_path):
+    step = {"moebert_kernels": entry(100, 1.5, tokens_per_s=10240.0, saved_mib=80.5), "dense": entry(150, 1.0)}
+    text = text_of(tmp_path, [result("distill", [case("step", step)])])
+    assert "| 1.50x [1.47, 1.53] | 10,240 tokens/s |" in text and "| step | moebert_kernels |  | 80.5 |" in text
 
 
 def broken(change) -> list:
