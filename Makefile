@@ -4,6 +4,7 @@ VENV ?= .venv
 ARGS ?=
 STAGE ?= all
 RESULTS ?=
+EXTRAS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -61,8 +62,8 @@ smoke: $(VENV)/dev.stamp  ## every benchmark once, with tiny shapes
 bench: $(VENV)/dev.stamp  ## every benchmark, with the shapes that count
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-gpu:  ## everything that needs a GPU, with the python3 that has torch (STAGE=build|test|bench|sanitize|tune RESULTS=folder)
-	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) $(if $(RESULTS),--results $(RESULTS))
+gpu:  ## what needs a GPU, with the PYTHON that has torch (STAGE=build|test|bench|e2e|sanitize|tune RESULTS=folder EXTRAS=folder)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) $(if $(RESULTS),--results $(RESULTS)) $(if $(EXTRAS),--extras $(EXTRAS)) $(ARGS)
 
 tune:  ## measure what pick_config predicts with, on this machine's GPU
 	$(MAKE) gpu STAGE=tune

@@ -1,4 +1,4 @@
-"""The package's clocks, and the roof of this device by them."""
+"""The package's clocks, the roof of this device by them, and whether it still works."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import torch
 
 from moebert_kernels.demo.clocks import Timer, WallTimer, first_line, peak_mib, timer
 
-__all__ = ["Timer", "WallTimer", "first_line", "peak_mib", "roof", "timer"]
+__all__ = ["Timer", "WallTimer", "device_lost", "first_line", "peak_mib", "roof", "timer"]
+
+
+def device_lost() -> bool:
+    """Whether an error in a kernel has ended CUDA in this process: nothing more can run in it."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def roof(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.clocks import first_line
+from benchmarks.clocks import device_lost, first_line
 from benchmarks.measuring import Outputs, Provider, Skipped
 from moebert_kernels.accuracy import error_and_bound
 
@@ -67,6 +67,8 @@ def check(providers: Mapping[str, Provider | Skipped]) -> Checked:
             checked.refused[name] = str(error)
             continue
         except Exception as error:  # a provider that cannot run is a result, and must not stop the others
+            if device_lost():
+                raise
             checked.refused[name] = first_line(error)
             continue
         if provider.slow:

@@ -1,123 +1,152 @@
-"""`make gpu`: everything that needs a GPU, in stages; each leaves one JSON and one log in the results folder.
+"""`make gpu`: everything that needs a GPU, in stages in order of importance; see benchmarks/README.md.
 
-python -m benchmarks.gpu --stage build --results DIR        # versions, devices, a self-test of every op
-python -m benchmarks.gpu --stage test --results DIR         # the tests of the ops and kernels, on the GPU
-python -m benchmarks.gpu --stage bench --results DIR        # speed against dense layers and other ways
-python -m benchmarks.gpu --stage sanitize --results DIR     # compute-sanitizer, where it is installed
-python -m benchmarks.gpu --stage tune --results DIR         # the numbers that pick_config predicts with
+    python -m benchmarks.gpu --stage STAGE --results DIR --extras DIR --again
+
+build compiles the CUDA part for this GPU and lets every op test itself; test runs the tests on the GPU; bench times the
+ops, e2e whole models; sanitize runs compute-sanitizer; tune measures what `pick_config` predicts with. A call goes on
+where the one before it was cut, and all work without a network.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
+import importlib.util
 import json
+import os
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks import extras, gpu_tests, suites
 from benchmarks.environment import environment, results_folder
+from benchmarks.gpu_tune import KINDS
 from benchmarks.measuring import Target
+from benchmarks.stages import Step, run_stage
 
-TESTS = ["tests/ops", "tests/kernels/test_gpu.py", "tests/kernels/test_any_shape.py", "tests/kernels/test_dropout.py"]
-SANITIZED = ["tests/ops", "-k", "triton and (single_token or skewed) and bfloat16"]
-STAGE_SECONDS = 9 * 60
-
-
-class _Both(io.TextIOBase):
-    """Prints, and keeps what was printed."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log.open("w", encoding="utf-8")
-
-    def write(self, text: str) -> int:
-        sys.__stdout__.write(text)
-        sys.__stdout__.flush()
-        return self.log.write(text)
+ROOT = Path(__file__).resolve().parents[1]
+# Each is less than 9 minutes, all together less than 25; what is cut goes on with the next call.
+BUDGETS_S = {"build": 180, "test": 360, "bench": 420, "e2e": 280, "sanitize": 140, "tune": 100}
+PYTHON = sys.executable
+# The machine may lack what the project's own options of pytest need, such as pytest-timeout.
+PYTEST = (PYTHON, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib -ra", "-p", "no:cacheprovider")
+OPTIONAL = {"tests/kernels/test_any_shape.py": "hypothesis"}  # what a test file imports and may be missing
 
 
-def command(*words: str) -> dict[str, Any]:
-    """Run a program, passing its output on line by line."""
-    print("+", *words)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    last = []
-    for line in process.stdout:
-        print(line, end="")
-        last = [*last[-19:], line.rstrip()]
-    return {"command": list(words), "status": process.wait(), "last_lines": last}
-
-
-def build() -> dict[str, Any]:
-    """The doctor's report; exit status 1 if an op disagrees with its reference."""
-    return command(sys.executable, "-m", "moebert_kernels.doctor")
-
-
-def test() -> dict[str, Any]:
-    return command(sys.executable, "-m", "pytest", "-q", "-x", *TESTS, "-k", "not torch-")
-
-
-def bench() -> dict[str, Any]:
-    from benchmarks import gpu_ffn
-
-    cases = gpu_ffn.run(rounds=15)
-    return {"status": int(any(case["missed"] for case in cases)), "cases": cases}
-
-
-def sanitize() -> dict[str, Any]:
-    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if program is None:
-        return {"status": 0, "skipped": "compute-sanitizer is not installed"}
-    runs = [
-        command(
-            program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x", *SANITIZED
-        )
-        for tool in ("memcheck", "racecheck")
+def build_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+    native = {"MOEBERT_KERNELS_BUILD_CUDA": "1", "MOEBERT_KERNELS_CUDA_ARCHS": "native"}
+    return [
+        Step("compile", (PYTHON, "setup.py", "build_native", "--inplace"), native, _no_compiler()),
+        Step("doctor", (PYTHON, "-m", "moebert_kernels.doctor")),
     ]
-    return {"status": max(run["status"] for run in runs), "runs": runs}
 
 
-def tune() -> dict[str, Any]:
-    from benchmarks import gpu_tune
-
-    return {"status": 0, **gpu_tune.run()}
-
-
-STAGES: dict[str, Callable[[], dict[str, Any]]] = {
-    "build": build, "test": test, "bench": bench, "sanitize": sanitize, "tune": tune
-}  # fmt: skip
+def test_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+    return [
+        Step(path, (*PYTEST, path, "-k", gpu_tests.EXPRESSION), skipped=_missing(OPTIONAL.get(path), variables))
+        for path in gpu_tests.TESTS
+    ]
 
 
-def main() -> int:
-    """The worst status of the stages that ran."""
+def suite_steps(names: tuple[str, ...], results: Path, variables: Mapping[str, str]) -> list[Step]:
+    """One process for each suite: an error of the device ends one of them."""
+    run = (PYTHON, "-m", "benchmarks", "run", "--device", "cuda", "--output", str(results), "--budget", "{seconds}")
+    return [
+        Step(name, (*run, "--what", name), unfinished=partial(_not_run, results / f"{name}.json")) for name in names
+    ]
+
+
+def sanitize_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+    program = shutil.which("compute-sanitizer")
+    reason = "" if program else "compute-sanitizer is not installed"
+    return [
+        Step(
+            f"{tool}-{number}", (program or "", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", *arguments),
+            gpu_tests.ENVIRONMENT, reason,
+        )
+        for tool, runs in gpu_tests.SANITIZED.items()
+        for number, arguments in enumerate(runs, 1)
+    ]  # fmt: skip
+
+
+def tune_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+    output = str(results / "tuned.json")
+    return [Step(kind, (PYTHON, "-m", "benchmarks.gpu_tune", "--kind", kind, "--output", output)) for kind in KINDS]
+
+
+STAGES: dict[str, Callable[[Path, Mapping[str, str]], list[Step]]] = {
+    "build": build_steps,
+    "test": test_steps,
+    "bench": partial(suite_steps, suites.OPS),
+    "e2e": partial(suite_steps, suites.MODELS),
+    "sanitize": sanitize_steps,
+    "tune": tune_steps,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if everything that ran ended well and nothing is left, 1 if not, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/<device>")
-    options = parser.parse_args()
+    parser.add_argument("--extras", type=Path, help="a folder of wheels and checkouts to use besides")
+    parser.add_argument("--again", action="store_true", help="do what is on record once more")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("expected a CUDA device, got none: these stages measure and test on a GPU", file=sys.stderr)
         return 2
-    folder = options.results or results_folder(Target.of("cuda"))
-    folder.mkdir(parents=True, exist_ok=True)
-    worst = 0
+    target = Target.of("cuda")
+    folder = (options.results or results_folder(target)).resolve()
+    more = extras.prepare(options.extras, ROOT / "build" / "extras") if options.extras else extras.Extras()
+    for name, reason in more.left_out.items():
+        print(f"extras: {name} is left out: {reason}")
+    paths = [ROOT, *more.paths, *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1",
+                 "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    stamp = environment(target) | {"extras": more.found, "extras_left_out": more.left_out}
+    os.chdir(ROOT)
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"  # where nvcc and compute-sanitizer are, often unlisted
+    failed = False
     for name in STAGES if options.stage == "all" else [options.stage]:
-        start = time.monotonic()
-        with contextlib.redirect_stdout(_Both(folder / f"gpu-{name}.log")):
-            outcome = STAGES[name]()
-            seconds = time.monotonic() - start
-            print(f"{name}: status {outcome['status']}, {seconds:.0f} s")
-            if seconds > STAGE_SECONDS:
-                print(f"{name}: expected at most {STAGE_SECONDS} s")
-        outcome |= {"stage": name, "seconds": round(seconds, 1), "environment": environment(Target.of("cuda"))}
-        (folder / f"gpu-{name}.json").write_text(json.dumps(outcome, indent=1) + "\n")
-        worst = max(worst, outcome["status"])
-    return worst
+        if options.again and name in ("bench", "e2e"):
+            for what in suites.OPS if name == "bench" else suites.MODELS:
+                (folder / f"{what}.json").unlink(missing_ok=True)
+        steps = STAGES[name](folder, variables)
+        record = run_stage(name, steps, folder, budget_s=BUDGETS_S[name], stamp=stamp, environment=variables,
+                           again=options.again)  # fmt: skip
+        ending = "finished" if record["finished"] else "not finished: call it again to go on"
+        print(f"{name}: status {record['status']}, {record['seconds']:.0f} s, {ending}", flush=True)
+        failed |= bool(record["status"]) or not record["finished"]
+    return int(failed)
+
+
+def _no_compiler() -> str:
+    """Why nothing can be compiled here, or ""."""
+    try:
+        from build_native import find_nvcc
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    return "" if find_nvcc() else "nvcc was not found"
+
+
+def _missing(module: str | None, variables: Mapping[str, str]) -> str:
+    """ "" or that a module is neither installed nor among the extras."""
+    if module is None or importlib.util.find_spec(module):
+        return ""
+    paths = variables.get("PYTHONPATH", "").split(os.pathsep)
+    return "" if any((Path(path) / module).is_dir() for path in paths if path) else f"{module} is not installed"
+
+
+def _not_run(path: Path) -> str:
+    """Cases that a suite left for the next call."""
+    try:
+        left = json.loads(path.read_text())["not_run"]
+    except (OSError, ValueError):
+        return "no result was written"
+    return f"{len(left)} cases not run: {', '.join(left)}" if left else ""
 
 
 if __name__ == "__main__":

@@ -6,17 +6,20 @@ The result is the file that `moebert_kernels/kernels/tuned/sm_<arch>.json` is ma
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from benchmarks import clocks
 from moebert_kernels import group_tokens
+from moebert_kernels.demo import clocks
 from moebert_kernels.kernels import config as configs
 from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.kernels.expert_gemm_weights import expert_gemm_weights
 
+KINDS = tuple(f"{precision}-{kind}" for precision, kinds in configs.CANDIDATES.items() for kind in kinds)
 DEPTHS = (512, 2048)
 COLUMNS = 768
 
@@ -55,23 +58,37 @@ def wave_us(config: configs.Config, kind: configs.Kind, precision: configs.Preci
     return 1e3 * statistics.median(ms for _ in range(10) for ms in clock.warm_ms())
 
 
-def run() -> dict[str, Any]:
-    """{"device": name, "us": {"<precision>-<kind>": {config: [fixed_us, step_us]}}}."""
+def measure(kind: str) -> dict[str, list[float]]:
+    """Candidate -> [fixed_us, step_us], for one of KINDS."""
     before = torch.backends.cuda.matmul.fp32_precision
-    measured: dict[str, dict[str, list[float]]] = {}
+    precision, shape = kind.split("-")
+    measured: dict[str, list[float]] = {}
     try:
-        for precision, kinds in configs.CANDIDATES.items():
-            if precision != "half":
-                torch.backends.cuda.matmul.fp32_precision = precision
-            for kind, candidates in kinds.items():
-                for config in candidates:
-                    short, long = (wave_us(config, kind, precision, depth) for depth in DEPTHS)
-                    step = (long - short) / (DEPTHS[1] - DEPTHS[0]) * config.BLOCK_K
-                    fixed = max(0.0, short - DEPTHS[0] / config.BLOCK_K * step)
-                    measured.setdefault(f"{precision}-{kind}", {})[config.name()] = [round(fixed, 3), round(step, 4)]
-                    print(
-                        f"{precision}-{kind} {config.name():20} fixed {fixed:7.2f} us  step {step:7.3f} us", flush=True
-                    )
+        if precision != "half":
+            torch.backends.cuda.matmul.fp32_precision = precision
+        for config in configs.CANDIDATES[precision][shape]:
+            short, long = (wave_us(config, shape, precision, depth) for depth in DEPTHS)
+            step = (long - short) / (DEPTHS[1] - DEPTHS[0]) * config.BLOCK_K
+            fixed = max(0.0, short - DEPTHS[0] / config.BLOCK_K * step)
+            measured[config.name()] = [round(fixed, 3), round(step, 4)]
+            print(f"{kind} {config.name():20} fixed {fixed:7.2f} us  step {step:7.3f} us", flush=True)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return {"device": torch.cuda.get_device_name(), "us": measured}
+    return measured
+
+
+def main() -> None:
+    """Add one kind to {"device": name, "us": {kind: {config: [fixed_us, step_us]}}}."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--kind", choices=KINDS, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    known = json.loads(options.output.read_text()) if options.output.exists() else {}
+    of_device = known["us"] if known.get("device") == device else {}
+    result = {"device": device, "us": {**of_device, options.kind: measure(options.kind)}}
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

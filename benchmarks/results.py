@@ -151,13 +151,17 @@ def run_suite(
         "roof": clocks.roof(target.device, target.dtype, target.smoke), "cases": [],
         "not_run": [case.name for case in cases], "broken": {}, "seconds": 0.0,
     }  # fmt: skip
-    earlier = _cases_of(folder, result) if folder else {}
+    earlier = _earlier(folder, result) if folder else {"cases": {}, "broken": {}}
     gpu = result["environment"].get("gpu", "")
     judge = not target.smoke and (not target.on_gpu or JUDGED_GPU in gpu)
     start = time.perf_counter()
     for case in cases:
-        if case.name in earlier:
-            entry = earlier[case.name]
+        if case.name in earlier["broken"]:
+            result["broken"][case.name] = earlier["broken"][case.name]
+            result["not_run"].remove(case.name)
+            continue
+        if case.name in earlier["cases"]:
+            entry = earlier["cases"][case.name]
         elif budget_s is not None and time.perf_counter() - start > budget_s:
             continue
         else:
@@ -166,6 +170,10 @@ def run_suite(
                 entry = run_case(case, target, result["roof"], seconds=lasting, min_rounds=rounds, judge=judge)
             except Exception as error:  # such as no memory for the inputs: must not cost the other cases
                 result["broken"][case.name] = clocks.first_line(error)
+                result["not_run"].remove(case.name)
+                print(f"{case.name}: {result['broken'][case.name]}", flush=True)
+                if clocks.device_lost():
+                    break
                 continue
             print(table(entry), flush=True)
             gc.collect()
@@ -260,18 +268,21 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def _cases_of(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Cases of an earlier, cut run of the same code on the same device, by name."""
+def _earlier(folder: Path, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What an earlier, cut run of the same code on the same device did: {"cases": by name, "broken": by name}."""
+    nothing: dict[str, dict[str, Any]] = {"cases": {}, "broken": {}}
     path = folder / f"{result['what']}.json"
     if not path.exists():
-        return {}
+        return nothing
     try:
         earlier = load(path)
     except ValueError:
-        return {}
+        return nothing
     same = all(earlier["environment"].get(k) == result["environment"].get(k) for k in ("commit", "cpu", "gpu", "torch"))
     resumable = same and earlier["smoke"] == result["smoke"] and earlier["settings"] == result["settings"]
-    return {case["name"]: case for case in earlier["cases"]} if resumable and earlier["not_run"] else {}
+    if not resumable or not earlier["not_run"]:
+        return nothing
+    return {"cases": {case["name"]: case for case in earlier["cases"]}, "broken": earlier["broken"]}
 
 
 def _without_time(checked: Checked, name: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import environment, results
+from benchmarks import clocks, environment, results
 from benchmarks.clocks import WallTimer
 from benchmarks.measuring import (
     ENOUGH_FOR_P99,
@@ -25,6 +25,13 @@ from benchmarks.measuring import (
 from benchmarks.model import Cost
 
 CPU = Target.of("cpu")
+ROOF = {"tflops": 1.0, "gbytes_per_s": 10.0}
+
+
+@pytest.fixture
+def known_roof(monkeypatch):
+    """Not measured: that takes seconds."""
+    monkeypatch.setattr(clocks, "roof", lambda *_: ROOF)
 
 
 def ones_case(name="ones", requires=(), cost=None, calls=None):
@@ -95,7 +102,7 @@ def test_ratio_over_several_is_over_the_fastest_that_has_a_time():
     (Requirement("a", "b", 0.01), True), (Requirement("a", ("b",), 1e9), False),
     (Limit("a", 1e9), True), (Limit("a", 0.0), False),
 ])  # fmt: skip
-def test_requirements_are_judged(requirement, passed, tmp_path):
+def test_requirements_are_judged(requirement, passed, tmp_path, known_roof):
     case = ones_case(requires=(requirement,), cost=Cost(flops=2e9, bytes=1e6))
     result = results.run_suite("ones", [case], CPU, min_rounds=3, threads=1, folder=tmp_path)
     assert bool(results.failures(result)) is not passed
@@ -119,7 +126,7 @@ def test_cost_and_shares_of_the_roof():
     assert "cost" not in results.run_case(ones_case(), CPU, {}, seconds=0.0, min_rounds=1)
 
 
-def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path):
+def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path, known_roof):
     calls = []
     cases = [ones_case(name, calls=calls) for name in ("first", "second", "third")]
 
@@ -145,7 +152,7 @@ def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path):
     assert set(calls) == {"first", "second", "third"}  # a whole result is measured again
 
 
-def test_a_case_that_cannot_be_built_is_a_failure_and_costs_no_other():
+def test_a_case_that_cannot_be_built_is_a_failure_and_costs_no_other(known_roof):
     broken = Case("second", {}, ("a",), lambda: 1 / 0, "a")
     result = results.run_suite("ones", [ones_case("first"), broken, ones_case("third")], CPU, min_rounds=1, threads=1)
     assert [case["name"] for case in result["cases"]] == ["first", "third"]

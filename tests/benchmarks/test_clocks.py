@@ -1,0 +1,170 @@
+"""The GPU's clock on a pretended GPU: what is captured, what lies between the events, what a lost device ends."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import clocks, gate, results
+from benchmarks.measuring import Case, Provider, Target
+from moebert_kernels.demo import clocks as package_clocks
+
+CUDA = torch.device("cuda")
+
+
+class Device:
+    """Notes what is asked of it, in order; an event's time is the number of notes before it."""
+
+    def __init__(self, monkeypatch):
+        self.notes, self.lost, self.capturing = [], False, False
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                device.notes.append("event")
+                self.time = len(device.notes)
+
+            def elapsed_time(self, end):
+                return float(end.time - self.time)
+
+        class Graph:
+            def replay(self):
+                device.notes.append("replay")
+
+        class Capture:
+            def __init__(self, graph):
+                pass
+
+            def __enter__(self):
+                device.capturing = True
+
+            def __exit__(self, *_):
+                device.capturing = False
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "current_stream": Stream,
+            "stream": lambda stream: stream, "synchronize": self.synchronize, "is_initialized": lambda: True,
+            "is_available": lambda: True,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setitem(package_clocks._BUFFERS, CUDA, self)
+
+    def synchronize(self):
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+        self.notes.append("wait")
+
+    def zero_(self):
+        self.notes.append("flush")
+
+    def run(self):
+        self.notes.append("call")
+
+    def run_waiting(self):
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.run()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    return Device(monkeypatch)
+
+
+def test_replays_of_a_graph_are_timed_warm_and_cold(device):
+    timer = clocks.timer(device.run, CUDA)
+    assert (timer.how, timer.not_captured) == ("graph", "")
+    device.notes.clear()
+    assert timer.warm_ms() == [2.0] * package_clocks.CALLS
+    # work ahead keeps the device busy, one replay fills the caches, then nothing but replays between events
+    ahead = ["flush"] * package_clocks.DELAYS + ["replay"]
+    assert device.notes == ahead + ["event", "replay", "event"] * package_clocks.CALLS + ["wait"]
+    device.notes.clear()
+    timer.cold_ms()
+    assert device.notes == ["flush", "event", "replay", "event"] * package_clocks.CALLS + ["wait"]
+
+
+def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(device):
+    timer = clocks.timer(device.run_waiting, CUDA)
+    assert timer.how == "eager"
+    assert timer.not_captured == "RuntimeError: operation not permitted when stream is capturing"
+    device.notes.clear()
+    assert timer.warm_ms() == [2.0] * package_clocks.CALLS
+    assert device.notes[-4:] == ["event", "call", "event", "wait"]
+
+
+def test_without_capture_the_wall_clock_waits_for_the_end(device):
+    timer = clocks.timer(device.run, CUDA, capture=False)
+    assert timer.how == "eager" and timer.not_captured == ""
+    device.notes.clear()
+    assert len(timer.warm_ms()) == 1 and timer.cold_ms() == []
+    assert device.notes == ["call", "wait"]
+
+
+def test_results_of_a_pretended_gpu_say_how_they_were_timed(device, monkeypatch):
+    monkeypatch.setattr(clocks, "peak_mib", lambda run, device: 1.25)
+    monkeypatch.setattr(clocks, "roof", lambda *_: {"tflops": 1.0, "gbytes_per_s": 1.0})
+    ones = torch.ones(2)
+
+    def provider(run, **options):
+        return Provider(lambda: (run(), (ones,))[1], lambda dtype: (ones.to(dtype),), **options)
+
+    made = {"graph": provider(device.run), "waiting": provider(device.run_waiting),
+            "eager": provider(device.run, capture=False)}  # fmt: skip
+    case = Case("ones", {}, tuple(made), lambda: made, "graph", seconds=0.0)
+    target = Target(CUDA, torch.bfloat16)
+    entries = results.run_case(case, target, {}, seconds=0.0, min_rounds=25)["providers"]
+    assert {name: entry["how"] for name, entry in entries.items()} == {
+        "graph": "graph",
+        "waiting": "eager",
+        "eager": "eager",
+    }
+    assert set(entries["waiting"]) - set(entries["graph"]) == {"not_captured"}
+    assert set(entries["graph"]["cold"]) == {"median_ms", "q1_ms", "q3_ms"} and entries["graph"]["peak_mib"] == 1.2
+    assert {"p50_ms", "p99_ms"} <= set(entries["graph"])  # 25 rounds of 5 calls
+    assert "cold" not in entries["eager"]
+
+
+def test_a_lost_device_ends_the_suite_and_keeps_what_it_has(device, monkeypatch, tmp_path):
+    monkeypatch.setattr(clocks, "roof", lambda *_: {})
+    ones = torch.ones(2)
+    good = Provider(lambda: (ones,), lambda dtype: (ones.to(dtype),))
+
+    def lose():
+        device.lost = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    cases = [Case(name, {}, ("a",), lambda run=run: {"a": replace(good, run=run)}, "a", seconds=0.0)
+             for name, run in (("first", good.run), ("second", lose), ("third", good.run))]  # fmt: skip
+
+    def run():
+        return results.run_suite("ones", cases, Target.of("cpu"), min_rounds=1, threads=1, folder=tmp_path)
+
+    result = run()
+    assert [case["name"] for case in result["cases"]] == ["first"] and result["not_run"] == ["third"]
+    assert result["broken"]["second"].startswith("RuntimeError: CUDA error: an illegal memory access")
+    device.lost = False
+    after = run()  # in a new process, after all
+    assert [case["name"] for case in after["cases"]] == ["first", "third"] and after["not_run"] == []
+    assert after["broken"] == result["broken"]
+
+
+def test_a_refusal_on_a_healthy_device_is_only_a_refusal(device):
+    def broken():
+        raise RuntimeError("no kernel for this shape")
+
+    checked = gate.check({"a": Provider(broken, lambda dtype: ())})
+    assert checked.refused == {"a": "RuntimeError: no kernel for this shape"}

@@ -1,0 +1,159 @@
+"""`make gpu` without a GPU: stages are recorded step by step, cut in time, gone on with; extras are installed aside."""
+
+import json
+import os
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from benchmarks import extras, gpu, gpu_tests, stages, suites
+from benchmarks.environment import environment
+from benchmarks.measuring import Target
+from benchmarks.stages import Step, run_stage
+
+STAMP = {"commit": "abc", "gpu": "NVIDIA H200", "torch": "2.11"}
+
+
+def python(code):
+    return (sys.executable, "-c", code)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*steps, budget_s=30.0, stamp=STAMP, **options):
+        return run_stage("test", steps, tmp_path, budget_s=budget_s, stamp=stamp, environment={"GIVEN": "1"}, **options)
+
+    return run
+
+
+def test_steps_leave_one_json_and_one_log(run, tmp_path):
+    step = Step("say", python("import os; print(os.environ['GIVEN'], os.environ['OWN'])"), {"OWN": "2"})
+    record = run(step, Step("fail", python("raise SystemExit(3)")), Step("no", ("missing",), skipped="not installed"))
+    assert record["finished"] and record["status"] == 1
+    assert record["steps"]["say"]["last_lines"] == ["1 2"] and record["steps"]["say"]["status"] == 0
+    assert record["steps"]["fail"]["status"] == 3
+    assert record["steps"]["no"] == {"skipped": "not installed"}
+    assert json.loads((tmp_path / "gpu-test.json").read_text()) == record
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu-test.json", "gpu-test.log"}
+    assert "1 2\n" in (tmp_path / "gpu-test.log").read_text()
+
+
+def test_what_is_done_is_not_done_again_unless_asked(run, tmp_path):
+    marks = tmp_path / "marks"
+    step = Step("mark", python(f"open({str(marks)!r}, 'a').write('x')"))
+    for options, wanted in (
+        ({}, "x"),
+        ({}, "x"),
+        ({"again": True}, "xx"),
+        ({"stamp": STAMP | {"commit": "def"}}, "xxx"),
+    ):
+        assert run(step, **options)["finished"]
+        assert marks.read_text() == wanted
+
+
+def test_a_stage_ends_in_time_keeps_what_it_has_and_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "LEAST_SECONDS", 0.1)
+    go = tmp_path / "go"
+    sleep = f"subprocess.run(['sleep', '0' if os.path.exists({str(go)!r}) else '60'])"
+    patient = f"import os, subprocess; print('begun', flush=True); {sleep}"
+    steps = [Step("quick", python("print('done')")), Step("slow", python(patient)), Step("last", python(""))]
+    record = run(*steps, budget_s=1.5)
+    assert record["seconds"] < 10 and record["status"] == 1 and not record["finished"]
+    assert record["steps"]["slow"]["cut"].startswith("after") and record["steps"]["slow"]["last_lines"] == ["begun"]
+    assert record["steps"]["last"] == {"not_run": "no time left"}
+    go.touch()
+    after = run(*steps)
+    assert after["finished"] and after["status"] == 0
+    assert after["steps"]["quick"] == record["steps"]["quick"]
+
+
+def test_a_command_that_left_something_undone_is_called_again(run, tmp_path):
+    left = ["2 cases not run", ""]
+    step = Step("suite", (*python("import sys; print(sys.argv[1])"), "{seconds}"), unfinished=lambda: left.pop(0))
+    record = run(step)
+    assert record["steps"]["suite"]["unfinished"] == "2 cases not run" and not record["finished"]
+    assert record["steps"]["suite"]["last_lines"] == ["10"]  # of 30 seconds, less what ending takes
+    assert run(step)["finished"] and left == []
+
+
+def test_every_stage_names_real_files_and_commands(tmp_path, monkeypatch):
+    assert list(gpu.STAGES) == list(gpu.BUDGETS_S) == ["build", "test", "bench", "e2e", "sanitize", "tune"]
+    assert max(gpu.BUDGETS_S.values()) < 9 * 60 and sum(gpu.BUDGETS_S.values()) < 25 * 60
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, **_: f"/bin/{name}")
+    made = {name: make(tmp_path, {}) for name, make in gpu.STAGES.items()}
+    for steps in made.values():
+        assert steps and len({step.name for step in steps}) == len(steps)
+        for step in steps:
+            for word in step.words:
+                assert not word.startswith("tests/") or (gpu.ROOT / word).exists()
+    assert [step.name for step in made["bench"] + made["e2e"]] == list(suites.ALL)
+    assert {step.name.partition("-")[0] for step in made["sanitize"]} == set(gpu_tests.SANITIZED)
+    assert made["bench"][0].unfinished() == "no result was written"
+    (tmp_path / "ffn.json").write_text(json.dumps({"not_run": ["a", "b"]}))
+    assert made["bench"][0].unfinished() == "2 cases not run: a, b"
+
+
+def test_what_is_missing_is_skipped_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, **_: None)
+    assert {step.skipped for step in gpu.sanitize_steps(tmp_path, {})} == {"compute-sanitizer is not installed"}
+    assert gpu._missing("surely_missing", {}) == "surely_missing is not installed"
+    (tmp_path / "surely_missing").mkdir()
+    assert gpu._missing("surely_missing", {"PYTHONPATH": str(tmp_path)}) == ""
+    assert gpu._missing(None, {}) == ""
+
+
+def test_driver_runs_a_stage_with_a_pretended_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda target: environment(Target.of("cpu")) | STAMP)
+    seen = {}
+
+    def steps(results, variables):
+        seen.update(variables)
+        return [Step("say", python("import moebert_kernels"))]
+
+    monkeypatch.setattr(gpu, "STAGES", {"build": steps, "test": steps})
+    monkeypatch.setattr(gpu, "BUDGETS_S", {"build": 60, "test": 60})
+    (tmp_path / "extras" / "peer" / "src" / "peer").mkdir(parents=True)
+    (tmp_path / "extras" / "peer" / "src" / "peer" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # the driver adds to it
+    assert gpu.main(["--results", str(tmp_path / "out"), "--extras", str(tmp_path / "extras")]) == 0
+    assert seen["PYTHONPATH"].split(os.pathsep)[:2] == [str(gpu.ROOT), str(tmp_path / "extras" / "peer" / "src")]
+    record = json.loads((tmp_path / "out" / "gpu-build.json").read_text())
+    assert set(record["environment"]["extras"]) == {"peer"} and record["finished"]
+    assert "build: status 0" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+
+
+def wheel(folder, name, tag="py3-none-any"):
+    path = folder / f"{name}-1.0-{tag}.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}/__init__.py", "VALUE = 7\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_extras_are_installed_aside_and_what_does_not_fit_is_named(tmp_path):
+    folder = tmp_path / "extras"
+    (folder / "flat" / "flatpeer").mkdir(parents=True)
+    (folder / "flat" / "flatpeer" / "__init__.py").touch()
+    (folder / "headers").mkdir()
+    wheel(folder, "goodpeer")
+    wheel(folder, "otherpeer", "cp27-cp27m-win32")
+    installed = tmp_path / "installed"
+    for _ in range(2):  # the second call finds all as the first left it
+        got = extras.prepare(folder, installed)
+        assert got.paths == [installed.resolve(), (folder / "flat").resolve()]
+        assert set(got.found) == {"flat", "goodpeer-1.0-py3-none-any.whl"}
+        assert set(got.left_out) == {"headers", "otherpeer-1.0-cp27-cp27m-win32.whl"}
+        assert got.left_out["headers"] == "no Python package in it"
+        assert "not a supported wheel" in got.left_out["otherpeer-1.0-cp27-cp27m-win32.whl"]
+    assert (installed / "goodpeer" / "__init__.py").exists()
+    with pytest.raises(ValueError, match="EXTRAS: expected a folder"):
+        extras.prepare(tmp_path / "none", installed)
