@@ -4,7 +4,7 @@ from moebert_kernels.convert.collapse import collapse
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
-from moebert_kernels.convert.mpo import MPODecomposition, mpo_bonds, mpo_decompose, mpo_reconstruct
+from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.split import expert_indices
@@ -33,7 +33,6 @@ __all__ = [
     "load_importance",
     "make_student",
     "model_fingerprint",
-    "mpo_bonds",
     "mpo_decompose",
     "mpo_reconstruct",
     "plan_factors",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, permutations
 
-from moebert_kernels.convert.mpo import mpo_bonds
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.mpo_weight import mpo_bonds
 
 MAX_SITES = 6  # all orders of the factors are tried
 # (rows, columns) -> row factors, column factors of MPOE's T5 and GPT-2, and of its attention

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
-from moebert_kernels.convert import FactorPlan, check_caps, mpo_bonds, mpo_decompose, mpo_reconstruct, plan_factors
+from moebert_kernels.convert import FactorPlan, check_caps, mpo_decompose, mpo_reconstruct, plan_factors
 from moebert_kernels.convert.mpo_plan import chain_flops_per_token
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.mpo_weight import mpo_bonds
 from tests.golden_arrays import assert_golden, golden
 
 ROWS, COLUMNS = (2, 2, 4, 3, 2), (3, 2, 2, 2, 2)  # of lowrank, rank1 ...
