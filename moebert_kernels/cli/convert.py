@@ -32,7 +32,7 @@ def importance(
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
     max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = 128,
+    doc_stride: o.DocStride = None,
     batch_size: o.BatchSize = 32,
     force: o.Force = False,
 ) -> None:
@@ -223,7 +223,7 @@ def _count(
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
     length = inputs.max_length_for(config, loaded.task, max_length)
-    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, 128, config)
+    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, None, config)
     return count_tokens(features.input_ids, config.vocab_size)
 
 

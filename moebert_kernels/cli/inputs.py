@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-    from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.config import Metrics
     from moebert_kernels.distill.features import Features
     from moebert_kernels.distill.tasks import Task, TaskData
 
@@ -24,9 +27,13 @@ def make_task(
     from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
     from moebert_kernels.distill.tasks import custom_task, get_task
 
+    if name == "lm" and text_columns:
+        if len(text_columns) > 1:
+            raise UserError(f"text-column: expected one with --task lm, got {len(text_columns)}")
+        return replace(get_task(name), text_columns=tuple(text_columns))
     if name != "custom":
         if text_columns:
-            raise UserError(f"text-column: expected it with --task custom alone, got it with --task {name}")
+            raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
         return get_task(name)
     names: list[str] = []
     if model is not None and not regression:
@@ -36,8 +43,15 @@ def make_task(
     return custom_task(text_columns or ["text"], label_column, regression=regression, label_names=names)
 
 
-def load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
-    """The data that --data names; a single file is `file_split`."""
+def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str | None = None) -> TaskData:
+    """The data that --data names; a single file is `file_split`. `hold_out`: the way a test split is made, if it is."""
+    from moebert_kernels.distill.held_out import hold_out as held_out
+
+    loaded = _load_data(task, data, file_split)
+    return loaded if hold_out is None else held_out(loaded, hold_out)
+
+
+def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
     from moebert_kernels.distill.tasks import load_task
 
     if not data:
@@ -66,12 +80,18 @@ def max_length_for(config: Any, task: Task, wanted: int | None) -> int:
     """
     from moebert_kernels.distill.presets import preset_for
 
-    positions = config.max_position_embeddings
-    if config.model_type in ("roberta", "xlm-roberta", "camembert") or getattr(config, "style", "") == "roberta":
+    longest = preset_for(task.name).max_length
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:  # relative positions reach any length
+        return wanted or longest
+    if (
+        config.model_type.removeprefix("mpoe-") in ("roberta", "xlm-roberta", "camembert")
+        or getattr(config, "style", "") == "roberta"
+    ):
         positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
     if wanted is not None and wanted > positions:
         raise UserError(f"max-length: expected at most {positions}, the model's positions, got {wanted}")
-    return wanted or min(preset_for(task.name).max_length, positions)
+    return wanted or min(longest, positions)
 
 
 def padding_for(config: Any, max_length: int) -> int | None:
@@ -87,27 +107,49 @@ def device() -> torch.device:
 
 
 def tokenized(
-    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int, model_config: Any
+    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
 ) -> Features:
-    """Features of a split.
+    """Features of a split, as a model of this configuration takes them.
+
+    Args:
+        doc_stride: tokens that neighbouring windows share. None: 128 for questions, 1 for running text.
 
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for.
     """
     from moebert_kernels.distill.features import tokenize
+    from moebert_kernels.distill.language import text_features
+    from moebert_kernels.distill.text_to_text import text_to_text_features
 
     if len(tokenizer) > model_config.vocab_size:
         raise UserError(
             f"tokenizer: expected at most {model_config.vocab_size} tokens, as the model has, got {len(tokenizer)}"
         )
-    return tokenize(data.split(split), data.task, tokenizer, max_length, doc_stride, progress=True)
+    rows, task = data.split(split), data.task
+    if task.kind == "lm":
+        overlap = 1 if doc_stride is None else doc_stride
+        return text_features(rows, task.text_columns[0], tokenizer, max_length, overlap, progress=True)
+    if model_config.is_encoder_decoder:
+        return text_to_text_features(rows, task, tokenizer, max_length, progress=True)
+    stride = 128 if doc_stride is None else doc_stride
+    return tokenize(rows, task, tokenizer, max_length, stride, progress=True)
 
 
-def evaluator(data: TaskData, split: str, features: Features, batch_size: int, pad_to: int | None) -> Evaluator:
-    """An evaluator of a split, with a bar."""
+def evaluator(
+    data: TaskData, split: str, features: Features, tokenizer: Any, batch_size: int | None, pad_to: int | None,
+    model_config: Any,
+) -> Callable[[Any], Metrics]:  # fmt: skip
+    """What judges a model of this configuration on a split, with a bar."""
     from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.language import PerplexityEvaluator
+    from moebert_kernels.distill.text_to_text import TextToTextEvaluator
 
-    return Evaluator(data.task, data.split(split), features, batch_size, pad_to, progress=True)
+    if data.task.kind == "lm":
+        return PerplexityEvaluator(features, batch_size or 16, progress=True)
+    rows, size = data.split(split), batch_size or 64
+    if model_config.is_encoder_decoder:
+        return TextToTextEvaluator(data.task, rows, features, tokenizer, size, progress=True)
+    return Evaluator(data.task, rows, features, size, pad_to, progress=True)
 
 
 def splits_named(data: TaskData, split: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.running import check_writable, print_metrics
 from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from moebert_kernels.distill.tasks import TaskData
 
 
 def evaluate(
@@ -26,15 +29,17 @@ def evaluate(
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
     max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = 128,
-    batch_size: o.BatchSize = 64,
+    doc_stride: o.DocStride = None,
+    batch_size: o.BatchSize = None,
+    hold_out: o.HoldOut = None,
 ) -> None:
     """Evaluate a model, dense or MoE, with the task's metrics. Nothing in it is random."""
     from moebert_kernels.distill.loading import load_model, load_tokenizer
 
     if output is not None:
         check_writable(output.absolute().parent)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression, model), data, split)
+    wanted = inputs.make_task(task, text_column, label_column, regression, model)
+    loaded = inputs.load_data(wanted, data, split, hold_out)
     judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
     loaded = inputs.labels_as_in(loaded, judged.config)
     length = inputs.max_length_for(judged.config, loaded.task, max_length)
@@ -42,9 +47,9 @@ def evaluate(
     result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
     for name in inputs.splits_named(loaded, split):
         features = inputs.tokenized(loaded, name, tokenizer, length, doc_stride, judged.config)
-        metrics = inputs.evaluator(loaded, name, features, batch_size or 64, pad_to)(judged)
-        result["splits"][name] = metrics | {"examples": len(loaded.split(name))}
-        print_metrics(metrics, f"{name} ({len(loaded.split(name))} examples)")
+        metrics = inputs.evaluator(loaded, name, features, tokenizer, batch_size, pad_to, judged.config)(judged)
+        result["splits"][name] = metrics | {"examples": len(features)}
+        print_metrics(metrics, f"{name} ({len(features)} examples)")
     if output is not None:
         _write_json(output, result)
 
@@ -136,7 +141,8 @@ def _random_batches(
     from moebert_kernels.demo.timing import random_inputs
 
     models = list(models)
-    positions = min(model.config.max_position_embeddings for model in models)
+    # T5's positions are relative, of any length
+    positions = min(getattr(model.config, "max_position_embeddings", max(lengths)) for model in models)
     if max(lengths) > positions:
         raise UserError(f"length: expected at most {positions}, the models' positions, got {max(lengths)}")
     vocabulary = min(model.config.vocab_size for model in models)
@@ -148,21 +154,29 @@ def _task_batches(
     batch_sizes: list[int], lengths: Sequence[int | None],
 ) -> list[tuple[Any, Any]]:  # fmt: skip
     """Ids and mask of the split's first texts, padded as in evaluation."""
-    from moebert_kernels.distill.features import tokenize
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, split)
-    rows, config, tokenizer = loaded.split(split), load_config(model), load_tokenizer(model)
+    config, tokenizer = load_config(model), load_tokenizer(model)
     batches = []
-    for B in batch_sizes:
-        if len(rows) < B:
-            raise UserError(f"batch_size: expected at most {len(rows)}, the rows of {split}, got {B}")
-        for length in lengths:
-            at_most = inputs.max_length_for(config, loaded.task, length)
-            features = tokenize(rows.select(range(B)), loaded.task, tokenizer, at_most)
+    for length in lengths:
+        at_most = inputs.max_length_for(config, loaded.task, length)
+        features = inputs.tokenized(
+            _first_rows(loaded, split, max(batch_sizes)), split, tokenizer, at_most, None, config
+        )
+        for B in batch_sizes:
+            if len(features) < B:
+                raise UserError(f"batch_size: expected at most {len(features)}, the rows of {split}, got {B}")
             batch = features.collate(range(B))
             batches.append((batch["input_ids"], batch["attention_mask"]))
     return batches
+
+
+def _first_rows(data: TaskData, split: str, count: int) -> TaskData:
+    from moebert_kernels.distill.tasks import TaskData
+
+    rows = data.split(split)
+    return TaskData(data.task, {split: rows.select(range(min(count, len(rows))))})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

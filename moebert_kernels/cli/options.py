@@ -17,7 +17,8 @@ TaskName = Annotated[
     str,
     typer.Option(
         "--task",
-        help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, squad_v2, or custom for a table of your own.",
+        help="cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, squad, squad_v2, lm for running text and a language"
+        " model, or custom for a table of your own.",
     ),
 ]
 OptionalTaskName = Annotated[
@@ -50,7 +51,20 @@ Regression = Annotated[
 MaxLength = Annotated[
     int | None, typer.Option("--max-length", min=8, help="Tokens of a text at most. Default: the task's preset.")
 ]
-DocStride = Annotated[int, typer.Option("--doc-stride", min=0, help="For questions: tokens that windows share.")]
+DocStride = Annotated[
+    int | None,
+    typer.Option(
+        "--doc-stride", min=0, help="Tokens that neighbouring windows share: 128 for questions, 1 for running text."
+    ),
+]
+HoldOut = Annotated[
+    str | None,
+    typer.Option(
+        "--hold-out",
+        help="Make a test split: halves (half of validation) or train-rows (1,000 training rows become validation, and"
+        " validation the test split).",
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences at once.")]
 Split = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --output holds.")]
@@ -78,6 +92,12 @@ Patience = Annotated[
 ]
 MaxSteps = Annotated[
     int | None, typer.Option("--max-steps", min=1, help="Optimizer steps at most.", rich_help_panel=_TRAINING)
+]
+LabelSmoothing = Annotated[
+    float,
+    typer.Option(
+        "--label-smoothing", min=0.0, max=0.99, help="For models that answer in text.", rich_help_panel=_TRAINING
+    ),
 ]
 Restart = Annotated[
     bool,

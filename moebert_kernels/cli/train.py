@@ -25,8 +25,9 @@ def finetune(
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
+    hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = 128,
+    doc_stride: o.DocStride = None,
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,
@@ -38,6 +39,7 @@ def finetune(
     eval_steps: o.EvalSteps = None,
     save_steps: o.SaveSteps = 500,
     patience: o.Patience = None,
+    label_smoothing: o.LabelSmoothing = 0.0,
     restart: o.Restart = False,
 ) -> None:
     """Fine-tune a pretrained model on a task: the teacher. Writes OUTPUT/best, by the task's metric on validation."""
@@ -45,15 +47,16 @@ def finetune(
     from moebert_kernels.distill.presets import preset_for
 
     check_writable(output)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression), data, "train")
+    wanted = inputs.make_task(task, text_column, label_column, regression)
+    loaded = inputs.load_data(wanted, data, "train", hold_out)
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)
     _seed_new_weights(seed)
     student = load_model(model, loaded.task, new_head=True)
     preset = preset_for(task)
     config = _fit_config(
-        preset, loaded.task.main_metric, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
-        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience,
+        preset, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
+        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
     )  # fmt: skip
     result = _train(student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model)
     _say(result, loaded.task.main_metric)
@@ -85,8 +88,9 @@ def distill(
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
+    hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = 128,
+    doc_stride: o.DocStride = None,
     batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,
@@ -98,29 +102,31 @@ def distill(
     eval_steps: o.EvalSteps = None,
     save_steps: o.SaveSteps = 500,
     patience: o.Patience = None,
+    label_smoothing: o.LabelSmoothing = 0.0,
     restart: o.Restart = False,
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer. Writes OUTPUT/best."""
     from moebert_kernels.distill.loading import load_config, load_model, load_tokenizer
-    from moebert_kernels.distill.objectives import LayerwiseObjective
     from moebert_kernels.distill.presets import preset_for
     from moebert_kernels.distill.teacher_cache import TeacherCache
+    from moebert_kernels.distill.token_objective import TokenObjective
 
     check_writable(output)
     _check_student(load_config(model), load_config(teacher), model)
     wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
-    loaded = inputs.load_data(wanted, data, "train")
+    loaded = inputs.load_data(wanted, data, "train", hold_out)
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)
     student, guide = load_model(model, loaded.task), load_model(teacher, loaded.task)
     values = preset_for(task)
     weight = values.distill_weight if distill_weight is None else distill_weight
+    objective = _objective(loaded.task, student, preset, cache)
+    terms = ("prediction",) if isinstance(objective, TokenObjective) else ("hidden", "prediction")
     config = _fit_config(
-        values, loaded.task.main_metric, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
-        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience,
-        weights={"hidden": weight, "prediction": weight}, teacher_dropout=teacher_dropout,
+        values, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
+        weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
+        weights=dict.fromkeys(terms, weight), teacher_dropout=teacher_dropout,
     )  # fmt: skip
-    objective = LayerwiseObjective(loaded.task.kind, preset=cast(Any, preset))  # which refuses unknown names
 
     def teacher_for(batches: Any) -> Any:
         return guide if cache is None else TeacherCache.build(
@@ -134,11 +140,28 @@ def distill(
     _say(result, loaded.task.main_metric)
 
 
+def _objective(task: Any, student: Any, preset: str, cache: Path | None) -> Any:
+    """Layer by layer for encoders, the predictions of tokens for language models and text to text."""
+    from moebert_kernels.distill.objectives import LayerwiseObjective
+    from moebert_kernels.distill.token_objective import TokenObjective
+
+    by_token = task.kind == "lm" or student.config.is_encoder_decoder
+    if not by_token:
+        return LayerwiseObjective(task.kind, preset=cast(Any, preset))  # which refuses unknown names
+    if preset != "default":
+        raise UserError(f"preset: expected 'default' for a model that predicts tokens, got {preset!r}")
+    if cache is not None:
+        raise UserError(f"cache: expected none for a model that predicts tokens, got {cache}")
+    return TokenObjective(causal=task.kind == "lm")
+
+
 def _check_student(student: Any, teacher: Any, name: str) -> None:
-    if teacher.model_type == "moebert":
+    if teacher.model_type.startswith(("moebert", "mpoe-")):
         raise UserError(f"teacher: expected a dense model, got a MoE (model_type {teacher.model_type!r})")
+    if not hasattr(student, "intermediate_size"):  # a language model follows its teacher's predictions alone
+        return
     narrower = student.model_type == teacher.model_type and student.intermediate_size < teacher.intermediate_size
-    if student.model_type != "moebert" and not narrower:
+    if not student.model_type.startswith(("moebert", "mpoe-")) and not narrower:
         raise UserError(
             f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
             f" {student.model_type}; moebert convert makes a MoE"
@@ -146,7 +169,7 @@ def _check_student(student: Any, teacher: Any, name: str) -> None:
 
 
 def _fit_config(
-    preset: Any, metric: str, seed: int, epochs: int | None, max_steps: int | None, learning_rate: float | None,
+    preset: Any, task: Any, seed: int, epochs: int | None, max_steps: int | None, learning_rate: float | None,
     batch_size: int | None, accumulation: int, weight_decay: float | None, warmup_ratio: float, mixed_precision: str,
     eval_steps: int | None, save_steps: int, patience: int | None, **more: Any,
 ) -> FitConfig:  # fmt: skip
@@ -165,14 +188,15 @@ def _fit_config(
         eval_steps=eval_steps,
         save_steps=save_steps,
         patience=patience,
-        best_metric=metric,
+        best_metric=task.main_metric,
+        greater_is_better=task.greater_is_better,
         **more,
     )
 
 
 def _train(
     student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
-    doc_stride: int, resume: bool, source: str, objective: Any = None, teacher_for: Any = None,
+    doc_stride: int | None, resume: bool, source: str, objective: Any = None, teacher_for: Any = None,
 ) -> FitResult:  # fmt: skip
     from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.features import Batches
@@ -193,7 +217,9 @@ def _train(
         output_dir=output,
         objective=objective,
         teacher=teacher_for(batches) if teacher_for is not None else None,
-        evaluate=inputs.evaluator(loaded, "validation", features["validation"], 64, pad_to),
+        evaluate=inputs.evaluator(
+            loaded, "validation", features["validation"], tokenizer, None, pad_to, student.config
+        ),
         identity={"task": loaded.task.name, "started from": f"{source} {model_fingerprint(student)}"},
         also_save=tokenizer.save_pretrained,
         resume=resume,

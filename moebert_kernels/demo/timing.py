@@ -24,7 +24,8 @@ def compare_models(
     """Times of whole models and of their feed-forward layers, in milliseconds, with quartiles over rounds.
 
     Args:
-        models: BERT-style models of transformers or MoEBERTs, on one device. Ratios are over the last one.
+        models: BERT-, GPT-2- or T5-style models of transformers, dense or MoE, on one device. A T5's decoder gets the
+            encoder's tokens. Ratios are over the last one.
         input_ids, attention_mask: (B, T) int64.
         rounds: each of them times every model and all its feed-forward layers, in an order that changes.
 
@@ -32,15 +33,17 @@ def compare_models(
         name -> `model_ms`, `ffn_ms` and the ratios `model_speed`, `ffn_speed`, each {"q1", "median", "q3"};
         `tokens_per_s`, of real tokens; `peak_mib` of one call beyond what was there, None on a CPU; `how`, on a GPU
         "graph" or "eager". `ffn_ms` is everything from a layer's attention to its output, summed over the layers, with
-        the grouping of the tokens, on the inputs that the model gives them.
+        the grouping of the tokens, on the inputs that the model gives them; in GPT-2 without norm and residual
+        connection, which are not of its feed-forward's module.
     """
     device: Any = next(iter(models.values())).device
     batch = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
     with evaluating(models.values()), torch.inference_mode():
         timers = {}
+        inputs = {name: batch | decoder_inputs(model, batch) for name, model in models.items()}
         for name, model in models.items():
-            timers[name, "model"] = timer(partial(model, **batch), device)
-            timers[name, "ffn"] = timer(feed_forwards(model, batch), device)
+            timers[name, "model"] = timer(partial(model, **inputs[name]), device)
+            timers[name, "ffn"] = timer(feed_forwards(model, inputs[name]), device)
         times: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
         order, shuffle = list(timers), random.Random(0).shuffle
         for number in range(-WARM_UP, rounds):
@@ -49,7 +52,7 @@ def compare_models(
                 elapsed_ms = statistics.median(timers[key].warm_ms())
                 if number >= 0:
                     times[key].append(elapsed_ms)
-        peaks = {name: peak_mib(partial(model, **batch), device) for name, model in models.items()}
+        peaks = {name: peak_mib(partial(model, **inputs[name]), device) for name, model in models.items()}
     *_, last = models
     real_tokens = int(attention_mask.sum())
     result: dict[str, dict[str, Any]] = {}
@@ -72,12 +75,19 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: of every layer `top_k` experts, or one."""
+    """All parameters of a model, and those that one token meets: of every layer `top_k` experts, or one.
+
+    A central tensor that experts share is met whole.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     config: Any = model.config
     E, top_k = getattr(config, "num_experts", 1), getattr(config, "top_k", 1)
     # a norm around all experts is no expert's own
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name and p.ndim > 1)
+    experts = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".experts." in name and p.ndim > 1 and not name.endswith(".central")
+    )
     return {"total_parameters": total, "active_parameters": total - experts * (E - top_k) // E}
 
 
@@ -95,23 +105,36 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append((module, args, kwargs))
 
-    encoder = getattr(model, "base_model", model).encoder
+    base = getattr(model, "base_model", model)
     with ExitStack() as stack:
-        for layer in encoder.layer:
-            for part in (getattr(layer, name) for name in PARTS if hasattr(layer, name)):
-                stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
+        for part in _parts(base):
+            stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(**batch)
     hashed = getattr(model.config, "is_hash_routed", False)
 
     def run() -> Any:
         if hashed:
-            encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
+            base.encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
         y = None
         for module, args, kwargs in calls:
             y = module(*args, **kwargs)
         return y
 
     return run
+
+
+def _parts(base: Any) -> list[nn.Module]:
+    """The modules of all feed-forward layers, in the order in which they run."""
+    if hasattr(base, "h"):
+        return [layer.mlp for layer in base.h]
+    if base.config.is_encoder_decoder:
+        return [block.layer[-1] for stack in (base.encoder, base.decoder) for block in stack.block]
+    return [getattr(layer, name) for layer in base.encoder.layer for name in PARTS if hasattr(layer, name)]
+
+
+def decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a model with a decoder needs beside the batch: the same tokens."""
+    return {"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {}
 
 
 @contextmanager

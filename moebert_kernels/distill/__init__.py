@@ -4,5 +4,16 @@ from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult,
 from moebert_kernels.distill.loop import fit
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.distill.token_objective import TokenObjective
 
-__all__ = ["Batch", "Batches", "FitConfig", "FitResult", "LayerwiseObjective", "Metrics", "TeacherCache", "fit"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "FitConfig",
+    "FitResult",
+    "LayerwiseObjective",
+    "Metrics",
+    "TeacherCache",
+    "TokenObjective",
+    "fit",
+]

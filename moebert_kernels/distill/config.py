@@ -63,6 +63,7 @@ class FitConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     # Of the loss terms, by name. One that is not named has weight 1, the balance term the model's `load_balance`.
     weights: dict[str, float] = field(default_factory=dict)
+    label_smoothing: float = 0.0  # of labels by token (B, T)
     teacher_dropout: bool = False  # True: as the original code, whose teacher was left in train mode
     eval_steps: int | None = None  # None: at the end of each epoch
     best_metric: str | None = None  # None: the only metric that evaluate returns
@@ -83,6 +84,8 @@ class FitConfig:
                 raise UserError(f"{name}: expected a number of at least 0, got {value!r}")
         if self.warmup_ratio > 1.0:
             raise UserError(f"warmup_ratio: expected a share between 0 and 1, got {self.warmup_ratio!r}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise UserError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
             raise UserError(f"max_grad_norm: expected a number above 0 or None, got {self.max_grad_norm!r}")
         if self.mixed_precision not in ("no", "fp16", "bf16"):

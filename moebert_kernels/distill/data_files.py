@@ -83,7 +83,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Ro
     _, suffix = split_name(file)
     if suffix not in FORMATS:
         raise UserError(f"data: expected one of {', '.join(FORMATS)} (or with .gz), got {file}")
-    text = _read_text(file)
+    text = read_text(file)
     if suffix == ".jsonl":
         rows = [
             _json(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
@@ -118,7 +118,12 @@ def _opened(file: Path) -> io.TextIOBase:
     return file.open(encoding="utf-8-sig", newline="\n")
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """All of a text file, plain or gzipped.
+
+    Raises:
+        UserError: it is missing, damaged, or not UTF-8.
+    """
     try:
         with _opened(file) as lines:
             return lines.read()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.distill.config import Batch
+from moebert_kernels.distill.objectives import IGNORED
 from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -48,11 +49,13 @@ class Features:
     padding_id: int
     token_type_ids: list[np.ndarray] | None = None
     windows: list[Window] | None = None  # questions only
+    token_targets: dict[str, list[np.ndarray]] = field(default_factory=dict)  # each N of (target tokens,) int32
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
-        for arrays in (self.input_ids, self.token_type_ids or [], list(self.targets.values())):
+        targets = [*self.targets.values(), *(array for arrays in self.token_targets.values() for array in arrays)]
+        for arrays in (self.input_ids, self.token_type_ids or [], targets):
             digest.update(np.array([len(array) for array in arrays], dtype=np.int64).tobytes())
             digest.update(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
         self.fingerprint = digest.hexdigest()[:32]
@@ -65,7 +68,10 @@ class Features:
         return np.array([len(ids) for ids in self.input_ids], dtype=np.int64)
 
     def collate(self, indices: Sequence[int] | np.ndarray, pad_to: int | None = None) -> Batch:
-        """A batch of the examples: int64 (B, T) ids and mask, T the longest of them, or `pad_to`."""
+        """A batch of the examples: int64 (B, T) ids and mask, T the longest of them, or `pad_to`.
+
+        Targets by token are padded with -100 to the longest of their own.
+        """
         width = max((len(self.input_ids[i]) for i in indices), default=0)
         width = max(width, pad_to or 0)
         batch: dict[str, Tensor] = {
@@ -79,6 +85,9 @@ class Features:
             batch["token_type_ids"] = self._padded(self.token_type_ids, indices, width, 0)
         for name, values in self.targets.items():
             batch[name] = torch.as_tensor(values[np.asarray(indices, dtype=np.int64)])
+        for name, arrays in self.token_targets.items():
+            width = max((len(arrays[i]) for i in indices), default=0)
+            batch[name] = self._padded(arrays, indices, width, IGNORED)
         return batch
 
     @staticmethod

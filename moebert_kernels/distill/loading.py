@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -97,6 +100,8 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     """
     name = resolve_model(name)
     config = load_config(name)
+    if task.kind == "lm" or config.is_encoder_decoder:
+        return _load_generator(name, task, config, new_head)
     auto = AutoModelForQuestionAnswering if task.kind == "qa" else AutoModelForSequenceClassification
     architectures = config.architectures or [""]
     has_head = architectures[0].endswith(("ForQuestionAnswering", "ForSequenceClassification"))
@@ -113,9 +118,40 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     if missing:
         raise UserError(f"model: expected a checkpoint fine-tuned on {task.name}, got {name} (no {min(missing)})")
     if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
-        model.config.id2label = dict(enumerate(task.label_names))
-        model.config.label2id = {label: number for number, label in enumerate(task.label_names)}
+        _name_classes(model.config, task)
     return model
+
+
+def _load_generator(name: str, task: Task, config: Any, new_classes: bool) -> Any:
+    """A causal language model for running text, or an encoder-decoder for a task as text to text."""
+    if config.is_encoder_decoder and not task.has_label:
+        raise UserError(f"model: expected one that is no encoder-decoder for {task.name}, got {name}")
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with _one_line("model", name):
+        loaded: Any = auto.from_pretrained(name, output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(f"model: expected every weight of a {type(model).__name__}, got no {min(info['missing_keys'])}")
+    if task.kind == "classification" and (new_classes or is_unnamed(label_names(config))):
+        _name_classes(model.config, task)
+    if task.kind == "lm" and _looks_ahead(model):
+        raise UserError(f"model: expected a causal language model, got {name}, which sees the tokens it predicts")
+    return model
+
+
+@torch.no_grad()
+def _looks_ahead(model: Any) -> bool:
+    """Whether a prediction changes with a later token, as an encoder's do with a language model's head."""
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    model.eval()
+    with torch.random.fork_rng(devices=[]):
+        logits = []
+        for tokens in (ids, other):
+            torch.manual_seed(0)  # a router may draw
+            logits.append(model(input_ids=tokens).logits[0, :-1])
+    return not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
 
 
 def load_as_saved(name: str | Path) -> Any:
@@ -149,6 +185,11 @@ def load_encoder(name: str | Path) -> Any:
         return AutoModel.from_pretrained(name)
 
 
+def _name_classes(config: Any, task: Task) -> None:
+    config.id2label = dict(enumerate(task.label_names))
+    config.label2id = {label: number for number, label in enumerate(task.label_names)}
+
+
 def _is_new_in_fine_tuning(key: str) -> bool:
     return key.startswith(("classifier.", "qa_outputs.")) or ".pooler." in key
 
@@ -162,7 +203,7 @@ def check_labels(task: Task, config: Any) -> None:
     """Raise UserError unless a model of this configuration has the task's classes."""
     if task.kind == "classification":
         label_order(task, label_names(config))
-    elif task.kind == "regression" and config.num_labels != 1:
+    elif task.kind == "regression" and config.num_labels != 1 and not config.is_encoder_decoder:
         raise UserError(f"labels: expected a model with 1 output for {task.name}, got {config.num_labels}")
 
 

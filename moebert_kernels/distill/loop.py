@@ -1,7 +1,8 @@
 """One training loop for fine-tuning and distillation, on accelerate.
 
-An optimizer step looks at a window of micro-batches and weighs each by its share of the window's sequences, so a window
-equals one large batch whatever the sizes in it. Several processes take turns in the window's micro-batches.
+An optimizer step looks at a window of micro-batches and weighs each by its share of the window's sequences (with causal
+language models, whose loss is a mean over labels, of its labels), so a window equals one large batch whatever the sizes
+in it. Several processes take turns in the window's micro-batches.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from transformers import get_scheduler
 
 from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity, write_folder, write_text
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
-from moebert_kernels.distill.objectives import LayerwiseObjective, Preset, task_loss
+from moebert_kernels.distill.objectives import LayerwiseObjective, Preset, batch_weight, is_causal, task_loss
 from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
 from moebert_kernels.distill.setup import check_teacher, new_optimizer, prepare_folder, run_identity
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 
 
@@ -40,7 +42,7 @@ def fit(
     *,
     config: FitConfig,
     output_dir: str | Path,
-    objective: LayerwiseObjective | None = None,
+    objective: LayerwiseObjective | TokenObjective | None = None,
     teacher: nn.Module | TeacherCache | None = None,
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -115,7 +117,9 @@ class _Run:
         if objective is not None:
             objective.check(model, self.teacher.info)
         self.preset: Preset = "default" if objective is None else objective.preset
-        self.forward_keys = forward_keys(model)
+        self.causal = is_causal(model)
+        # a causal model's loss is not its own (task_loss): with the labels it would compute a second one in vain
+        self.forward_keys = [key for key in forward_keys(model) if not (self.causal and key == "labels")]
         self.load_balance = getattr(model.config, "load_balance", 0.0)
         self.weights = {"balance": self.load_balance, **config.weights}
         self.weighted: list[str] | None = None  # the terms that count, in a fixed order, once the first batch told
@@ -218,18 +222,20 @@ class _Run:
                 raise UserError(f"train: expected {len(self.train)} batches in epoch {epoch}, got {count}")
 
     def _update(self, window: list[Batch]) -> None:
-        """One optimizer step on the mean over the window's sequences."""
-        sequences = [batch["input_ids"].shape[0] for batch in window]
-        mine = list(zip(window, sequences, strict=True))[self.rank :: self.world]
+        """One optimizer step on the mean over the window's sequences, or labels."""
+        weights = [batch_weight(batch, self.causal) for batch in window]
+        if not sum(weights):
+            raise UserError(f"labels: expected at least one in an optimizer step, got none after step {self.at.step}")
+        mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
         if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
             mine = [(window[0], 0)]
-        for i, (batch, count) in enumerate(mine):
+        for i, (batch, weight) in enumerate(mine):
             with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
                 terms = self._terms({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
                 total = torch.stack([self.weights.get(name, 1.0) * terms[name] for name in self.weighted]).sum()
                 # distributed gradients are averaged over the processes, hence `world`
-                self.accelerator.backward(total * (count * self.world / sum(sequences)))
-            self.meter.add({"loss": total, **terms}, count)
+                self.accelerator.backward(total * (weight * self.world / sum(weights)))
+            self.meter.add({"loss": total, **terms}, weight)
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -242,7 +248,9 @@ class _Run:
         outputs = self.model(**inputs, output_hidden_states=self.objective is not None)
         terms = {}
         if self.weights.get("task", 1.0):
-            terms["task"] = task_loss(outputs, batch, self.load_balance, self.preset)
+            terms["task"] = task_loss(
+                outputs, batch, self.load_balance, self.preset, self.causal, self.config.label_smoothing
+            )
         if self.weights["balance"]:
             terms["balance"] = outputs.balance_loss
         if self.objective is not None:

@@ -1,8 +1,8 @@
 """Losses as named, unweighted terms. The loop weighs, adds, logs and watches them.
 
 The layer-wise objective of MoEBERT (2204.07675), eq. 5-7: the student's hidden states follow the teacher's, and its
-predictions the teacher's. Every term is a mean over sequences of a value per sequence, so that gradient accumulation
-weighted by sequences equals the large batch.
+predictions the teacher's. Every term is a mean over sequences of a value per sequence, or for causal language models a
+mean over labels, so that gradient accumulation weighted by sequences (`batch_weight`) equals the large batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from moebert_kernels.errors import UserError
 
 Kind = Literal["classification", "regression", "qa"]
 Preset = Literal["default", "paper"]
+
+IGNORED = -100  # as a label: no target; torch's and transformers' value
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -64,6 +66,12 @@ def sequence_weights(attention_mask: Tensor) -> Tensor:
     """(B, T) float32 weights for a mean over each sequence's valid tokens, then over the sequences; 0 at padding."""
     mask = (attention_mask != 0).float()
     return mask / (mask.sum(1, keepdim=True).clamp(min=1.0) * mask.shape[0])
+
+
+def label_weights(labels: Tensor, causal: bool) -> Tensor:
+    """(B, T) weights for the mean over labels by token: over all of them, or over each sequence's and the sequences."""
+    labelled = labels != IGNORED
+    return labelled / labelled.sum().clamp(min=1) if causal else sequence_weights(labelled)
 
 
 def default_layer_map(student_layers: int, teacher_layers: int) -> dict[int, int]:
@@ -198,20 +206,55 @@ def _output(outputs: Any, name: str) -> Any:
     return value
 
 
-def task_loss(outputs: Any, batch: Batch, load_balance: float, preset: Preset = "default") -> Tensor:
-    """The loss against the labels, without a balance term; a mean over sequences.
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model's logits at a position predict the token after it, while labels are not shifted."""
+    generates = getattr(model, "can_generate", None)
+    config: Any = model.config
+    return generates is not None and generates() and not config.is_encoder_decoder
 
-    It is the model's own loss but for two cases that accumulation could not equal, or that padding would enter:
-    token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences, and answers'
-    positions a cross-entropy over the valid tokens (with the preset "paper" as published, over all positions).
+
+def next_token_labels(labels: Tensor) -> Tensor:
+    """(B, T) labels where a causal model's logits predict them: one position to the left, none at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def batch_weight(batch: Batch, causal: bool) -> int:
+    """What a micro-batch's means are over, which is its weight in a window: sequences, or a causal model's labels."""
+    if not causal:
+        return batch["input_ids"].shape[0]
+    if "labels" not in batch:
+        raise UserError("labels: expected in each batch for the task's loss, got none")
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def task_loss(
+    outputs: Any,
+    batch: Batch,
+    load_balance: float,
+    preset: Preset = "default",
+    causal: bool = False,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss against the labels, without a balance term; a mean over sequences, for a causal model over labels.
+
+    It is the model's own loss but for the cases that accumulation could not equal, or that padding would enter:
+    token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences (for a causal
+    model over all labelled tokens), and answers' positions a cross-entropy over the valid tokens (with the preset
+    "paper" as published, over all positions). `label_smoothing` is of token-level labels.
 
     Raises:
-        UserError: the batch has no labels.
+        UserError: the batch has no labels, or none by token that could be smoothed.
     """
     labels = batch.get("labels")
     if labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3:
-        losses = F.cross_entropy(_at_least_float32(outputs.logits).transpose(1, 2), labels, reduction="none")  # (B, T)
-        return (losses * sequence_weights(labels != -100)).sum()
+        labels = next_token_labels(labels) if causal else labels
+        logits = _at_least_float32(outputs.logits)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
+        )
+        return (losses.view_as(labels) * label_weights(labels, causal)).sum()
+    if label_smoothing:
+        raise UserError(f"label_smoothing: expected 0 for a task without labels by token, got {label_smoothing}")
     if outputs.loss is None:
         raise UserError("labels: expected in each batch for the task's loss, got none")
     if "start_positions" in batch and "attention_mask" in batch and preset == "default":

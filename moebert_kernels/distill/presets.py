@@ -33,8 +33,9 @@ PAPER: dict[str, Preset] = {
 
 # For tasks that the paper leaves out (STS-B, WNLI) and for tables of one's own.
 DEFAULT = Preset(3e-5, 32, 3, 0.0, 1.0)
+LANGUAGE_MODEL = Preset(5e-5, 8, 3, 0.01, 1.0, 1024)
 
 
 def preset_for(task: str) -> Preset:
-    """The paper's values where it has any, else `DEFAULT`."""
-    return PAPER.get(task, DEFAULT)
+    """The paper's values where it has any, else `LANGUAGE_MODEL` for "lm" and `DEFAULT`."""
+    return PAPER.get(task, LANGUAGE_MODEL if task == "lm" else DEFAULT)

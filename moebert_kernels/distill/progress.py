@@ -22,7 +22,7 @@ GRACE_STEPS = 20  # a student that starts as its teacher's copy may have a zero 
 
 
 class TermMeter:
-    """Means of named terms over the sequences seen since the last report; stays on the device until then.
+    """Means of named terms over the sequences (or labels) seen since the last report; on the device until then.
 
     Args:
         reduce: sums a tensor over the processes of a distributed run.
@@ -31,13 +31,13 @@ class TermMeter:
     def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda x: x):
         self._reduce = reduce
         self._names: list[str] = []
-        self._sums: Tensor | None = None  # one sum per name, then the number of sequences
+        self._sums: Tensor | None = None  # one sum per name, then the weight
         self._contributed: set[str] = set()
 
-    def add(self, terms: Mapping[str, Tensor], sequences: int) -> None:
-        """Count a batch of `sequences`; each term is its mean over them."""
+    def add(self, terms: Mapping[str, Tensor], weight: int) -> None:
+        """Count a batch of `weight` sequences or labels; each term is its mean over them."""
         values = torch.stack([term.detach().float() for term in terms.values()])
-        values = torch.cat([values * sequences, values.new_full((1,), float(sequences))])
+        values = torch.cat([values * weight, values.new_full((1,), float(weight))])
         if self._sums is None:
             self._names, self._sums = list(terms), values
         else:
@@ -53,8 +53,8 @@ class TermMeter:
         """
         if self._sums is None:
             return {}
-        *sums, sequences = self._reduce(self._sums.clone()).tolist()
-        means = {name: total / sequences for name, total in zip(self._names, sums, strict=True)}
+        *sums, weight = self._reduce(self._sums.clone()).tolist()
+        means = {name: total / weight for name, total in zip(self._names, sums, strict=True)}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise UserError(f"{name}: expected a finite loss, got {mean} at or shortly before step {step}")

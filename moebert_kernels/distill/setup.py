@@ -18,6 +18,7 @@ from moebert_kernels.distill.config import Batches, FitConfig
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.teacher import Teacher
 from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
@@ -29,7 +30,7 @@ _SET_IN_USE = ("architectures", "dtype", "problem_type", "transformers_version")
 
 def check_teacher(
     model: nn.Module,
-    objective: LayerwiseObjective | None,
+    objective: LayerwiseObjective | TokenObjective | None,
     teacher: nn.Module | TeacherCache | None,
     config: FitConfig,
 ) -> None:
@@ -69,7 +70,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Raises:
         UserError: nothing is trained.
     """
-    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    # T5's norm is a class of its own, as other models' are
+    norms = {id(p) for m in model.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -101,7 +103,7 @@ def run_identity(
     model: nn.Module,
     train: Batches,
     config: FitConfig,
-    objective: LayerwiseObjective | None,
+    objective: LayerwiseObjective | TokenObjective | None,
     teacher: Teacher | None,
     processes: int,
     further: Mapping[str, Any],

@@ -1,8 +1,8 @@
-"""Tasks and their data: all of GLUE, SQuAD v1.1 and v2, and any table with named columns.
+"""Tasks and their data: all of GLUE, SQuAD v1.1 and v2, running text ("lm"), and any table with named columns.
 
 A task says what its rows are; `load_task` reads them from local files or the Hub into `datasets.Dataset`s whose columns
-are the same wherever they came from: the task's text columns, `label` (or, for questions, `answers`) and `example_id`,
-the row's number in its split.
+are the same wherever they came from: the task's text columns, `label` (for questions `answers`, for running text none)
+and `example_id`, the row's number in its split.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moebert_kernels.distill.data_files import Row, find_split_files, peek, read_rows, require_columns
+from moebert_kernels.distill.data_files import (
+    Row,
+    find_split_files,
+    peek,
+    read_rows,
+    read_text,
+    require_columns,
+    split_name,
+)
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Kind = Literal["classification", "regression", "qa"]
+Kind = Literal["classification", "regression", "qa", "lm"]
+
+LOWER_IS_BETTER = ("perplexity", "loss")
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Task:
 
     name: str
     kind: Kind
-    text_columns: tuple[str, ...]  # one or two; for questions always ("question", "context")
+    text_columns: tuple[str, ...]  # one or two; for questions always ("question", "context"), for running text one
     metrics: tuple[str, ...]
     label_names: tuple[str, ...] = ()  # by class number; empty: taken from the data
     hub: tuple[str, ...] = ()  # arguments of datasets.load_dataset
@@ -40,13 +50,23 @@ class Task:
 
     @property
     def main_metric(self) -> str:
-        """The metric that says which checkpoint is best; larger is better for all of them."""
+        """The metric that says which checkpoint is best."""
         return self.metrics[0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Of the main metric."""
+        return self.main_metric not in LOWER_IS_BETTER
+
+    @property
+    def has_label(self) -> bool:
+        """Whether rows have one class or score each, in the column `label`."""
+        return self.kind in ("classification", "regression")
 
     @property
     def num_labels(self) -> int:
         """Outputs of the model's head."""
-        return {"classification": len(self.label_names), "regression": 1, "qa": 2}[self.kind]
+        return {"classification": len(self.label_names), "regression": 1, "qa": 2, "lm": 0}[self.kind]
 
 
 def _glue(name: str, text: str, metrics: str, labels: str = "", **options: Any) -> Task:
@@ -79,6 +99,7 @@ TASKS: dict[str, Task] = {
         _glue("wnli", _PAIR, "accuracy", "not_entailment entailment"),
         Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad",)),
         Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad_v2",)),
+        Task("lm", "lm", ("text",), ("perplexity", "loss")),
     )
 }  # fmt: skip
 _HUB_REPOSITORIES = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
@@ -200,7 +221,7 @@ def load_task(
         tables = {}
         for split, file in files.items():
             rows, where = _read(task, file), str(file)
-            labelled = not rows or task.kind == "qa" or task.label_column in rows[0]
+            labelled = not rows or not task.has_label or task.label_column in rows[0]
             if split != "test" or labelled:  # GLUE's own test files have no labels
                 tables[split] = (rows, where)
             if not labelled and split != "test":
@@ -230,6 +251,9 @@ def _read(task: Task, file: Path) -> list[Row]:
     """Rows of a file under the task's column names; `label` is missing where the file has none."""
     if not file.exists():
         raise UserError(f"data: expected a file, got {file}, which does not exist")
+    if task.kind == "lm" and split_name(file)[1] == ".txt":
+        text = read_text(file)
+        return [{task.text_columns[0]: text}] if text else _no_rows(file, ())
     if task.kind == "qa":
         rows, found = read_rows(file)
         return [_question(row, file) for row in rows] if rows else _no_rows(file, found)
@@ -300,7 +324,7 @@ def _dataset(task: Task, rows: list[Row], where: str) -> Dataset:
                 raise UserError(f"{name}: expected text in {where}, row {number}, got {text!r}")
     if task.kind == "qa":
         columns["answers"] = [row["answers"] for row in rows]
-    else:
+    elif task.has_label:
         numbers = {name: number for number, name in enumerate(task.label_names)}
         convert = _score if task.kind == "regression" else _class_number
         columns["label"] = []
@@ -338,7 +362,7 @@ def _from_hub(task: Task, name: tuple[str, ...]) -> dict[str, tuple[list[Row], s
         raise UserError(f"data: expected a local path or a reachable {where}, got {reason}"[:400]) from None
     tables = {}
     for split, data in loaded.items():
-        label = [] if task.kind == "qa" else [task.label_column]
+        label = [task.label_column] if task.has_label else []
         wanted = [*task.text_columns, *(["answers"] if task.kind == "qa" else label)]
         require_columns(data.column_names, {column: (column,) for column in wanted}, where)
         feature = data.features[label[0]] if label else None

@@ -23,7 +23,7 @@ class TeacherOutputs:
     """Detached outputs of a teacher, named as in transformers' outputs, so that objectives take either."""
 
     hidden_states: tuple[Tensor | None, ...]  # L + 1 of (B, T, H), the embeddings' first; None: not kept
-    logits: Tensor | None = None  # (B, C)
+    logits: Tensor | None = None  # (B, C), or by token (B, T, V)
     start_logits: Tensor | None = None  # (B, T)
     end_logits: Tensor | None = None  # (B, T)
 
@@ -92,7 +92,10 @@ class LiveTeacher:
         self._model = model.to(device)
         self._dropout = dropout
         self._autocast = autocast
-        self._keys = [key for key in forward_keys(model) if key not in LABEL_KEYS]
+        config: Any = model.config
+        # a decoder reads the labels' tokens
+        unread = LABEL_KEYS if not config.is_encoder_decoder else ()
+        self._keys = [key for key in forward_keys(model) if key not in unread]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutputs:
@@ -103,7 +106,7 @@ class LiveTeacher:
             outputs = self._model(**inputs, output_hidden_states=True)
         self._model.eval()
         return TeacherOutputs(
-            tuple(outputs.hidden_states),
+            tuple(getattr(outputs, "hidden_states", None) or ()),  # a text-to-text model names its two stacks apart
             getattr(outputs, "logits", None),
             getattr(outputs, "start_logits", None),
             getattr(outputs, "end_logits", None),
