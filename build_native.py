@@ -158,6 +158,9 @@ def configure_and_build(work: Path, log: list[str]) -> Path:
     )  # fmt: skip
     shutil.copy(work / "compile_commands.json", ROOT / "build")
     run("cmake", "--build", work, "--parallel", jobs, log=log)
+    slow = [line for line in log if re.search(r"\(C75\d\d\)", line)]  # such as wgmma that ptxas serialises
+    if slow:
+        raise NotBuilt(f"the build failed: {slow[0]}")
     (module,) = work.glob("_C.*.so")
     run(sys.executable, "-c", IMPORT_CHECK, module, log=log)  # the linker lets a missing function pass
     return module

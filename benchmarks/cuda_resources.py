@@ -3,13 +3,14 @@
     python -m benchmarks.cuda_resources            # writes results/cuda-resources.json
     python -m benchmarks.cuda_resources --check    # compares with that file instead
 
-A spilled register lives in the stack frame, so a kernel without stack and local memory spills nothing.
-Shared memory is what a kernel declares; what a launch adds depends on its sizes.
+A spill is an instruction that loads from local memory or stores to it; spilled registers live in the stack frame, too.
+`shared` is what a kernel declares, `dynamic_shared` the most that a launch adds: what the launchers say.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moebert_kernels import native
@@ -51,20 +53,33 @@ def by_function(text: str, line: str) -> dict[tuple[str, str], str]:
     return found
 
 
+def imported(module: Path) -> ModuleType:
+    """The built module, also one that lies in another tree."""
+    spec = importlib.util.spec_from_file_location(native.NAME, module)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def table(module: Path) -> dict[str, dict[str, Any]]:
     """sm_<arch>/<kernel> -> resources, for all machine code in the module."""
     usage = by_function(printed(tool("cuobjdump"), "-res-usage", module), "Function")
     code = by_function(printed(tool("cuobjdump"), "-sass", module), "Function")
     names = printed("c++filt", input="\n".join(name for _, name in usage)).splitlines()
-    rows = {}
+    added, rows = imported(module).most_shared_bytes, {}
     for (arch, mangled), name in zip(usage, names, strict=True):
         numbers = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage[arch, mangled])}
         short = re.sub(r"mbk::|\(anonymous namespace\)::|^void |\(mbk::DType\)|\((?:int|bool)\)", "", name)
-        rows[f"{arch}/{re.sub(r'[(](?:[^()]|[(][^()]*[)])*[)]$', '', short)}"] = {
+        short = re.sub(r"[(](?:[^()]|[(][^()]*[)])*[)]$", "", short)
+        bare = short.rpartition("tiny::")[2]
+        rows[f"{arch}/{short}"] = {
             "registers": numbers["REG"],
             "shared": numbers["SHARED"],
+            "dynamic_shared": next((most for name, most in added.items() if re.fullmatch(name, bare)), 0),
             "stack": numbers["STACK"],
             "local": numbers["LOCAL"],
+            "spill_loads": len(re.findall(r"\bLDL\b", code[arch, mangled])),
+            "spill_stores": len(re.findall(r"\bSTL\b", code[arch, mangled])),
             "wgmma": "HGMMA" in code[arch, mangled],
         }
     if len(rows) != len(usage):
@@ -73,8 +88,9 @@ def table(module: Path) -> dict[str, dict[str, Any]]:
 
 
 def complaints(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    wrong = [f"{name}: {row['stack']} bytes of stack, {row['local']} local" for name, row in rows.items()
-             if row["stack"] or row["local"]]  # fmt: skip
+    spilling = ("stack", "local", "spill_loads", "spill_stores")
+    wrong = [f"{name}: {', '.join(f'{column} {row[column]}' for column in spilling)}" for name, row in rows.items()
+             if any(row[column] for column in spilling)]  # fmt: skip
     gemms = {name: row for name, row in rows.items() if name.startswith("sm_90a/") and NEEDS_WGMMA in name}
     return wrong + [f"{name}: no HGMMA" for name, row in gemms.items() if not row["wgmma"]]
 

@@ -45,6 +45,11 @@ bool takes(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
 
 }  // namespace
 
+int expert_gemm_shared_bytes(int block_n) {
+  return static_cast<int>(block_n == 128 ? sizeof(ExpertGemmTraits<__half, 128, 1>::Shared)
+                                         : sizeof(ExpertGemmTraits<__half, 192, 1>::Shared));
+}
+
 cudaError_t expert_gemm(const ExpertGemmParams& params) {
   if (params.rows == 0 || params.columns == 0) return cudaSuccess;
   int device = 0, major = 0, multiprocessors = 0;

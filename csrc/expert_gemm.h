@@ -29,6 +29,9 @@ struct ExpertGemmParams {
   cudaStream_t stream;
 };
 
+// Dynamic shared memory of the kernels with 128 or 192 columns of a tile.
+int expert_gemm_shared_bytes(int block_n);
+
 // Every element of y and of pre is written: zeros for rows without an expert. N, K and the strides are multiples of 8,
 // pointers of 16 bytes. cudaErrorNotSupported where the device is not sm_90.
 cudaError_t expert_gemm(const ExpertGemmParams& params);

@@ -55,13 +55,18 @@ bool is_valid(const AddNormInputs& in) {
 
 }  // namespace
 
+int fused_moe_ffn_add_norm_shared_bytes(int columns, bool backward) {
+  return kNormSumsBytes + (backward ? columns * static_cast<int>(sizeof(float)) : 0);
+}
+
 cudaError_t fused_moe_ffn_add_norm(const FusedMoeFfnAddNormParams& params) {
   const AddNormInputs& in = params.inputs;
   if (in.tokens == 0 || in.columns == 0) return cudaSuccess;
   if (!is_valid(in)) return cudaErrorInvalidValue;
   const Kernels kernels = pick(in, has_vectors(in) && is_aligned(params.y));
   const int rows_of_block = kNormWarps / kernels.warps_per_row;
-  MBK_RETURN_IF_ERROR(launch(kernels.forward, ceil_div(in.tokens, rows_of_block), kNormThreads, kNormSumsBytes,
+  MBK_RETURN_IF_ERROR(launch(kernels.forward, ceil_div(in.tokens, rows_of_block), kNormThreads,
+                             static_cast<size_t>(fused_moe_ffn_add_norm_shared_bytes(in.columns, false)),
                              params.stream, in, params.token_to_row, params.y, kernels.warps_per_row));
   return cudaGetLastError();
 }
@@ -72,7 +77,7 @@ cudaError_t fused_moe_ffn_add_norm_backward(const FusedMoeFfnAddNormBackwardPara
   if (!is_valid(in)) return cudaErrorInvalidValue;
   const bool vectors = has_vectors(in) && has_vectors(params.dy) && is_aligned(params.dz) && is_aligned(params.dffn);
   const Kernels kernels = pick(in, vectors);
-  const size_t shared = kNormSumsBytes + static_cast<size_t>(in.columns) * sizeof(float);
+  const auto shared = static_cast<size_t>(fused_moe_ffn_add_norm_shared_bytes(in.columns, true));
   MBK_RETURN_IF_ERROR(launch(kernels.backward, norm_chunks(in.tokens, in.num_experts), kNormThreads, shared,
                              params.stream, params, kernels.warps_per_row));
   if (params.dnorm_weight != nullptr || params.dnorm_bias != nullptr) {

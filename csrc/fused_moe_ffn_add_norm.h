@@ -61,6 +61,9 @@ struct FusedMoeFfnAddNormBackwardParams {
 // The most chunks that E experts can have together; an expert without rows has one, for its zeros.
 inline int64_t norm_chunks(int64_t tokens, int num_experts) { return tokens / kNormChunk + num_experts; }
 
+// Dynamic shared memory of a launch for rows of `columns`.
+int fused_moe_ffn_add_norm_shared_bytes(int columns, bool backward);
+
 // Traffic of a token: a row of x, one of ffn, one of y.
 cudaError_t fused_moe_ffn_add_norm(const FusedMoeFfnAddNormParams& params);
 

@@ -1,5 +1,7 @@
 #include "group_tokens.cuh"
 
+#include <algorithm>
+
 namespace mbk {
 namespace {
 
@@ -25,6 +27,12 @@ bool stages_table(const GroupTokensParams& params, int64_t tokens_of_block) {
 int64_t group_tokens_workspace_bytes(int64_t layers, int64_t tokens, int num_experts) {
   const int64_t blocks = blocks_of_layer(tokens);
   return blocks == 1 ? 0 : (1 + layers * blocks * (num_experts + 1)) * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+int64_t group_tokens_most_shared_bytes(bool packed) {
+  constexpr int kMostWarps = kTaskThreads / kWarpSize;
+  const int64_t staged = group_tokens_shared_bytes(packed ? kMaxPackedExperts : 255, kMostWarps, kMaxStagedVocabulary);
+  return packed ? staged : std::max(staged, group_tokens_shared_bytes(kMaxGroupedExperts, kMostWarps, 0));
 }
 
 cudaError_t group_tokens(const GroupTokensParams& params) {

@@ -32,6 +32,9 @@ struct GroupTokensParams {
 // 0 where one block does a layer.
 int64_t group_tokens_workspace_bytes(int64_t layers, int64_t tokens, int num_experts);
 
+// The most dynamic shared memory that a launch takes, for up to 64 experts (`packed`) or more.
+int64_t group_tokens_most_shared_bytes(bool packed);
+
 // Traffic of a layer: the ids, the mask and the table once, the two permutations once (three times with a workspace).
 cudaError_t group_tokens(const GroupTokensParams& params);
 

@@ -1,5 +1,7 @@
 #include "tiny_ffn.cuh"
 
+#include <algorithm>
+
 #ifndef MBK_EMULATION
 #include <atomic>
 #endif
@@ -60,6 +62,9 @@ cudaError_t launch_prepared(Kernel kernel, std::atomic<int>* prepared, int block
 
 template <typename T, int kBlockM>
 cudaError_t launch_both(const Arguments& a) {
+  if (int64_t{a.plan.tiles} * std::max(a.plan.hidden_slices, a.plan.output_slices * a.plan.splits) > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
   const int hidden_blocks = a.plan.hidden_slices * a.plan.tiles;
   const int output_blocks = a.plan.output_slices * a.plan.tiles * a.plan.splits;
   constexpr int kBytes = kSharedBytes<kBlockM>;
@@ -102,6 +107,10 @@ bool fits_int32(int64_t size) { return size >= 1 && size <= INT32_MAX / 4; }
 
 }  // namespace
 }  // namespace tiny
+
+int tiny_ffn_shared_bytes(int block_m) {
+  return block_m == 16 ? tiny::kSharedBytes<16> : block_m == 32 ? tiny::kSharedBytes<32> : tiny::kSharedBytes<64>;
+}
 
 cudaError_t tiny_ffn(const TinyFfnParams& params) {
   if (params.tokens == 0) return cudaSuccess;

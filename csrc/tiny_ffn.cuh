@@ -79,19 +79,15 @@ __device__ __forceinline__ Tile find_tile(Count count, int experts, int index, i
 // Experts of all tokens (E: none) and how many tokens each has. Integer sums: their order does not matter.
 __device__ __forceinline__ void count_ids(const TinyFfnParams& p, int* expert_of, int* counts) {
   constexpr int kItems = kTinyFfnMaxTokens / kThreads;
-  const TokenLookup& lookup = p.routing.lookup;
-  const bool has_table = lookup.tables.data != nullptr;
   int ids[kItems];
-  load_below(lookup.token_ids, 0, threadIdx.x, kThreads, p.tokens, has_table ? lookup.vocab_size : p.experts, ids);
-  drop_masked(lookup.mask, threadIdx.x, kThreads, p.tokens, ids);
-  if (has_table) look_up(lookup.tables, 0, ids);
+  load_below(p.routing.expert_ids, 0, threadIdx.x, kThreads, p.tokens, p.experts, ids);
   for (int e = threadIdx.x; e <= p.experts; e += kThreads) counts[e] = 0;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int token = threadIdx.x + i * kThreads;
     if (token < p.tokens) {
-      const int expert = ids[i] >= 0 && ids[i] < p.experts ? ids[i] : p.experts;
+      const int expert = ids[i] >= 0 ? ids[i] : p.experts;
       expert_of[token] = expert;
       atomicAdd(counts + expert, 1);
     }

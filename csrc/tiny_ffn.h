@@ -22,7 +22,7 @@ constexpr int kTinyFfnSlabBytes = 128;  // of one row at one step along K
 struct TinyFfnRouting {
   const int32_t* offsets;       // (E + 1,) or null
   const int32_t* row_to_token;  // (T,) or null
-  TokenLookup lookup;           // of layer 0; without tables its token_ids are expert ids, and there is no vocabulary
+  Integers expert_ids;          // (T,), not looked at where there are offsets
 };
 
 struct TinyFfnParams {
@@ -87,6 +87,9 @@ inline TinyFfnPlan tiny_ffn_plan(int tokens, int hidden, int width, int experts,
   plan.bytes = plan.count_offset + round_up(plan.tiles * int64_t{sizeof(int32_t)}, 16);
   return plan;
 }
+
+// Dynamic shared memory of both kernels, for 16, 32 or 64 rows of a tile.
+int tiny_ffn_shared_bytes(int block_m);
 
 // Two launches on `stream`; cudaErrorInvalidValue where a size or a combination of dtypes is outside the above.
 cudaError_t tiny_ffn(const TinyFfnParams& params);

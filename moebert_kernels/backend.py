@@ -11,8 +11,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -40,10 +40,9 @@ _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "hash_route": ("hash_route",),
     "group_tokens": ("group_tokens", "hash_route"),
     "expert_gemm": ("expert_gemm",),
-    "fused_moe_ffn": ("expert_gemm",),
+    "fused_moe_ffn": ("tiny_ffn",),  # and "expert_gemm" where there is one
     "fused_moe_ffn_add_norm": ("fused_moe_ffn_add_norm", "tiny_ffn"),
 }
-_HOPPER = ("expert_gemm", "fused_moe_ffn")  # their GEMM is wgmma's
 _PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
 
 
@@ -90,6 +89,21 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         _preference.reset(token)
 
 
+def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts with the preference that holds now, for other threads: those of backward inherit none."""
+    here = _preference.get()
+
+    @contextmanager
+    def preferring() -> Iterator[None]:
+        token = _preference.set(here)
+        try:
+            yield
+        finally:
+            _preference.reset(token)
+
+    return preferring
+
+
 def _current_preference() -> _Preference | None:
     preference = _preference.get()
     if preference is None and (name := os.environ.get(ENVIRONMENT_VARIABLE)):
@@ -109,15 +123,15 @@ def interpreting() -> bool:
 
 
 @cache
-def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
     if backend == "cuda":
-        obstacle = native.obstacle(_KERNELS[op], device, dtype)
-        if obstacle is None and op in _HOPPER and torch.cuda.get_device_capability(device)[0] != 9:
-            obstacle = "its GEMM needs compute capability 9.x"
-        return _obstacle(op, "triton", device, dtype) if obstacle is None and op in _PARTLY_TRITON else obstacle
+        found = native.obstacle(_KERNELS[op], device, dtype)
+        if found is None and op == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
+            found = "it multiplies by wgmma, which needs compute capability 9.x"
+        return obstacle(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -132,12 +146,12 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
 def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
     for name in _OFFERS[op]:
-        obstacle = _obstacle(op, name, device, dtype)
-        if obstacle is None and name == "triton" and device.type != "cuda":
-            obstacle = "its interpreter runs only on request"
-        if obstacle is None:
+        found = obstacle(op, name, device, dtype)
+        if found is None and name == "triton" and device.type != "cuda":
+            found = "its interpreter runs only on request"
+        if found is None:
             break
-        passed.append(f"{name}: {obstacle}")
+        passed.append(f"{name}: {found}")
     return Choice(op, name, "; ".join(passed) or "first of what can run here")
 
 
@@ -155,17 +169,17 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     if preference is None:
         return _first_offer(op, device, dtype)
     offers = _OFFERS[op]
-    obstacle = f"only {', '.join(offers)}"
+    found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        obstacle = _obstacle(op, preference.backend, device, dtype)
-        if obstacle is None:
+        found = obstacle(op, preference.backend, device, dtype)
+        if found is None:
             return Choice(op, preference.backend, f"asked for by {preference.source}")
-    message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {obstacle}"
+    message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"
     if preference.strict:
         raise RuntimeError(message)
     other = _first_offer(op, device, dtype).backend
     _warn_once(f"{message}; {other} runs instead. See `moebert doctor`.")
-    return Choice(op, other, f"{preference.source} prefers {preference.backend}, got {obstacle}")
+    return Choice(op, other, f"{preference.source} prefers {preference.backend}, got {found}")
 
 
 @cache

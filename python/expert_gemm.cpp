@@ -2,11 +2,17 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "shared_bytes.h"
 #include "status.h"
 
 namespace mbk {
 
 void bind_expert_gemm(pybind11::module_& module) {
+  for (int block_n : {128, 192}) {
+    most_shared_bytes(module)[("expert_gemm_.*, " + std::to_string(block_n) + ", .*").c_str()] = expert_gemm_shared_bytes(block_n);
+  }
   module.def(
       "expert_gemm",
       [](uintptr_t a, int64_t a_row_stride, uintptr_t w, int64_t w_expert_stride, int64_t w_row_stride, uintptr_t y,

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "shared_bytes.h"
 #include "status.h"
 
 namespace mbk {
@@ -43,6 +44,8 @@ void bind_fused_moe_ffn_add_norm(pybind11::module_& module) {
   pybind11::class_<AddNormInputs>(module, "AddNormInputs", "What both directions read.")
       .def(pybind11::init(&inputs));
   module.attr("max_norm_columns") = kMaxNormColumns;
+  most_shared_bytes(module)["add_norm_kernel.*"] = fused_moe_ffn_add_norm_shared_bytes(kMaxNormColumns, false);
+  most_shared_bytes(module)["add_norm_backward_kernel.*"] = fused_moe_ffn_add_norm_shared_bytes(kMaxNormColumns, true);
   module.def("norm_chunks", &norm_chunks, "Rows of the partials of T tokens and E experts.");
   module.def(
       "add_norm",

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "shared_bytes.h"
 #include "status.h"
 #include "token_lookup.h"
 
@@ -14,6 +15,8 @@ namespace mbk {
 void bind_group_tokens(pybind11::module_& module) {
   module.attr("max_grouped_experts") = kMaxGroupedExperts;
   module.attr("max_tile_maps") = kMaxTileMaps;
+  most_shared_bytes(module)["group_.*true>"] = group_tokens_most_shared_bytes(true);
+  most_shared_bytes(module)["group_.*false>"] = group_tokens_most_shared_bytes(false);
   module.def("group_tokens_workspace_bytes", &group_tokens_workspace_bytes,
              "Bytes of scratch for L layers of N tokens and E experts.");
   module.def(

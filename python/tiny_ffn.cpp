@@ -2,14 +2,19 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "shared_bytes.h"
 #include "status.h"
-#include "token_lookup.h"
 
 namespace mbk {
 
 void bind_tiny_ffn(pybind11::module_& module) {
   module.attr("tiny_ffn_max_tokens") = kTinyFfnMaxTokens;
   module.attr("tiny_ffn_max_experts") = kTinyFfnMaxExperts;
+  for (int block_m : {16, 32, 64}) {
+    most_shared_bytes(module)[("tiny_ffn_.*, " + std::to_string(block_m) + ">").c_str()] = tiny_ffn_shared_bytes(block_m);
+  }
   module.def(
       "tiny_ffn_workspace_bytes",
       [](int tokens, int hidden, int width, int experts, int dtype, int activation, bool has_norm) {
@@ -20,9 +25,7 @@ void bind_tiny_ffn(pybind11::module_& module) {
       "Bytes of scratch, of any contents, for T tokens, sizes H and I, E experts.");
   module.def(
       "tiny_ffn",
-      [](uintptr_t ids, int64_t ids_stride_layer, int64_t ids_stride, int ids_type, uintptr_t tables,
-         int64_t tables_stride_layer, int64_t tables_stride, int tables_type, uintptr_t mask, int64_t mask_stride,
-         int mask_bytes, bool mask_is_float, int64_t vocab_size, uintptr_t offsets, uintptr_t row_to_token,
+      [](uintptr_t ids, int64_t ids_stride, int ids_type, uintptr_t offsets, uintptr_t row_to_token,
          uintptr_t x, int64_t x_stride_t, int64_t x_stride_h, uintptr_t w1, int64_t w1_stride_e, int64_t w1_stride_n,
          int64_t w1_stride_k, uintptr_t b1, uintptr_t w2, int64_t w2_stride_e, int64_t w2_stride_n,
          int64_t w2_stride_k, uintptr_t b2, uintptr_t norm_weight, uintptr_t norm_bias, uintptr_t routing_weights,
@@ -32,9 +35,7 @@ void bind_tiny_ffn(pybind11::module_& module) {
         TinyFfnParams params = {};
         params.routing.offsets = reinterpret_cast<const int32_t*>(offsets);
         params.routing.row_to_token = reinterpret_cast<const int32_t*>(row_to_token);
-        params.routing.lookup = token_lookup(ids, ids_stride_layer, ids_stride, ids_type, tables, tables_stride_layer,
-                                             tables_stride, tables_type, mask, mask_stride, mask_bytes, mask_is_float,
-                                             vocab_size);
+        params.routing.expert_ids = {data(ids), 0, ids_stride, static_cast<IntType>(ids_type)};
         params.tokens = tokens;
         params.hidden = hidden;
         params.width = width;

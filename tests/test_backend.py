@@ -1,7 +1,9 @@
+import threading
+
 import pytest
 import torch
 
-from moebert_kernels import backend
+from moebert_kernels import backend, fused_moe_ffn
 
 
 def test_explain_names_every_op_and_says_why():
@@ -32,6 +34,20 @@ def test_environment_variable_is_a_preference(monkeypatch):
     monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "fpga")
     with pytest.raises(ValueError, match="MOEBERT_KERNELS_BACKEND: expected one of cuda, triton, torch, got 'fpga'"):
         backend.choose("expert_gemm")
+
+
+def test_backward_prefers_what_forward_did_in_any_thread(monkeypatch):
+    """On a GPU backward runs in a thread of autograd's, which has no context of ours."""
+    chosen, honest = [], backend.implementation
+    monkeypatch.setattr(backend, "implementation", lambda op, x: chosen.append(backend.choose(op, x)) or honest(op, x))
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(2, 3, 4)
+    with backend.use_backend("torch", strict=True):
+        y = fused_moe_ffn(x, torch.tensor([0, 1, 0, 1, -1]), w, None, w.transpose(1, 2), None)
+    thread = threading.Thread(target=lambda: y.sum().backward())
+    thread.start()
+    thread.join()
+    assert x.grad is not None and len(chosen) >= 2
+    assert {choice.reason for choice in chosen} == {"asked for by use_backend"}
 
 
 def test_unknown_name():

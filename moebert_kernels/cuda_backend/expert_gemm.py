@@ -9,17 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moebert_kernels import native
+from moebert_kernels import backend, native
 from moebert_kernels.activation import ACTIVATIONS
 from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.triton_backend import expert_gemm as in_triton
 from moebert_kernels.triton_backend.expert_gemm import backward
 
-__all__ = ["applies", "backward", "expert_gemm", "forward"]
+__all__ = ["applies", "backward", "expert_gemm", "forward", "runs_on"]
 
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
 _PIECE, _ALIGNMENT = 8, 16  # elements and bytes of what a copy moves at least
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernel is in this build and x's GPU can run it."""
+    return backend.obstacle("expert_gemm", "cuda", x.device, x.dtype) is None
 
 
 def applies(w: Tensor) -> bool:

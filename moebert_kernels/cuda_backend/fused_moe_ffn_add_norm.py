@@ -1,6 +1,6 @@
 """The MoEBERT expert: the grouped GEMMs of the Triton backend, then one CUDA pass forward and one backward.
 
-At most 512 tokens in inference are `tiny_ffn`'s: two launches for everything.
+At most 512 tokens in inference are `tiny_ffn`'s: two launches for everything, also straight from expert ids.
 
 Experts wider than `_C.max_norm_columns` run as in the Triton backend: rows would not fit a block's registers.
 """
@@ -61,6 +61,16 @@ def forward(
     inputs = _inputs(kernels, x, ffn, norm_weight, norm_bias, weights, grouping, eps, dropout_p, seed)
     kernels.add_norm(inputs, grouping.token_to_row.data_ptr(), y.data_ptr(), stream_of(x))
     return y, h_pre, ffn if save else ffn.new_empty(0, ffn.shape[1])
+
+
+def from_ids(
+    x: Tensor, ids: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
+    norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
+) -> Tensor | None:  # fmt: skip
+    """y (T, H) of expert ids (T, 1) that nobody grouped; None where a Grouping is needed."""
+    if not tiny_ffn.applies(x, ids.shape[1], w1):
+        return None
+    return tiny_ffn.add_norm(x, ids, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation)
 
 
 def backward(

@@ -1,6 +1,6 @@
 """The expert feed-forward of a tiny batch: two launches, with residual and norm or without, inference only.
 
-Takes a `Grouping`, or ids that the kernels look through themselves: then nothing runs before them, not even the lookup.
+Takes a `Grouping`, or expert ids that the kernels look through themselves: then nothing runs before them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from torch import Tensor
 
 from moebert_kernels import native
 from moebert_kernels.activation import ACTIVATIONS
-from moebert_kernels.cuda_backend._arguments import FLOATS, lookup_arguments, pointer, stream_of
+from moebert_kernels.cuda_backend._arguments import FLOATS, INTEGERS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
-_NO_LOOKUP: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, False, 0)
 
 
 def applies(x: Tensor, top_k: int, w1: Tensor) -> bool:
@@ -34,13 +33,12 @@ def applies(x: Tensor, top_k: int, w1: Tensor) -> bool:
 def add_norm(
     x: Tensor, routing: Grouping | Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, routing_weights: Tensor | None, eps: float, activation: str,
-    *, table: Tensor | None = None, attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y (T, H) = p * LayerNorm_e(x + FFN_e(x)) in x's dtype; y = x where a token has no expert.
 
     Args:
         x: (T, H), T <= 512, any strides.
-        routing: a top-1 `Grouping`, or (T,) integers: expert ids, or token ids where there is a `table`.
+        routing: a top-1 `Grouping`, or expert ids, (T,) or (T, 1) integers.
         w1: (E, I, H), or (E, 2I, H) for gated activations. Any strides; x's dtype, or lower with x in float32.
         b1: (E, I) or (E, 2I), or None.
         w2: (E, H, I). Any strides.
@@ -50,8 +48,6 @@ def add_norm(
         routing_weights: (T,) or (T, 1), in x's dtype, or None.
         eps: added to the variance.
         activation: one of `moebert_kernels.activation.ACTIVATIONS`.
-        table: (V,) integer, expert of each token id.
-        attention_mask: (T,), with ids only: 0 means no expert.
     """
     (tokens, hidden), (experts, _, width) = x.shape, w2.shape
     y = x.new_empty(tokens, hidden)
@@ -62,10 +58,9 @@ def add_norm(
         _workspace_bytes(tokens, hidden, width, experts, dtype, number, norm_weight is not None) // w1.element_size()
     )
     if isinstance(routing, Grouping):
-        where: tuple[int, ...] = (*_NO_LOOKUP, routing.offsets.data_ptr(), routing.row_to_token.data_ptr())
+        where = (0, 0, 0, routing.offsets.data_ptr(), routing.row_to_token.data_ptr())
     else:
-        tables = None if table is None else table[None]
-        where = (*lookup_arguments(routing.reshape(-1), tables, attention_mask), 0, 0)
+        where = (routing.data_ptr(), routing.stride(0), INTEGERS[routing.dtype], 0, 0)
     b1, b2, norm_weight, norm_bias, routing_weights = (
         None if tensor is None else tensor.contiguous() for tensor in (b1, b2, norm_weight, norm_bias, routing_weights)
     )
@@ -83,13 +78,9 @@ def add_norm(
 def ffn(
     x: Tensor, routing: Grouping | Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     routing_weights: Tensor | None, activation: str,
-    *, table: Tensor | None = None, attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """y (T, H) = p * FFN_e(x), 0 where a token has no expert. Arguments as in `add_norm`."""
-    return add_norm(
-        x, routing, w1, b1, w2, b2, None, None, routing_weights, 0.0, activation,
-        table=table, attention_mask=attention_mask,
-    )  # fmt: skip
+    return add_norm(x, routing, w1, b1, w2, b2, None, None, routing_weights, 0.0, activation)
 
 
 @lru_cache(maxsize=1024)

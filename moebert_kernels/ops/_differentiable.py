@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebert_kernels import backend
+
 
 class Differentiable:
     """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args) -> tuple[Tensor, ...]`.
@@ -39,12 +41,13 @@ class Differentiable:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.save_for_backward(*inputs[:tensor_arguments], *output[1:])
             ctx.constants = inputs[tensor_arguments:]
-            ctx.num_outputs = len(output)
+            ctx.preferring = backend.preferring_as_here()
 
         def run_backward(run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             needs = [ctx.needs_input_grad[i] for i in differentiable]
-            grads = run(dy, *saved, *ctx.constants, needs)
+            with ctx.preferring():
+                grads = run(dy, *saved, *ctx.constants, needs)
             places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
             for i, need, grad in zip(differentiable, needs, grads, strict=True):
                 places[i] = grad if need else None

@@ -6,17 +6,21 @@ import math
 
 from torch import Tensor
 
+from moebert_kernels import backend
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.ops._checks import check_grouping, check_tensor
-from moebert_kernels.ops.group_tokens import group_tokens
+from moebert_kernels.ops._checks import check_grouping, check_tensor, inside_op
+from moebert_kernels.ops.group_tokens import check_expert_ids, group_tokens
 
 
-def resolve_routing(x: Tensor, routing: Grouping | Tensor, num_experts: int, max_top_k: int | None) -> Grouping:
-    """A Grouping of x's tokens, from one or from expert ids: ids (...) are top-1, ids (..., top_k) are top-k."""
+def check_routing(
+    x: Tensor, routing: Grouping | Tensor, num_experts: int, max_top_k: int | None
+) -> tuple[Grouping | Tensor, int]:
+    """A Grouping of x's tokens, or expert ids (T, top_k), and top_k: ids (...) are top-1, ids (..., top_k) top-k."""
     num_tokens = math.prod(x.shape[:-1])
+    checked: Grouping | Tensor
     if isinstance(routing, Grouping):
         check_grouping("routing", routing, num_experts, num_tokens * routing.top_k)
-        grouping = routing
+        checked, top_k = routing, routing.top_k
     else:
         check_tensor("routing", routing)
         leading = tuple(x.shape[:-1])
@@ -25,24 +29,37 @@ def resolve_routing(x: Tensor, routing: Grouping | Tensor, num_experts: int, max
             raise ValueError(
                 f"routing: expected expert ids of shape ({wanted},) or ({wanted}, top_k), got {tuple(routing.shape)}"
             )
-        ids = routing.reshape(num_tokens, *routing.shape[len(leading) :])
+        top_k = 1 if routing.ndim == len(leading) else routing.shape[-1]
+        checked = ids = routing.reshape(num_tokens, top_k)
         if routing.device != x.device:
             raise ValueError(f"routing: expected device {x.device} (as x), got {routing.device}")
-        grouping = group_tokens(ids, num_experts)
-    if max_top_k is not None and grouping.top_k > max_top_k:
-        raise ValueError(f"routing: expected top_k <= {max_top_k}, got {grouping.top_k}")
-    return grouping
+        check_expert_ids(ids)
+    if max_top_k is not None and top_k > max_top_k:
+        raise ValueError(f"routing: expected top_k <= {max_top_k}, got {top_k}")
+    return checked, top_k
 
 
-def resolve_routing_weights(x: Tensor, grouping: Grouping, weights: Tensor | None) -> Tensor | None:
+def grouped(routing: Grouping | Tensor, num_experts: int) -> Grouping:
+    """The Grouping of what `check_routing` returned."""
+    return routing if isinstance(routing, Grouping) else group_tokens(routing, num_experts)
+
+
+def inferred_from_ids(op: str, x: Tensor, ids: Tensor, *arguments: object) -> Tensor | None:
+    """What `op` computes from expert ids (T, top_k) that nobody grouped; None where its backend wants a Grouping."""
+    with inside_op(x):
+        chosen = backend.implementation(op, x)
+        return chosen.from_ids(x, ids, *arguments) if hasattr(chosen, "from_ids") else None
+
+
+def resolve_routing_weights(x: Tensor, top_k: int, weights: Tensor | None) -> Tensor | None:
     """(T, top_k) from (...), (..., top_k), (T,) or (T, top_k), as differentiable views."""
     if weights is None:
         return None
     check_tensor("routing_weights", weights)
-    leading, top_k = tuple(x.shape[:-1]), grouping.top_k
-    allowed = [(*leading, top_k), (grouping.num_tokens, top_k)]
+    leading, num_tokens = tuple(x.shape[:-1]), math.prod(x.shape[:-1])
+    allowed = [(*leading, top_k), (num_tokens, top_k)]
     if top_k == 1:
-        allowed += [leading, (grouping.num_tokens,)]
+        allowed += [leading, (num_tokens,)]
     if tuple(weights.shape) not in allowed:
         raise ValueError(f"routing_weights: expected shape {allowed[0]}, got {tuple(weights.shape)}")
-    return weights.reshape(grouping.num_tokens, top_k)
+    return weights.reshape(num_tokens, top_k)

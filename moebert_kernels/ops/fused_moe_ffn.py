@@ -19,7 +19,7 @@ from moebert_kernels.ops._checks import (
     weights_to_dtype,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
-from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
 
 
 def fused_moe_ffn(
@@ -57,8 +57,8 @@ def fused_moe_ffn(
     check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
     check_probability("hidden_dropout_p", hidden_dropout_p)
     check_seed(dropout_seed)
-    grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=None)
-    routing_weights = resolve_routing_weights(x, grouping, routing_weights)
+    routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=None)
+    routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "routing_weights": routing_weights}
     check_dtypes_and_devices("x", x, tensors)
     if hidden_dropout_p > 0 and dropout_seed is None:
@@ -67,10 +67,15 @@ def fused_moe_ffn(
     dtype = autocast_dtype(x)
     weights = weights_to_dtype(dtype, w1, b1, w2, b2)
     flat, routing_weights = to_dtype(dtype, x.reshape(-1, x.shape[-1]), routing_weights)
-    save = not recompute and _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights)
+    trains, one_node = _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights), opaque(x)
+    if isinstance(routing, Tensor) and not (trains or one_node or hidden_dropout_p):
+        y = inferred_from_ids("fused_moe_ffn", flat, routing, *weights, routing_weights, activation)
+        if y is not None:
+            return y.view(x.shape)
+    grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN(
-        opaque(x), flat, *weights, routing_weights, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
-        dropout_seed, grouping.top_k, activation, float(hidden_dropout_p), save,
+        one_node, flat, *weights, routing_weights, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        dropout_seed, top_k, activation, float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y.view(x.shape)
 

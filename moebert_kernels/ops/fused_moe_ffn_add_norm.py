@@ -21,7 +21,7 @@ from moebert_kernels.ops._checks import (
     weights_to_dtype,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
-from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
 
 
 def fused_moe_ffn_add_norm(
@@ -71,8 +71,8 @@ def fused_moe_ffn_add_norm(
     check_probability("dropout_p", dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
     check_seed(dropout_seed)
-    grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=1)
-    routing_weights = resolve_routing_weights(x, grouping, routing_weights)
+    routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=1)
+    routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     tensors = {
         "w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias,
         "routing_weights": routing_weights,
@@ -85,10 +85,15 @@ def fused_moe_ffn_add_norm(
     weights = weights_to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
     flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
-    save = not recompute and _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm)
+    trains, one_node = _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm), opaque(x)
+    if isinstance(routing, Tensor) and not (trains or one_node or dropout_p or hidden_dropout_p):
+        y = inferred_from_ids("fused_moe_ffn_add_norm", flat, routing, *weights, *norm, float(eps), activation)
+        if y is not None:
+            return y.view(x.shape)
+    grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN_ADD_NORM(
-        opaque(x), flat, *weights, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
-        dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), save,
+        one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y.view(x.shape)
 

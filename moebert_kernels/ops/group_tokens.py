@@ -24,16 +24,22 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     Raises:
         ValueError: a dtype or shape disagrees with the above.
     """
-    check_integers("expert_ids", expert_ids)
+    top_k = check_expert_ids(expert_ids)
     check_num_experts(num_experts)
+    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
+    offsets, row_to_token, token_to_row = run(expert_ids.reshape(1, -1), num_experts)
+    return Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k)
+
+
+def check_expert_ids(expert_ids: Tensor) -> int:
+    """The top_k of ids (T,) or (T, top_k)."""
+    check_integers("expert_ids", expert_ids)
     if expert_ids.ndim not in (1, 2):
         raise ValueError(f"expert_ids: expected shape (T,) or (T, top_k), got {tuple(expert_ids.shape)}")
     top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
     if top_k < 1:
         raise ValueError(f"expert_ids: expected top_k >= 1, got {tuple(expert_ids.shape)}")
-    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
-    offsets, row_to_token, token_to_row = run(expert_ids.reshape(1, -1), num_experts)
-    return Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k)
+    return top_k
 
 
 def group_tokens_by_hash(

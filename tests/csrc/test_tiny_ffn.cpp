@@ -65,7 +65,7 @@ class Array {
 };
 
 enum class Routing { kEven, kSkewed, kOneExpert, kAllSkipped, kSomeSkipped };
-enum class Source { kGrouping, kIds, kTable };
+enum class Source { kGrouping, kIds };
 
 struct Case {
   int tokens, hidden, width, experts;
@@ -125,9 +125,7 @@ struct Problem {
         weights(c.x_dtype, c.tokens, 1, 0.3, 0.7),
         offsets(static_cast<size_t>(c.experts) + 1),
         row_to_token(experts.size()),
-        ids(experts.size() * 8),
-        table(100),
-        mask(experts.size()),
+        ids(experts.begin(), experts.end()),
         workspace(static_cast<size_t>(
             mbk::tiny_ffn_plan(c.tokens, c.hidden, c.width, c.experts, c.dtype, c.activation, c.has_norm).bytes)) {
     params.tokens = c.tokens;
@@ -171,26 +169,7 @@ struct Problem {
       params.routing.row_to_token = row_to_token.data();
       return;
     }
-    auto& lookup = params.routing.lookup;
-    if (c.source == Source::kIds) {
-      for (size_t t = 0; t < experts.size(); ++t) std::memcpy(ids.data() + 4 * t, &experts[t], 4);
-      lookup.token_ids = {ids.data(), 0, 1, IntType::kInt32};
-      return;
-    }
-    // token id 2e or 2e + 1 has expert e; no expert: an id outside the table, a masked token, an entry of 255
-    for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<uint8_t>(i < 98 ? i / 2 : 255);
-    for (size_t t = 0; t < experts.size(); ++t) {
-      const bool routed = experts[t] >= 0 && experts[t] < c.experts;
-      const int way = draw(0, 3);
-      int64_t id = routed ? 2 * experts[t] + draw(0, 1) : way == 0 ? -5 : way == 1 ? int64_t{1} << 40 : 99;
-      mask[t] = routed || way != 3;
-      if (!routed && way == 3) id = 1;
-      std::memcpy(ids.data() + 8 * t, &id, 8);
-    }
-    lookup.token_ids = {ids.data(), 0, 1, IntType::kInt64};
-    lookup.tables = {table.data(), 0, 1, IntType::kUInt8};
-    lookup.mask = {mask.data(), 1, 1, false};
-    lookup.vocab_size = static_cast<int64_t>(table.size());
+    params.routing.expert_ids = {ids.data(), 0, 1, IntType::kInt64};
   }
 
   void check_against_reference(const void* y) {
@@ -251,8 +230,7 @@ struct Problem {
   std::vector<int> experts;
   Array x, w1, w2, b1, b2, norm_weight, norm_bias, weights;
   Guarded<int32_t> offsets, row_to_token;
-  Guarded<char> ids;
-  Guarded<uint8_t> table, mask;
+  std::vector<int64_t> ids;
   Guarded<char> workspace;
   mbk::TinyFfnParams params{};
 };
@@ -291,7 +269,7 @@ Case draw_case(int tokens, DType dtype) {
   c.x_dtype = draw(0, 2) == 0 ? DType::kFloat32 : dtype;
   c.activation = static_cast<Activation>(draw(0, 7));
   c.routing = static_cast<Routing>(draw(0, 4));
-  c.source = static_cast<Source>(draw(0, 2));
+  c.source = static_cast<Source>(draw(0, 1));
   c.has_norm = draw(0, 3) != 0;
   c.has_bias = draw(0, 3) != 0;
   c.has_weights = draw(0, 1) != 0;
@@ -309,7 +287,7 @@ void test_random_cases() {
 
 void test_every_activation_and_source() {
   for (int activation = 0; activation < 8; ++activation) {
-    for (int source = 0; source < 3; ++source) {
+    for (int source = 0; source < 2; ++source) {
       Case c = draw_case(20, kDTypes[activation % 3]);
       c.activation = static_cast<Activation>(activation);
       c.source = static_cast<Source>(source);

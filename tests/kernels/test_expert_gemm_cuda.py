@@ -27,7 +27,9 @@ def view(pointer, dtype, shape, strides=None):
 
 
 class StandIn:
-    """`_C.expert_gemm` in plain torch, on the CPU."""
+    """`_C.expert_gemm` in plain torch, on the CPU; without the kernels of few tokens."""
+
+    tiny_ffn_max_tokens, tiny_ffn_max_experts = 0, 0
 
     def __init__(self):
         self.calls = 0
@@ -65,6 +67,7 @@ def stand_in(monkeypatch):
     found = StandIn()
     monkeypatch.setattr(native, "module", lambda: found)
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    monkeypatch.setattr(cuda_ffn, "runs_on", lambda x: True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The tiny batch's two kernels: what the binding refuses anywhere, and on a GPU values, ids, tables and replays."""
+"""The tiny batch's two kernels: what the binding refuses anywhere, and on a GPU values, ids and replays."""
 
 import pytest
 import torch
@@ -68,17 +68,12 @@ def check(got, name, tensors, ids, **options):
 def test_matches_the_reference_from_a_grouping_and_from_ids(tokens, dtype, activation, hidden, width):
     tensors = arguments(tokens, dtype, activation, "cuda", hidden, width)
     ids = torch.randint(-1, E + 1, (tokens,), device="cuda")
-    table = torch.randint(0, E, (1000,), device="cuda").to(torch.uint8)
-    token_ids = torch.randint(-3, 1004, (tokens,), device="cuda")
     x, *others, weights = tensors
     for routing in (group_tokens(ids, E), ids):
         got = tiny_ffn.add_norm(x, routing, *others, weights, 1e-12, activation)
         check(got, "fused_moe_ffn_add_norm", tensors, ids, eps=1e-12, activation=activation)
         got = tiny_ffn.ffn(x, routing, *others[:4], weights, activation)
         check(got, "fused_moe_ffn", [*tensors[:5], weights], ids, activation=activation)
-    got = tiny_ffn.add_norm(x, token_ids, *others, weights, 1e-12, activation, table=table)
-    hashed = reference.hash_route(token_ids, table)
-    check(got, "fused_moe_ffn_add_norm", tensors, hashed, eps=1e-12, activation=activation)
 
 
 @pytest.mark.gpu
@@ -90,8 +85,10 @@ def test_replays_of_a_graph_are_bitwise_the_same(tokens):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = x
-        for _ in range(3):  # the next call's first kernel follows this one's second
+        for _ in range(3):
             y = tiny_ffn.add_norm(x + 0 * y, ids, *others, weights, 1e-12, "gelu")
+        for _ in range(3):  # the next call's first kernel follows this one's second, on the same workspace
+            y = tiny_ffn.add_norm(x, ids, *others, weights, 1e-12, "gelu")
     for _ in range(20):
         y.fill_(float("nan"))
         graph.replay()
