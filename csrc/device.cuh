@@ -28,6 +28,12 @@ __device__ __forceinline__ int64_t opaque(int64_t value) {
 // Between two looks at a word that another block is about to write.
 __device__ __forceinline__ void pause() { __nanosleep(32); }
 
+// A store that other blocks of this kernel look at.
+template <typename T>
+__device__ __forceinline__ void store_volatile(T* address, T value) {
+  *static_cast<volatile T*>(address) = value;
+}
+
 // Launches; asks for more than 48 KiB of shared memory where the kernel needs it.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
@@ -59,11 +65,6 @@ constexpr int kWarpSize = 32;
 template <typename T>
 __device__ __forceinline__ T load_volatile(const T* address) {
   return *static_cast<const volatile T*>(address);
-}
-
-template <typename T>
-__device__ __forceinline__ void store_volatile(T* address, T value) {
-  *static_cast<volatile T*>(address) = value;
 }
 
 }  // namespace mbk

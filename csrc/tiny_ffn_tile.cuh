@@ -222,8 +222,7 @@ __device__ __forceinline__ void multiply_tile(unsigned char* shared, const Opera
     stage = stage + 1 == L::kStages ? 0 : stage + 1;
   }
 
-  copy_wait<0>();
-  __syncwarp();
+  // every slab that was asked for has been multiplied, so nothing writes or reads here any more
   float* const tile = reinterpret_cast<float*>(mine);
 #pragma unroll
   for (int m = 0; m < L::kRowTiles; ++m) {

@@ -44,6 +44,11 @@ def grouped(routing: Grouping | Tensor, num_experts: int) -> Grouping:
     return routing if isinstance(routing, Grouping) else group_tokens(routing, num_experts)
 
 
+def resolve_routing(x: Tensor, routing: Grouping | Tensor, num_experts: int, max_top_k: int | None) -> Grouping:
+    """A Grouping of x's tokens, checked, from one or from expert ids."""
+    return grouped(check_routing(x, routing, num_experts, max_top_k)[0], num_experts)
+
+
 def inferred_from_ids(op: str, x: Tensor, ids: Tensor, *arguments: object) -> Tensor | None:
     """What `op` computes from expert ids (T, top_k) that nobody grouped; None where its backend wants a Grouping."""
     with inside_op(x):

@@ -2,7 +2,8 @@
 //
 // Every CUDA thread is a fiber. Several blocks are in flight at once; which blocks start first, which run, and in which
 // order a block's warps and lanes run is drawn from `options().seed`, so that a missing barrier or a wait for a block
-// that cannot start shows as a wrong result or as a deadlock, which ends the program with a message.
+// that cannot start shows as a wrong result or as a deadlock, which ends the program with a message. Now and then, when
+// a thread has told other blocks something, the other warps of its block stand still: what they had yet to do is late.
 // Not emulated: static __shared__ variables, memory ordering (stores are seen at once), tensor cores, clusters.
 #pragma once
 
@@ -29,27 +30,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
-
-struct uint3 {
-  unsigned x, y, z;
-};
-
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-struct alignas(8) float2 {
-  float x, y;
-};
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 using cudaStream_t = void*;
@@ -104,6 +84,8 @@ struct Block {
   std::vector<unsigned> order;    // in which its threads run
   unsigned slow_warps = 0;        // stand still, so that others get as far ahead as barriers let them
   unsigned sweeps = 0;
+  unsigned late_warps = 0;  // stand still for `late_sweeps` more
+  unsigned late_sweeps = 0;
 };
 
 struct Fiber {
@@ -117,6 +99,8 @@ struct Fiber {
   Block* block = nullptr;
   uint3 thread = {};
 };
+
+inline unsigned thread_index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 class Machine {
  public:
@@ -174,6 +158,17 @@ class Machine {
     }
   }
 
+  // A thread has written where other blocks may look.
+  void tell(const void* address) {
+    Block& block = *current_->block;
+    const auto* shared = reinterpret_cast<const char*>(block.shared.data());
+    const auto* told = static_cast<const char*>(address);
+    const bool inside = told >= shared && told < shared + block.shared.size() * sizeof(uint4);
+    if (inside || options().seed == 0 || block.late_sweeps > 0 || random_() % 4 != 0) return;
+    block.late_warps = ~(1u << (thread_index() / kLanes));
+    block.late_sweeps = 100;
+  }
+
   void finish_barrier(Block& block) {
     if (block.barrier_arrived == 0 || block.barrier_arrived < block.live_threads) return;
     block.barrier_arrived = 0;
@@ -228,10 +223,15 @@ class Machine {
     if (options().seed != 0 && block.sweeps++ % 32 == 0) {
       block.slow_warps = static_cast<unsigned>(random_() & random_());
     }
+    if (block.late_sweeps > 0) {
+      --block.late_sweeps;
+      progress_ = true;
+    }
+    const unsigned still = block.slow_warps | (block.late_sweeps > 0 ? block.late_warps : 0);
     volatile bool ran = false;  // set between _setjmp and _longjmp
     for (unsigned thread : block.order) {
       Fiber& fiber = *fibers_[first_fiber + thread];
-      if ((block.slow_warps >> (thread / kLanes)) & 1) continue;
+      if ((still >> (thread / kLanes)) & 1) continue;
       if (fiber.done || (fiber.waiting_for != nullptr && *fiber.waiting_for == fiber.seen)) continue;
       if (fiber.waiting_for != nullptr) progress_ = true;
       current_ = &fiber;
@@ -264,8 +264,6 @@ class Machine {
   Fiber* current_ = nullptr;
   bool progress_ = false;
 };
-
-inline unsigned thread_index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 // Every lane of `mask` gives a value; all get all of them.
 inline const uint64_t* meet(unsigned mask, uint64_t value) {
@@ -365,6 +363,7 @@ template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
   *address = old + value;
+  emulation::Machine::instance().tell(address);
   return old;
 }
 
@@ -381,6 +380,12 @@ inline unsigned char* dynamic_shared() {
 }
 
 inline int64_t opaque(int64_t value) { return value; }
+template <typename T>
+void store_volatile(T* address, T value) {
+  *static_cast<volatile T*>(address) = value;
+  emulation::Machine::instance().tell(address);
+}
+
 inline void pause() { emulation::Machine::instance().wait(nullptr, 0); }
 
 template <typename... Parameters, typename... Arguments>

@@ -1,9 +1,30 @@
-// Half and bfloat16 of CUDA's headers for the host, rounded as the hardware does it, and casts between bits.
+// Half, bfloat16 and vectors of CUDA's headers for the host, rounded as the hardware does it, and casts between bits.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct alignas(8) float2 {
+  float x, y;
+};
 
 namespace emulation {
 
