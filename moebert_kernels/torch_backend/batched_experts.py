@@ -8,7 +8,6 @@ Numbers: docs/experiments.md, 2026-11-21.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -102,11 +101,11 @@ def _pairs_by_size(experts: list[Span]) -> list[list[Span]]:
     return [sorted(by_size[i : i + 2]) for i in range(0, len(by_size), 2)]
 
 
-def _hidden(x: Tensor, w: Tensor, bias: Tensor | None, activation: str, buffer: Tensor | None = None) -> Tensor:
+def _hidden(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """act(x (n, M, K) @ w (n, N, K)' + bias (n, N)); strided like its transpose if there are few rows."""
     if x.shape[1] > _WEIGHT_LEFT:
         w = w.transpose(1, 2)
-        h = torch.bmm(x, w, out=buffer) if bias is None else torch.baddbmm(bias[:, None], x, w, out=buffer)
+        h = torch.bmm(x, w) if bias is None else torch.baddbmm(bias[:, None], x, w)
     else:
         x = x.transpose(1, 2)
         h = torch.bmm(w, x) if bias is None else torch.baddbmm(bias[:, :, None], w, x)
@@ -124,36 +123,13 @@ def _output_onto(rows: Tensor, h: Tensor, w: Tensor, bias: Tensor | None, residu
     return rows.add_(y.transpose(1, 2)) if residual else rows.copy_(y.transpose(1, 2))
 
 
-def expert_outputs(
-    x: Tensor, tokens: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, bounds: list[int],
-    activation: str, residual: bool,
-) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
-    """Many rows: each expert's output rows in turn, while they are in the cache.
-
-    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int64 of each
-    routed row; with `residual` x's rows are added.
-    """
-    batches = [(members, _Batch.of(members, 0)) for members in _pairs_by_size(spans(bounds))]
-    # One buffer for all pairs: fresh memory costs a page fault for every 4 KiB.
-    most = max((batch.size * batch.rows for _, batch in batches), default=0)
-    x_buffer, h_buffer = x.new_empty(most, x.shape[1]), x.new_empty(most, w1.shape[1])
-    for members, batch in batches:
-        padded_to_token = tokens.new_zeros(batch.size, batch.rows)
-        for i, (_, lo, hi) in enumerate(members):
-            padded_to_token[i, : hi - lo] = tokens[lo:hi]
-        flat = padded_to_token.view(-1)
-        rows = batch.view(torch.index_select(x, 0, flat, out=x_buffer[: flat.shape[0]]))
-        _run(rows, batch, w1, b1, w2, b2, activation, residual, batch.view(h_buffer))
-        yield from ((span, rows[i, : span[2] - span[1]]) for i, span in enumerate(members))
-
-
 def _run(
     rows: Tensor, batch: _Batch, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
-    activation: str, residual: bool, h_buffer: Tensor | None = None,
+    activation: str, residual: bool,
 ) -> None:  # fmt: skip
     """rows (n, M, H) = [rows +] FFN(rows), in place."""
     e = batch.experts
-    h = _hidden(rows, w1[e], None if b1 is None else b1[e], activation, h_buffer)
+    h = _hidden(rows, w1[e], None if b1 is None else b1[e], activation)
     _output_onto(rows, h, w2[e], None if b2 is None else b2[e], residual)
 
 

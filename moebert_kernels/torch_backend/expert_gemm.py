@@ -32,9 +32,9 @@ def routed_tokens(grouping: Grouping, routed: int) -> Tensor:
     return assignments if grouping.top_k == 1 else assignments // grouping.top_k
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K) @ w (N, K).T + bias."""
-    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias, x, w.t())
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """x (M, K) @ w (N, K).T + bias, into out (M, N)."""
+    return torch.mm(x, w.t(), out=out) if bias is None else torch.addmm(bias, x, w.t(), out=out)
 
 
 def grouped_linear(x: Tensor, w: Tensor, bias: Tensor | None, bounds: list[int], out: Tensor) -> Tensor:

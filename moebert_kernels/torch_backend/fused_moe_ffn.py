@@ -1,7 +1,7 @@
 """The expert feed-forward: gather once, two GEMMs per non-empty expert, un-permute once.
 
 Three ways through inference, by rows per expert: few enough that calls cost most (as in training, one call for all
-experts wherever possible), batches of experts, and one expert or pair at a time while its rows are in the cache.
+experts wherever possible), batches of experts, and one expert at a time while its rows are in the cache.
 """
 
 from __future__ import annotations
@@ -55,20 +55,22 @@ def expert_outputs(
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
     """Inference with many rows: each expert's output rows in turn, while they are in the cache.
 
-    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int64 of each
+    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int32 of each
     routed row; with `residual` x's rows are added.
     """
-    if batched_experts.applies(x):
-        yield from batched_experts.expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual)
-        return
-    for e, lo, hi in spans(bounds):
-        rows, bias = x.index_select(0, tokens[lo:hi]), None if b2 is None else b2[e]
-        h = activate(linear(rows, w1[e], None if b1 is None else b1[e]), activation, inplace=True)
+    of_experts = spans(bounds)
+    most = max((hi - lo for _, lo, hi in of_experts), default=0)
+    # One buffer for all experts: fresh memory costs a page fault for every 4 KiB.
+    x_buffer, h_buffer = x.new_empty(most, x.shape[1]), x.new_empty(most, w1.shape[1])
+    for e, lo, hi in of_experts:
+        rows = torch.index_select(x, 0, tokens[lo:hi], out=x_buffer[: hi - lo])
+        h_pre = linear(rows, w1[e], None if b1 is None else b1[e], out=h_buffer[: hi - lo])
+        h, bias = activate(h_pre, activation, inplace=True), None if b2 is None else b2[e]
         if residual:
             rows.addmm_(h, w2[e].t())
             yield (e, lo, hi), rows if bias is None else rows.add_(bias)
         else:
-            yield (e, lo, hi), linear(h, w2[e], bias)
+            yield (e, lo, hi), linear(h, w2[e], bias, out=rows)
 
 
 def ffn_rows(
@@ -168,9 +170,9 @@ def forward(
         y = x.new_empty(grouping.num_rows, w2.shape[1])
         if routed < grouping.num_rows:
             y.zero_()
-        tokens = assignments if grouping.top_k == 1 else assignments // grouping.top_k
+        tokens = routed_tokens(grouping, routed)
         for (_, lo, hi), rows in expert_outputs(x, tokens, w1, b1, w2, b2, bounds, activation, residual=False):
-            y.index_copy_(0, assignments[lo:hi], rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
+            y.index_put_((assignments[lo:hi],), rows if p_rows is None else rows.mul_(p_rows[lo:hi]))
         return sum_assignments(y, grouping), x.new_empty(0, w1.shape[1])
     if way == "some" and batched_experts.applies(x):
         y = batched_experts.ffn(x, grouping, bounds, w1, b1, w2, b2, p_rows, activation)
