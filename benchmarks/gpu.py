@@ -10,12 +10,11 @@ where the one before it was cut, and all work without a network.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +32,9 @@ BUDGETS_S = {"build": 180, "test": 360, "bench": 420, "e2e": 280, "sanitize": 14
 PYTHON = sys.executable
 # The machine may lack what the project's own options of pytest need, such as pytest-timeout.
 PYTEST = (PYTHON, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib -ra", "-p", "no:cacheprovider")
-OPTIONAL = {"tests/kernels/test_any_shape.py": "hypothesis"}  # what a test file imports and may be missing
 
 
-def build_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+def build_steps(results: Path) -> list[Step]:
     native = {"MOEBERT_KERNELS_BUILD_CUDA": "1", "MOEBERT_KERNELS_CUDA_ARCHS": "native"}
     return [
         Step("compile", (PYTHON, "setup.py", "build_native", "--inplace"), native, _no_compiler()),
@@ -44,14 +42,11 @@ def build_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
     ]
 
 
-def test_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
-    return [
-        Step(path, (*PYTEST, path, "-k", gpu_tests.EXPRESSION), skipped=_missing(OPTIONAL.get(path), variables))
-        for path in gpu_tests.TESTS
-    ]
+def test_steps(results: Path) -> list[Step]:
+    return [Step(path, (*PYTEST, path, "-k", gpu_tests.EXPRESSION)) for path in gpu_tests.TESTS]
 
 
-def suite_steps(names: tuple[str, ...], results: Path, variables: Mapping[str, str]) -> list[Step]:
+def suite_steps(names: tuple[str, ...], results: Path) -> list[Step]:
     """One process for each suite: an error of the device ends one of them."""
     run = (PYTHON, "-m", "benchmarks", "run", "--device", "cuda", "--output", str(results), "--budget", "{seconds}")
     return [
@@ -59,7 +54,7 @@ def suite_steps(names: tuple[str, ...], results: Path, variables: Mapping[str, s
     ]
 
 
-def sanitize_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+def sanitize_steps(results: Path) -> list[Step]:
     program = shutil.which("compute-sanitizer")
     reason = "" if program else "compute-sanitizer is not installed"
     return [
@@ -72,12 +67,12 @@ def sanitize_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
     ]  # fmt: skip
 
 
-def tune_steps(results: Path, variables: Mapping[str, str]) -> list[Step]:
+def tune_steps(results: Path) -> list[Step]:
     output = str(results / "tuned.json")
     return [Step(kind, (PYTHON, "-m", "benchmarks.gpu_tune", "--kind", kind, "--output", output)) for kind in KINDS]
 
 
-STAGES: dict[str, Callable[[Path, Mapping[str, str]], list[Step]]] = {
+STAGES: dict[str, Callable[[Path], list[Step]]] = {
     "build": build_steps,
     "test": test_steps,
     "bench": partial(suite_steps, suites.OPS),
@@ -114,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.again and name in ("bench", "e2e"):
             for what in suites.OPS if name == "bench" else suites.MODELS:
                 (folder / f"{what}.json").unlink(missing_ok=True)
-        steps = STAGES[name](folder, variables)
+        steps = STAGES[name](folder)
         record = run_stage(name, steps, folder, budget_s=BUDGETS_S[name], stamp=stamp, environment=variables,
                            again=options.again)  # fmt: skip
         ending = "finished" if record["finished"] else "not finished: call it again to go on"
@@ -130,14 +125,6 @@ def _no_compiler() -> str:
     except ImportError as error:
         return f"{error.name} is not installed"
     return "" if find_nvcc() else "nvcc was not found"
-
-
-def _missing(module: str | None, variables: Mapping[str, str]) -> str:
-    """ "" or that a module is neither installed nor among the extras."""
-    if module is None or importlib.util.find_spec(module):
-        return ""
-    paths = variables.get("PYTHONPATH", "").split(os.pathsep)
-    return "" if any((Path(path) / module).is_dir() for path in paths if path) else f"{module} is not installed"
 
 
 def _not_run(path: Path) -> str:

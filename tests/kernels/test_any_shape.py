@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("triton")
+pytest.importorskip("hypothesis")  # a machine with a GPU may lack it
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moebert_kernels import (
     backend,
