@@ -9,6 +9,7 @@ import torch
 from benchmarks import bench_distill, bench_encoder, bench_importance, bench_loading, real_text
 from benchmarks.gate import check
 from benchmarks.measuring import Target
+from benchmarks.results import run_case
 from moebert_kernels.convert import importance as importance_module
 from moebert_kernels.convert import moe as conversion
 from moebert_kernels.nn import MoEFeedForward
@@ -86,6 +87,15 @@ def test_student_trains_with_dropout_after_its_gate():
         assert losses[0] != losses[1]
         assert provider.facts["saved_mib"] > 0
     assert checked.passed["moebert_kernels"].facts["saved_mib"] < checked.passed["dense"].facts["saved_mib"]
+
+
+def test_result_says_tokens_per_second_and_memory():
+    case = bench_distill.cases(SMOKE)[0]
+    roof = {"tflops": 0.1, "gbytes_per_s": 10.0}
+    entries = run_case(case, SMOKE, roof, seconds=0.0, min_rounds=1, judge=False)["providers"]
+    for entry in entries.values():
+        assert entry["tokens_per_s"] == pytest.approx(1e3 * case.parameters["tokens"] / entry["median_ms"], rel=1e-3)
+        assert entry["saved_mib"] > 0
 
 
 def test_memory_for_backward_is_counted_once_and_without_parameters():
