@@ -147,7 +147,9 @@ def _naive(student: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
     return twin
 
 
-def _naive_experts(experts: nn.Module, expert_ids: Tensor, x: Tensor, grouping: object) -> Tensor:
+def _naive_experts(
+    experts: nn.Module, expert_ids: Tensor, x: Tensor, grouping: object, routing_weights: None
+) -> Tensor:
     return reference.fused_moe_ffn_add_norm(x.flatten(0, 1), expert_ids, *experts.parameters()).view_as(x)
 
 
