@@ -6,6 +6,7 @@ from moebert_kernels.convert.importance_file import Importance, load_importance,
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
+from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.split import expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
@@ -22,6 +23,7 @@ __all__ = [
     "check_caps",
     "collapse",
     "convert_to_moe",
+    "convert_to_mpoe",
     "convert_to_task_moe",
     "count_tokens",
     "dense_student",
@@ -38,4 +40,5 @@ __all__ = [
     "plan_factors",
     "random_hash_table",
     "save_importance",
+    "to_dense_experts",
 ]

@@ -20,15 +20,15 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 
 @contextmanager
-def one_line_errors(path: str | os.PathLike | None) -> Iterator[None]:
-    """Turn the errors of reading a checkpoint at `path` into a UserError of one line."""
+def one_line_errors(path: str | os.PathLike | None, kind: str = "MoEBERT") -> Iterator[None]:
+    """Turn the errors of reading a checkpoint of this kind at `path` into a UserError of one line."""
     try:
         yield
     except UserError:
         raise
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0].strip("'\"")
-        raise UserError(f"checkpoint: expected a readable MoEBERT checkpoint, got {path} ({reason})") from error
+        raise UserError(f"checkpoint: expected a readable {kind} checkpoint, got {path} ({reason})") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise

@@ -1,15 +1,25 @@
-"""Outputs of MoEBERT models: transformers' own, with the routers' balance loss."""
+"""Outputs of MoE models: transformers' own, with the routers' balance loss."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    Seq2SeqQuestionAnsweringModelOutput,
+    Seq2SeqSequenceClassifierOutput,
     SequenceClassifierOutput,
+    SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
 
@@ -40,3 +50,37 @@ class MoEBertMaskedLMOutput(MaskedLMOutput):
 @dataclass
 class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
     balance_loss: Tensor | None = None
+
+
+def _extended(output_class: type) -> Any:
+    added: list[Any] = [("balance_loss", Tensor | None, field(default=None))]
+    return make_dataclass(f"MPOE{output_class.__name__}", added, bases=(output_class,), namespace={"__module__": __name__})
+
+
+# What the forwards of MPOE models return, by what the dense models' return.
+MPOE_OUTPUTS: dict[type, Any] = {
+    output_class: _extended(output_class)
+    for output_class in (
+        BaseModelOutput,
+        BaseModelOutputWithPastAndCrossAttentions,
+        BaseModelOutputWithPoolingAndCrossAttentions,
+        CausalLMOutputWithCrossAttentions,
+        MaskedLMOutput,
+        QuestionAnsweringModelOutput,
+        Seq2SeqLMOutput,
+        Seq2SeqModelOutput,
+        Seq2SeqQuestionAnsweringModelOutput,
+        Seq2SeqSequenceClassifierOutput,
+        SequenceClassifierOutput,
+        SequenceClassifierOutputWithPast,
+        TokenClassifierOutput,
+    )
+}
+
+
+def with_balance_loss(output: Any, balance_loss: Tensor | None, weight: float) -> Any:
+    """The output of a dense model's forward with the balance loss beside, and `weight` times it in `loss`, if any."""
+    values = {entry.name: getattr(output, entry.name) for entry in fields(output)}
+    if balance_loss is not None and weight and values.get("loss") is not None:
+        values["loss"] = values["loss"] + weight * balance_loss
+    return MPOE_OUTPUTS[type(output)](**values, balance_loss=balance_loss)

@@ -1,0 +1,147 @@
+"""T5, GPT-2, BERT and their families with experts in the place of each feed-forward, for transformers' Auto classes.
+
+The classes are transformers' own with another feed-forward: `MPOET5ForConditionalGeneration` is a
+`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; `outputs.balance_loss` is its sum
+over the layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.models.checkpoint import one_line_errors
+from moebert_kernels.models.mpoe_configuration import CONFIGS
+from moebert_kernels.models.mpoe_layers import install
+from moebert_kernels.models.outputs import with_balance_loss
+from moebert_kernels.nn import HashRouter, MPOExperts, SharedFold, shared_fold
+
+_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTextEncoding",
+    "AutoModelForTokenClassification",
+)
+
+
+class MPOEMixin:
+    """What every MPOE model adds to a model of transformers."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        self._mpoe_layers = install(self, self.config)  # type: ignore[arg-type]
+        super().post_init()  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any,
+        output_loading_info: bool = False, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """As in transformers; a file that is not an MPOE checkpoint, or not a whole one, is a UserError."""
+        path = pretrained_model_name_or_path
+        with one_line_errors(path, "MPOE"):
+            found, _ = transformers.PreTrainedConfig.get_config_dict(path)
+            wanted = cls.config_class.model_type  # type: ignore[attr-defined]
+            if found.get("model_type") != wanted:
+                raise UserError(
+                    f"checkpoint: expected model_type {wanted!r}, got {found.get('model_type')!r} in {path}; "
+                    "to make one of a dense model, use convert_to_mpoe"
+                )
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        for name in sorted(info["missing_keys"]):
+            if ".experts." in name or ".router." in name:
+                raise UserError(f"checkpoint: expected a tensor {name}, got none in {path}")
+        for name, module in model.named_modules():
+            if isinstance(module, HashRouter):
+                module.validate(model.config.vocab_size, f"{name}.table")
+        return (model, info) if output_loading_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; the hash tables follow, and new tokens get random experts."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        for layer in self._mpoe_layers:
+            if isinstance(layer.router, HashRouter) and layer.router.vocab_size != embeddings.num_embeddings:
+                layer.router.resize(embeddings.num_embeddings)
+        return embeddings
+
+    def shared_fold(self) -> AbstractContextManager[SharedFold]:
+        """Fold the experts' weights once for an optimizer step; see `moebert_kernels.nn.shared_fold`."""
+        return shared_fold(self)  # type: ignore[arg-type]
+
+    def fold(self, hot_experts: int | None = None) -> None:
+        """Fold all experts' weights for inference, or those of `hot_experts` per layer; see `MPOExperts.fold`."""
+        for layer in self._mpoe_layers:
+            if isinstance(layer.experts, MPOExperts):
+                layer.experts.fold(hot_experts)
+
+    def unfold(self) -> None:
+        """Drop folded weights."""
+        for layer in self._mpoe_layers:
+            if isinstance(layer.experts, MPOExperts):
+                layer.experts.unfold()
+
+
+def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward with the balance loss in its output, and in its loss."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        for layer in self._mpoe_layers:
+            layer.balance_loss = None
+        output = forward(self, *args, return_dict=True, **kwargs)
+        losses = [layer.balance_loss for layer in self._mpoe_layers if layer.balance_loss is not None]
+        output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    return wrapped
+
+
+def _define(dense: type[PreTrainedModel], config: Any) -> Any:
+    name = f"MPOE{dense.__name__}"
+    return type(
+        name,
+        (MPOEMixin, dense),
+        {
+            "__doc__": f"{dense.__name__} with experts in the place of each feed-forward.",
+            "__module__": __name__,
+            "__annotations__": {"config": config},
+            "config_class": config,
+            "forward": _with_balance_loss(dense.forward),
+        },
+    )
+
+
+def _register() -> dict[str, Any]:
+    """Define the MPOE form of every head that transformers has for the families, and tell the Auto classes."""
+    defined: dict[str, Any] = {}
+    for dense_config, config in CONFIGS.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto in (getattr(transformers, name) for name in _AUTO_CLASSES):
+            if dense_config not in auto._model_mapping:
+                continue
+            dense = auto._model_mapping[dense_config]
+            name = f"MPOE{dense.__name__}"
+            if name not in defined:
+                defined[name] = _define(dense, config)
+            auto.register(config, defined[name], exist_ok=True)
+    return defined
+
+
+CLASSES = _register()  # by name

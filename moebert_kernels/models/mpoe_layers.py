@@ -1,0 +1,194 @@
+"""Where the feed-forwards of transformers' models are, and what stands there in an MPOE model.
+
+| style | module of the layer, and what of it is replaced |
+|---|---|
+| t5 | `T5LayerFF.DenseReluDense` |
+| gpt2 | `GPT2Block.mlp`, its dropout kept |
+| bert | `BertLayer.intermediate`; `BertLayer.output.dense` becomes the identity |
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.models.configuration import ACTIVATIONS
+from moebert_kernels.models.mpoe_configuration import HASH_ROUTERS
+from moebert_kernels.nn import (
+    DenseExperts,
+    Experts,
+    GateRouter,
+    HashRouter,
+    MPOExperts,
+    RoutedFeedForward,
+    SwitchRouter,
+    Top2Router,
+)
+from moebert_kernels.nn.experts import GEGLU_TANH
+from moebert_kernels.nn.routed_feed_forward import Router
+
+_GATES = {"gelu_tanh": GEGLU_TANH, "gelu": "geglu", "silu": "swiglu", "relu": "reglu"}
+
+
+class FFNSize(NamedTuple):
+    """A feed-forward as a configuration describes it: I, H, and how new weights are drawn."""
+
+    hidden_size: int
+    expert_size: int
+    activation: str
+    has_bias: bool
+    hidden_dropout: float
+    output_dropout: float
+    w1_std: float
+    w2_std: float
+
+
+def ffn_size(config: Any) -> FFNSize:
+    """The feed-forward of any family here.
+
+    Raises:
+        UserError: an activation that no op offers.
+    """
+    if hasattr(config, "d_ff"):  # T5
+        H, I, factor = config.d_model, config.d_ff, config.initializer_factor
+        activation = _activation("feed_forward_proj", config.dense_act_fn, config.is_gated_act)
+        return FFNSize(H, I, activation, False, config.dropout_rate, 0.0, factor * H**-0.5, factor * I**-0.5)
+    H, std = config.hidden_size, config.initializer_range
+    if hasattr(config, "n_inner"):  # GPT-2
+        activation = _activation("activation_function", config.activation_function)
+        I = config.n_inner or 4 * H
+        return FFNSize(H, I, activation, True, 0.0, config.resid_pdrop, std, std / math.sqrt(2 * config.n_layer))
+    activation = _activation("hidden_act", config.hidden_act)
+    return FFNSize(H, config.intermediate_size, activation, True, 0.0, 0.0, std, std)
+
+
+def _activation(name: str, activation: str, gated: bool = False) -> str:
+    found = ACTIVATIONS.get(activation)
+    if gated and found is not None:
+        found = _GATES.get(found)
+    if found is None:
+        raise UserError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return found
+
+
+class MPOEFeedForward(RoutedFeedForward):
+    """A router and experts where transformers' code calls a feed-forward with hidden states alone.
+
+    Attributes:
+        token_ids, token_mask: of the forward that runs, set by the stack around it; see `tell_token_ids`.
+        balance_loss: of the last forward, None under hash routing.
+    """
+
+    def __init__(self, router: Router, experts: Experts, output_dropout: float) -> None:
+        super().__init__(router, experts)
+        self.dropout = nn.Dropout(output_dropout)
+        self.token_ids: Tensor | None = None
+        self.token_mask: Tensor | None = None
+        self.balance_loss: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, T, H) -> (B, T, H)."""
+        mask = self.token_mask
+        if mask is not None:  # with a key-value cache it covers earlier tokens too
+            mask = mask[:, -hidden_states.shape[1] :]
+        y, balance_loss = super().forward(hidden_states, self.token_ids, mask)
+        trained = self.training and balance_loss is not None and any(p.requires_grad for p in self.router.parameters())
+        if trained and not torch.is_grad_enabled():
+            raise ValueError(
+                "gradient_checkpointing: expected use_reentrant=False in training, got a forward without gradients, "
+                "in which the balance loss would be lost"
+            )
+        self.balance_loss = balance_loss
+        return self.dropout(y)
+
+
+def make_feed_forward(config: Any) -> MPOEFeedForward:
+    """A layer as the configuration describes it, with new weights."""
+    size = ffn_size(config)
+    options: dict[str, Any] = {
+        "activation": size.activation,
+        "bias": config.expert_bias if size.has_bias else "none",
+        "hidden_dropout": size.hidden_dropout,
+    }
+    experts: DenseExperts | MPOExperts
+    if config.experts == "dense":
+        experts = DenseExperts(size.hidden_size, size.expert_size, config.num_experts, **options)
+    else:
+        experts = MPOExperts(
+            size.hidden_size, size.expert_size, config.num_experts,
+            w1_factors=config.w1_factors, w2_factors=config.w2_factors, max_bond=config.max_bond, **options,
+        )  # fmt: skip
+    experts.reset_parameters(size.w1_std, size.w2_std)
+    return MPOEFeedForward(_make_router(config, size.hidden_size), experts, size.output_dropout)
+
+
+def _make_router(config: Any, hidden_size: int) -> Router:
+    options, E = config.router_options, config.num_experts
+    if config.router in HASH_ROUTERS:
+        table = torch.arange(config.vocab_size) % E  # balanced for equally frequent tokens
+        if config.router == "hash-random":
+            table = torch.randint(0, E, (config.vocab_size,))
+        return HashRouter(table, E)
+    classes: dict[str, Any] = {"switch": SwitchRouter, "top2": Top2Router, "gate-token": GateRouter}
+    try:
+        return classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+    except TypeError as error:
+        raise UserError(f"router_options: expected options of router {config.router!r}, got {options} ({error})") from None
+
+
+class Slot(NamedTuple):
+    """A feed-forward of a model: `owner.attribute`, and where its keys in a state_dict begin."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> Any:
+        return getattr(self.owner, self.attribute)
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """All feed-forwards, dense or MPOE, in the order of the layers."""
+    for name, module in model.named_modules():
+        for attribute in ("DenseReluDense", "mlp", "intermediate"):
+            if isinstance(getattr(module, attribute, None), nn.Module):
+                yield Slot(f"{name}.{attribute}", module, attribute)
+
+
+def install(model: nn.Module, config: Any) -> list[MPOEFeedForward]:
+    """Put new experts in the place of every dense feed-forward, and let the stacks tell them their tokens."""
+    layers = []
+    for slot in list(slots(model)):
+        if not isinstance(slot.module, MPOEFeedForward):
+            setattr(slot.owner, slot.attribute, make_feed_forward(config))
+            if slot.attribute == "intermediate":
+                slot.owner.output.dense = nn.Identity()  # type: ignore[union-attr, assignment]
+        layers.append(slot.module)
+    for stack in model.modules():
+        if _embeds_tokens(stack) and not hasattr(stack, "mpoe_layers"):
+            stack.mpoe_layers = [m for m in stack.modules() if isinstance(m, MPOEFeedForward)]  # a list is no submodule
+            stack.mpoe_inputs = tuple(inspect.signature(stack.forward).parameters)  # type: ignore[assignment]
+            stack.register_forward_pre_hook(tell_token_ids, with_kwargs=True)
+    return layers
+
+
+def _embeds_tokens(module: nn.Module) -> bool:
+    """Whether this is what holds both the layers and the token embeddings: T5's stacks, the GPT-2 and BERT models."""
+    names = set(module._modules)
+    return any(pair <= names for pair in ({"block", "embed_tokens"}, {"h", "wte"}, {"encoder", "embeddings"}))
+
+
+def tell_token_ids(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Hand token ids and padding mask of this forward to the layers of a stack."""
+    inputs = dict(zip(stack.mpoe_inputs, args, strict=False)) | kwargs
+    mask = inputs.get("attention_mask")
+    for layer in stack.mpoe_layers:
+        layer.token_ids = inputs.get("input_ids")
+        layer.token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
