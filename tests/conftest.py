@@ -12,6 +12,8 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it; tests send it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module
+with torch.device("meta"):
+    torch.empty(0)  # torch notes its allocators now, before a test patches them: or "meta" would allocate
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never depends on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 

@@ -13,7 +13,8 @@ from moebert_kernels.cli import options as o
 from moebert_kernels.cli.running import MARKER, already_written, check_writable
 from moebert_kernels.errors import UserError
 
-METHODS = ("moebert", "dense")
+METHODS = ("moebert", "dense", "mpoe")
+_MPOE = "With --method mpoe"
 
 
 def importance(
@@ -82,15 +83,27 @@ def convert(
     seed: o.Seed = 0,
     method: Annotated[
         str,
-        typer.Option("--method", help="moebert: experts; dense: keep the top --expert-size neurons, for comparison."),
+        typer.Option(
+            "--method",
+            help="moebert: experts out of a BERT's neurons; dense: keep the top --expert-size neurons, for comparison;"
+            " mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central tensor.",
+        ),
     ] = "moebert",
     num_experts: Annotated[int, typer.Option("--num-experts", min=1)] = 4,
     expert_size: Annotated[int, typer.Option("--expert-size", min=1, help="Neurons of an expert.")] = 768,
     shared: Annotated[int, typer.Option("--shared", min=0, help="Most important neurons, in every expert.")] = 512,
     router: Annotated[
-        str, typer.Option("--router", help="hash-random, hash-balance (counts --data), gate-token or gate-sentence.")
-    ] = "hash-random",
-    load_balance: Annotated[float, typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss.")] = 0.0,
+        str | None,
+        typer.Option(
+            "--router",
+            help="hash-random (the default), hash-balance (counts --data), gate-token or gate-sentence; with mpoe"
+            " switch (the default), top2, gate-token, hash-random or hash-balance.",
+        ),
+    ] = None,
+    load_balance: Annotated[
+        float | None,
+        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, and 0.01 with mpoe."),
+    ] = None,
     preset: Annotated[
         str, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
     ] = "default",
@@ -101,12 +114,29 @@ def convert(
     hash_tables: Annotated[
         Path | None, typer.Option("--hash-tables", help="Tables to use: the original's .pkl, or JSON, (V) or (L, V).")
     ] = None,
+    experts: Annotated[
+        str,
+        typer.Option("--experts", help="mpo, or dense: whole copies, as in Switch.", rich_help_panel=_MPOE),
+    ] = "mpo",
+    sites: Annotated[
+        int, typer.Option("--sites", min=2, max=6, help="Tensors of each weight.", rich_help_panel=_MPOE)
+    ] = 5,
+    max_bond: Annotated[
+        int | None, typer.Option("--max-bond", min=1, help="Cut the bonds. Default: exact.", rich_help_panel=_MPOE)
+    ] = None,
+    low_bonds: Annotated[
+        bool, typer.Option("--low-bonds", help="Take bonds at which experts are slow.", rich_help_panel=_MPOE)
+    ] = False,
+    noise: Annotated[
+        float,
+        typer.Option("--noise", min=0.0, help="On auxiliary tensors, relative to their size.", rich_help_panel=_MPOE),
+    ] = 0.0,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     max_length: o.MaxLength = None,
     force: o.Force = False,
 ) -> None:
-    """Split a dense model's feed-forward layers into experts, or import a checkpoint of the original code."""
+    """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
     from moebert_kernels.distill.checkpoint import write_folder
     from moebert_kernels.distill.progress import quiet_transformers
 
@@ -116,12 +146,19 @@ def convert(
         )
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    identity = {
+    if method == "mpoe" and importance is not None:
+        raise UserError(f"importance: expected none with --method mpoe, which keeps all neurons, got {importance}")
+    if method != "mpoe":
+        router, load_balance = router or "hash-random", load_balance or 0.0
+    identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
         "task": task, "data": data, "seed": seed, "method": method, "num_experts": num_experts,
         "expert_size": expert_size, "shared": shared, "router": router, "load_balance": load_balance, "preset": preset,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
     }  # fmt: skip
+    shape = {"experts": experts, "sites": sites, "max_bond": max_bond, "force": low_bonds, "noise": noise}
+    if method == "mpoe":
+        identity |= shape
     if already_written(output, identity, force):
         print(f"{output} is there already")
         return
@@ -130,14 +167,18 @@ def convert(
         converted, tokenizer = _import_original(from_original, tables, seed)
     else:
         assert model is not None
-        options: dict[str, Any] = {"load_balance": load_balance, "preset": preset}
+        options: dict[str, Any] = {"load_balance": load_balance}
         if hash_tables is not None:
             options["tables"] = _read_tables(hash_tables)
         elif router == "hash-balance":
             options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
-        converted, tokenizer = _convert(
-            model, importance, method, num_experts, expert_size, shared, router, seed, options
-        )
+        if method == "mpoe":
+            converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
+        else:
+            assert router is not None
+            converted, tokenizer = _convert(
+                model, importance, method, num_experts, expert_size, shared, router, seed, options | {"preset": preset}
+            )
 
     def write(folder: Path) -> None:
         with quiet_transformers():
@@ -173,6 +214,16 @@ def _convert(
         **options,
     )
     return moe, tokenizer
+
+
+def _convert_to_mpoe(name: str, num_experts: int, router: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any]:
+    from moebert_kernels.convert import convert_to_mpoe, mpoe_report
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    dense, tokenizer = load_as_saved(name), load_tokenizer(name)
+    converted = convert_to_mpoe(dense, num_experts, router=router, seed=seed, **options)
+    print(mpoe_report(converted))
+    return converted, tokenizer
 
 
 def _check_dense(name: str) -> None:

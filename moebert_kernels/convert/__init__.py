@@ -7,6 +7,7 @@ from moebert_kernels.convert.moe import convert_to_moe, dense_student
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
+from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.split import expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
@@ -18,6 +19,7 @@ __all__ = [
     "FactorPlan",
     "Importance",
     "MPODecomposition",
+    "MPOEReport",
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
@@ -37,6 +39,7 @@ __all__ = [
     "model_fingerprint",
     "mpo_decompose",
     "mpo_reconstruct",
+    "mpoe_report",
     "plan_factors",
     "random_hash_table",
     "save_importance",

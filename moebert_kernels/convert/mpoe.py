@@ -1,4 +1,4 @@
-"""Dense T5, GPT-2 or BERT -> MPOE: experts that share the central tensors of the pretrained feed-forward (2203.01104)."""
+"""Dense T5, GPT-2 or BERT -> MPOE (2203.01104): experts that share central tensors of the pretrained feed-forward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moebert_kernels.convert.tables import balanced_hash_table, random_hash_tabl
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.mpoe import CLASSES
 from moebert_kernels.models.mpoe_configuration import CONFIGS, HASH_ROUTERS
-from moebert_kernels.models.mpoe_layers import MPOEFeedForward, Slot, ffn_size, slots
+from moebert_kernels.models.mpoe_layers import Slot, ffn_size, slots
 
 Factors = Sequence[Sequence[int]]
 _ROUTER_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
@@ -87,10 +87,12 @@ def convert_to_mpoe(
         w1, _, w2, _ = dense_weights(found[0])
         for name, weight, factors in (("w1_factors", w1, w1_factors), ("w2_factors", w2, w2_factors)):
             if factors is None:
-                plan = plan_factors(*weight.shape, sites=sites)[0]
+                plan = plan_factors(weight.shape[0], weight.shape[1], sites=sites)[0]
                 factors = (plan.row_factors, plan.col_factors)
+            if len(factors) != 2:
+                raise UserError(f"{name}: expected row and column factors, got {factors!r}")
             if not force:
-                check_caps(*factors, max_bond)
+                check_caps(factors[0], factors[1], max_bond)
             fields[name] = [list(part) for part in factors]
     config = config_class(**fields)
     config.check()
@@ -99,7 +101,7 @@ def convert_to_mpoe(
     for slot in found:
         state |= _layer_state(state, slot, config, noise, generator)
     state |= _router_state(config, found, size.hidden_size, tables, token_counts, generator)
-    options = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
+    options: dict[str, Any] = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
     return build_model(model_class, config, state, like=source, **options)
 
 
@@ -121,7 +123,7 @@ def to_dense_experts(model: nn.Module) -> Any:
         for slot in slots(source):
             weights = slot.module.experts.weights()
             state |= {f"{slot.name}.experts.{name}": w for name, w in zip(("w1", "w2"), weights, strict=True)}
-    options = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
+    options: dict[str, Any] = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
     return build_model(type(source), config, state, like=source, **options)
 
 
@@ -144,7 +146,9 @@ def _classes(model: Any) -> tuple[Any, Any]:
     model_class = CLASSES.get(f"MPOE{type(model).__name__}")
     if config_class is None or model_class is None:
         families = ", ".join(config.model_type for config in CONFIGS)
-        raise UserError(f"model: expected one of the families {families} with a common head, got {type(model).__name__}")
+        raise UserError(
+            f"model: expected one of the families {families} with a common head, got {type(model).__name__}"
+        )
     return config_class, model_class
 
 
@@ -170,7 +174,7 @@ def _layer_state(
         if config.experts == "dense":
             made[name] = expand(weight)
             continue
-        sites = mpo_decompose(weight, *factors, config.max_bond).sites
+        sites = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
         middle = (len(sites) - 1) // 2
         made[f"{name}.central"] = sites[middle]
         for k, site in enumerate((*sites[:middle], *sites[middle + 1 :])):
@@ -182,7 +186,12 @@ def _layer_state(
 
 
 def _router_state(
-    config: Any, found: list[Slot], hidden_size: int, tables: Any, token_counts: Tensor | None, generator: torch.Generator
+    config: Any,
+    found: list[Slot],
+    hidden_size: int,
+    tables: Any,
+    token_counts: Tensor | None,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     names, V, E = [f"{slot.name}.router." for slot in found], config.vocab_size, config.num_experts
     if config.router not in HASH_ROUTERS:

@@ -81,7 +81,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     config: Any = model.config
-    E, top_k = getattr(config, "num_experts", 1), getattr(config, "top_k", 1)
+    E, top_k = getattr(config, "num_experts", 1), getattr(config, "experts_per_token", getattr(config, "top_k", 1))
     # a norm around all experts is no expert's own
     experts = sum(
         p.numel()

@@ -43,7 +43,7 @@ class MPOEMixin:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.check()
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
         self._mpoe_layers = install(self, self.config)  # type: ignore[arg-type]

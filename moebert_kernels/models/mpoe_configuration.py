@@ -62,6 +62,11 @@ class MPOEOptions:
             self.load_balance = 0.0 if self.router in HASH_ROUTERS else 0.01
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    @property
+    def experts_per_token(self) -> int:
+        """2 under top-2 routing, else 1."""
+        return 2 if self.router == "top2" else 1
+
     def check(self) -> None:
         """Raise a UserError that names the first field no model can be built from."""
         choices = {"experts": EXPERTS, "router": ROUTERS, "expert_bias": BIASES[1:]}
@@ -75,8 +80,8 @@ class MPOEOptions:
             raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
         if self.router in HASH_ROUTERS and self.load_balance:
             raise UserError(f"load_balance: expected 0 with router={self.router!r}, got {self.load_balance!r}")
-        if getattr(self, "chunk_size_feed_forward", 0):
-            raise UserError(f"chunk_size_feed_forward: expected 0, got {self.chunk_size_feed_forward}")
+        if chunk := getattr(self, "chunk_size_feed_forward", 0):
+            raise UserError(f"chunk_size_feed_forward: expected 0, got {chunk}")
         if self.experts == "mpo":
             for name in ("w1_factors", "w2_factors"):
                 value = getattr(self, name)

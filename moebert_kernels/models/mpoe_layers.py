@@ -139,14 +139,16 @@ def _make_router(config: Any, hidden_size: int) -> Router:
     try:
         return classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
     except TypeError as error:
-        raise UserError(f"router_options: expected options of router {config.router!r}, got {options} ({error})") from None
+        raise UserError(
+            f"router_options: expected options of router {config.router!r}, got {options} ({error})"
+        ) from None
 
 
 class Slot(NamedTuple):
     """A feed-forward of a model: `owner.attribute`, and where its keys in a state_dict begin."""
 
     name: str
-    owner: nn.Module
+    owner: Any
     attribute: str
 
     @property
@@ -154,7 +156,7 @@ class Slot(NamedTuple):
         return getattr(self.owner, self.attribute)
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
+def slots(model: Any) -> Iterator[Slot]:
     """All feed-forwards, dense or MPOE, in the order of the layers."""
     for name, module in model.named_modules():
         for attribute in ("DenseReluDense", "mlp", "intermediate"):
@@ -162,19 +164,19 @@ def slots(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(f"{name}.{attribute}", module, attribute)
 
 
-def install(model: nn.Module, config: Any) -> list[MPOEFeedForward]:
+def install(model: Any, config: Any) -> list[MPOEFeedForward]:
     """Put new experts in the place of every dense feed-forward, and let the stacks tell them their tokens."""
     layers = []
     for slot in list(slots(model)):
         if not isinstance(slot.module, MPOEFeedForward):
             setattr(slot.owner, slot.attribute, make_feed_forward(config))
             if slot.attribute == "intermediate":
-                slot.owner.output.dense = nn.Identity()  # type: ignore[union-attr, assignment]
+                slot.owner.output.dense = nn.Identity()
         layers.append(slot.module)
     for stack in model.modules():
         if _embeds_tokens(stack) and not hasattr(stack, "mpoe_layers"):
             stack.mpoe_layers = [m for m in stack.modules() if isinstance(m, MPOEFeedForward)]  # a list is no submodule
-            stack.mpoe_inputs = tuple(inspect.signature(stack.forward).parameters)  # type: ignore[assignment]
+            stack.mpoe_inputs = tuple(inspect.signature(stack.forward).parameters)
             stack.register_forward_pre_hook(tell_token_ids, with_kwargs=True)
     return layers
 

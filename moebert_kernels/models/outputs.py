@@ -54,7 +54,9 @@ class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
 
 def _extended(output_class: type) -> Any:
     added: list[Any] = [("balance_loss", Tensor | None, field(default=None))]
-    return make_dataclass(f"MPOE{output_class.__name__}", added, bases=(output_class,), namespace={"__module__": __name__})
+    return make_dataclass(
+        f"MPOE{output_class.__name__}", added, bases=(output_class,), namespace={"__module__": __name__}
+    )
 
 
 # What the forwards of MPOE models return, by what the dense models' return.

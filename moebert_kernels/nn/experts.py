@@ -159,7 +159,7 @@ class MPOExperts(Experts):
         shapes = {"w1": (self.rows, hidden_size), "w2": (hidden_size, expert_size)}
         for name, weight in (("w1", self.w1), ("w2", self.w2)):
             if weight.shape[1:] != shapes[name]:
-                raise UserError(f"{name}_factors: expected products {shapes[name]}, got {weight.shape[1:]}")
+                raise UserError(f"{name}_factors: expected products {shapes[name]}, got {tuple(weight.shape[1:])}")
         self._hot: HotExperts | None = None
 
     def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:

@@ -50,7 +50,7 @@ class MPOWeight(nn.Module):
             raise UserError(f"row_factors: expected at least 2, got {list(row_factors)}")
         middle = (len(shapes) - 1) // 2
         self.num_experts = num_experts
-        self.shape = (num_experts, math.prod(row_factors), math.prod(col_factors))
+        self.shape = torch.Size((num_experts, math.prod(row_factors), math.prod(col_factors)))
         self.central = nn.Parameter(torch.empty(shapes[middle]))
         self.aux = nn.ParameterList(
             torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :])
@@ -186,7 +186,7 @@ class MPOWeight(nn.Module):
 
     def extra_repr(self) -> str:
         sites = ", ".join(str(tuple(s.shape[-4:])) for s in self.sites)
-        return f"num_experts={self.num_experts}, shape={self.shape[1:]}, sites=[{sites}]"
+        return f"num_experts={self.num_experts}, shape={tuple(self.shape[1:])}, sites=[{sites}]"
 
 
 def site_shapes(

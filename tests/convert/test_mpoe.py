@@ -3,8 +3,11 @@ import copy
 import pytest
 import torch
 
-from moebert_kernels.convert import convert_to_mpoe, to_dense_experts
+from moebert_kernels.convert import convert_to_mpoe, mpoe_report, to_dense_experts
+from moebert_kernels.convert.mpo_plan import PUBLISHED
+from moebert_kernels.demo.timing import parameter_counts
 from moebert_kernels.errors import UserError
+from moebert_kernels.models import MPOE_CLASSES, MPOET5Config
 from moebert_kernels.models.mpoe_layers import slots
 from moebert_kernels.nn import DenseExperts, MPOExperts
 from tests.convert import mpoe_models as tiny
@@ -68,7 +71,9 @@ def test_noise_tells_experts_apart_and_depends_on_the_seed():
     weight = layers_of(same)[0].experts.w1
     assert all(torch.equal(aux[0], aux[2]) for aux in weight.aux)
     noisy, again, other = (convert_to_mpoe(dense, num_experts=3, noise=0.01, seed=seed) for seed in (1, 1, 2))
-    for (key, a), b, c in zip(noisy.state_dict().items(), again.state_dict().values(), other.state_dict().values(), strict=True):
+    for (key, a), b, c in zip(
+        noisy.state_dict().items(), again.state_dict().values(), other.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b)
         if ".aux." in key:
             assert not torch.equal(a, c) and not torch.equal(a[0], a[1])
@@ -99,7 +104,11 @@ def test_cut_bonds_and_given_factors():
     factors = {"w1_factors": ([4, 4, 4], [2, 4, 2]), "w2_factors": ([2, 4, 2], [4, 4, 4])}
     moe = convert_to_mpoe(dense, 2, max_bond=5, force=True, **factors)
     assert moe.config.w1_factors == [[4, 4, 4], [2, 4, 2]]
-    assert [tuple(s.shape[-4:]) for s in layers_of(moe)[0].experts.w1.sites] == [(1, 4, 2, 5), (5, 4, 4, 5), (5, 4, 2, 1)]
+    assert [tuple(s.shape[-4:]) for s in layers_of(moe)[0].experts.w1.sites] == [
+        (1, 4, 2, 5),
+        (5, 4, 4, 5),
+        (5, 4, 2, 1),
+    ]
     batch = tiny.inputs("gpt2")
     exact = convert_to_mpoe(dense, 2, **factors)
     assert_same_outputs(tiny.outputs(exact, "gpt2", batch), tiny.outputs(dense, "gpt2", batch))
@@ -119,6 +128,7 @@ def test_half_precision_and_mode_are_kept():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"w2_factors": ([4, 4, 1],)}, r"w2_factors: expected row and column factors, got \(\[4, 4, 1\],\)"),
         ({"w1_factors": ([4, 4, 4], [2, 2, 2])}, r"col_factors: expected a product of 16, got 2 x 2 x 2 = 8"),
         ({"max_bond": 0}, "max_bond: expected integers >= 1, got 0"),
         ({"max_bond": 1}, "max_bond: expected caps at which building the weight pays, got bonds .*FLOPs per token"),
@@ -142,7 +152,35 @@ def test_models_that_cannot_be_converted():
     moe = convert_to_mpoe(tiny.dense("gpt2"), 2)
     with pytest.raises(UserError, match="model: expected a dense model, got MPOEGPT2LMHeadModel, which has experts"):
         convert_to_mpoe(moe)
-    with pytest.raises(UserError, match="model: expected one of the families t5, .* got Linear"):
+    with pytest.raises(UserError, match=r"model: expected one of the families t5, .* got Linear"):
         convert_to_mpoe(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="model: expected an MPOE model, got GPT2LMHeadModel"):
         to_dense_experts(tiny.dense("gpt2"))
+
+
+def test_report_counts_what_is_there():
+    dense = tiny.dense("gpt2")
+    moe, switch = (convert_to_mpoe(dense, 3, experts=experts) for experts in ("mpo", "dense"))
+    report = mpoe_report(moe)
+    assert report.parameters == moe.num_parameters() and report.switch_parameters == switch.num_parameters()
+    assert report.dense == 2 * (2 * 16 * 64)  # two layers of two matrices
+    sites = [parameter for name, parameter in moe.named_parameters() if "central" in name or ".aux." in name]
+    assert report.central + report.auxiliary == sum(site.numel() for site in sites)
+    assert report.ratio == pytest.approx(report.central / (3 * report.dense) + report.aux_share)
+    assert report.folded_mib == pytest.approx(3 * report.dense * 4 / 2**20)
+    assert mpoe_report(switch).ratio == 1 and mpoe_report(switch).folded_mib == 0
+    assert parameter_counts(moe)["active_parameters"] == report.parameters - report.auxiliary * 2 // 3 - 2 * 2 * (
+        64 + 16
+    )
+    assert report.as_dict()["ratio"] == report.ratio
+    with pytest.raises(UserError, match="model: expected an MPOE model, got GPT2LMHeadModel"):
+        mpoe_report(dense)
+
+
+def test_report_of_the_published_shape():
+    config = MPOET5Config(num_experts=16, d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12)
+    config.w1_factors, config.w2_factors = ([list(f) for f in PUBLISHED[s]] for s in ((3072, 768), (768, 3072)))
+    with torch.device("meta"):
+        report = mpoe_report(MPOE_CLASSES["MPOET5ForConditionalGeneration"](config))
+    assert report.ratio == pytest.approx(1 / 16 + 0.0783, abs=1e-4)
+    assert "365.1M, with 16 dense experts 1,921.9M (5.26 times)" in str(report)

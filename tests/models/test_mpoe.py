@@ -136,10 +136,9 @@ def test_folds_once_per_forward_and_once_per_shared_step(name, router):
     for shared in (False, True):
         model.zero_grad()
         torch.manual_seed(1)
-        with counted_folds() as folds:
-            with model.shared_fold() if shared else torch.enable_grad():
-                for _ in range(3):
-                    model(**batch).loss.backward()
+        with counted_folds() as folds, model.shared_fold() if shared else torch.enable_grad():
+            for _ in range(3):
+                model(**batch).loss.backward()
         assert folds.call_count == 2 * layers * (1 if shared else 3)
         grads.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and any("central" in key for key in grads[0])
@@ -193,20 +192,22 @@ def test_hash_tables_follow_the_vocabulary():
     model(input_ids=torch.full((1, 3), tiny.V + 4))
 
 
-@pytest.mark.parametrize("name, router", [("gpt2", "switch"), ("bert", "hash-random")])
-def test_compiles_without_graph_breaks(name, router, fresh_dynamo):
-    model, batch = moe(name, router=router), labelled(name)
+@pytest.mark.parametrize("router", ["switch", "hash-random"])
+def test_compiles_without_graph_breaks(router, fresh_dynamo):
+    model, batch = moe("gpt2", router=router), tiny.inputs("gpt2")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    gradients = []
-    for run in (model, compiled):
-        model.zero_grad()
-        output = run(**batch)
-        output.loss.backward()
-        gradients.append([output.logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    torch.testing.assert_close(gradients[1], gradients[0])
+    logits = model(**batch).logits.detach()
+    if router == "switch":
+        gradients = []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(**batch)
+            (output.logits.square().mean() + output.balance_loss).backward()
+            gradients.append([output.logits, *(p.grad.clone() for p in model.parameters())])
+        torch.testing.assert_close(gradients[1], gradients[0])
     model.fold()
     with torch.no_grad(), counted_folds() as folds:
-        torch.testing.assert_close(compiled(**batch).logits, gradients[0][0])
+        torch.testing.assert_close(compiled(**batch).logits, logits)
     assert folds.call_count == 0
 
 
