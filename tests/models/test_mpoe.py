@@ -195,6 +195,7 @@ def test_hash_tables_follow_the_vocabulary():
 @pytest.mark.parametrize("router", ["switch", "hash-random"])
 def test_compiles_without_graph_breaks(router, fresh_dynamo):
     model, batch = moe("gpt2", router=router), tiny.inputs("gpt2")
+    del model.transformer.h[1:]  # compiling takes its time
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits = model(**batch).logits.detach()
     if router == "switch":
