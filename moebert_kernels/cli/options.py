@@ -99,6 +99,22 @@ LabelSmoothing = Annotated[
         "--label-smoothing", min=0.0, max=0.99, help="For models that answer in text.", rich_help_panel=_TRAINING
     ),
 ]
+GradientMask = Annotated[
+    float,
+    typer.Option(
+        "--gradient-mask",
+        min=0.0,
+        max=1.0,
+        help="MPOE: share of steps that leave the central tensors as they are.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+SharedFold = Annotated[
+    bool,
+    typer.Option(
+        "--shared-fold", help="MPOE: fold the experts' weights once per step, not per batch.", rich_help_panel=_TRAINING
+    ),
+]
 Restart = Annotated[
     bool,
     typer.Option("--restart", help="Drop an unfinished run instead of going on with it.", rich_help_panel=_TRAINING),

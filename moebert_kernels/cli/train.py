@@ -40,6 +40,8 @@ def finetune(
     save_steps: o.SaveSteps = 500,
     patience: o.Patience = None,
     label_smoothing: o.LabelSmoothing = 0.0,
+    gradient_mask: o.GradientMask = 0.0,
+    shared_fold: o.SharedFold = False,
     restart: o.Restart = False,
 ) -> None:
     """Fine-tune a pretrained model on a task: the teacher. Writes OUTPUT/best, by the task's metric on validation."""
@@ -57,8 +59,11 @@ def finetune(
     config = _fit_config(
         preset, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
+        shared_fold=shared_fold,
     )  # fmt: skip
-    result = _train(student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model)
+    result = _train(
+        student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model, gradient_mask
+    )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
 
@@ -103,6 +108,8 @@ def distill(
     save_steps: o.SaveSteps = 500,
     patience: o.Patience = None,
     label_smoothing: o.LabelSmoothing = 0.0,
+    gradient_mask: o.GradientMask = 0.0,
+    shared_fold: o.SharedFold = False,
     restart: o.Restart = False,
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer. Writes OUTPUT/best."""
@@ -125,7 +132,7 @@ def distill(
     config = _fit_config(
         values, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
-        weights=dict.fromkeys(terms, weight), teacher_dropout=teacher_dropout,
+        shared_fold=shared_fold, weights=dict.fromkeys(terms, weight), teacher_dropout=teacher_dropout,
     )  # fmt: skip
 
     def teacher_for(batches: Any) -> Any:
@@ -135,7 +142,7 @@ def distill(
 
     result = _train(
         student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model,
-        objective=objective, teacher_for=teacher_for,
+        gradient_mask, objective=objective, teacher_for=teacher_for,
     )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
@@ -196,11 +203,13 @@ def _fit_config(
 
 def _train(
     student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
-    doc_stride: int | None, resume: bool, source: str, objective: Any = None, teacher_for: Any = None,
+    doc_stride: int | None, resume: bool, source: str, gradient_mask: float, objective: Any = None,
+    teacher_for: Any = None,
 ) -> FitResult:  # fmt: skip
     from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.features import Batches
     from moebert_kernels.distill.loop import fit
+    from moebert_kernels.nn import GradientMask
 
     loaded = inputs.labels_as_in(loaded, student.config)
     length = inputs.max_length_for(student.config, loaded.task, max_length)
@@ -222,6 +231,7 @@ def _train(
         ),
         identity={"task": loaded.task.name, "started from": f"{source} {model_fingerprint(student)}"},
         also_save=tokenizer.save_pretrained,
+        gradient_mask=GradientMask(student, gradient_mask, seed=config.seed) if gradient_mask else None,
         resume=resume,
     )
 

@@ -64,6 +64,7 @@ class FitConfig:
     # Of the loss terms, by name. One that is not named has weight 1, the balance term the model's `load_balance`.
     weights: dict[str, float] = field(default_factory=dict)
     label_smoothing: float = 0.0  # of labels by token (B, T)
+    shared_fold: bool = False  # MPOE: fold the experts' weights once per optimizer step; takes their memory
     teacher_dropout: bool = False  # True: as the original code, whose teacher was left in train mode
     eval_steps: int | None = None  # None: at the end of each epoch
     best_metric: str | None = None  # None: the only metric that evaluate returns

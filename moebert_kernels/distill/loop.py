@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,11 +29,12 @@ from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
 from moebert_kernels.distill.objectives import LayerwiseObjective, Preset, batch_weight, is_causal, task_loss
 from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
-from moebert_kernels.distill.setup import check_teacher, new_optimizer, prepare_folder, run_identity
+from moebert_kernels.distill.setup import check_experts, check_teacher, new_optimizer, prepare_folder, run_identity
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn import GradientMask
 
 
 def fit(
@@ -47,6 +48,7 @@ def fit(
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     identity: Mapping[str, Any] | None = None,
     also_save: Callable[[Path], object] | None = None,
+    gradient_mask: GradientMask | None = None,
     resume: bool = True,
 ) -> FitResult:
     """Train `model`; an interrupted call, made again, goes on where it was and ends with bitwise the same (fp32, CPU).
@@ -64,6 +66,7 @@ def fit(
         evaluate: called with the model in eval mode and without gradients; `config.best_metric` names the judge.
         identity: further JSON-able facts (a task's name, a file) that must agree when the run is resumed.
         also_save: called with each model folder that is written, e.g. `tokenizer.save_pretrained`.
+        gradient_mask: of the model's central tensors; draws for each optimizer step.
         resume: False starts again, dropping the unfinished run in `output_dir`.
 
     Raises:
@@ -75,9 +78,12 @@ def fit(
     """
     output_dir = Path(output_dir)
     check_teacher(model, objective, teacher, config)
+    check_experts(model, config, gradient_mask)
     if len(train) == 0:
         raise UserError("train: expected at least one batch, got none")
-    run = _Run(model, train, config, output_dir, objective, teacher, evaluate, identity or {}, also_save)
+    run = _Run(
+        model, train, config, output_dir, objective, teacher, evaluate, identity or {}, also_save, gradient_mask
+    )  # fmt: skip
     try:
         return run.fit(resume)
     finally:
@@ -101,13 +107,14 @@ class _Progress:
 class _Run:
     """One call of `fit`."""
 
-    def __init__(self, model, train, config, output_dir, objective, teacher, evaluate, identity, also_save):
+    def __init__(self, model, train, config, output_dir, objective, teacher, evaluate, identity, also_save, mask):
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.config: FitConfig = config
         self.train: Batches = train
         self.output_dir, self.objective, self.evaluate, self.also_save = output_dir, objective, evaluate, also_save
+        self.gradient_mask: GradientMask | None = mask
 
         self.teacher: Teacher | None = teacher
         if isinstance(teacher, nn.Module):
@@ -135,6 +142,8 @@ class _Run:
         self.parts = {"model": Part(model, optimizer, self.scheduler)}
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
+        masked = {} if mask is None else {f"gradient_mask.{name}": value for name, value in mask.identity().items()}
+        identity = {**masked, **identity}
         self.identity = run_identity(model, train, config, objective, self.teacher, self.world, identity)
         state_dir = output_dir / "state"
         self.finished = state_dir / "finished.json"
@@ -229,13 +238,18 @@ class _Run:
         mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
         if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
             mine = [(window[0], 0)]
-        for i, (batch, weight) in enumerate(mine):
-            with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
-                terms = self._terms({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
-                total = torch.stack([self.weights.get(name, 1.0) * terms[name] for name in self.weighted]).sum()
-                # distributed gradients are averaged over the processes, hence `world`
-                self.accelerator.backward(total * (weight * self.world / sum(weights)))
-            self.meter.add({"loss": total, **terms}, weight)
+        with ExitStack() as stack:  # gradients are complete at its end
+            if self.gradient_mask is not None:
+                stack.enter_context(self.gradient_mask.step(self.at.step))
+            if self.config.shared_fold:
+                stack.enter_context(self.student.shared_fold())
+            for i, (batch, weight) in enumerate(mine):
+                with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
+                    terms = self._terms({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+                    total = torch.stack([self.weights.get(name, 1.0) * terms[name] for name in self.weighted]).sum()
+                    # distributed gradients are averaged over the processes, hence `world`
+                    self.accelerator.backward(total * (weight * self.world / sum(weights)))
+                self.meter.add({"loss": total, **terms}, weight)
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()

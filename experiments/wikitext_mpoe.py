@@ -1,0 +1,370 @@
+"""MPOE on a small language model: experts with a shared central tensor beside Switch's experts and the dense model.
+
+    python experiments/wikitext_mpoe.py --data FOLDER              # everything that is not done yet, then the report
+    python experiments/wikitext_mpoe.py --data FOLDER --seeds 1    # one seed; several processes may share the work so
+    python experiments/wikitext_mpoe.py --data FOLDER --report     # the report of what is done, steps timed anew
+
+FOLDER holds train.txt, valid.txt and test.txt (or .gz). Without train.txt, training uses valid.txt but for its last
+tenth, which then chooses. Per seed a GPT-2-style model is trained from scratch until its perplexity on the validation
+text stops falling; from there each arm trains on under the same rules. Test text is read once per model, after the
+choice. A run that was interrupted goes on. Writes runs/, table.md and chart.png into experiments/wikitext_mpoe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.demo.report import millions
+from moebert_kernels.demo.run import machine, step
+from moebert_kernels.demo.timing import parameter_counts
+from moebert_kernels.distill import FitConfig, fit
+from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.data_files import find_split_files, read_text
+from moebert_kernels.distill.features import Batches, Features
+from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.nn import GradientMask
+
+HERE = Path(__file__).resolve().parent / "wikitext_mpoe"
+START = "<|endoftext|>"
+E = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and settings of all runs."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 4
+    block: int = 128
+    dropout: float = 0.2
+    batch_size: int = 16
+    weight_decay: float = 0.01
+    base_learning_rate: float = 2e-3
+    base_epochs: int = 10
+    learning_rate: float = 1e-3
+    epochs: int = 4
+    evaluations_per_epoch: int = 2
+    patience: int = 4
+    load_balance: float = 0.01
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a model is turned into, and how often its central tensors are masked."""
+
+    label: str
+    option: str | None = None  # of convert_to_mpoe's experts; None: the dense model as it is
+    masked: float = 0.0
+
+
+ARMS = {
+    "dense": Arm("dense, trained on"),
+    "switch": Arm(f"Switch, {E} experts", "dense"),
+    "mpoe": Arm(f"MPOE, {E} experts", "mpo"),
+    "mpoe-mask-0.5": Arm(f"MPOE, {E} experts, mask 1/2", "mpo", 0.5),
+    "mpoe-mask-0.875": Arm(f"MPOE, {E} experts, mask 7/8", "mpo", 0.875),
+}
+
+NAMES = ("base", *ARMS)
+
+Result = Mapping[str, Any]
+
+
+def label_of(name: str) -> str:
+    """What a reader calls a model."""
+    return ARMS[name].label if name in ARMS else "base (dense)"
+
+
+def read_parts(data: Path) -> dict[str, str]:
+    """The training, validation and test text of a folder."""
+    texts = {split: read_text(file) for split, file in find_split_files(data).items()}
+    missing = [split for split in ("validation", "test") if split not in texts]
+    if missing:
+        raise SystemExit(f"data: expected a {missing[0]} text in {data}, got {', '.join(texts)}")
+    if "train" in texts:
+        return texts
+    lines = texts["validation"].splitlines(keepends=True)
+    cut = len(lines) * 9 // 10
+    return {"train": "".join(lines[:cut]), "validation": "".join(lines[cut:]), "test": texts["test"]}
+
+
+def gpt2_config(recipe: Recipe) -> GPT2Config:
+    """The dense model; no dropout of attention probabilities, which would take the slow path on a CPU."""
+    return GPT2Config(
+        vocab_size=recipe.vocab_size, n_positions=recipe.block, n_embd=recipe.hidden_size, n_layer=recipe.layers,
+        n_head=recipe.heads, resid_pdrop=recipe.dropout, embd_pdrop=recipe.dropout, attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
+def trained_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the training text, with GPT-2's token between documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[START], show_progress=False, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=START, eos_token=START)
+
+
+class Study:
+    """All runs of one seed, in one folder; results of finished ones are read, not made again.
+
+    Args:
+        work: the seed's models and checkpoints.
+        runs: the folder for the results.
+        features: of the parts, by name.
+    """
+
+    def __init__(
+        self, work: Path, runs: Path, features: Mapping[str, Features], recipe: Recipe, seed: int,
+        also_save: Callable[[Path], object],
+    ) -> None:  # fmt: skip
+        self.work, self.runs, self.recipe, self.seed = work, runs, recipe, seed
+        self.features, self.also_save = features, also_save
+
+    def run(self, name: str) -> None:
+        """Train and test the base model or an arm, and the base model before it, unless they are done."""
+        if self._file(name).exists():
+            return
+        recipe = self.recipe
+        if name == "base":
+            torch.manual_seed(self.seed)
+            model = GPT2LMHeadModel(gpt2_config(recipe))
+            return self._train(name, model, recipe.base_learning_rate, recipe.base_epochs)
+        self.run("base")
+        dense = GPT2LMHeadModel.from_pretrained(self.work / "base" / "best")
+        arm = ARMS[name]
+        self._train(name, converted(dense, arm, recipe, self.seed), recipe.learning_rate, recipe.epochs, arm.masked)
+
+    def _file(self, name: str) -> Path:
+        return self.runs / f"seed-{self.seed}-{name}.json"
+
+    def _train(self, name: str, model: nn.Module, learning_rate: float, epochs: int, masked: float = 0.0) -> None:
+        """Train with early stopping, test what validation chose, and write the result."""
+        recipe, batches = self.recipe, Batches(self.features["train"], self.recipe.batch_size, self.seed)
+        judge = PerplexityEvaluator(self.features["validation"])
+        config = FitConfig(
+            epochs=epochs, learning_rate=learning_rate, batch_size=recipe.batch_size, weight_decay=recipe.weight_decay,
+            schedule="linear", warmup_ratio=0.05, seed=self.seed, best_metric="perplexity", greater_is_better=False,
+            eval_steps=max(1, len(batches) // recipe.evaluations_per_epoch), patience=recipe.patience,
+        )  # fmt: skip
+        before = judge(model)
+        with clock(self.work / f"{name}.seconds") as seconds:
+            result = fit(
+                model, batches, config=config, output_dir=self.work / name, evaluate=judge, also_save=self.also_save,
+                gradient_mask=GradientMask(model, masked, seed=self.seed) if masked else None,
+            )  # fmt: skip
+        outcome = {
+            "name": name,
+            "seed": self.seed,
+            "perplexity_before": before["perplexity"],
+            "perplexity_validation": result.best_metrics["perplexity"],
+            "perplexity_test": PerplexityEvaluator(self.features["test"])(model)["perplexity"],
+            "steps": result.step,
+            "best_step": result.best_step,
+            "steps_per_epoch": len(batches),
+            "stopped_early": result.stopped_early,
+            "cpu_seconds": seconds(),
+            **parameter_counts(model),
+            "history": [[entry["step"], entry["metrics"]["perplexity"]] for entry in result.history],
+            "recipe": asdict(recipe),
+        }
+        write_text(self._file(name), json.dumps(outcome) + "\n")
+
+
+@contextmanager
+def clock(file: Path) -> Iterator[Callable[[], float]]:
+    """CPU seconds spent inside, with those of interrupted calls before, kept in `file`."""
+    before = float(file.read_text()) if file.exists() else 0.0
+    started = time.process_time()
+    try:
+        yield lambda: before + time.process_time() - started
+    finally:
+        write_text(file, str(before + time.process_time() - started))
+
+
+def converted(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> nn.Module:
+    """The arm's model, with the dense one's weights."""
+    if arm.option is None:
+        return model
+    return convert_to_mpoe(model, E, experts=arm.option, load_balance=recipe.load_balance, seed=seed)
+
+
+def step_times(recipe: Recipe, rounds: int = 11) -> dict[str, float]:
+    """Median milliseconds of a training step of each kind of model, in turns; "mpoe, masked" never trains C."""
+    kinds = {"dense": ARMS["dense"], "switch": ARMS["switch"], "mpoe": ARMS["mpoe"], "mpoe, masked": ARMS["mpoe"]}
+    ids = torch.randint(recipe.vocab_size, (recipe.batch_size, recipe.block))
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    steps = {kind: _training_step(kind, arm, recipe, ids) for kind, arm in kinds.items()}
+    for number in range(-2, rounds):
+        for kind, take in steps.items():
+            started = time.perf_counter()
+            take()
+            if number >= 0:
+                times[kind].append(1e3 * (time.perf_counter() - started))
+    return {kind: statistics.median(values) for kind, values in times.items()}
+
+
+def _training_step(kind: str, arm: Arm, recipe: Recipe, ids: torch.Tensor) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = converted(GPT2LMHeadModel(gpt2_config(recipe)), arm, recipe, 0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    mask = GradientMask(model, 1.0) if kind.endswith("masked") else None
+
+    def take() -> None:
+        with mask.step(0) if mask is not None else nullcontext():
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return take
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation of a few values."""
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def table(runs: Mapping[str, Sequence[Result]], times: Mapping[str, float], facts: Mapping[str, Any]) -> str:
+    """The runs of each arm (and "base"), in the order of their seeds, as Markdown."""
+    recipe = runs["base"][0]["recipe"]
+    lines = [
+        f"GPT-2-style, {recipe['layers']} layers, hidden size {recipe['hidden_size']}, vocabulary"
+        f" {recipe['vocab_size']}, {len(runs['base'])} seeds. Training {facts['train']} tokens, validation"
+        f" {facts['validation']}, test {facts['test']}.",
+        f"Perplexity per token in windows of {recipe['block']} tokens that share one; mean ± standard deviation over"
+        " the seeds, differences paired by seed.",
+        "Every arm starts from its seed's base model and stops when validation does not improve; the chosen weights"
+        " are tested.",
+        "",
+        "| model | parameters | active | validation | test | test, minus dense | best step | steps | CPU minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, results in runs.items():
+        test = [result["perplexity_test"] for result in results]
+        pairs = [a - b["perplexity_test"] for a, b in zip(test, runs["dense"], strict=True)]
+        lines.append(
+            f"| {label_of(name)} | {millions(results[0]['total_parameters'])}"
+            f" | {millions(results[0]['active_parameters'])}"
+            f" | {spread([result['perplexity_validation'] for result in results])} | {spread(test)}"
+            f" | {spread(pairs, '+') if name != 'dense' else ''}"
+            f" | {' '.join(str(result['best_step']) for result in results)}"
+            f" | {' '.join(str(result['steps']) for result in results)}"
+            f" | {spread([result['cpu_seconds'] / 60 for result in results])} |"
+        )
+    lines += [
+        "",
+        f"A training step of {recipe['batch_size']} windows, medians of steps in turns, {facts['threads']} thread(s): "
+        + ", ".join(f"{kind} {milliseconds:.0f} ms" for kind, milliseconds in times.items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(runs: Mapping[str, Sequence[Result]], file: Path) -> None:
+    """Test perplexity against parameters, and validation perplexity while training; every seed is shown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = dict(zip(ARMS, ("#777777", "#d98c21", "#0b3c5d", "#1b6ca8", "#6fb1e0"), strict=True))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    for name, colour in colours.items():
+        results = runs[name]
+        values = [result["perplexity_test"] for result in results]
+        parameters = results[0]["total_parameters"] / 1e6
+        left.scatter([parameters] * len(values), values, color=colour, alpha=0.4, s=22)
+        left.scatter([parameters], [statistics.mean(values)], color=colour, marker="_", s=300, label=ARMS[name].label)
+        for result in results:
+            steps, perplexities = zip(*result["history"], strict=True)
+            right.plot(
+                [0, *steps], [result["perplexity_before"], *perplexities], color=colour, alpha=0.6, linewidth=1.2
+            )
+    left.set_xlabel("parameters, millions")
+    left.set_ylabel("perplexity on the test text")
+    left.legend(fontsize=8)
+    right.set_xlabel("step")
+    right.set_ylabel("perplexity on the validation text")
+    figure.suptitle(f"From one pretrained model, {len(runs['dense'])} seeds (points, lines) and their mean (bars)")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Run what is missing, and report on the seeds that are complete."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES, help="default: all")
+    parser.add_argument("--work", type=Path, default=Path("demo/wikitext_mpoe"), help="models and checkpoints")
+    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    for name, value in asdict(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
+    arguments = parser.parse_args()
+
+    recipe = Recipe(**{name: getattr(arguments, name) for name in asdict(Recipe())})
+    parts = read_parts(arguments.data)
+    tokenizer = trained_tokenizer(parts["train"], recipe.vocab_size)
+    recipe = replace(recipe, vocab_size=len(tokenizer))
+    features = {
+        name: text_features(Dataset.from_dict({"text": [text]}), "text", tokenizer, recipe.block)
+        for name, text in parts.items()
+        if name in ("train", "validation", "test")
+    }
+    runs = arguments.output / "runs"
+    if not arguments.report:
+        for seed in arguments.seeds:
+            work = arguments.work / f"seed-{seed}"
+            study = Study(work, runs, features, recipe, seed, tokenizer.save_pretrained)
+            for name in arguments.models:
+                step(f"seed {seed}", label_of(name))
+                study.run(name)
+    report(runs, arguments.output, recipe, features)
+
+
+def report(runs: Path, output: Path, recipe: Recipe, features: Mapping[str, Features]) -> None:
+    """Write the table and the chart of the seeds whose arms are all done, if there are any."""
+    seeds = sorted({int(file.name.split("-")[1]) for file in runs.glob("seed-*.json")})
+    files = {seed: {name: runs / f"seed-{seed}-{name}.json" for name in NAMES} for seed in seeds}
+    complete = [seed for seed in seeds if all(file.exists() for file in files[seed].values())]
+    if not complete:
+        print("no seed is complete yet")
+        return
+    results = {name: [json.loads(files[seed][name].read_text()) for seed in complete] for name in NAMES}
+    facts = {
+        "threads": machine()["torch_threads"],
+        **{name: sum(int((labels != -100).sum()) for labels in part.token_targets["labels"])
+           for name, part in features.items()},
+    }  # fmt: skip
+    text = table(results, step_times(recipe), facts)
+    write_text(output / "table.md", text)
+    draw(results, output / "chart.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
