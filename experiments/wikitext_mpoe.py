@@ -57,9 +57,9 @@ class Recipe:
     batch_size: int = 16
     weight_decay: float = 0.01
     base_learning_rate: float = 2e-3
-    base_epochs: int = 10
+    base_epochs: int = 8
     learning_rate: float = 1e-3
-    epochs: int = 4
+    epochs: int = 3
     evaluations_per_epoch: int = 2
     patience: int = 4
     load_balance: float = 0.01
