@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kNormThreads, 1)
       store_vector<F>(a.dffn, in.ffn_type, row, column, in.columns, d[s]);
     }
   }
-  __syncthreads();
   const int64_t place = int64_t{blockIdx.x} * in.columns;
   store_partials<STEPS>(dweight, in.columns, lanes_of_row, a.weight_partials + place);
   store_partials<STEPS>(dbias, in.columns, lanes_of_row, a.bias_partials + place);

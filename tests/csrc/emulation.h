@@ -3,7 +3,7 @@
 // Every CUDA thread is a fiber. Several blocks are in flight at once; which blocks start first, which run, and in which
 // order a block's warps and lanes run is drawn from `options().seed`, so that a missing barrier or a wait for a block
 // that cannot start shows as a wrong result or as a deadlock, which ends the program with a message. Now and then, when
-// a thread has told other blocks something, the other warps of its block stand still: what they had yet to do is late.
+// a thread has told other blocks something, other warps of its block stand still: what they had yet to do is late.
 // Not emulated: static __shared__ variables, memory ordering (stores are seen at once), tensor cores, clusters.
 #pragma once
 
@@ -165,8 +165,9 @@ class Machine {
     const auto* told = static_cast<const char*>(address);
     const bool inside = told >= shared && told < shared + block.shared.size() * sizeof(uint4);
     if (inside || options().seed == 0 || block.late_sweeps > 0 || random_() % 4 != 0) return;
-    block.late_warps = ~(1u << (thread_index() / kLanes));
-    block.late_sweeps = 100;
+    const unsigned some = random_() % 2 == 0 ? ~0u : 1u << random_() % kLanes;
+    block.late_warps = some & ~(1u << (thread_index() / kLanes));
+    block.late_sweeps = 200;
   }
 
   void finish_barrier(Block& block) {
@@ -227,10 +228,10 @@ class Machine {
       --block.late_sweeps;
       progress_ = true;
     }
-    const unsigned still = block.slow_warps | (block.late_sweeps > 0 ? block.late_warps : 0);
     volatile bool ran = false;  // set between _setjmp and _longjmp
     for (unsigned thread : block.order) {
       Fiber& fiber = *fibers_[first_fiber + thread];
+      const unsigned still = block.slow_warps | (block.late_sweeps > 0 ? block.late_warps : 0);
       if ((still >> (thread / kLanes)) & 1) continue;
       if (fiber.done || (fiber.waiting_for != nullptr && *fiber.waiting_for == fiber.seen)) continue;
       if (fiber.waiting_for != nullptr) progress_ = true;
@@ -371,7 +372,6 @@ inline void __threadfence() {}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
-
 
 namespace mbk {
 

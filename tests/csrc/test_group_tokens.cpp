@@ -294,6 +294,14 @@ int main() {
       ++cases;
     }
   }
+  for (int i = 0; i < 20; ++i, ++cases) {  // experts of several warps, and warps without any
+    emulation::options().resident_blocks = 2 + i % 5;
+    Case c = random_case(1, i % 2 == 0 ? 6 : 100);
+    c.tokens = draw(16385, 16500);
+    c.layers = 1;
+    c.vocab_size = draw(1, 4000);
+    run(c);
+  }
   emulation::options().resident_blocks = 2;
   Case many = random_case(1, 4);  // more blocks before the last one than a warp looks at together
   many.tokens = 35 * 8192 + 17;

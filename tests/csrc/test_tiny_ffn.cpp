@@ -244,6 +244,7 @@ void run(const Case& c) {
   std::vector<char> first;
   for (int replay = 0; replay < 3; ++replay) {
     std::memset(y.data(), 0xff, bytes);
+    std::memset(problem.workspace.data(), 0xff, problem.workspace.size());  // or what is read too early looks right
     emulation::options().seed = replay == 0 ? 0 : random_numbers();
     const cudaError_t status = mbk::tiny_ffn(problem.params);
     CHECK(status == cudaSuccess, "status %d", status);
@@ -280,7 +281,7 @@ Case draw_case(int tokens, DType dtype) {
 void test_random_cases() {
   for (int tokens : kTokens) {
     for (DType dtype : kDTypes) {
-      for (int i = 0; i < (tokens > 100 ? 4 : 16); ++i) run(draw_case(tokens, dtype));
+      for (int i = 0; i < (tokens > 100 ? 3 : 14); ++i) run(draw_case(tokens, dtype));
     }
   }
 }
