@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import moebert_kernels
+from moebert_kernels.convert import mpoe_report
 from moebert_kernels.demo.report import aligned, millions
 from moebert_kernels.demo.timing import compare_models, parameter_counts
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.mpoe import MPOEMixin
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,10 +45,14 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def sizes_of(model: nn.Module) -> dict[str, float]:
-    """Parameters, in all and those that one token meets, and the memory they take."""
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    """Parameters, in all and those that one token meets, and the memory they take; of MPOE models `mpoe_report`."""
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return parameter_counts(model) | {"weights_mib": size / 2**20}
+    sizes: dict[str, Any] = parameter_counts(model) | {"weights_mib": size / 2**20}
+    if isinstance(model, MPOEMixin):
+        report = mpoe_report(model)
+        sizes["mpoe"] = report.as_dict() | {"text": str(report)}
+    return sizes
 
 
 def compare(models: Mapping[str, nn.Module], ids: Tensor, mask: Tensor, rounds: int) -> dict[str, Any]:
@@ -73,9 +79,10 @@ def text_table(result: Mapping[str, Any]) -> str:
             rows.append((first, label, _spread(entry["model_ms"]), model_speed, _spread(entry["ffn_ms"]), ffn_speed,
                          f"{entry['tokens_per_s']:,.0f}", peak))  # fmt: skip
             first = ""
+    reports = [f"{name}: {model['mpoe']['text']}" for name, model in result["models"].items() if "mpoe" in model]
     where = result["environment"]
     last = f"median [quartiles] of {result['rounds']} rounds in turns, {where['dtype']}, {where['device']}"
-    return "\n".join((aligned(sizes), "", aligned(rows), last))
+    return "\n".join((aligned(sizes), *reports, "", aligned(rows), last))
 
 
 def _spread(values: Mapping[str, float], digits: int = 3) -> str:

@@ -125,3 +125,30 @@ def test_bench_knows_their_feed_forwards(gpt2, texts, tmp_path):
     assert json.loads(out.read_text())["cases"][0]["real_tokens"] == 32
     line = refused("bench", "--model", gpt2, "--against", t5, "--length", 17)
     assert line == "length: expected at most 16, the models' positions, got 17"
+
+
+@pytest.mark.parametrize("router", ["switch", "hash-random"])
+def test_mpoe_goes_the_whole_way(router, gpt2, language_model, texts, tmp_path):
+    """Convert, train with the gradient mask and one fold per step, follow a teacher, judge, compare."""
+    moe, out, result = tmp_path / "moe", tmp_path / "out", tmp_path / "bench.json"
+    convert = ("convert", "--method", "mpoe", "--model", language_model, "--num-experts", 3, "--sites", 3)
+    done(*convert, "--router", router, "--output", moe)
+    assert perplexity(moe, texts, tmp_path) == pytest.approx(perplexity(language_model, texts, tmp_path), rel=1e-4)
+    data = ("--task", "lm", "--data", texts, *QUICK, "--epochs", 1, "--gradient-mask", 0.5, "--shared-fold")
+    done("finetune", "--model", moe, *data, "--accumulation", 2, "--output", out)
+    done("distill", "--model", moe, "--teacher", language_model, *data, "--output", tmp_path / "student")
+    assert perplexity(tmp_path / "student", texts, tmp_path) < 280
+    line = refused("distill", "--model", gpt2, "--teacher", moe, *data, "--output", tmp_path / "no")
+    assert line == "teacher: expected a dense model, got a MoE (model_type 'mpoe-gpt2')"
+    printed = done("bench", "--model", out, "--against", gpt2, "--length", 16, "--rounds", 2, "--output", result)
+    assert "with 3 dense experts" in printed and "1 / E = 0.3333" in printed
+    sizes = json.loads(result.read_text())["models"]
+    assert sizes["model"]["mpoe"]["switch_parameters"] > sizes["model"]["total_parameters"]
+    assert "mpoe" not in sizes["against"]
+
+
+def test_mpoe_options_are_refused_for_other_models(gpt2, texts, tmp_path):
+    words = ("finetune", "--model", gpt2, "--task", "lm", "--data", texts, "--output", tmp_path / "out", *QUICK)
+    line = refused(*words, "--gradient-mask", 0.5)
+    assert line == "model: expected experts with central tensors, got none in a GPT2LMHeadModel"
+    assert refused(*words, "--shared-fold").startswith("shared_fold: expected False for a model that folds no weights")
