@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moebert_kernels import backend, native
+from tests.backends import CUDA_FORMS
 
 BUILT = {
     "built": True, "archs": ["sm_90a"], "ptx": "compute_90", "compilers": "nvcc, g++", "ops": ["group_tokens"],
@@ -69,6 +70,6 @@ def test_the_list_of_offers_is_that_of_the_files():
     """An op with a CUDA form has its file, its entry behind Triton, and the names of its kernels."""
     folder = native.FOLDER / "cuda_backend"
     offered = {op for op, backends in backend._OFFERS.items() if "cuda" in backends}
-    assert offered == set(backend._KERNELS) == {op for op in backend.OPS if (folder / f"{op}.py").exists()}
+    assert offered == set(CUDA_FORMS) == set(backend._KERNELS) == {op for op in backend.OPS if (folder / f"{op}.py").exists()}
     for op in offered:
         assert backend._OFFERS[op] == ("triton", "cuda", "torch")
