@@ -51,10 +51,7 @@ def read_config(path: str | os.PathLike, given: Any, options: dict[str, Any]) ->
     """
     if isinstance(given, PreTrainedConfig) and not isinstance(given, MoEBertConfig):
         raise UserError(f"config: expected a MoEBertConfig, got a {type(given).__name__}")
-    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-    if not hub.get("subfolder"):
-        _check_folder(path)
-    found, _ = PreTrainedConfig.get_config_dict(path, **hub)
+    found = read_config_dict(path, options)
     model_type = found.get("model_type")
     if model_type != MoEBertConfig.model_type:
         raise UserError(
@@ -64,6 +61,18 @@ def read_config(path: str | os.PathLike, given: Any, options: dict[str, Any]) ->
     if given is None:
         return MoEBertConfig.from_dict(found | {name: options[name] for name in options if name in found})
     return given if isinstance(given, MoEBertConfig) else MoEBertConfig.from_pretrained(given)
+
+
+def read_config_dict(path: str | os.PathLike, options: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration file at `path` (a folder or a Hub name) says.
+
+    Raises:
+        UserError: a folder that does not exist, or one without such a file.
+    """
+    hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+    if not hub.get("subfolder"):
+        _check_folder(path)
+    return PreTrainedConfig.get_config_dict(path, **hub)[0]
 
 
 def check_tensors(folder: str | os.PathLike, config: MoEBertConfig) -> None:
@@ -128,4 +137,4 @@ def _check_folder(path: str | os.PathLike) -> None:
         if not os.path.isfile(os.path.join(text, "config.json")):
             raise UserError(f"checkpoint: expected a folder with a config.json, got {text} without one")
     elif os.path.exists(text) or os.path.isabs(text) or text.startswith(".") or text.count("/") > 1:
-        raise UserError(f"checkpoint: expected a folder with a MoEBERT model, got {text}, which is not a folder")
+        raise UserError(f"checkpoint: expected a folder with a model, got {text}, which is not a folder")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.models.checkpoint import one_line_errors
+from moebert_kernels.models.checkpoint import one_line_errors, read_config_dict
 from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
@@ -46,7 +46,7 @@ class MPOEMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
-        self._mpoe_layers = install(self, self.config)  # type: ignore[arg-type]
+        self._mpoe_layers = install(self, self.config)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -57,11 +57,11 @@ class MPOEMixin:
         """As in transformers; a file that is not an MPOE checkpoint, or not a whole one, is a UserError."""
         path = pretrained_model_name_or_path
         with one_line_errors(path, "MPOE"):
-            found, _ = transformers.PreTrainedConfig.get_config_dict(path)
+            found = read_config_dict(path, kwargs).get("model_type")
             wanted = cls.config_class.model_type  # type: ignore[attr-defined]
-            if found.get("model_type") != wanted:
+            if found != wanted:
                 raise UserError(
-                    f"checkpoint: expected model_type {wanted!r}, got {found.get('model_type')!r} in {path}; "
+                    f"checkpoint: expected model_type {wanted!r}, got {found!r} in {path}; "
                     "to make one of a dense model, use convert_to_mpoe"
                 )
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]

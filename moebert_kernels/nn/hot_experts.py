@@ -70,7 +70,8 @@ class HotExperts:
         if key != self._key:
             self._key = key
             self._slots.clear()
-            self._weights = tuple(
-                w.central.new_zeros(self.size, *w.shape[1:], dtype=dtype)
-                for w, (dtype, *_) in zip(weights, key, strict=True)
-            )
+            with torch.inference_mode(False):  # or what is kept could be written in inference mode alone
+                self._weights = tuple(
+                    w.central.new_zeros(self.size, *w.shape[1:], dtype=dtype)
+                    for w, (dtype, *_) in zip(weights, key, strict=True)
+                )

@@ -108,12 +108,12 @@ class MPOWeight(nn.Module):
         assert self._folded is not None
         return self._folded[1]
 
-    @torch.no_grad()
     def fold(self) -> None:
         """Fold all experts and keep the result in the dtype that autocast asks for here, or the parameters' own."""
         key = self.cache_key()
         if self._folded is None or self._folded[0] != key:
-            self._folded = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+            with torch.inference_mode(False), torch.no_grad():  # or what is kept could never meet a gradient
+                self._folded = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
 
     def unfold(self) -> None:
         """Drop what `fold` kept."""

@@ -1,5 +1,7 @@
 """`moebert convert --method mpoe`."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -30,6 +32,11 @@ def test_converts_and_reports(base, tmp_path):
     dense = AutoModel.from_pretrained(base)
     torch.testing.assert_close(model(**ids)[0], dense(**ids)[0], rtol=0, atol=5e-6)
     assert "is there already" in done(*words, "--output", tmp_path / "out")
+    result = tmp_path / "bench.json"
+    bench = ("bench", "--model", tmp_path / "out", "--against", base, "--rounds", 1, "--length", 6, "--output", result)
+    assert "model: parameters" in done(*bench)
+    entry = json.loads(result.read_text())["models"]["model"]
+    assert entry["mpoe"]["parameters"] == entry["total_parameters"]
     line = refused(*words, "--noise", 0.1, "--output", tmp_path / "out")
     assert line.startswith("output: expected a new or empty folder")
 

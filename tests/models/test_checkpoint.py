@@ -179,7 +179,7 @@ def test_rejects_what_is_no_moe(tmp_path):
     for load in (MoEBertForSequenceClassification, MoEBertModel):
         with pytest.raises(UserError, match=r"got 'bert' in .*: not a MoE checkpoint; to make one .* use convert"):
             load.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"expected a folder with a MoEBERT model, got .*, which is not a folder"):
+    with pytest.raises(UserError, match=r"expected a folder with a model, got .*, which is not a folder"):
         MoEBertModel.from_pretrained(tmp_path / "nowhere")
     tiny.model().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="config: expected a MoEBertConfig, got a BertConfig"):

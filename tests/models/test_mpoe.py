@@ -225,6 +225,8 @@ def test_an_incomplete_or_foreign_checkpoint_is_one_clear_error(tmp_path):
     save_file(whole | {central: whole[central][:-1]}, file, {"format": "pt"})
     with pytest.raises(UserError, match="checkpoint: expected tensors of the configuration's shapes, got others"):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="checkpoint: expected a folder with"):
+        type(model).from_pretrained(tmp_path / "missing")
     tiny.dense("gpt2").save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match="checkpoint: expected model_type 'mpoe-gpt2', got 'gpt2' in"):
         type(model).from_pretrained(tmp_path / "dense")

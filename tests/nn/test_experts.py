@@ -113,6 +113,8 @@ def test_hot_experts_see_changes_of_parameters():
     experts = small_experts().eval()
     experts.fold(hot_experts=2)
     x, ids = torch.randn(3, H), torch.tensor([0, 1, 0])
+    with torch.inference_mode():
+        experts(x, ids)
     with torch.no_grad():
         before = experts(x, ids)
         experts.w2.aux[0].mul_(3)

@@ -91,6 +91,9 @@ def test_training_and_wanted_gradients_fold_each_time():
         weight()
         weight()
     assert folds.call_count == 1
+    x = torch.randn(H, requires_grad=True)
+    (weight.requires_grad_(False)() @ x).sum().backward()  # what inference folded serves frozen weights too
+    assert x.grad.any()
 
 
 def test_copies_and_checkpoints_hold_no_folded_weights():
