@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from moebert_kernels.cli.convert import convert, importance
+from moebert_kernels.cli.dense import collapse, student
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
@@ -23,6 +24,8 @@ for _name, _function in (
     ("importance", importance),
     ("convert", convert),
     ("distill", distill),
+    ("collapse", collapse),
+    ("student", student),
     ("eval", evaluate),
     ("bench", bench),
     ("demo", demo),

@@ -10,11 +10,12 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.running import MARKER, already_written, check_writable
+from moebert_kernels.cli.running import already_written, check_writable, write_model
+from moebert_kernels.cli.tasks import convert_for_tasks
 from moebert_kernels.errors import UserError
 
 METHODS = ("moebert", "dense", "mpoe")
-_MPOE = "With --method mpoe"
+_MPOE, _TASKS = "With --method mpoe", "With --router task"
 
 
 def importance(
@@ -78,7 +79,7 @@ def convert(
     importance: Annotated[
         Path | None, typer.Option("--importance", help="What moebert importance wrote. Without it: a random ranking.")
     ] = None,
-    task: o.OptionalTaskName = None,
+    task: o.OptionalTaskNames = None,
     data: o.Data = None,
     seed: o.Seed = 0,
     method: Annotated[
@@ -90,14 +91,20 @@ def convert(
         ),
     ] = "moebert",
     num_experts: Annotated[int, typer.Option("--num-experts", min=1)] = 4,
-    expert_size: Annotated[int, typer.Option("--expert-size", min=1, help="Neurons of an expert.")] = 768,
-    shared: Annotated[int, typer.Option("--shared", min=0, help="Most important neurons, in every expert.")] = 512,
+    expert_size: Annotated[
+        int | None,
+        typer.Option("--expert-size", min=1, help="Neurons of an expert. Default: 768; with task all, divided up."),
+    ] = None,
+    shared: Annotated[
+        int | None,
+        typer.Option("--shared", min=0, help="Most important neurons, in every expert. Default: 512; with task 0."),
+    ] = None,
     router: Annotated[
         str | None,
         typer.Option(
             "--router",
-            help="hash-random (the default), hash-balance (counts --data), gate-token or gate-sentence; with mpoe"
-            " switch (the default), top2, gate-token, hash-random or hash-balance.",
+            help="hash-random (the default), hash-balance (counts --data), gate-token, gate-sentence or task (by --task,"
+            " with a head for each); with mpoe switch (the default), top2, gate-token, hash-random or hash-balance.",
         ),
     ] = None,
     load_balance: Annotated[
@@ -114,10 +121,24 @@ def convert(
     hash_tables: Annotated[
         Path | None, typer.Option("--hash-tables", help="Tables to use: the original's .pkl, or JSON, (V) or (L, V).")
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, help="Experts of a task. Default: 2.", rich_help_panel=_TASKS)
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            "--norm", help="layer (default): around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
+        ),
+    ] = None,
     experts: Annotated[
-        str,
-        typer.Option("--experts", help="mpo, or dense: whole copies, as in Switch.", rich_help_panel=_MPOE),
-    ] = "mpo",
+        str | None,
+        typer.Option(
+            "--experts",
+            help="mpo (default), or dense: whole copies, as in Switch. With --router task importance (default: a split),"
+            " copy (whole copies) or mpo.",
+            rich_help_panel=_MPOE,
+        ),
+    ] = None,
     sites: Annotated[
         int, typer.Option("--sites", min=2, max=6, help="Tensors of each weight.", rich_help_panel=_MPOE)
     ] = 5,
@@ -137,9 +158,6 @@ def convert(
     force: o.Force = False,
 ) -> None:
     """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
-    from moebert_kernels.distill.checkpoint import write_folder
-    from moebert_kernels.distill.progress import quiet_transformers
-
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -150,15 +168,21 @@ def convert(
         raise UserError(f"importance: expected none with --method mpoe, which keeps all neurons, got {importance}")
     if method != "mpoe":
         router, load_balance = router or "hash-random", load_balance or 0.0
+    by_task = method == "moebert" and router == "task"
+    _check_unused("--router task", not by_task, {"top-k": top_k, "norm": norm})
+    _check_unused("--method mpoe or --router task", method != "mpoe" and not by_task, {"experts": experts})
     identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
         "task": task, "data": data, "seed": seed, "method": method, "num_experts": num_experts,
         "expert_size": expert_size, "shared": shared, "router": router, "load_balance": load_balance, "preset": preset,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
     }  # fmt: skip
-    shape = {"experts": experts, "sites": sites, "max_bond": max_bond, "force": low_bonds, "noise": noise}
+    shape = {"experts": experts or "mpo", "sites": sites, "max_bond": max_bond, "force": low_bonds, "noise": noise}
     if method == "mpoe":
         identity |= shape
+    by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
+    if by_task:
+        identity |= by_task_options
     if already_written(output, identity, force):
         print(f"{output} is there already")
         return
@@ -174,21 +198,17 @@ def convert(
             options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
         if method == "mpoe":
             converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
+        elif by_task:
+            _check_dense(model)
+            options |= {"preset": preset, "num_experts": num_experts, "seed": seed} | by_task_options
+            converted, tokenizer = convert_for_tasks(model, task or [], importance, expert_size, shared, options)
         else:
             assert router is not None
             converted, tokenizer = _convert(
-                model, importance, method, num_experts, expert_size, shared, router, seed, options | {"preset": preset}
-            )
-
-    def write(folder: Path) -> None:
-        with quiet_transformers():
-            converted.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / MARKER).write_text(json.dumps(identity), encoding="utf-8")
-
-    write_folder(output, write)
-    print(f"saved in {output}")
+                model, importance, method, num_experts, 768 if expert_size is None else expert_size,
+                512 if shared is None else shared, router, seed, options | {"preset": preset},
+            )  # fmt: skip
+    write_model(output, converted, tokenizer, identity)
 
 
 def _convert(
@@ -224,6 +244,12 @@ def _convert_to_mpoe(name: str, num_experts: int, router: str, seed: int, option
     converted = convert_to_mpoe(dense, num_experts, router=router, seed=seed, **options)
     print(mpoe_report(converted))
     return converted, tokenizer
+
+
+def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if unused and value is not None:
+            raise UserError(f"{name}: expected it with {where} alone, got {value!r}")
 
 
 def _check_dense(name: str) -> None:
@@ -262,15 +288,17 @@ def _read_tables(path: Path) -> Any:
 
 
 def _count(
-    model: str, task: str | None, data: list[str] | None, text_column: list[str] | None, label_column: str,
+    model: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None, label_column: str,
     max_length: int | None,
 ) -> Any:  # fmt: skip
     """How often each token occurs in the training split."""
     from moebert_kernels.convert import count_tokens
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
-    if task is None:
-        raise UserError("task: expected one, whose training data hash-balance counts, got none")
+    if tasks is None or len(tasks) != 1:
+        got = ", ".join(tasks or ["none"])
+        raise UserError(f"task: expected one, whose training data hash-balance counts, got {got}")
+    task = tasks[0]
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
     length = inputs.max_length_for(config, loaded.task, max_length)

@@ -37,7 +37,7 @@ def make_task(
         return get_task(name)
     names: list[str] = []
     if model is not None and not regression:
-        names = label_names(load_config(model))
+        names = label_names(load_config(model), name)
         if is_unnamed(names):
             names = []
     return custom_task(text_columns or ["text"], label_column, regression=regression, label_names=names)
@@ -69,7 +69,7 @@ def labels_as_in(data: TaskData, config: Any) -> TaskData:
     from moebert_kernels.distill.loading import check_labels, label_names
 
     check_labels(data.task, config)
-    return data.with_label_order(label_names(config)) if data.task.kind == "classification" else data
+    return data.with_label_order(label_names(config, data.task.name)) if data.task.kind == "classification" else data
 
 
 def max_length_for(config: Any, task: Task, wanted: int | None) -> int:

@@ -101,6 +101,9 @@ def bench(
         raise UserError(f"{broken[0]}: expected to agree with its reference, got something else; see moebert doctor")
     paths = {"model": model, "against": against}
     models = {name: load_encoder(path).to(device, wanted) for name, path in paths.items()}
+    for encoder in models.values():
+        if getattr(encoder.config, "is_task_routed", False):
+            encoder.set_task(encoder.config.tasks[0])  # all tasks take equally long
     if task is None:
         batches = _random_batches(models.values(), batch_size or [8], length or [128], seed)
     else:

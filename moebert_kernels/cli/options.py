@@ -21,6 +21,22 @@ TaskName = Annotated[
         " model, or custom for a table of your own.",
     ),
 ]
+TaskNames = Annotated[
+    list[str],
+    typer.Option("--task", help="As for eval; several times for a model with a head for each, and --data TASK=FOLDER."),
+]
+TaskTemperature = Annotated[
+    float,
+    typer.Option(
+        "--task-temperature",
+        min=1.0,
+        help="Of several tasks: 1 draws them in proportion to their data, more draws small ones more often.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+OptionalTaskNames = Annotated[
+    list[str] | None, typer.Option("--task", help="With --router hash-balance: whose data to count; task: the tasks.")
+]
 OptionalTaskName = Annotated[
     str | None, typer.Option("--task", help="As for finetune; read only where data is needed.")
 ]

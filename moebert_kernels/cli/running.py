@@ -87,6 +87,22 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool) -> b
     return False
 
 
+def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
+    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
+    from moebert_kernels.distill.checkpoint import write_folder
+    from moebert_kernels.distill.progress import quiet_transformers
+
+    def write(folder: Path) -> None:
+        with quiet_transformers():
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / MARKER).write_text(json.dumps(identity), encoding="utf-8")
+
+    write_folder(folder, write)
+    print(f"saved in {folder}")
+
+
 def print_metrics(metrics: Mapping[str, float], title: str = "") -> None:
     """One line: names and values."""
     text = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

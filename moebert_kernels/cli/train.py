@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -10,6 +11,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.running import check_writable, print_metrics
+from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 def finetune(
     model: o.ModelName,
-    task: o.TaskName,
+    task: o.TaskNames,
     output: o.OutputFolder,
     data: o.Data = None,
     seed: o.Seed = 0,
@@ -42,20 +44,38 @@ def finetune(
     label_smoothing: o.LabelSmoothing = 0.0,
     gradient_mask: o.GradientMask = 0.0,
     shared_fold: o.SharedFold = False,
+    task_temperature: o.TaskTemperature = 1.0,
     restart: o.Restart = False,
 ) -> None:
-    """Fine-tune a pretrained model on a task: the teacher. Writes OUTPUT/best, by the task's metric on validation."""
+    """Fine-tune a pretrained model on a task, or on several: the teacher. Writes OUTPUT/best, judged on validation."""
     from moebert_kernels.distill.loading import load_model, load_tokenizer
-    from moebert_kernels.distill.presets import preset_for
+    from moebert_kernels.distill.multi_task import MEAN
+    from moebert_kernels.distill.presets import DEFAULT, preset_for
 
     check_writable(output)
-    wanted = inputs.make_task(task, text_column, label_column, regression)
+    if len(task) > 1:
+        refuse_for_tasks(
+            text_column=text_column, label_column=None if label_column == "label" else label_column,
+            regression=regression or None, doc_stride=doc_stride, label_smoothing=label_smoothing or None,
+            gradient_mask=gradient_mask or None,
+        )  # fmt: skip
+        first = next(iter(known_tasks(task).values()))
+        config = _fit_config(
+            DEFAULT, first, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
+            weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, shared_fold=shared_fold,
+        )  # fmt: skip
+        config = replace(config, best_metric=MEAN)
+        finetune_tasks(model, task, data, hold_out, output, config, task_temperature, max_length, not restart)
+        return
+    if task_temperature != 1.0:
+        raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
+    wanted = inputs.make_task(task[0], text_column, label_column, regression)
     loaded = inputs.load_data(wanted, data, "train", hold_out)
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)
     _seed_new_weights(seed)
     student = load_model(model, loaded.task, new_head=True)
-    preset = preset_for(task)
+    preset = preset_for(task[0])
     config = _fit_config(
         preset, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,

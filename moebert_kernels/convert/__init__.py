@@ -1,6 +1,5 @@
 """Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, collapse, students."""
 
-from moebert_kernels.convert.collapse import collapse
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
@@ -13,6 +12,7 @@ from moebert_kernels.convert.split import expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
 from moebert_kernels.convert.task_moe import convert_to_task_moe
+from moebert_kernels.convert.to_dense import collapse
 
 __all__ = [
     "STUDENT_SHAPES",

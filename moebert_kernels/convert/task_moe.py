@@ -22,12 +22,14 @@ from moebert_kernels.convert.moe import (
     pop_ffn,
     ranking,
 )
+from moebert_kernels.convert.mpo import mpo_decompose
+from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
 from moebert_kernels.convert.split import check_split, expert_indices
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MoEBertConfig, MoEBertForMultiTaskClassification
 from moebert_kernels.models.configuration import TASK_ROUTER
 
-EXPERTS = ("importance", "copy")
+EXPERTS = ("importance", "copy", "mpo")
 
 
 def convert_to_task_moe(
@@ -53,14 +55,17 @@ def convert_to_task_moe(
             keeps the head of `model`, common to all tasks.
         num_experts, top_k: E, and experts per task. None: 2, or 1 with norm="expert".
         experts: "importance" splits the neurons as `convert_to_moe` does; "copy" makes each expert the whole layer
-            (sparse upcycling, 2212.05055).
-        importance: (L, D) scores; None: a random ranking, with a warning. Not read for copies.
-        expert_size, shared: the split, see `expert_indices`. None: D / E neurons, so that none is lost.
+            (sparse upcycling, 2212.05055); "mpo" too, with a central tensor of each matrix shared by all (MPOE,
+            2203.01104).
+        importance: (L, D) scores; None: a random ranking, with a warning. Read for "importance" alone.
+        expert_size, shared: the split, see `expert_indices`; for "importance" alone. None: D / E neurons, so that none
+            is lost.
         norm: "layer": one LayerNorm around the experts; "expert": one in each, at top_k = 1.
         router_noise: standard deviation of the routers' first logits. They decide which experts a task starts with; 0
             gives all tasks the same ones.
         seed: of everything random here.
-        config_options: further fields of MoEBertConfig.
+        config_options: further fields of MoEBertConfig; with "mpo" also `w1_factors`, `w2_factors` and `max_bond`
+            (without them: the first of `plan_factors`, no caps).
 
     Returns:
         The model, on the same device, in the same dtype and mode.
@@ -75,9 +80,12 @@ def convert_to_task_moe(
         raise UserError(f"experts: expected one of {', '.join(EXPERTS)}, got {experts!r}")
     if not router_noise >= 0:
         raise UserError(f"router_noise: expected a number of at least 0, got {router_noise!r}")
-    if experts == "copy":
+    for name in ("w1_factors", "w2_factors", "max_bond"):
+        if experts != "mpo" and config_options.get(name) is not None:
+            raise UserError(f"{name}: expected none with experts={experts!r}, got {config_options[name]}")
+    if experts != "importance":
         if expert_size not in (None, D):
-            raise UserError(f"expert_size: expected none, or D={D}, with copies, got {expert_size}")
+            raise UserError(f"expert_size: expected none, or D={D}, with experts={experts!r}, got {expert_size}")
         expert_size, shared, scores = D, D, torch.zeros(len(ffns), D)
     else:
         expert_size = D // max(E, 1) if expert_size is None else expert_size
@@ -85,6 +93,13 @@ def convert_to_task_moe(
         scores = ranking(model, importance, seed)
     indices = expert_indices(scores, E, expert_size, shared)
 
+    if experts == "mpo":
+        H = source.config.hidden_size
+        max_bond = config_options.get("max_bond")
+        for name, shape in (("w1_factors", (D, H)), ("w2_factors", (H, D))):
+            plan = plan_factors(*shape, max_bond=max_bond)[0]
+            config_options.setdefault(name, [list(plan.row_factors), list(plan.col_factors)])
+            check_caps(*config_options[name], max_bond)
     config = moe_config(
         source.config.to_dict(), attn_implementation=source.config._attn_implementation, style=encoder_style(model),
         router=TASK_ROUTER, tasks=list(tasks), num_experts=E, expert_size=expert_size, shared=shared, top_k=top_k,
@@ -100,6 +115,8 @@ def convert_to_task_moe(
         base = f"{prefix}encoder.layer.{layer}."
         w1, b1, w2, b2, norm_weight, norm_bias = pop_ffn(state, base)
         weights = _scaled(expert_weights(w1, b1, w2, b2, norm_weight, norm_bias, indices[layer]), config)
+        if experts == "mpo":
+            weights |= _decomposed(weights.pop("w1"), "w1", config) | _decomposed(weights.pop("w2"), "w2", config)
         state |= {f"{base}experts.{name}": tensor for name, tensor in weights.items()}
         state[f"{base}router.logits"] = torch.randn(len(config.tasks or ()), E, generator=generator) * router_noise
     # what a dense model without this head does not have
@@ -116,6 +133,14 @@ def _scaled(weights: dict[str, Tensor], config: MoEBertConfig) -> dict[str, Tens
     w2 = torch.cat([weights["w2"][..., :shared] * (E / top_k), weights["w2"][..., shared:] * E], dim=-1)
     norms = {name: weights[name][0] for name in ("norm_weight", "norm_bias")}
     return weights | norms | {"w2": w2, "b2": weights["b2"] * (E / top_k)}
+
+
+def _decomposed(copies: Tensor, name: str, config: MoEBertConfig) -> dict[str, Tensor]:
+    """The sites of an `MPOWeight` of equal experts (E, rows, columns), by key."""
+    sites = list(mpo_decompose(copies[0], *getattr(config, f"{name}_factors"), config.max_bond).sites)
+    central = sites.pop((len(sites) - 1) // 2)
+    aux = {f"{name}.aux.{k}": site.expand(len(copies), *site.shape) for k, site in enumerate(sites)}
+    return {f"{name}.central": central, **aux}
 
 
 def _without_head(state: dict[str, Tensor], prefix: str, style: str) -> dict[str, Tensor]:

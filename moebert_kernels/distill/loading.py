@@ -100,6 +100,11 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     """
     name = resolve_model(name)
     config = load_config(name)
+    if getattr(config, "task_labels", None) is not None:
+        check_labels(task, config)
+        model = load_as_saved(name)
+        model.set_task(task.name)
+        return model
     if task.kind == "lm" or config.is_encoder_decoder:
         return _load_generator(name, task, config, new_head)
     auto = AutoModelForQuestionAnswering if task.kind == "qa" else AutoModelForSequenceClassification
@@ -201,12 +206,19 @@ def is_unnamed(names: Sequence[str]) -> bool:
 
 def check_labels(task: Task, config: Any) -> None:
     """Raise UserError unless a model of this configuration has the task's classes."""
+    names = label_names(config, task.name)
     if task.kind == "classification":
-        label_order(task, label_names(config))
-    elif task.kind == "regression" and config.num_labels != 1 and not config.is_encoder_decoder:
-        raise UserError(f"labels: expected a model with 1 output for {task.name}, got {config.num_labels}")
+        label_order(task, names)
+    elif task.kind == "regression" and len(names) != 1 and not config.is_encoder_decoder:
+        raise UserError(f"labels: expected a model with 1 output for {task.name}, got {len(names)}")
 
 
-def label_names(config: Any) -> list[str]:
-    """A model's classes by number."""
+def label_names(config: Any, task: str | None = None) -> list[str]:
+    """A model's classes by number, one for a score; of a model with a head for each task, those of `task`.
+
+    Raises:
+        UserError: the model has heads for other tasks.
+    """
+    if task is not None and getattr(config, "task_labels", None) is not None:
+        return config.task_labels[config.tasks[config.task_id(task)]] or [task]
     return [str(config.id2label[number]) for number in sorted(config.id2label)]

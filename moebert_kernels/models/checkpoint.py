@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import MoEBertConfig
 from moebert_kernels.nn.hash_router import checked_table
+from moebert_kernels.nn.mpo_weight import site_shapes
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -120,14 +121,25 @@ def expected_shapes(config: MoEBertConfig) -> dict[str, tuple[int, ...]]:
     else:
         router = {"router.gate.weight": (E, H)}
     norm = (H,) if config.norm == "layer" else (E, H)
-    return router | {
-        "experts.w1": (E, I, H),
+    return {
+        **router,
+        **_weight_shapes("experts.w1", config.w1_factors, config.max_bond, (E, I, H)),
         "experts.b1": (E, I),
-        "experts.w2": (E, H, I),
+        **_weight_shapes("experts.w2", config.w2_factors, config.max_bond, (E, H, I)),
         "experts.b2": (E, H),
         "experts.norm_weight": norm,
         "experts.norm_bias": norm,
     }
+
+
+def _weight_shapes(name: str, factors: Any, max_bond: Any, dense: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Of experts with weights of their own, or of one `MPOWeight`."""
+    if factors is None:
+        return {name: dense}
+    sites = site_shapes(*factors, max_bond)
+    middle = (len(sites) - 1) // 2
+    aux = {f"{name}.aux.{k}": (dense[0], *site) for k, site in enumerate(sites[:middle] + sites[middle + 1 :])}
+    return {f"{name}.central": sites[middle], **aux}
 
 
 def _check_folder(path: str | os.PathLike) -> None:

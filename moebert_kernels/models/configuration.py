@@ -48,6 +48,8 @@ class MoEBertConfig(PreTrainedConfig):
         top_k: experts per token; above 1 with norm="layer" alone. None: 2 with router="task" and norm="layer", else 1.
         norm: "expert" (MoEBERT's: residual and LayerNorm in each expert) or "layer" (one LayerNorm around the experts;
             with router="task" alone). None: "layer" with router="task", else "expert".
+        w1_factors, w2_factors, max_bond: with router="task" alone: both weights of the experts share central tensors;
+            see `MoEFeedForward`.
         expert_dropout: dropout on the experts' output. None: `hidden_dropout_prob`.
         load_balance: weight of the gates' balance loss in `loss`.
         preset: "default" skips padding where an attention mask says so; "paper" routes and computes it, as published.
@@ -91,6 +93,9 @@ class MoEBertConfig(PreTrainedConfig):
     task_labels: dict[str, list[str]] | None = None
     top_k: int | None = None
     norm: str | None = None
+    w1_factors: list[list[int]] | None = None
+    w2_factors: list[list[int]] | None = None
+    max_bond: int | list[int] | None = None
     expert_dropout: float | None = None
     load_balance: float = 0.0
     preset: str = "default"
@@ -163,7 +168,9 @@ class MoEBertConfig(PreTrainedConfig):
 
     def _check_tasks(self) -> None:
         if not self.is_task_routed:
-            for name, only in (("tasks", None), ("task_labels", None), ("norm", "expert"), ("top_k", 1)):
+            others = {"norm": "expert", "top_k": 1}
+            for name in ("tasks", "task_labels", "w1_factors", "w2_factors", "max_bond", *others):
+                only = others.get(name)
                 if getattr(self, name) != only:
                     got = getattr(self, name)
                     raise UserError(f"{name}: expected {only!r} with router={self.router!r}, got {got!r}")
@@ -172,6 +179,8 @@ class MoEBertConfig(PreTrainedConfig):
             raise UserError(f"tasks: expected different names with router='task', got {self.tasks!r}")
         if self.task_labels is not None and self.task_labels.keys() != set(self.tasks):
             raise UserError(f"task_labels: expected labels of {', '.join(self.tasks)}, got {self.task_labels!r}")
+        if (self.w1_factors is None) != (self.w2_factors is None):
+            raise UserError(f"w2_factors: expected some as w1_factors={self.w1_factors}, got {self.w2_factors}")
         most = 1 if self.norm == "expert" else self.num_experts
         if self.top_k > most:
             raise UserError(

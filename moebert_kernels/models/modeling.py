@@ -24,6 +24,7 @@ from moebert_kernels.models.checkpoint import check_tensors, one_line_errors, re
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
+from moebert_kernels.nn.mpo_weight import MPOWeight
 from moebert_kernels.nn.task_router import checked_task_ids, route_tasks
 from moebert_kernels.ops.group_tokens import group_tokens_by_hash
 
@@ -38,7 +39,9 @@ class MoEBertLayer(GradientCheckpointingLayer):
         dropout = config.hidden_dropout_prob if config.expert_dropout is None else config.expert_dropout
         self.experts = MoEFeedForward(
             config.hidden_size, config.expert_size, config.num_experts,
-            activation=ACTIVATIONS[config.hidden_act], eps=config.layer_norm_eps, dropout=dropout, norm=config.norm,
+            activation=ACTIVATIONS[config.hidden_act], eps=config.layer_norm_eps, dropout=dropout,
+            norm=config.norm or "expert", w1_factors=config.w1_factors, w2_factors=config.w2_factors,
+            max_bond=config.max_bond,
         )  # fmt: skip
 
     def forward(
@@ -142,7 +145,10 @@ class MoEBertPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MoEFeedForward):
             for weight in (module.w1, module.w2):
-                init.normal_(weight, std=self.config.initializer_range)
+                shared = isinstance(weight, MPOWeight)
+                std = weight.initial_std(self.config.initializer_range) if shared else self.config.initializer_range
+                for tensor in weight.sites if shared else [weight]:
+                    init.normal_(tensor, std=std)
             for bias in (module.b1, module.b2, module.norm_bias):
                 init.zeros_(bias)
             init.ones_(module.norm_weight)

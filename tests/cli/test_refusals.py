@@ -15,7 +15,18 @@ def copy(folder, at):
 
 
 def test_help_of_every_command():
-    for name in ("doctor", "finetune", "importance", "convert", "distill", "eval", "bench", "demo"):
+    for name in (
+        "doctor",
+        "finetune",
+        "importance",
+        "convert",
+        "distill",
+        "collapse",
+        "student",
+        "eval",
+        "bench",
+        "demo",
+    ):
         result = CliRunner().invoke(app, [name, "--help"])
         assert result.exit_code == 0
         assert name == "doctor" or "--output" in result.output

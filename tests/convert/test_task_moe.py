@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from moebert_kernels import models
 from moebert_kernels.convert import convert_to_moe, convert_to_task_moe, expert_indices
@@ -18,16 +18,33 @@ def real_states(model, batch, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"top_k": 3, "num_experts": 5}, {"norm": "expert"}])
+@pytest.mark.parametrize("experts", ["copy", "mpo"])
 @pytest.mark.parametrize("name", ["bert", "bert-cls", "roberta-mlm"])
-def test_copies_compute_what_the_dense_model_does(name, options):
+def test_copies_compute_what_the_dense_model_does(name, options, experts):
     dense = dense_model(name).double()
-    moe = convert_to_task_moe(dense, ["a", "b"], experts="copy", router_noise=0.0, **options)
+    moe = convert_to_task_moe(dense, ["a", "b"], experts=experts, router_noise=0.0, **options)
     batch = inputs(pad_token_id=dense.config.pad_token_id)
     assert type(moe).__name__.replace("MoEBert", "") == type(dense).__name__.replace("Roberta", "").replace("Bert", "")
     for task in range(2):
         torch.testing.assert_close(
             real_states(moe, batch, task_ids=task), real_states(dense, batch), rtol=0, atol=1e-11
         )
+
+
+def test_mpo_experts_share_their_central_tensors(tmp_path):
+    dense = dense_model("bert")
+    moe = convert_to_task_moe(
+        dense, ["a"], experts="mpo", num_experts=8, w1_factors=[[6, 8], [4, 4]], w2_factors=[[4, 4], [6, 8]]
+    )
+    experts = moe.encoder.layer[0].experts
+    assert experts.w1.central.shape == (1, 6, 4, 24) and experts.w1.aux[0].shape == (8, 24, 8, 4, 1)
+    moe.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), moe.parameters(), strict=True))
+    batch = inputs()
+    torch.testing.assert_close(real_states(again, batch), real_states(moe, batch), rtol=0, atol=0)
+    with pytest.raises(UserError, match=r"experts.w1.central: expected shape \(1, 8, 4, 24\), got \(1, 6, 4, 24\)"):
+        AutoModel.from_pretrained(tmp_path, w1_factors=[[8, 6], [4, 4]])
 
 
 @pytest.mark.parametrize("shared", [0, 8])
@@ -98,8 +115,11 @@ def test_the_dense_model_is_not_changed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": "clone"}, "experts: expected one of importance, copy, got 'clone'"),
-        ({"experts": "copy", "expert_size": 12}, "expert_size: expected none, or D=48, with copies, got 12"),
+        ({"experts": "clone"}, "experts: expected one of importance, copy, mpo, got 'clone'"),
+        ({"experts": "copy", "expert_size": 12}, "expert_size: expected none, or D=48, with experts='copy', got 12"),
+        ({"experts": "mpo", "max_bond": 1}, "max_bond: expected caps at which building the weight pays, got bonds 1,"),
+        ({"experts": "mpo", "w1_factors": [[2, 12], [4, 4]]}, "row_factors: expected a product of 48, got 2 x 12"),
+        ({"experts": "copy", "max_bond": 5}, "max_bond: expected none with experts='copy', got 5"),
         ({"experts": "copy", "num_experts": 0}, "num_experts: expected at least 1, got 0"),
         ({"experts": "copy", "top_k": 5}, "top_k: expected at most 4 with num_experts=4 and norm='layer', got 5"),
         ({"experts": "copy", "norm": "expert", "top_k": 2}, "top_k: expected at most 1 with num_experts=4 and"),

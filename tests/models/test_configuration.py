@@ -35,6 +35,8 @@ TASKS = {"router": "task", "tasks": ["a", "b"]}
             {**TASKS, "norm": "expert", "top_k": 2},
             "top_k: expected at most 1 with num_experts=4 and norm='expert', got 2",
         ),
+        ({**TASKS, "w2_factors": [[1], [1]]}, "w2_factors: expected some as w1_factors=None, got [[1], [1]]"),
+        ({"max_bond": 3}, "max_bond: expected None with router='hash-random', got 3"),
         ({**TASKS, "task_labels": {"a": []}}, "task_labels: expected labels of a, b, got {'a': []}"),
     ],
 )

@@ -36,6 +36,17 @@ def test_each_sequence_of_a_mixed_batch_is_as_in_a_batch_of_its_task(options):
     assert not torch.allclose(tasks[0], tasks[1])
 
 
+@pytest.mark.parametrize("norm", ["layer", "expert"])
+def test_autocast_and_half_precision(norm):
+    model, batch = multi_task(norm=norm), tiny.inputs(batch=4)
+    wanted = model(**batch, task_ids=2).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(**batch, task_ids=2).logits.float(), wanted, rtol=0, atol=0.1)
+    half = model.bfloat16()(**batch, task_ids=2).logits
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), wanted, rtol=0, atol=0.1)
+
+
 def test_padding_changes_nothing():
     model, batch = encoder(), tiny.inputs(batch=4)
     other = batch["input_ids"].where(batch["attention_mask"] != 0, 1)

@@ -38,6 +38,31 @@ def test_one_norm_around_the_experts_is_the_reference(activation, top_k):
         torch.testing.assert_close(layer(x, routing, weights), wanted)
 
 
+@pytest.mark.parametrize("norm", ["expert", "layer"])
+def test_experts_with_a_shared_central_tensor(norm):
+    factors = {"w1_factors": [[2, 2], [3, 2]], "w2_factors": [[3, 2], [2, 2]]}
+    shared = MoEFeedForward(H, 4, E, norm=norm, **factors).double()
+    plain = MoEFeedForward(H, 4, E, norm=norm).double()
+    w1, w2 = shared.weights()
+    rest = {name: value for name, value in shared.state_dict().items() if "." not in name}
+    plain.load_state_dict({"w1": w1.detach(), "w2": w2.detach(), **rest})
+    x, ids = torch.randn(9, H, dtype=torch.float64), torch.randint(0, E, (9,))
+    torch.testing.assert_close(shared(x, ids), plain(x, ids))
+    shared(x, ids).square().sum().backward()
+    plain(x, ids).square().sum().backward()
+    for name, weight in (("w1", w1), ("w2", w2)):
+        module = getattr(shared, name)
+        wanted = torch.autograd.grad(weight, list(module.parameters()), getattr(plain, name).grad)
+        for parameter, gradient in zip(module.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    assert "expert_size=4" in repr(shared)
+
+
+def test_rejects_factors_of_another_shape():
+    with pytest.raises(UserError, match=r"w1_factors: expected products \(4, 6\), got \(4, 9\)"):
+        MoEFeedForward(H, 4, E, w1_factors=[[2, 2], [3, 3]], w2_factors=[[3, 2], [2, 2]])
+
+
 def test_rejects_an_unknown_norm():
     with pytest.raises(UserError, match="norm: expected 'expert' or 'layer', got 'pre'"):
         MoEFeedForward(H, I, E, norm="pre")

@@ -43,7 +43,15 @@ def outputs(model, batch, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 1}, {"top_k": 4}, {"norm": "expert"}, {"experts": "copy", "num_experts": 3}, {"preset": "paper"}],
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 4},
+        {"norm": "expert"},
+        {"experts": "copy", "num_experts": 3},
+        {"experts": "mpo"},
+        {"preset": "paper"},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["bert", "roberta"])

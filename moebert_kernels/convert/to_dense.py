@@ -82,8 +82,9 @@ def _dense_config(config: MoEBertConfig, **options: Any) -> Any:
 
 def _dense_layer(experts: MoEFeedForward, chosen: Tensor, probabilities: Tensor) -> list[Tensor]:
     """w1, b1, w2, b2, norm's weight and bias of one dense layer; sums and products in float64, rounded once."""
-    dtype, g = experts.w1.dtype, probabilities.double()
-    w1, b1, w2, b2 = (p.detach()[chosen] for p in (experts.w1, experts.b1, experts.w2, experts.b2))
+    dtype, g = experts.b1.dtype, probabilities.double()
+    all_w1, all_w2 = experts.weights()
+    w1, b1, w2, b2 = (p.detach()[chosen] for p in (all_w1, experts.b1, all_w2, experts.b2))
     if experts.norm == "expert":
         norms = [norm.detach()[chosen[0]].double() * g[0] for norm in (experts.norm_weight, experts.norm_bias)]
         g = torch.ones_like(g)

@@ -1,0 +1,118 @@
+"""`moebert collapse` and `moebert student`: dense models that transformers alone can load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.running import already_written, write_model
+from moebert_kernels.errors import UserError
+
+
+def collapse(
+    model: o.ModelName,
+    task: Annotated[str, typer.Option("--task", help="One of the model's tasks.")],
+    output: o.OutputFolder,
+    force: o.Force = False,
+) -> None:
+    """Turn a task-routed MoE into the plain BERT that it is for one task: transformers alone can serve it."""
+    from moebert_kernels.convert import collapse as collapsed
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    identity = {"command": "collapse", "model": str(Path(model)), "task": task}
+    if already_written(output, identity, force):
+        print(f"{output} is there already")
+        return
+    tokenizer = load_tokenizer(model)
+    write_model(output, collapsed(load_as_saved(model), task), tokenizer, identity)
+
+
+def student(
+    model: Annotated[
+        str, typer.Option("--model", help="The teacher: a dense model, or a task-routed MoE together with --task.")
+    ],
+    output: o.OutputFolder,
+    task: Annotated[str | None, typer.Option("--task", help="Of a task-routed MoE: the task.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="4l-312, 6l-384, 6l-768 or 3l-384. Without it the teacher's sizes.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Over the shape's own.")] = None,
+    hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="Over the shape's own.")] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option("--intermediate-size", min=1, help="Over the shape's own.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Over the shape's own.")] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            "--init", help="layers: every k-th of the teacher's; random; or a model whose weights to start from."
+        ),
+    ] = "layers",
+    teacher_layer: Annotated[
+        list[int] | None,
+        typer.Option("--teacher-layer", help="With --init layers: which of them, once for each, counted from 1."),
+    ] = None,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+) -> None:
+    """Make a small dense model with a teacher's head and labels, to be distilled or fine-tuned."""
+    from moebert_kernels.convert import describe_layer_map, layer_map, make_student
+    from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
+
+    identity = {
+        "command": "student", "model": str(Path(model)), "task": task, "shape": shape, "layers": layers,
+        "hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "init": init,
+        "teacher_layer": teacher_layer, "seed": seed,
+    }  # fmt: skip
+    if already_written(output, identity, force):
+        print(f"{output} is there already")
+        return
+    teacher, tokenizer = _dense_teacher(load_as_saved(model), task), load_tokenizer(model)
+    sizes = {
+        "num_hidden_layers": layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+        "num_attention_heads": heads,
+    }  # fmt: skip
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    given: Any = init
+    wanted: Any = None
+    if init in ("layers", "random"):
+        wanted = replace(_shape(shape, teacher.config), **sizes)
+    else:
+        given = load_encoder(init)
+        if load_tokenizer(init).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"init: expected a model with the teacher's vocabulary, got {init} with another")
+        if shape or sizes:
+            wanted = replace(_shape(shape, given.config), **sizes)
+    made = make_student(teacher, wanted, given, layers=teacher_layer, seed=seed)
+    M, N = made.config.num_hidden_layers, teacher.config.num_hidden_layers
+    pairs = layer_map(M, N) if teacher_layer is None else dict(enumerate(teacher_layer, 1))
+    print(f"{sum(p.numel() for p in made.parameters()):,} parameters; {describe_layer_map(pairs)}")
+    write_model(output, made, tokenizer, identity)
+
+
+def _dense_teacher(model: Any, task: str | None) -> Any:
+    from moebert_kernels.convert import collapse as collapsed
+
+    if getattr(model.config, "is_task_routed", False):
+        if task is None:
+            raise UserError(f"task: expected one of the model's tasks, {', '.join(model.config.tasks)}, got none")
+        return collapsed(model, task)
+    if task is not None:
+        raise UserError(f"task: expected none with a model that does not route by task, got {task!r}")
+    return model
+
+
+def _shape(name: str | None, config: Any) -> Any:
+    """The preset of this name, or the sizes of a model."""
+    from moebert_kernels.convert import STUDENT_SHAPES, StudentShape
+
+    if name is None:
+        fields = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+        return StudentShape(*(getattr(config, field) for field in fields))
+    if name not in STUDENT_SHAPES:
+        raise UserError(f"shape: expected one of {', '.join(STUDENT_SHAPES)}, got {name!r}")
+    return STUDENT_SHAPES[name]

@@ -1,0 +1,114 @@
+"""Several tasks in one model: what `moebert convert --router task` and `moebert finetune` with several --task do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.errors import UserError
+
+_DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
+
+
+def known_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Tasks with one label or score per row, by name.
+
+    Raises:
+        UserError: no name, one twice, or one of a task of another kind or with unknown classes.
+    """
+    from moebert_kernels.distill.tasks import get_task
+
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"task: expected different tasks, got {', '.join(names) or 'none'}")
+    tasks = {}
+    for name in names:
+        if name == "custom" or get_task(name).kind not in ("classification", "regression"):
+            raise UserError(f"task: expected tasks of GLUE, which several can share a model, got {name!r}")
+        tasks[name] = get_task(name)
+    return tasks
+
+
+def convert_for_tasks(
+    name: str, tasks: Sequence[str], importance: Path | None, expert_size: int | None, shared: int | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """A task-routed model with a head for each task, and the dense one's tokenizer."""
+    from moebert_kernels.convert import convert_to_task_moe, load_importance
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    labels = {task: known.label_names for task, known in known_tasks(tasks).items()}
+    dense = load_as_saved(name)
+    scores = None if importance is None else load_importance(importance, dense).scores
+    moe = convert_to_task_moe(dense, labels, importance=scores, expert_size=expert_size, shared=shared or 0, **options)
+    return moe, load_tokenizer(name)
+
+
+def refuse_for_tasks(**options: Any) -> None:
+    """Raise UserError for the first of these options that is given: they are for one task."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(f"{name.replace('_', '-')}: expected it with one --task alone, got {value!r}")
+
+
+def finetune_tasks(
+    name: str, tasks: Sequence[str], data: Sequence[str] | None, hold_out: str | None, output: Path, config: Any,
+    temperature: float, max_length: int | None, resume: bool,
+) -> None:  # fmt: skip
+    """Train one task-routed model on several tasks; `config` judges by "mean"."""
+    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.features import Batches
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loop import fit
+    from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
+
+    known, files = known_tasks(tasks), _data_by_task(data, tasks)
+    student, tokenizer = load_as_saved(name), load_tokenizer(name)
+    if getattr(student.config, "task_labels", None) is None:
+        raise UserError(
+            f"model: expected one with a head for each of several tasks, got a {type(student).__name__} in {name};"
+            " moebert convert --router task makes one"
+        )
+    for task_name in known:
+        student.config.task_id(task_name)  # which refuses others
+    batches: dict[str, Batches] = {}
+    evaluators: dict[str, Evaluator] = {}
+    for task_name, task in known.items():
+        loaded = inputs.load_data(task, files.get(task_name), "train", hold_out)
+        loaded = inputs.labels_as_in(loaded, student.config)
+        length = inputs.max_length_for(student.config, task, max_length)
+        pad_to = inputs.padding_for(student.config, length)
+        train, validation = (
+            inputs.tokenized(loaded, split, tokenizer, length, None, student.config)
+            for split in ("train", "validation")
+        )
+        batches[task_name] = Batches(train, config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
+        evaluators[task_name] = Evaluator(loaded.task, loaded.validation, validation, 64, pad_to, progress=True)
+    main = {task_name: task.main_metric for task_name, task in known.items()}
+    result = fit(
+        student,
+        MultiTaskBatches(batches, student.config.tasks, config.seed, temperature=temperature),
+        config=config,
+        output_dir=output,
+        evaluate=MultiTaskEvaluator(evaluators, main),
+        identity={"tasks": list(tasks), "hold out": hold_out, "started from": f"{name} {model_fingerprint(student)}"},
+        also_save=tokenizer.save_pretrained,
+        resume=resume,
+    )
+    print("\n".join(load_report(student)))
+    print_metrics(result.best_metrics, f"best on validation by the mean, step {result.best_step}")
+    print(f"saved in {result.model_dir}")
+
+
+def _data_by_task(data: Sequence[str] | None, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """What --data says, by task."""
+    found: dict[str, list[str]] = {}
+    for entry in data or ():
+        task, equals, place = entry.partition("=")
+        if not equals or task not in tasks:
+            raise UserError(_DATA.format(tasks=", ".join(tasks), got=entry))
+        found.setdefault(task, []).append(place)
+    return found
