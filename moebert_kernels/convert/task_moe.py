@@ -96,10 +96,11 @@ def convert_to_task_moe(
     if experts == "mpo":
         H = source.config.hidden_size
         max_bond = config_options.get("max_bond")
-        for name, shape in (("w1_factors", (D, H)), ("w2_factors", (H, D))):
-            plan = plan_factors(*shape, max_bond=max_bond)[0]
+        for name, rows, columns in (("w1_factors", D, H), ("w2_factors", H, D)):
+            plan = plan_factors(rows, columns, max_bond=max_bond)[0]
             config_options.setdefault(name, [list(plan.row_factors), list(plan.col_factors)])
-            check_caps(*config_options[name], max_bond)
+            row_factors, col_factors = config_options[name]
+            check_caps(row_factors, col_factors, max_bond)
     config = moe_config(
         source.config.to_dict(), attn_implementation=source.config._attn_implementation, style=encoder_style(model),
         router=TASK_ROUTER, tasks=list(tasks), num_experts=E, expert_size=expert_size, shared=shared, top_k=top_k,
@@ -137,7 +138,8 @@ def _scaled(weights: dict[str, Tensor], config: MoEBertConfig) -> dict[str, Tens
 
 def _decomposed(copies: Tensor, name: str, config: MoEBertConfig) -> dict[str, Tensor]:
     """The sites of an `MPOWeight` of equal experts (E, rows, columns), by key."""
-    sites = list(mpo_decompose(copies[0], *getattr(config, f"{name}_factors"), config.max_bond).sites)
+    row_factors, col_factors = getattr(config, f"{name}_factors")
+    sites = list(mpo_decompose(copies[0], row_factors, col_factors, config.max_bond).sites)
     central = sites.pop((len(sites) - 1) // 2)
     aux = {f"{name}.aux.{k}": site.expand(len(copies), *site.shape) for k, site in enumerate(sites)}
     return {f"{name}.central": central, **aux}

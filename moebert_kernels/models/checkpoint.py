@@ -136,7 +136,8 @@ def _weight_shapes(name: str, factors: Any, max_bond: Any, dense: tuple[int, ...
     """Of experts with weights of their own, or of one `MPOWeight`."""
     if factors is None:
         return {name: dense}
-    sites = site_shapes(*factors, max_bond)
+    row_factors, col_factors = factors
+    sites = site_shapes(row_factors, col_factors, max_bond)
     middle = (len(sites) - 1) // 2
     aux = {f"{name}.aux.{k}": (dense[0], *site) for k, site in enumerate(sites[:middle] + sites[middle + 1 :])}
     return {f"{name}.central": sites[middle], **aux}

@@ -145,10 +145,12 @@ class MoEBertPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, MoEFeedForward):
             for weight in (module.w1, module.w2):
-                shared = isinstance(weight, MPOWeight)
-                std = weight.initial_std(self.config.initializer_range) if shared else self.config.initializer_range
-                for tensor in weight.sites if shared else [weight]:
-                    init.normal_(tensor, std=std)
+                std = self.config.initializer_range
+                if isinstance(weight, MPOWeight):
+                    for site in weight.sites:
+                        init.normal_(site, std=weight.initial_std(std))
+                else:
+                    init.normal_(weight, std=std)
             for bias in (module.b1, module.b2, module.norm_bias):
                 init.zeros_(bias)
             init.ones_(module.norm_weight)

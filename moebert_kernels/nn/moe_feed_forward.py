@@ -123,7 +123,8 @@ def _make_weight(
 ) -> nn.Parameter | MPOWeight:
     if factors is None:
         return nn.Parameter(torch.empty(num_experts, rows, columns))
-    products = tuple(math.prod(part) for part in factors)
+    row_factors, col_factors = factors
+    products = (math.prod(row_factors), math.prod(col_factors))
     if products != (rows, columns):
         raise UserError(f"{name}_factors: expected products {(rows, columns)}, got {products}")
-    return MPOWeight(num_experts, *factors, max_bond)
+    return MPOWeight(num_experts, row_factors, col_factors, max_bond)
