@@ -103,8 +103,8 @@ def convert(
         str | None,
         typer.Option(
             "--router",
-            help="hash-random (the default), hash-balance (counts --data), gate-token, gate-sentence or task (by --task,"
-            " with a head for each); with mpoe switch (the default), top2, gate-token, hash-random or hash-balance.",
+            help="hash-random (the default), hash-balance (counts --data), gate-token, gate-sentence or task (with a"
+            " head for each --task); with mpoe switch (the default), top2, gate-token, hash-random or hash-balance.",
         ),
     ] = None,
     load_balance: Annotated[
@@ -134,8 +134,8 @@ def convert(
         str | None,
         typer.Option(
             "--experts",
-            help="mpo (default), or dense: whole copies, as in Switch. With --router task importance (default: a split),"
-            " copy (whole copies) or mpo.",
+            help="mpo (default), or dense: whole copies, as in Switch. With --router task importance (default), copy"
+            " (whole copies) or mpo.",
             rich_help_panel=_MPOE,
         ),
     ] = None,
