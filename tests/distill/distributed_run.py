@@ -1,9 +1,15 @@
-"""A tiny distillation for any number of processes: python distributed_run.py FOLDER ACCUMULATION."""
+"""Tiny runs for any number of processes: python distributed_run.py FOLDER ACCUMULATION. A distillation into FOLDER, and
+a masked MPOE language model, whose windows of text differ in length, into FOLDER/lm.
+"""
 
 import sys
+from pathlib import Path
 
 from moebert_kernels.distill import FitConfig, LayerwiseObjective, fit
+from moebert_kernels.distill.features import Batches
+from moebert_kernels.nn import GradientMask
 from tests.distill.tiny import TinyBatches, tiny_bert
+from tests.distill.tiny_text import story, tiny_mpoe
 
 if __name__ == "__main__":
     folder, accumulation = sys.argv[1], int(sys.argv[2])
@@ -11,3 +17,8 @@ if __name__ == "__main__":
     data = TinyBatches(examples=40, sizes=[8, 5, 8, 8, 8, 2, 1])
     objective = LayerwiseObjective("classification")
     fit(tiny_bert(0), data, config=config, output_dir=folder, objective=objective, teacher=tiny_bert(1))
+
+    config = FitConfig(epochs=3, learning_rate=1e-3, accumulation=accumulation, log_steps=2, adam_eps=1e-5)
+    model = tiny_mpoe()
+    mask = GradientMask(model, 0.5, seed=5)
+    fit(model, Batches(story(), 1), config=config, output_dir=Path(folder) / "lm", gradient_mask=mask)

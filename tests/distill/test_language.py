@@ -7,20 +7,15 @@ import signal
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from moebert_kernels.distill import FitConfig, TokenObjective, fit
 from moebert_kernels.distill.features import Batches, Features
-from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.distill.language import PerplexityEvaluator
 from moebert_kernels.distill.objectives import batch_weight, is_causal, task_loss
 from moebert_kernels.distill.tasks import get_task, load_task
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import assert_same_weights, log, tiny_bert, weights
-from tests.distill.tiny_text import STORY, byte_tokenizer, tiny_gpt2, tiny_t5
-
-
-def story(length=8, overlap=1, documents=(STORY,)):
-    return text_features(Dataset.from_dict({"text": list(documents)}), "text", byte_tokenizer(), length, overlap)
+from tests.distill.tiny_text import STORY, byte_tokenizer, story, tiny_gpt2, tiny_t5
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(8, 1), (8, 4), (8, 7), (5, 2), (16, 1), (1000, 1)])

@@ -63,11 +63,13 @@ def test_two_processes_equal_one(tmp_path):
     ):
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{name}: {done.stderr}"
-    one, two = (load_file(tmp_path / name / "final/model.safetensors") for name in ("one", "two"))
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6, msg=name)
-    for ours, theirs in zip(log(tmp_path / "one", "loss"), log(tmp_path / "two", "loss"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    for part in (".", "lm"):
+        folders = [tmp_path / name / part for name in ("one", "two")]
+        one, two = (load_file(folder / "final/model.safetensors") for folder in folders)
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6, msg=f"{part} {name}")
+        for ours, theirs in zip(*(log(folder, "loss") for folder in folders), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_keeps_the_best_the_later_of_equals_and_stops_early(tmp_path):

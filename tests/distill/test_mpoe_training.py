@@ -11,15 +11,8 @@ from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask
-from tests.distill.test_language import story
 from tests.distill.tiny import assert_same_weights, log, weights
-from tests.distill.tiny_text import tiny_gpt2, tiny_t5
-
-
-def tiny_mpoe(seed=0, dropout=0.0, load_balance=0.0, **options):
-    return convert_to_mpoe(
-        tiny_gpt2(seed, dropout=dropout), 3, sites=3, noise=0.1, seed=seed, load_balance=load_balance, **options
-    )
+from tests.distill.tiny_text import story, tiny_gpt2, tiny_mpoe, tiny_t5
 
 
 def train(folder, model, probability=0.0, batches=None, **settings):

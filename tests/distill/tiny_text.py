@@ -1,8 +1,12 @@
 """Models that predict tokens, and their tokenizers, small enough to take a second."""
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.distill.language import text_features
 
 STORY = "the old mill stood by the river and the river ran to the sea\nthe sea was cold \n\n and the mill was old\n"
 WORDS = "mrpc rte stsb custom sentence1: sentence2: text: sentence: warm cold day night the a is was very"
@@ -59,3 +63,15 @@ def tiny_t5(seed=0, vocab_size=40, layers=1):
     )  # fmt: skip
     torch.manual_seed(seed)
     return T5ForConditionalGeneration(config)
+
+
+def story(length=8, overlap=1, documents=(STORY,)):
+    """Windows of STORY."""
+    return text_features(Dataset.from_dict({"text": list(documents)}), "text", byte_tokenizer(), length, overlap)
+
+
+def tiny_mpoe(seed=0, dropout=0.0, load_balance=0.0, **options):
+    """A random GPT-2's conversion, with experts that differ."""
+    return convert_to_mpoe(
+        tiny_gpt2(seed, dropout=dropout), 3, sites=3, noise=0.1, seed=seed, load_balance=load_balance, **options
+    )
