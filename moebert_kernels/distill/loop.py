@@ -27,12 +27,11 @@ from transformers import get_scheduler
 
 from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity, write_folder, write_text
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
-from moebert_kernels.distill.objectives import LayerwiseObjective, Preset, batch_weight, is_causal, task_loss
+from moebert_kernels.distill.loss import Loss
+from moebert_kernels.distill.objectives import Objective, batch_weight
 from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
 from moebert_kernels.distill.setup import check_experts, check_teacher, new_optimizer, prepare_folder, run_identity
-from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask
 
@@ -43,7 +42,7 @@ def fit(
     *,
     config: FitConfig,
     output_dir: str | Path,
-    objective: LayerwiseObjective | TokenObjective | None = None,
+    objective: Objective | None = None,
     teacher: nn.Module | TeacherCache | None = None,
     evaluate: Callable[[nn.Module], Metrics] | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -102,6 +101,7 @@ class _Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     log_size: int = 0
     meter: dict[str, Any] | None = None
+    adversary: dict[str, Any] | None = None
 
 
 class _Run:
@@ -116,41 +116,34 @@ class _Run:
         self.output_dir, self.objective, self.evaluate, self.also_save = output_dir, objective, evaluate, also_save
         self.gradient_mask: GradientMask | None = mask
 
-        self.teacher: Teacher | None = teacher
-        if isinstance(teacher, nn.Module):
-            self.teacher = LiveTeacher(
-                teacher, accelerator.device, dropout=config.teacher_dropout, autocast=accelerator.autocast
-            )
-        if objective is not None:
-            objective.check(model, self.teacher.info)
-        self.preset: Preset = "default" if objective is None else objective.preset
-        self.causal = is_causal(model)
-        # a causal model's loss is not its own (task_loss): with the labels it would compute a second one in vain
-        self.forward_keys = [key for key in forward_keys(model) if not (self.causal and key == "labels")]
-        self.load_balance = getattr(model.config, "load_balance", 0.0)
-        self.weights = {"balance": self.load_balance, **config.weights}
-        self.weighted: list[str] | None = None  # the terms that count, in a fixed order, once the first batch told
+        self.student = model.to(accelerator.device)
+        self.loss = Loss(model, objective, teacher, config, accelerator)
+        self.adversary = self.loss.adversary
 
         self.window = config.accumulation * self.world
         self.steps_per_epoch = math.ceil(len(train) / self.window)
         self.total_steps = min(config.epochs * self.steps_per_epoch, config.max_steps or math.inf)
-        self.student = model.to(accelerator.device)
-        optimizer = new_optimizer(model, config, accelerator.device)
+        optimizer = new_optimizer(self.loss.trained, config, accelerator.device)
         warmup = math.ceil(config.warmup_ratio * self.total_steps)
         # not prepared by accelerate, which would step it once per process
         self.scheduler = get_scheduler(config.schedule, optimizer, warmup, self.total_steps)
-        self.parts = {"model": Part(model, optimizer, self.scheduler)}
+        self.parts = {"model": Part(self.loss.trained, optimizer, self.scheduler)}
+        if self.adversary is not None:
+            self.parts["discriminator"] = self.adversary.part
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
         masked = {} if mask is None else {f"gradient_mask.{name}": value for name, value in mask.identity().items()}
         identity = {**masked, **identity}
-        self.identity = run_identity(model, train, config, objective, self.teacher, self.world, identity)
+        self.identity = run_identity(model, train, config, objective, self.loss.teacher, self.world, identity)
         state_dir = output_dir / "state"
         self.finished = state_dir / "finished.json"
         self.checkpoints = Checkpoints(state_dir, self.identity, self.rank, accelerator.wait_for_everyone)
-        self.meter = TermMeter(lambda sums: accelerator.reduce(sums, "sum"))
+        self.meter = TermMeter(self._sum)
         self.log = RunLog(output_dir / "log.jsonl", writes=self.rank == 0)
         self.at = _Progress()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
 
     def fit(self, resume: bool) -> FitResult:
         if self.rank == 0:
@@ -168,7 +161,11 @@ class _Run:
         else:
             self.at = _Progress(**progress)
             self.meter.load_state(self.at.meter, self.accelerator.device, self.rank)
+            if self.adversary is not None:
+                self.adversary.load_state(self.at.adversary, self.rank)
         self.log.truncate(self.at.log_size)
+        if self.objective is not None and self.rank == 0:
+            print(self.loss.summary(), file=sys.stderr)
         self._train(resumed=progress is not None)
         self._write_model("final")
         if self.rank == 0:
@@ -232,7 +229,7 @@ class _Run:
 
     def _update(self, window: list[Batch]) -> None:
         """One optimizer step on the mean over the window's sequences, or labels."""
-        weights = [batch_weight(batch, self.causal) for batch in window]
+        weights = [batch_weight(batch, self.loss.causal) for batch in window]
         if not sum(weights):
             raise UserError(f"labels: expected at least one in an optimizer step, got none after step {self.at.step}")
         mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
@@ -245,57 +242,37 @@ class _Run:
                 stack.enter_context(self.student.shared_fold())
             for i, (batch, weight) in enumerate(mine):
                 with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
-                    terms = self._terms({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
-                    total = torch.stack([self.weights.get(name, 1.0) * terms[name] for name in self.weighted]).sum()
+                    batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+                    terms = self.loss.terms(self.model, batch)
+                    total = self.loss.total(terms, self._share)
                     # distributed gradients are averaged over the processes, hence `world`
                     self.accelerator.backward(total * (weight * self.world / sum(weights)))
                 self.meter.add({"loss": total, **terms}, weight)
+        beside = self.loss.parameters_beside()
+        if self.world > 1:
+            for parameter in beside:  # which no distributed wrapper knows
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if self.config.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self.accelerator.clip_grad_norm_([*self.model.parameters(), *beside], self.config.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        if self.adversary is not None:
+            self.adversary.step([weight for _, weight in mine], sum(weights), self._share, self._sum)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        """The named, unweighted terms of a micro-batch."""
-        inputs = {key: batch[key] for key in self.forward_keys if key in batch}
-        outputs = self.model(**inputs, output_hidden_states=self.objective is not None)
-        terms = {}
-        if self.weights.get("task", 1.0):
-            terms["task"] = task_loss(
-                outputs, batch, self.load_balance, self.preset, self.causal, self.config.label_smoothing
-            )
-        if self.weights["balance"]:
-            terms["balance"] = outputs.balance_loss
-        if self.objective is not None:
-            terms |= self.objective(outputs, self.teacher(batch), batch)
-        if self.weighted is None:
-            self.weighted = self._weighted(terms)
-        return terms
-
-    def _weighted(self, terms: Mapping[str, Tensor]) -> list[str]:
-        """The names of the terms that count, sorted, so that sums round alike in every process.
-
-        Raises:
-            UserError: a weight for a term that does not exist, no term with a weight, or a term without a gradient.
-        """
-        unknown = sorted(set(self.config.weights) - {*terms, "task", "balance"})
-        if unknown:
-            raise UserError(f"weights: expected names among {', '.join(sorted(terms))}, got {unknown[0]!r}")
-        weighted = [name for name in sorted(terms) if self.weights.get(name, 1.0)]
-        if not weighted:
-            raise UserError("weights: expected a loss term with a weight above 0, got none")
-        for name in weighted:
-            if not terms[name].requires_grad:
-                raise UserError(f"{name}: expected a loss that depends on what is trained, got a constant")
-        return weighted
+    @property
+    def _share(self) -> float:
+        """Of the run that is done."""
+        return self.at.step / self.total_steps
 
     def _report(self, bar: tqdm) -> None:
         at = self.at
         if at.step % self.config.log_steps and at.step != self.total_steps:
             return
-        means = self.meter.means(at.step, self.weighted)
+        means = self.meter.means(at.step, self.loss.weighted)
         self.meter.reset()
+        if self.adversary is not None:
+            means |= self.adversary.means(at.step, self._sum)
         rate = self.scheduler.get_last_lr()[0]
         self.log.write(step=at.step, epoch=at.step / self.steps_per_epoch, learning_rate=rate, **means)
         bar.set_postfix({name: f"{mean:.4g}" for name, mean in means.items()}, refresh=False)
@@ -303,7 +280,7 @@ class _Run:
     def _evaluate(self) -> bool:
         """Evaluate, log, and keep the model if it is the best so far; returns whether it is."""
         at = self.at
-        self.meter.means(at.step, self.weighted)  # not the metrics of a broken run
+        self.meter.means(at.step, self.loss.weighted)  # not the metrics of a broken run
         self.model.eval()
         with torch.no_grad():
             metrics = {name: float(value) for name, value in self.evaluate(self.student).items()}
@@ -342,8 +319,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        self.meter.means(self.at.step, self.weighted)  # a broken run must not replace a good checkpoint
+        self.meter.means(self.at.step, self.loss.weighted)  # a broken run must not replace a good checkpoint
         self.at.log_size, self.at.meter = self.log.size(), self.meter.state()
+        if self.adversary is not None:
+            self.at.adversary = self.adversary.state(self._sum)
         self.checkpoints.save(self.at.step, self.parts, asdict(self.at))
 
     def _result(self, reload: bool) -> FitResult:

@@ -7,16 +7,23 @@ mean over labels, so that gradient accumulation weighted by sequences (`batch_we
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebert_kernels.convert import describe_layer_map
+from moebert_kernels.convert import layer_map as even_layer_map
 from moebert_kernels.distill.config import Batch
-from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from moebert_kernels.distill.discriminator import Adversary
+    from moebert_kernels.distill.teacher import TeacherInfo
 
 Kind = Literal["classification", "regression", "qa"]
 Preset = Literal["default", "paper"]
@@ -24,7 +31,7 @@ Preset = Literal["default", "paper"]
 IGNORED = -100  # as a label: no target; torch's and transformers' value
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -39,7 +46,7 @@ def symmetric_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = N
     Returns:
         () the mean over B. MoEBERT (2204.07675), eq. 6.
     """
-    logits, teacher_logits = _at_least_float32(logits), _at_least_float32(teacher_logits)
+    logits, teacher_logits = at_least_float32(logits), at_least_float32(teacher_logits)
     if mask is not None:
         masked = mask == 0
         lowest = torch.finfo(logits.dtype).min
@@ -51,12 +58,24 @@ def symmetric_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = N
     return 0.5 * ((log_p.exp() - log_q.exp()) * log_ratio).sum() / logits.shape[0]
 
 
+def soft_targets(logits: Tensor, teacher_logits: Tensor, temperature: float, kind: str = "classification") -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) of (B, C) logits, or for "regression" their MSE.
+
+    () mean over B, in at least float32. Hinton et al. (1503.02531).
+    """
+    logits, teacher_logits = at_least_float32(logits), at_least_float32(teacher_logits)
+    if kind == "regression":
+        return F.mse_loss(logits, teacher_logits)
+    log_q, log_p = (values.div(temperature).log_softmax(-1) for values in (logits, teacher_logits))
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
 def hidden_mse(hidden: Tensor, teacher_hidden: Tensor, token_weights: Tensor | None = None) -> Tensor:
     """Mean squared difference of two (B, T, H) hidden states; computed in at least float32.
 
     `token_weights` (B, T) sums to 1 and says how much each position counts; None: all B * T positions equally.
     """
-    difference = _at_least_float32(hidden) - _at_least_float32(teacher_hidden)
+    difference = at_least_float32(hidden) - at_least_float32(teacher_hidden)
     if token_weights is None:
         return difference.square().mean()
     return (difference.square().mean(-1) * token_weights).sum()
@@ -74,22 +93,63 @@ def label_weights(labels: Tensor, causal: bool) -> Tensor:
     return labelled / labelled.sum().clamp(min=1) if causal else sequence_weights(labelled)
 
 
-def default_layer_map(student_layers: int, teacher_layers: int) -> dict[int, int]:
-    """Student hidden state -> teacher hidden state, evenly spaced; 0 is the embeddings' output.
+def checked_pairs(layer_map: Mapping[int, int] | None, student_layers: int, teacher_layers: int) -> dict[int, int]:
+    """Student hidden state -> teacher hidden state, 0 the embeddings' output. None: all of the student's, evenly.
 
     Raises:
-        UserError: the teacher's layers are not a multiple of the student's.
+        UserError: it names a hidden state that one of the two does not have, or is None for a deeper student.
     """
-    if teacher_layers % student_layers:
-        raise UserError(
-            f"layer_map: expected one to be given for {student_layers} student and {teacher_layers} teacher layers"
-            " (not a multiple), got None"
-        )
-    stride = teacher_layers // student_layers
-    return {layer: layer * stride for layer in range(student_layers + 1)}
+    if layer_map is None:
+        return even_layer_map(student_layers, teacher_layers)
+    for name, layers, last in (
+        ("student", layer_map.keys(), student_layers),
+        ("teacher", layer_map.values(), teacher_layers),
+    ):
+        if min(layers) < 0 or max(layers) > last:
+            raise UserError(f"layer_map: expected {name} states between 0 and {last}, got {sorted(layers)}")
+    return dict(layer_map)
 
 
-class LayerwiseObjective:
+class Objective(ABC):
+    """What a student is trained for besides its labels: named, unweighted terms of a batch.
+
+    Attributes:
+        preset: whether padding counts in the task's own loss.
+        relation_layer: the teacher's layer, from 1, whose queries, keys and values are needed; None: none are.
+        maps: what is trained together with the student, and no part of it; made by `build`.
+        adversary: a discriminator with its own optimizer, which steps after the student; made by `build`.
+    """
+
+    preset: Preset = "default"
+    relation_layer: int | None = None
+    maps: nn.Module | None = None
+    adversary: Adversary | None = None
+
+    @abstractmethod
+    def identity(self) -> dict[str, object]:
+        """What decides where a run ends, for comparison with a checkpoint's."""
+
+    @abstractmethod
+    def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
+        """Raise UserError, before any step, where the two models, the cache or the routing do not fit."""
+
+    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
+        """Make `maps` and `adversary` anew, on the student's device."""
+
+    def summary(self, student_layers: int, teacher_layers: int) -> str:
+        """A line for people, said once: which state follows which."""
+        return "student <- teacher: predictions"
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Entered while the student computes a batch."""
+        return nullcontext()
+
+    @abstractmethod
+    def __call__(self, student_outputs: Any, teacher_outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        """The terms by name, each (), with a gradient; the same names for every batch."""
+
+
+class LayerwiseObjective(Objective):
     """MSE over hidden states ("hidden") and the distance of the predictions ("prediction").
 
     Args:
@@ -115,28 +175,17 @@ class LayerwiseObjective:
         self.layer_map = None if layer_map is None else dict(layer_map)
 
     def identity(self) -> dict[str, object]:
-        """What decides where a run ends, for comparison with a checkpoint's."""
         pairs = None if self.layer_map is None else sorted(self.layer_map.items())
         return {"kind": self.kind, "preset": self.preset, "layer_map": pairs}
 
     def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
-        """The layer map for a student and a teacher of so many layers.
+        """The layer map for a student and a teacher of so many layers; see `checked_pairs`."""
+        return checked_pairs(self.layer_map, student_layers, teacher_layers)
 
-        Raises:
-            UserError: it names a hidden state that one of them does not have.
-        """
-        if self.layer_map is None:
-            return default_layer_map(student_layers, teacher_layers)
-        for name, layers, last in (
-            ("student", self.layer_map.keys(), student_layers),
-            ("teacher", self.layer_map.values(), teacher_layers),
-        ):
-            if min(layers) < 0 or max(layers) > last:
-                raise UserError(f"layer_map: expected {name} states between 0 and {last}, got {sorted(layers)}")
-        return self.layer_map
+    def summary(self, student_layers: int, teacher_layers: int) -> str:
+        return describe_layer_map(self.pairs(student_layers, teacher_layers))
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
-        """Raise UserError, before any step, where the two models, the cache or the routing do not fit the objective."""
         config: Any = student.config
         needed = set(self.pairs(config.num_hidden_layers, teacher.num_layers).values())
         for name in ("hidden_size", "vocab_size", "num_labels"):
@@ -175,7 +224,10 @@ class LayerwiseObjective:
         }
 
     def _hidden(self, student_outputs: Any, teacher_outputs: Any, mask: Tensor | None) -> Tensor:
-        student, teacher = _output(student_outputs, "hidden_states"), _output(teacher_outputs, "hidden_states")
+        student, teacher = (
+            named_output(student_outputs, "hidden_states"),
+            named_output(teacher_outputs, "hidden_states"),
+        )
         weights = None if mask is None else sequence_weights(mask)
         terms = []
         for layer, teacher_layer in self.pairs(len(student) - 1, len(teacher) - 1).items():
@@ -189,17 +241,17 @@ class LayerwiseObjective:
     def _prediction(self, student_outputs: Any, teacher_outputs: Any, mask: Tensor | None) -> Tensor:
         if self.kind == "qa":
             start, end = (
-                symmetric_kl(_output(student_outputs, name), _output(teacher_outputs, name), mask)
+                symmetric_kl(named_output(student_outputs, name), named_output(teacher_outputs, name), mask)
                 for name in ("start_logits", "end_logits")
             )
             return (start + end) / 2
-        logits, teacher_logits = _output(student_outputs, "logits"), _output(teacher_outputs, "logits")
+        logits, teacher_logits = named_output(student_outputs, "logits"), named_output(teacher_outputs, "logits")
         if self.kind == "regression":
-            return F.mse_loss(_at_least_float32(logits), _at_least_float32(teacher_logits))
+            return F.mse_loss(at_least_float32(logits), at_least_float32(teacher_logits))
         return symmetric_kl(logits, teacher_logits)
 
 
-def _output(outputs: Any, name: str) -> Any:
+def named_output(outputs: Any, name: str) -> Any:
     value = getattr(outputs, name, None)
     if value is None:
         raise UserError(f"{name}: expected in the outputs of student and teacher, got none")
@@ -248,7 +300,7 @@ def task_loss(
     labels = batch.get("labels")
     if labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3:
         labels = next_token_labels(labels) if causal else labels
-        logits = _at_least_float32(outputs.logits)
+        logits = at_least_float32(outputs.logits)
         losses = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
         )
@@ -270,5 +322,5 @@ def task_loss(
 def _position_loss(logits: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
     """Mean over B of the cross-entropy over the valid tokens (B, T); 0 where the position is not one of them."""
     inside = F.pad(mask != 0, (0, 1)).gather(1, positions.clamp(0, mask.shape[1])[:, None]).squeeze(1)
-    logits = _at_least_float32(logits).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+    logits = at_least_float32(logits).masked_fill(mask == 0, torch.finfo(torch.float32).min)
     return F.cross_entropy(logits, positions.where(inside, -100), ignore_index=-100, reduction="none").mean()

@@ -16,10 +16,9 @@ from torch import nn
 
 from moebert_kernels.distill.checkpoint import recover_folder
 from moebert_kernels.distill.config import Batches, FitConfig
-from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask
 
@@ -32,7 +31,7 @@ _SET_IN_USE = ("architectures", "dtype", "problem_type", "transformers_version")
 
 def check_teacher(
     model: nn.Module,
-    objective: LayerwiseObjective | TokenObjective | None,
+    objective: Objective | None,
     teacher: nn.Module | TeacherCache | None,
     config: FitConfig,
 ) -> None:
@@ -119,7 +118,7 @@ def run_identity(
     model: nn.Module,
     train: Batches,
     config: FitConfig,
-    objective: LayerwiseObjective | TokenObjective | None,
+    objective: Objective | None,
     teacher: Teacher | None,
     processes: int,
     further: Mapping[str, Any],

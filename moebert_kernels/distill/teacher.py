@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import Batch
+from moebert_kernels.distill.loading import is_unnamed, label_names
+from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions")
@@ -26,6 +28,8 @@ class TeacherOutputs:
     logits: Tensor | None = None  # (B, C), or by token (B, T, V)
     start_logits: Tensor | None = None  # (B, T)
     end_logits: Tensor | None = None  # (B, T)
+    pooled: dict[int, Tensor] | None = None  # state -> (B, 3, H) [CLS], max and mean, where these are kept instead
+    relation: tuple[Tensor, ...] | None = None  # queries, keys and values of one layer, each (B, T, H)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ class TeacherInfo:
     vocab_size: int
     num_labels: int
     layers: tuple[int, ...]  # the hidden states it gives, 0 = the embeddings' output
+    num_attention_heads: int = 1
+    label_names: tuple[str, ...] = ()  # by class number; none where nobody named them
     stored_as: str | None = None  # a cache's dtype, with zeros at padded positions; None: computed for each batch
+    pooled: bool = False  # a cache of pooled states
 
 
 class Teacher(Protocol):
@@ -74,7 +81,15 @@ def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> Teach
         vocab_size=config.vocab_size,
         num_labels=config.num_labels,
         layers=chosen,
+        num_attention_heads=getattr(config, "num_attention_heads", 1),
+        label_names=named_labels(config),
     )
+
+
+def named_labels(config: Any) -> tuple[str, ...]:
+    """A model's classes by number; none if nobody named them."""
+    names = label_names(config)
+    return () if is_unnamed(names) else tuple(names)
 
 
 class LiveTeacher:
@@ -92,17 +107,22 @@ class LiveTeacher:
         self._model = model.to(device)
         self._dropout = dropout
         self._autocast = autocast
+        self._recorder: Recorder | None = None
         config: Any = model.config
         # a decoder reads the labels' tokens
         unread = LABEL_KEYS if not config.is_encoder_decoder else ()
         self._keys = [key for key in forward_keys(model) if key not in unread]
+
+    def record(self, layer: int) -> None:
+        """From now on give queries, keys and values of this layer, from 1, too."""
+        self._recorder = Recorder(self._model, layer)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutputs:
         self._model.train(self._dropout)
         inputs = {key: batch[key] for key in self._keys if key in batch}
         context: AbstractContextManager = self._autocast()
-        with context:
+        with context, self._recorder or nullcontext():
             outputs = self._model(**inputs, output_hidden_states=True)
         self._model.eval()
         return TeacherOutputs(
@@ -110,4 +130,5 @@ class LiveTeacher:
             getattr(outputs, "logits", None),
             getattr(outputs, "start_logits", None),
             getattr(outputs, "end_logits", None),
+            relation=None if self._recorder is None else self._recorder.take(),
         )

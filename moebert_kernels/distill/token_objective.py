@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.distill.config import Batch
-from moebert_kernels.distill.objectives import IGNORED, Preset, is_causal, label_weights, next_token_labels
+from moebert_kernels.distill.objectives import IGNORED, Objective, is_causal, label_weights, next_token_labels
 from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
 
 
-class TokenObjective:
+class TokenObjective(Objective):
     """The symmetric KL divergence of student and teacher at each labelled token ("prediction").
 
     A mean over all labels for causal models, else over each sequence's labels, then over the sequences, as `task_loss`.
@@ -22,17 +22,13 @@ class TokenObjective:
         causal: labels are of the position itself (False), or of the one after it (True), as transformers has them.
     """
 
-    preset: Preset = "default"
-
     def __init__(self, causal: bool):
         self.causal = causal
 
     def identity(self) -> dict[str, object]:
-        """What decides where a run ends, for comparison with a checkpoint's."""
         return {"causal": self.causal}
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
-        """Raise UserError, before any step, where the two models or the objective do not fit."""
         config: Any = student.config
         if config.vocab_size != teacher.vocab_size:
             raise UserError(f"vocab_size: expected the teacher's {teacher.vocab_size}, got {config.vocab_size}")

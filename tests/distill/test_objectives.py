@@ -6,7 +6,6 @@ import torch
 
 from moebert_kernels.distill.objectives import (
     LayerwiseObjective,
-    default_layer_map,
     hidden_mse,
     sequence_weights,
     symmetric_kl,
@@ -112,7 +111,8 @@ def test_sequence_weights_sum_to_one_and_survive_an_empty_sequence():
 
 
 def test_layer_map_chooses_states():
-    assert default_layer_map(3, 12) == {0: 0, 1: 4, 2: 8, 3: 12}
+    assert LayerwiseObjective("qa").pairs(3, 12) == {0: 0, 1: 4, 2: 8, 3: 12}
+    assert LayerwiseObjective("qa").pairs(3, 4) == {0: 0, 1: 1, 2: 3, 3: 4}
     student = SimpleNamespace(hidden_states=tuple(torch.zeros(1, 2, 3) for _ in range(3)), logits=torch.zeros(1, 2))
     states = tuple(None if layer % 2 else torch.full((1, 2, 3), float(layer)) for layer in range(5))
     teacher = TeacherOutputs(states, logits=torch.zeros(1, 2))
@@ -139,7 +139,7 @@ def test_fits_models_and_routing():
         ({"hidden_size": 32}, "hidden_size: expected the teacher's 32, got 16"),
         ({"vocab_size": 61}, "vocab_size: expected the teacher's 61, got 60"),
         ({"num_labels": 2}, "num_labels: expected the teacher's 2, got 3"),
-        ({"num_layers": 3}, "layer_map: expected one to be given for 2 student and 3 teacher layers"),
+        ({"num_layers": 1}, "layer_map: expected 1 to 1 student layers, as many as the teacher has, got 2"),
         ({"layers": (0, 2)}, r"teacher: expected hidden states \[0, 1, 2\], got only \[0, 2\]"),
     ],
 )
