@@ -5,16 +5,17 @@ interrupted build goes on where it was. A shard holds its examples' valid tokens
 and is memory-mapped: a batch reads one contiguous run of rows per example.
 
     example_id (n,), input_hash (n,), offsets (n + 1,) int64: example i's tokens are rows offsets[i]:offsets[i + 1]
-    hidden (N, K, H): the K hidden states that are kept; logits (n, C), or start_logits and end_logits (N,)
+    hidden (N, K, H): the K hidden states that are kept, or pooled (n, K, 3, H): their [CLS], maximum and mean;
+    logits (n, C), or start_logits and end_logits (N,)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,12 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.checkpoint import differences, write_text
 from moebert_kernels.distill.config import Batch, Batches
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PER_TOKEN = ("start_logits", "end_logits")
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -48,7 +50,8 @@ class TeacherCache:
             state = "none" if description is None else "an unfinished one"
             raise UserError(f"teacher cache: expected a complete one in {self.folder}, got {state}")
         facts = {entry.name: description[entry.name] for entry in fields(TeacherInfo)}
-        self.info = TeacherInfo(**{**facts, "layers": tuple(facts["layers"])})
+        facts |= {name: tuple(facts[name]) for name in ("layers", "label_names")}
+        self.info = TeacherInfo(**facts)
         self._shards = _open_shards(self.folder)
         if len(self._shards) != description["shards"]:
             raise UserError(
@@ -68,7 +71,9 @@ class TeacherCache:
         folder: str | Path,
         *,
         layers: Sequence[int] | None = None,
+        pooled: bool = False,
         dtype: str | None = None,
+        inputs: Mapping[str, Any] | None = None,
         shard_mib: int = 128,
         device: torch.device | str | None = None,
     ) -> TeacherCache:
@@ -79,20 +84,23 @@ class TeacherCache:
             batches: the training data; epoch 0 is read.
             folder: one cache of one teacher; made if missing.
             layers: the hidden states to keep, 0 = the embeddings' output; None: all.
+            pooled: keep sentence vectors of these states instead of all tokens: [CLS], maximum and mean.
             dtype: "float32", "float16" or "bfloat16" to store in; None: as the teacher computes.
+            inputs: JSON-able facts of how texts became token ids (tokenizer, maximum length, file), to be compared.
             shard_mib: size of a shard, which is what an interrupted build loses at most.
             device: where the teacher runs; None: where it is.
 
         Raises:
-            UserError: `folder` holds a cache of another teacher, other layers, another dtype or other inputs, or is
-                damaged; or a value does not fit into `dtype`.
+            UserError: `folder` holds a cache of another teacher, other layers, another dtype or other inputs (it says
+                which), or is damaged; or a value does not fit into `dtype`.
         """
         folder = Path(folder)
         if dtype is not None and dtype not in _DTYPES:
             raise UserError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
         where = torch.device(device) if device is not None else next(teacher.parameters()).device
         stored_as = dtype or str(next(teacher.parameters()).dtype).removeprefix("torch.")
-        builder = _Builder(folder, replace(teacher_info(teacher, layers), stored_as=stored_as), shard_mib)
+        info = replace(teacher_info(teacher, layers), stored_as=stored_as, pooled=pooled)
+        builder = _Builder(folder, info, dict(inputs or {}), shard_mib)
         run = LiveTeacher(teacher, where)
         for batch in tqdm(batches(0), total=len(batches), desc="teacher outputs"):
             missing = builder.missing(batch)
@@ -129,26 +137,34 @@ class TeacherCache:
             out = values.new_zeros(mask.numel(), *values.shape[1:])
             return out.index_copy_(0, where, values).unflatten(0, mask.shape)
 
-        hidden = padded(rows("hidden")).unbind(2)
-        kept = dict(zip(self.info.layers, hidden, strict=True))
+        def per_example(name: str) -> Tensor:
+            return _wide(torch.stack([self._shards[place.shard][name][place.row] for place in places]).to(device))
+
         available = self._shards[places[0].shard]
-        outputs = {name: padded(rows(name)) for name in _PER_TOKEN if name in available}
+        outputs: dict[str, Any] = {name: padded(rows(name)) for name in _PER_TOKEN if name in available}
         if "logits" in available:
-            logits = torch.stack([self._shards[place.shard]["logits"][place.row] for place in places])
-            outputs["logits"] = _wide(logits.to(device))
+            outputs["logits"] = per_example("logits")
+        kept: dict[int, Tensor] = {}
+        if self.info.pooled:
+            outputs["pooled"] = dict(zip(self.info.layers, per_example("pooled").unbind(1), strict=True))
+        else:
+            kept = dict(zip(self.info.layers, padded(rows("hidden")).unbind(2), strict=True))
         return TeacherOutputs(tuple(kept.get(layer) for layer in range(self.info.num_layers + 1)), **outputs)
 
 
 class _Builder:
     """Appends shards to a cache folder."""
 
-    def __init__(self, folder: Path, info: TeacherInfo, shard_mib: int):
+    def __init__(self, folder: Path, info: TeacherInfo, inputs: dict[str, Any], shard_mib: int):
         self._folder, self._info, self._limit = folder, info, shard_mib * 2**20
-        wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(info)}))
+        facts = {"format_version": FORMAT_VERSION, **asdict(info)} | {f"inputs.{n}": v for n, v in inputs.items()}
+        wanted = json.loads(json.dumps(facts))
         found = _read_description(folder)
-        changes = [] if found is None else differences(wanted, {name: found.get(name) for name in wanted})
+        compared = {name: value for name, value in (found or {}).items() if name not in ("complete", "shards")}
+        changes = [] if found is None else differences(wanted, compared)
         if changes:
-            raise UserError(f"teacher cache: {folder} belongs to another teacher: {changes[0]} (use another folder)")
+            what = "other inputs" if all(change.startswith("inputs.") for change in changes) else "another teacher"
+            raise UserError(f"teacher cache: {folder} belongs to {what}: {'; '.join(changes)} (use another folder)")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -175,13 +191,12 @@ class _Builder:
 
     def add(self, batch: Batch, outputs: TeacherOutputs) -> None:
         mask = _mask(batch)
-        hidden = torch.stack([outputs.hidden_states[layer][mask] for layer in self._info.layers], 1)
-        entry = {
-            "example_id": batch["example_id"],
-            "input_hash": _input_hash(batch),
-            "lengths": mask.sum(1),
-            "hidden": self._narrow(hidden),
-        }
+        states = [outputs.hidden_states[layer] for layer in self._info.layers]
+        entry = {"example_id": batch["example_id"], "input_hash": _input_hash(batch), "lengths": mask.sum(1)}
+        if self._info.pooled:
+            entry["pooled"] = self._narrow(torch.stack([pool(state, mask) for state in states], 1))
+        else:
+            entry["hidden"] = self._narrow(torch.stack([state[mask] for state in states], 1))
         for name in ("logits", *_PER_TOKEN):
             values = getattr(outputs, name)
             if values is not None:
@@ -225,9 +240,13 @@ def _read_description(folder: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"teacher cache: expected JSON, got a damaged {path}") from None
+    found = description.get("format_version")
+    if found != FORMAT_VERSION:
+        raise UserError(f"teacher cache: expected format_version {FORMAT_VERSION} in {folder}, got {found}; build anew")
+    return description
 
 
 def _open_shards(folder: Path) -> list[dict[str, Tensor]]:

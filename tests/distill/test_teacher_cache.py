@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from moebert_kernels.distill import FitConfig, LayerwiseObjective, TeacherCache, fit
+from moebert_kernels.distill.alignment import pool
+from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.teacher import LiveTeacher
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import TinyBatches, tiny_bert, weights
@@ -44,6 +46,59 @@ def test_keeps_only_the_layers_it_is_told(tmp_path):
     assert [state is None for state in states] == [False, True, False]
     with pytest.raises(UserError, match="layers: expected hidden states between 0 and 2"):
         TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path / "other", layers=[3])
+
+
+def test_keeps_sentence_vectors(tmp_path):
+    """[CLS], maximum and mean of the chosen states, much smaller than the states; the rest as the live teacher's."""
+    teacher, data = tiny_bert(1), TinyBatches(examples=40)
+    cache = TeacherCache.build(teacher, data, tmp_path / "pooled", layers=[1, 2], pooled=True)
+    TeacherCache.build(teacher, data, tmp_path / "states", layers=[1, 2])
+    live = LiveTeacher(teacher, torch.device("cpu"))
+    for batch in data(3):
+        got, wanted = cache(batch), live(batch)
+        assert got.hidden_states == (None,) * 3
+        torch.testing.assert_close(got.logits, wanted.logits, rtol=0, atol=1e-6)
+        for layer in (1, 2):
+            vectors = pool(wanted.hidden_states[layer], batch["attention_mask"])
+            torch.testing.assert_close(got.pooled[layer], vectors, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match="belongs to another teacher: pooled: expected False, got True"):
+        TeacherCache.build(teacher, data, tmp_path / "pooled", layers=[1, 2])
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).glob("*.safe*")) for name in ("pooled", "states")]
+    assert sizes[0] < sizes[1]  # three vectors of an example against five or six tokens
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_lean_distillation_from_the_cache_equals_the_live_teacher(tmp_path, distance):
+    """Sentence vectors, soft targets and the discriminator: five epochs end at the same weights to 1e-6."""
+    teacher, config = tiny_bert(1, layers=3, hidden=32), FitConfig(epochs=5, learning_rate=1e-3)
+    cache = TeacherCache.build(teacher, TinyBatches(), tmp_path / "cache", layers=[2, 3], pooled=True)
+    runs = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    ends = []
+    for name, source in (("live", teacher), ("cached", cache)):
+        student, before = tiny_bert(0), len(runs)
+        objective = MicroBertObjective("classification", ("alignment", "soft", "adversarial"), distance=distance)
+        fit(student, TinyBatches(), config=config, output_dir=tmp_path / name, objective=objective, teacher=source)
+        ends.append(weights(student))
+    assert len(runs) == before  # the cached run asked for nothing
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_says_which_inputs_differ(tmp_path):
+    made = {"tokenizer": "1a2b", "max_length": 64}
+    TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, inputs=made)
+    assert len(TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, inputs=made)) == 22
+    for change, message in (
+        ({"max_length": 128}, "inputs.max_length: expected 128, got 64"),
+        ({"tokenizer": "3c4d"}, "inputs.tokenizer: expected '3c4d', got '1a2b'"),
+    ):
+        with pytest.raises(UserError, match=f"belongs to other inputs: {message}"):
+            TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, inputs=made | change)
+    description = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps(description | {"format_version": 1}))
+    with pytest.raises(UserError, match=r"expected format_version 2 in .*, got 1; build anew"):
+        TeacherCache(tmp_path)
 
 
 def test_distils_as_the_live_teacher_does(tmp_path):
