@@ -1,8 +1,8 @@
 """Sentence-level feature alignment (FAL), and the maps that take a student's features to its teacher's size.
 
-[paper] [CLS], max pooling and mean pooling are robust sentence vectors whose distillation is crucial; a "feature-mapping"
-lets as much of the teacher's information as possible pass. [reading] Distance, layers, weights; the maps as a linear
-layer for each state, without a bias, trained with the student and dropped at the end.
+[paper] [CLS], max pooling and mean pooling are robust sentence vectors whose distillation is crucial; a
+"feature-mapping" lets as much of the teacher's information as possible pass. [reading] Distance, layers, weights; the
+maps as a linear layer for each state, without a bias, trained with the student and dropped at the end.
 """
 
 from __future__ import annotations
@@ -62,13 +62,11 @@ class FeatureMaps(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.layers = nn.ModuleDict(
-                {str(layer): nn.Linear(student_size, teacher_size, bias=False) for layer in layers}
-            )
-            for linear in self.layers.values():
+            maps = {str(layer): nn.Linear(student_size, teacher_size, bias=False) for layer in layers}
+            for linear in maps.values():
                 initialise = nn.init.eye_ if student_size == teacher_size else nn.init.orthogonal_
                 initialise(linear.weight)
+        self.layers = nn.ModuleDict(maps)
 
     def forward(self, layer: int, features: Tensor) -> Tensor:
-        linear = self.layers[str(layer)]
-        return linear(features.to(linear.weight.dtype))
+        return self.layers[str(layer)](at_least_float32(features))

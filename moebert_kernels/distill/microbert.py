@@ -120,13 +120,14 @@ class MicroBertObjective(Objective):
             UserError: it names a state that one of the two does not have, or lacks one that a term needs.
         """
         pairs = checked_pairs(self.layer_map, student_layers, teacher_layers)
+        last = f"the student's last layer, {student_layers}"
         for term, needed, found in (
             ("embedding", "the embeddings' output, 0", 0 in pairs),
             ("hidden", "a layer of the student", any(pairs)),
             ("alignment", "a layer of the student", any(pairs)),
-            ("relation", f"the student's last layer, {student_layers}", student_layers in pairs),
-            (ADVERSARIAL, f"the student's last layer, {student_layers}", self._sees == "logits" or student_layers in pairs),
-        ):  # fmt: skip
+            ("relation", last, student_layers in pairs),
+            (ADVERSARIAL, last, self._sees == "logits" or student_layers in pairs),
+        ):
             if term in self.terms and not found:
                 raise UserError(f"layer_map: expected {needed}, for the term {term!r}, got {sorted(pairs)}")
         used = set()
@@ -156,11 +157,11 @@ class MicroBertObjective(Objective):
             raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
         by_token = [term for term in _BY_TOKEN if term in self.terms]
         if teacher.pooled and by_token:
-            raise UserError(
-                f"teacher: expected outputs by token for the term {by_token[0]!r}, got a cache of pooled ones"
-            )
+            raise UserError(f"teacher: expected states by token for the term {by_token[0]!r}, got pooled ones")
         if teacher.stored_as is not None and "relation" in self.terms:
             raise UserError("teacher: expected a model for the term 'relation', got cached outputs, which lack queries")
+        if getattr(config, "route_padding", False):
+            raise UserError("model: expected a student that skips padding, got a model that routes it")
 
     def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
         config: Any = student.config

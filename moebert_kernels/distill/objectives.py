@@ -134,7 +134,8 @@ class Objective(ABC):
         """Raise UserError, before any step, where the two models, the cache or the routing do not fit."""
 
     def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
-        """Make `maps` and `adversary` anew, on the student's device."""
+        """Make `maps` and `adversary` anew, on the student's device, or leave them None."""
+        self.maps = self.adversary = None
 
     def summary(self, student_layers: int, teacher_layers: int) -> str:
         """A line for people, said once: which state follows which."""
@@ -292,12 +293,15 @@ def task_loss(
     It is the model's own loss but for the cases that accumulation could not equal, or that padding would enter:
     token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences (for a causal
     model over all labelled tokens), and answers' positions a cross-entropy over the valid tokens (with the preset
-    "paper" as published, over all positions). `label_smoothing` is of token-level labels.
+    "paper" as published, over all positions). Where the batch says which sequences are `labelled` (B,), the others
+    count as 0. `label_smoothing` is of token-level labels.
 
     Raises:
         UserError: the batch has no labels, or none by token that could be smoothed.
     """
     labels = batch.get("labels")
+    if "labelled" in batch:
+        return _loss_of_labelled(at_least_float32(outputs.logits), labels, batch["labelled"])
     if labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3:
         labels = next_token_labels(labels) if causal else labels
         logits = at_least_float32(outputs.logits)
@@ -317,6 +321,15 @@ def task_loss(
         return (start + end) / 2
     balance = getattr(outputs, "balance_loss", None)
     return outputs.loss if balance is None or not load_balance else outputs.loss - load_balance * balance
+
+
+def _loss_of_labelled(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+    """Mean over B of the cross-entropy, or squared error of scores, with 0 for the sequences without a label."""
+    if labels.is_floating_point():
+        losses = (logits[:, 0] - labels).square()
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.masked_fill(~labelled, 0.0).mean()
 
 
 def _position_loss(logits: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

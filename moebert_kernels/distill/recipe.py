@@ -184,10 +184,11 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe: expected YAML in {path}, got something else ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe: expected YAML in {path}, got something else ({reason})") from None
     stages = content.pop("stages", {"student": {}}) if isinstance(content, dict) else None
     if not isinstance(stages, dict) or not stages or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise UserError(f"recipe: expected a mapping of keys to values in {path}, with stages by name, got another form")
+        raise UserError(f"recipe: expected keys and values in {path}, and stages by name, got another form")
     common = _typed(content)
     return Recipe(str(name), tuple(Stage(**common | _typed(own) | {"name": str(key)}) for key, own in stages.items()))
 

@@ -69,7 +69,7 @@ def test_resume_is_exact_and_includes_the_discriminator(tmp_path):
     assert_same_weights(again, weights(student))
     assert_same_weights(resumed.maps, weights(objective.maps))
     assert_same_weights(resumed.adversary.network, weights(objective.adversary.network))
-    with pytest.raises(UserError, match="objective.discriminator_warmup: expected 0.2, got 0.3"):
+    with pytest.raises(UserError, match=r"objective\.discriminator_warmup: expected 0\.2, got 0\.3"):
         distil(tmp_path / "whole", student=tiny_bert(0, dropout=0.1), **(options | {"warmup": 0.2}))
 
 
@@ -165,6 +165,6 @@ def test_a_loss_that_is_not_finite_is_named():
     adversary = Adversary(AdversaryConfig(), 2)
     adversary(torch.full((1, 2), float("inf")), torch.zeros(1, 2))
     adversary.step([1], 1, share=0.5)
-    with pytest.raises(UserError, match="discriminator_loss: expected a finite loss, got nan at or shortly before step 7"):
+    with pytest.raises(UserError, match="discriminator_loss: expected a finite loss, got nan at .* step 7"):
         adversary.means(7)
     assert AdversaryConfig().input_for("regression") == "pooled"

@@ -143,7 +143,7 @@ def test_relations_are_those_of_the_layer_whatever_its_attention():
     assert relation_kl(seen[0], values, batch["attention_mask"], heads=8).item() > 0
     with pytest.raises(UserError, match="relation_layer: expected 1 to 2, the model's layers, got 3"):
         Recorder(model, 3)
-    with pytest.raises(UserError, match="relation: expected a model with attention.self.query, key and value"):
+    with pytest.raises(UserError, match=r"relation: expected a model with attention\.self\.query, key and value"):
         Recorder(SimpleNamespace(encoder=SimpleNamespace(layer=[torch.nn.Linear(1, 1)])), 1)
 
 
@@ -183,7 +183,7 @@ def test_refuses_settings(options, message):
     ({"layer_map": {2: 2}}, {}, "layer_map: expected the embeddings' output, 0, for the term 'embedding'"),
     ({"layer_map": {0: 0, 1: 2}}, {}, "layer_map: expected the student's last layer, 2, for the term 'adversarial'"),
     ({}, {"layers": (0, 2)}, r"teacher: expected hidden states \[0, 1, 2\], got only \[0, 2\]"),
-    ({}, {"pooled": True}, "teacher: expected outputs by token for the term 'embedding', got a cache of pooled ones"),
+    ({}, {"pooled": True}, "teacher: expected states by token for the term 'embedding', got pooled ones"),
     ({"terms": ("relation",)}, {"stored_as": "float32"}, "teacher: expected a model for the term 'relation'"),
 ])  # fmt: skip
 def test_check_rejects(options, change, message):

@@ -1,0 +1,158 @@
+"""A student trained by a recipe: its stages one after another, one cache of the teacher's outputs for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moebert_kernels.distill.checkpoint import model_fingerprint
+from moebert_kernels.distill.config import FitResult, Metrics
+from moebert_kernels.distill.data_files import split_name
+from moebert_kernels.distill.features import Batches, Features, tokenize
+from moebert_kernels.distill.loop import fit
+from moebert_kernels.distill.recipe import Recipe, Stage
+from moebert_kernels.distill.tasks import Task, load_task
+from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def fit_recipe(
+    student: nn.Module,
+    recipe: Recipe,
+    train: Features,
+    *,
+    task: Task,
+    output_dir: Path,
+    teacher: nn.Module | None = None,
+    cache: Path | None = None,
+    cache_dtype: str | None = None,
+    cache_inputs: Mapping[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], Metrics],
+    seed: int = 0,
+    identity: Mapping[str, Any] | None = None,
+    also_save: Callable[[Path], object] | None = None,
+    resume: bool = True,
+) -> FitResult:
+    """Train `student`; an interrupted call, made again, goes on where it was.
+
+    Args:
+        student: a transformers model for the task; holds the weights of the result's `model_dir` at the end.
+        recipe: stages without a term are skipped. The last stage writes into `output_dir`, the others into
+            `output_dir/NAME`; only the last is evaluated, as the first ones may leave the head untrained.
+        train: see `with_extra_text` for texts without labels.
+        teacher: of the same task; None for recipes that need none.
+        cache: keep the teacher's outputs in this folder; sentence vectors alone where no stage needs more.
+        cache_dtype, cache_inputs: see `TeacherCache.build`.
+
+    Raises:
+        UserError: as `fit` and `TeacherCache.build`; a recipe without terms, or one that needs a teacher and got none.
+    """
+    stages = recipe.active
+    if recipe.needs_teacher and teacher is None:
+        raise UserError(f"teacher: expected one for the recipe {recipe.name}, got none")
+    source: nn.Module | TeacherCache | None = teacher
+    if recipe.needs_teacher and cache is not None:
+        source = _cached(student, stages, train, task, teacher, cache, cache_dtype, cache_inputs, seed)
+    facts = {**(identity or {}), "started from": model_fingerprint(student)}
+    for number, stage in enumerate(stages):
+        last = number == len(stages) - 1
+        objective = stage.objective(task)
+        result = fit(
+            student,
+            Batches(train, stage.batch_size, seed),
+            config=stage.fit_config(task, seed) if last else replace(stage.fit_config(task, seed), patience=None),
+            output_dir=output_dir if last else output_dir / stage.name,
+            objective=objective,
+            teacher=None if objective is None else source,
+            evaluate=evaluate if last else None,
+            identity={**facts, "stage": stage.name},
+            also_save=also_save,
+            resume=resume,
+        )
+    return result
+
+
+def _cached(
+    student: Any, stages: Sequence[Stage], train: Features, task: Task, teacher: Any, folder: Path,
+    dtype: str | None, inputs: Mapping[str, Any] | None, seed: int,
+) -> TeacherCache:  # fmt: skip
+    layers: set[int] = set()
+    for stage in stages:
+        objective = stage.objective(task)
+        if objective is not None:
+            pairs = objective.pairs(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+            layers |= set(pairs.values())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TeacherCache.build(
+        teacher.to(device),
+        Batches(train, stages[0].batch_size, seed),
+        folder,
+        layers=sorted(layers) or [teacher.config.num_hidden_layers],
+        pooled=all(stage.is_lean for stage in stages),
+        dtype=dtype,
+        inputs=inputs,
+        device=device,
+    )
+
+
+def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+    """What decides how texts become token ids, for `TeacherCache.build`."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    digest = sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
+    return {"tokenizer": digest, "max_length": max_length}
+
+
+def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless the same ids are the same tokens to student and teacher."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{number: token for token, number in vocabulary.items()} for vocabulary in (theirs, ours)]
+    number = min(i for i in {*by_id[0], *by_id[1]} if by_id[0].get(i) != by_id[1].get(i))
+    wanted, got = (repr(tokens[number]) if number in tokens else "none" for tokens in by_id)
+    raise UserError(
+        f"vocabulary: expected the teacher's {len(theirs)} tokens, where {number} is {wanted}, got {len(ours)} tokens,"
+        f" where it is {got}"
+    )
+
+
+def extra_text(task: Task, file: Path) -> Dataset:
+    """Rows with the task's text columns, of a tsv, csv or jsonl file; labels, if it has any, are not read.
+
+    Raises:
+        UserError: another format, or a column that is missing.
+    """
+    if split_name(file)[1] == ".txt" or file.is_dir():
+        columns = ", ".join(task.text_columns)
+        raise UserError(f"extra-text: expected a tsv, csv or jsonl file with {columns}, got {file}")
+    rows = load_task(replace(task, kind="lm"), {"train": file}).train  # running text has no labels either
+    return rows.add_column("label", [0] * len(rows))
+
+
+def with_extra_text(
+    train: Features, extra: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Features:
+    """The training features and, after them, those of texts without labels, which `labelled` tells apart."""
+    more = tokenize(extra, task, tokenizer, max_length)
+    labels = train.targets["labels"]
+    types = None if train.token_type_ids is None else train.token_type_ids + (more.token_type_ids or [])
+    return Features(
+        train.input_ids + more.input_ids,
+        {
+            "labels": np.concatenate([labels, np.zeros(len(more), dtype=labels.dtype)]),
+            "labelled": np.arange(len(train) + len(more)) < len(train),
+        },
+        train.padding_id,
+        types,
+    )
