@@ -165,6 +165,6 @@ def test_a_loss_that_is_not_finite_is_named():
     adversary = Adversary(AdversaryConfig(), 2)
     adversary(torch.full((1, 2), float("inf")), torch.zeros(1, 2))
     adversary.step([1], 1, share=0.5)
-    with pytest.raises(UserError, match="discriminator_loss: expected a finite loss, got nan at .* step 7"):
+    with pytest.raises(UserError, match=r"discriminator_loss: expected a finite loss, got nan at .* step 7"):
         adversary.means(7)
     assert AdversaryConfig().input_for("regression") == "pooled"
