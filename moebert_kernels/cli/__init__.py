@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# these take further --KEY VALUE, of a recipe, and look at them themselves
+_OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 for _name, _function in (
     ("doctor", doctor),
     ("finetune", finetune),
@@ -30,7 +32,7 @@ for _name, _function in (
     ("bench", bench),
     ("demo", demo),
 ):
-    app.command(_name)(command(_function))
+    app.command(_name, context_settings=_OPEN if _name in ("distill", "ablate") else None)(command(_function))
 
 
 def main() -> None:

@@ -85,6 +85,19 @@ BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequ
 Split = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what --output holds.")]
 
+RecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file; any of its values can be given"
+        " as --KEY VALUE, or --STAGE.KEY VALUE for one stage.",
+    ),
+]
+ExtraText = Annotated[
+    Path | None,
+    typer.Option("--extra-text", help="With --recipe: texts without labels, a table with the task's text columns."),
+]
+
 Epochs = Annotated[int | None, typer.Option("--epochs", min=1, rich_help_panel=_TRAINING)]
 LearningRate = Annotated[float | None, typer.Option("--learning-rate", min=0.0, rich_help_panel=_TRAINING)]
 Accumulation = Annotated[

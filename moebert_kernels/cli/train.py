@@ -10,6 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
+from moebert_kernels.cli.recipe import given, no_further_options, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import check_writable, print_metrics
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
@@ -88,10 +89,15 @@ def finetune(
 
 
 def distill(
+    ctx: typer.Context,
     model: o.ModelName,
-    teacher: Annotated[str, typer.Option("--teacher", help="The fine-tuned dense model.")],
     task: o.TaskName,
     output: o.OutputFolder,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="The fine-tuned dense model; with --recipe also a task-routed MoE.")
+    ] = None,
+    recipe: o.RecipeName = None,
+    extra_text: o.ExtraText = None,
     data: o.Data = None,
     seed: o.Seed = 0,
     distill_weight: Annotated[
@@ -132,13 +138,28 @@ def distill(
     shared_fold: o.SharedFold = False,
     restart: o.Restart = False,
 ) -> None:
-    """Train a converted MoE model to follow its teacher layer by layer. Writes OUTPUT/best."""
+    """Train a converted MoE model to follow its teacher layer by layer, or a small dense student by a --recipe, whose
+    values any further --KEY VALUE overrides. Writes OUTPUT/best."""
     from moebert_kernels.distill.loading import load_config, load_model, load_tokenizer
     from moebert_kernels.distill.presets import preset_for
     from moebert_kernels.distill.teacher_cache import TeacherCache
     from moebert_kernels.distill.token_objective import TokenObjective
 
     check_writable(output)
+    if recipe is not None:
+        values = recipe_of(ctx, recipe)
+        wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
+        result = train_by_recipe(
+            values, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
+            cache_dtype=given(ctx).get("cache_dtype"), extra_text=extra_text, resume=not restart,
+        )  # fmt: skip
+        _say(result, wanted.main_metric)
+        return
+    no_further_options(ctx)
+    for name, value in (("teacher", teacher), ("extra-text", extra_text)):
+        if (name == "teacher") == (value is None):
+            expected = "one" if value is None else "it with --recipe alone"
+            raise UserError(f"{name}: expected {expected}, got {'none' if value is None else value}")
     _check_student(load_config(model), load_config(teacher), model)
     wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
     loaded = inputs.load_data(wanted, data, "train", hold_out)

@@ -38,7 +38,7 @@ class Stage:
 
     name: str = "student"
     # weights: of the labels, of a model's own balance loss, of the objective's terms
-    task: float = 0.0
+    labels: float = 0.0
     balance: float | None = None  # None: the model's own `load_balance`
     embedding: float = 0.0
     hidden: float = 0.0
@@ -81,7 +81,7 @@ class Stage:
     max_length: int | None = None  # tokens of a text at most; None: the task's
 
     def __post_init__(self) -> None:
-        for name in ("task", "balance", *TERMS):
+        for name in ("labels", "balance", *TERMS):
             weight = getattr(self, name)
             if weight is not None and not 0.0 <= weight < float("inf"):
                 raise UserError(f"{name}: expected a weight of at least 0, got {weight!r}")
@@ -114,7 +114,7 @@ class Stage:
     def fit_config(self, task: Task, seed: int) -> FitConfig:
         """The settings of its training run, judged by the task's main metric."""
         same = {field.name for field in fields(FitConfig)} & {field.name for field in fields(self)}
-        weights = {term: getattr(self, term) for term in ("task", *self.terms)}
+        weights = {"task": self.labels, **{term: getattr(self, term) for term in self.terms}}
         if self.balance is not None:
             weights["balance"] = self.balance
         return FitConfig(
@@ -155,7 +155,7 @@ class Recipe:
         Raises:
             UserError: none has.
         """
-        stages = tuple(stage for stage in self.stages if stage.terms or stage.task)
+        stages = tuple(stage for stage in self.stages if stage.terms or stage.labels)
         if not stages:
             raise UserError(f"recipe: expected a term with a weight above 0 in {self.name}, got none")
         return stages
