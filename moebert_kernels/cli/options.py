@@ -89,7 +89,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file; any of its values can be given"
+        help="microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file. Any value can be given"
         " as --KEY VALUE, or --STAGE.KEY VALUE for one stage.",
     ),
 ]

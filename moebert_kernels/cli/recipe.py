@@ -88,11 +88,13 @@ def train_by_recipe(
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.student import (
         check_vocabularies,
-        extra_text as read_extra_text,
         fit_recipe,
         tokenizer_facts,
         with_extra_text,
     )  # fmt: skip
+    from moebert_kernels.distill.student import (
+        extra_text as read_extra_text,
+    )
 
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)

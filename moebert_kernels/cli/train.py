@@ -147,10 +147,10 @@ def distill(
 
     check_writable(output)
     if recipe is not None:
-        values = recipe_of(ctx, recipe)
+        chosen = recipe_of(ctx, recipe)
         wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
         result = train_by_recipe(
-            values, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
+            chosen, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
             cache_dtype=given(ctx).get("cache_dtype"), extra_text=extra_text, resume=not restart,
         )  # fmt: skip
         _say(result, wanted.main_metric)
