@@ -1,13 +1,15 @@
 """MPOE on a small language model: experts with a shared central tensor beside Switch's experts and the dense model.
 
-    python experiments/wikitext_mpoe.py --data FOLDER              # everything that is not done yet, then the report
-    python experiments/wikitext_mpoe.py --data FOLDER --seeds 1    # one seed; several processes may share the work so
-    python experiments/wikitext_mpoe.py --data FOLDER --report     # the report of what is done, steps timed anew
+    python experiments/wikitext_mpoe.py --data FOLDER                    # all that is not done yet, then the report
+    python experiments/wikitext_mpoe.py --data FOLDER --models base      # the model that all others start from
+    python experiments/wikitext_mpoe.py --data FOLDER --seeds 1          # then several processes may share the work
+    python experiments/wikitext_mpoe.py --data FOLDER --report           # the report of what is done
 
 FOLDER holds train.txt, valid.txt and test.txt (or .gz). Without train.txt, training uses valid.txt but for its last
-tenth, which then chooses. Per seed a GPT-2-style model is trained from scratch until its perplexity on the validation
-text stops falling; from there each arm trains on under the same rules. Test text is read once per model, after the
-choice. A run that was interrupted goes on. Writes runs/, table.md and chart.png into experiments/wikitext_mpoe.
+tenth, which then chooses. One GPT-2-style model is trained from scratch until its perplexity on the validation text
+stops falling; from there each arm trains on under the same rules, once for each seed, which decides the order of the
+data, dropout, routers and masks. The test text is read once per run, after the choice. A run that was interrupted goes
+on. Writes runs/, table.md and chart.png into experiments/wikitext_mpoe.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from moebert_kernels.nn import GradientMask
 HERE = Path(__file__).resolve().parent / "wikitext_mpoe"
 START = "<|endoftext|>"
 E = 8
+BASE_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ class Recipe:
     weight_decay: float = 0.01
     base_learning_rate: float = 2e-3
     base_epochs: int = 8
+    base_evaluations_per_epoch: int = 2
+    base_patience: int = 4
     learning_rate: float = 1e-3
-    epochs: int = 3
-    evaluations_per_epoch: int = 2
-    patience: int = 4
+    epochs: int = 2
+    evaluations_per_epoch: int = 4
+    patience: int = 3
     load_balance: float = 0.01
 
 
@@ -128,10 +133,10 @@ def trained_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 class Study:
-    """All runs of one seed, in one folder; results of finished ones are read, not made again.
+    """The runs of one seed; those that are finished are not made again.
 
     Args:
-        work: the seed's models and checkpoints.
+        work: models and checkpoints, of all seeds.
         runs: the folder for the results.
         features: of the parts, by name.
     """
@@ -144,40 +149,41 @@ class Study:
         self.features, self.also_save = features, also_save
 
     def run(self, name: str) -> None:
-        """Train and test the base model or an arm, and the base model before it, unless they are done."""
-        if self._file(name).exists():
+        """Train and test an arm (or "base"), and the base model before it, unless they are done."""
+        place = name if name == "base" else f"seed-{self.seed}-{name}"
+        if (self.runs / f"{place}.json").exists():
             return
         recipe = self.recipe
         if name == "base":
-            torch.manual_seed(self.seed)
-            model = GPT2LMHeadModel(gpt2_config(recipe))
-            return self._train(name, model, recipe.base_learning_rate, recipe.base_epochs)
-        self.run("base")
-        dense = GPT2LMHeadModel.from_pretrained(self.work / "base" / "best")
-        arm = ARMS[name]
-        self._train(name, converted(dense, arm, recipe, self.seed), recipe.learning_rate, recipe.epochs, arm.masked)
-
-    def _file(self, name: str) -> Path:
-        return self.runs / f"seed-{self.seed}-{name}.json"
-
-    def _train(self, name: str, model: nn.Module, learning_rate: float, epochs: int, masked: float = 0.0) -> None:
-        """Train with early stopping, test what validation chose, and write the result."""
-        recipe, batches = self.recipe, Batches(self.features["train"], self.recipe.batch_size, self.seed)
-        judge = PerplexityEvaluator(self.features["validation"])
+            torch.manual_seed(BASE_SEED)
+            model, arm, seed = GPT2LMHeadModel(gpt2_config(recipe)), ARMS["dense"], BASE_SEED
+            settings = (recipe.base_learning_rate, recipe.base_epochs)
+            evaluations, patience = recipe.base_evaluations_per_epoch, recipe.base_patience
+        else:
+            self.run("base")
+            arm, seed = ARMS[name], self.seed
+            model = converted(GPT2LMHeadModel.from_pretrained(self.work / "base" / "best"), arm, recipe, seed)
+            settings = (recipe.learning_rate, recipe.epochs)
+            evaluations, patience = recipe.evaluations_per_epoch, recipe.patience
+        batches = Batches(self.features["train"], recipe.batch_size, seed)
         config = FitConfig(
-            epochs=epochs, learning_rate=learning_rate, batch_size=recipe.batch_size, weight_decay=recipe.weight_decay,
-            schedule="linear", warmup_ratio=0.05, seed=self.seed, best_metric="perplexity", greater_is_better=False,
-            eval_steps=max(1, len(batches) // recipe.evaluations_per_epoch), patience=recipe.patience,
+            learning_rate=settings[0], epochs=settings[1], batch_size=recipe.batch_size, seed=seed, patience=patience,
+            weight_decay=recipe.weight_decay, schedule="linear", warmup_ratio=0.05, best_metric="perplexity",
+            greater_is_better=False, eval_steps=max(1, len(batches) // evaluations),
         )  # fmt: skip
+        outcome = {"name": name, "seed": seed, **self._train(place, model, batches, config, arm.masked)}
+        write_text(self.runs / f"{place}.json", json.dumps(outcome) + "\n")
+
+    def _train(self, place: str, model: Any, batches: Batches, config: FitConfig, masked: float) -> dict[str, Any]:
+        """Train with early stopping, and test what validation chose."""
+        judge = PerplexityEvaluator(self.features["validation"])
         before = judge(model)
-        with clock(self.work / f"{name}.seconds") as seconds:
+        with clock(self.work / f"{place}.seconds") as seconds:
             result = fit(
-                model, batches, config=config, output_dir=self.work / name, evaluate=judge, also_save=self.also_save,
-                gradient_mask=GradientMask(model, masked, seed=self.seed) if masked else None,
+                model, batches, config=config, output_dir=self.work / place, evaluate=judge, also_save=self.also_save,
+                gradient_mask=GradientMask(model, masked, seed=config.seed) if masked else None,
             )  # fmt: skip
-        outcome = {
-            "name": name,
-            "seed": self.seed,
+        return {
             "perplexity_before": before["perplexity"],
             "perplexity_validation": result.best_metrics["perplexity"],
             "perplexity_test": PerplexityEvaluator(self.features["test"])(model)["perplexity"],
@@ -188,9 +194,8 @@ class Study:
             "cpu_seconds": seconds(),
             **parameter_counts(model),
             "history": [[entry["step"], entry["metrics"]["perplexity"]] for entry in result.history],
-            "recipe": asdict(recipe),
+            "recipe": asdict(self.recipe),
         }
-        write_text(self._file(name), json.dumps(outcome) + "\n")
 
 
 @contextmanager
@@ -252,24 +257,24 @@ def table(runs: Mapping[str, Sequence[Result]], times: Mapping[str, float], fact
     recipe = runs["base"][0]["recipe"]
     lines = [
         f"GPT-2-style, {recipe['layers']} layers, hidden size {recipe['hidden_size']}, vocabulary"
-        f" {recipe['vocab_size']}, {len(runs['base'])} seeds. Training {facts['train']} tokens, validation"
+        f" {recipe['vocab_size']}, {len(runs['dense'])} seeds. Training {facts['train']} tokens, validation"
         f" {facts['validation']}, test {facts['test']}.",
         f"Perplexity per token in windows of {recipe['block']} tokens that share one; mean ± standard deviation over"
         " the seeds, differences paired by seed.",
-        "Every arm starts from its seed's base model and stops when validation does not improve; the chosen weights"
-        " are tested.",
+        "Every arm starts from the base model and stops when validation does not improve; the chosen weights are"
+        " tested.",
         "",
         "| model | parameters | active | validation | test | test, minus dense | best step | steps | CPU minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, results in runs.items():
         test = [result["perplexity_test"] for result in results]
-        pairs = [a - b["perplexity_test"] for a, b in zip(test, runs["dense"], strict=True)]
+        pairs = [a - b["perplexity_test"] for a, b in zip(test, runs["dense"], strict=False)]
         lines.append(
             f"| {label_of(name)} | {millions(results[0]['total_parameters'])}"
             f" | {millions(results[0]['active_parameters'])}"
             f" | {spread([result['perplexity_validation'] for result in results])} | {spread(test)}"
-            f" | {spread(pairs, '+') if name != 'dense' else ''}"
+            f" | {spread(pairs, '+') if name not in ('base', 'dense') else ''}"
             f" | {' '.join(str(result['best_step']) for result in results)}"
             f" | {' '.join(str(result['steps']) for result in results)}"
             f" | {spread([result['cpu_seconds'] / 60 for result in results])} |"
@@ -292,8 +297,10 @@ def draw(runs: Mapping[str, Sequence[Result]], file: Path) -> None:
 
     colours = dict(zip(ARMS, ("#777777", "#d98c21", "#0b3c5d", "#1b6ca8", "#6fb1e0"), strict=True))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    for name, colour in colours.items():
-        results = runs[name]
+    for name, results in runs.items():
+        if name == "base":
+            continue
+        colour = colours[name]
         values = [result["perplexity_test"] for result in results]
         parameters = results[0]["total_parameters"] / 1e6
         left.scatter([parameters] * len(values), values, color=colour, alpha=0.4, s=22)
@@ -338,8 +345,7 @@ def main() -> None:
     runs = arguments.output / "runs"
     if not arguments.report:
         for seed in arguments.seeds:
-            work = arguments.work / f"seed-{seed}"
-            study = Study(work, runs, features, recipe, seed, tokenizer.save_pretrained)
+            study = Study(arguments.work, runs, features, recipe, seed, tokenizer.save_pretrained)
             for name in arguments.models:
                 step(f"seed {seed}", label_of(name))
                 study.run(name)
@@ -347,14 +353,14 @@ def main() -> None:
 
 
 def report(runs: Path, output: Path, recipe: Recipe, features: Mapping[str, Features]) -> None:
-    """Write the table and the chart of the seeds whose arms are all done, if there are any."""
-    seeds = sorted({int(file.name.split("-")[1]) for file in runs.glob("seed-*.json")})
-    files = {seed: {name: runs / f"seed-{seed}-{name}.json" for name in NAMES} for seed in seeds}
-    complete = [seed for seed in seeds if all(file.exists() for file in files[seed].values())]
-    if not complete:
-        print("no seed is complete yet")
+    """Write the table and the chart of the arms that are done for every seed that was begun, if there are any."""
+    done = [json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]
+    seeds = sorted({run["seed"] for run in done if run["name"] != "base"})
+    results = {name: [run for run in done if run["name"] == name] for name in NAMES}
+    results = {name: found for name, found in results.items() if len(found) == (1 if name == "base" else len(seeds))}
+    if "dense" not in results or not seeds:
+        print("no arm is complete yet")
         return
-    results = {name: [json.loads(files[seed][name].read_text()) for seed in complete] for name in NAMES}
     facts = {
         "threads": machine()["torch_threads"],
         **{name: sum(int((labels != -100).sum()) for labels in part.token_targets["labels"])

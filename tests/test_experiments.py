@@ -77,9 +77,9 @@ def test_wikitext_mpoe_at_tiny_size(wikitext_mpoe, tmp_path, monkeypatch, capsys
         wikitext_mpoe.main()
         return capsys.readouterr().out
 
-    assert "no seed is complete yet" in run("--models", "mpoe-mask-0.5")
+    assert "no arm is complete yet" in run("--models", "mpoe-mask-0.5")
     files = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out/runs").iterdir()}
-    assert set(files) == {"seed-3-base.json", "seed-3-mpoe-mask-0.5.json"}
+    assert set(files) == {"base.json", "seed-3-mpoe-mask-0.5.json"}
     text = run()
     assert all((tmp_path / "out/runs" / name).stat().st_mtime_ns == time for name, time in files.items())
     assert (tmp_path / "out/table.md").read_text() in text
