@@ -1,0 +1,197 @@
+"""Arms of a comparison: a recipe with parts left out, what its runs gave, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
+from moebert_kernels.distill.tasks import Task
+from moebert_kernels.errors import UserError
+
+Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds
+_FEATURES = {"embedding": 0, "hidden": 0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a comparison changes in its recipe."""
+
+    label: str
+    values: Mapping[str, float] = field(default_factory=dict)
+    dense_teacher: bool = False  # a fine-tuned dense model in place of the mixture of experts
+
+
+ARMS = {
+    "full": Arm("full"),
+    "no-fal": Arm("−FAL", {"alignment": 0}),
+    "no-gan": Arm("−GAN", {"adversarial": 0}),
+    "no-moe": Arm("−MoE", dense_teacher=True),
+    "no-hidden": Arm("−hidden", _FEATURES),
+    "lean": Arm("lean", _FEATURES | {"adversarial": 0}),
+    "kd": Arm("KD only", _FEATURES | {"alignment": 0, "adversarial": 0}),
+    "finetune": Arm("fine-tuned alone", _FEATURES | {"alignment": 0, "adversarial": 0, "soft": 0, "labels": 1}),
+}
+DEFAULT_ARMS = ("full", "no-fal", "no-gan", "no-moe", "no-hidden", "kd")
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON keeps it; made and written only where `file` does not hold it yet."""
+    if not file.exists():
+        write_text(file, json.dumps(make(), indent=None))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def summary(
+    records: Iterable[Record], tasks: Mapping[str, Task], references: Mapping[str, Sequence[Any]],
+    arms: Sequence[str], baseline: str | None = None, rounds: int = 1000,
+) -> dict[str, Any]:  # fmt: skip
+    """Scores, retentions and differences of arms over tasks and seeds, JSON-able.
+
+    Args:
+        records: runs; seeds for which an arm or a task lacks one are left out.
+        tasks, references: by name; the examples' true labels or scores, in the order of the predictions.
+        arms: in the order of the table.
+        baseline: the arm that the others are compared with; None: the first.
+        rounds: of the bootstrap.
+
+    Returns:
+        "tasks", "metrics", "seeds", "examples" and "arms": of each its "score" by task, the "average" over tasks and
+        the "retention" (the mean over tasks of student / teacher, each {"mean", "sd", "values"} over seeds), the
+        "teacher" scores, and "difference" from the baseline: "mean" over tasks and seeds, "p" of the paired t-test over
+        them, "low" and "high" of the 95 % bootstrap interval over examples.
+
+    Raises:
+        UserError: no seed is complete.
+    """
+    baseline = baseline or arms[0]
+    runs = {(record["arm"], record["task"], record["seed"]): record for record in records}
+    seeds = [
+        seed
+        for seed in sorted({seed for _, _, seed in runs})
+        if all((arm, task, seed) in runs for arm in arms for task in tasks)
+    ]
+    if not seeds:
+        raise UserError(f"ablation: expected a seed with runs of {', '.join(arms)} on {', '.join(tasks)}, got none")
+    resampled = {}
+    for arm in arms:
+        judged = {
+            name: Judged(task, references[name], [runs[arm, name, seed]["predictions"] for seed in seeds])
+            for name, task in tasks.items()
+        }
+        resampled[arm] = bootstrap_scores(judged, rounds)
+
+    def of(arm: str, key: str, task: str, seed: int) -> float:
+        return runs[arm, task, seed][key]
+
+    entries = {}
+    for arm in arms:
+        scores = {task: [of(arm, "score", task, seed) for seed in seeds] for task in tasks}
+        kept = [
+            statistics.mean(of(arm, "score", task, seed) / of(arm, "teacher_score", task, seed) for task in tasks)
+            for seed in seeds
+        ]
+        differences = [
+            of(arm, "score", task, seed) - of(baseline, "score", task, seed) for task in tasks for seed in seeds
+        ]
+        low, high = bootstrap_interval(resampled[arm], resampled[baseline])
+        entries[arm] = {
+            "label": ARMS[arm].label,
+            "score": {task: spread(values) for task, values in scores.items()},
+            "average": spread([statistics.mean(values) for values in zip(*scores.values(), strict=True)]),
+            "retention": spread(kept),
+            "teacher": {task: spread([of(arm, "teacher_score", task, seed) for seed in seeds]) for task in tasks},
+            "seconds": statistics.mean(of(arm, "seconds", task, seed) for task in tasks for seed in seeds),
+            "difference": {
+                "mean": statistics.mean(differences), "p": paired_t(differences), "low": low, "high": high,
+            },
+        }  # fmt: skip
+    return {
+        "tasks": list(tasks),
+        "metrics": {name: task.main_metric for name, task in tasks.items()},
+        "examples": {name: len(references[name]) for name in tasks},
+        "seeds": seeds,
+        "baseline": baseline,
+        "arms": entries,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation of a few values, and the values."""
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.mean(values), "sd": sd, "values": list(values)}
+
+
+def points(entry: Mapping[str, Any]) -> str:
+    """A share and its spread over the seeds, in percent."""
+    text = f"{100 * entry['mean']:.1f}"
+    return text if entry["sd"] is None else f"{text} ± {100 * entry['sd']:.1f}"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A `summary` as Markdown."""
+    tasks, baseline = report["tasks"], report["arms"][report["baseline"]]["label"]
+    names = [f"{task} ({report['metrics'][task]})" for task in tasks]
+    teachers: dict[str, str] = {}
+    for entry in report["arms"].values():
+        cells = " | ".join(points(entry["teacher"][task]) for task in tasks)
+        average = statistics.mean(entry["teacher"][task]["mean"] for task in tasks)
+        teachers.setdefault(f"| {cells} | {100 * average:.1f} | | | | |", entry["label"])
+    lines = [
+        f"Scores in %, mean ± standard deviation over {len(report['seeds'])} seeds, on"
+        f" {', '.join(f'{count} {task}' for task, count in report['examples'].items())} examples."
+        " `kept` is the mean over tasks of student / teacher.",
+        f"`difference`: from {baseline}, over tasks and seeds; p: paired t-test over tasks and seeds; 95 %: paired"
+        " bootstrap over examples.",
+        "",
+        f"| | {' | '.join(names)} | average | kept | difference | p | 95 % |",
+        "|---" * (len(tasks) + 6) + "|",
+    ]
+    for cells, label in teachers.items():
+        lines.append(f"| teacher{'' if len(teachers) == 1 else f' of {label}'} {cells}")
+    for arm, entry in report["arms"].items():
+        cells = " | ".join(points(entry["score"][task]) for task in tasks)
+        change = entry["difference"]
+        compared = "| | "
+        if arm != report["baseline"]:
+            p = "" if change["p"] is None else f"{change['p']:.3f}"
+            low, high = (f"{100 * change[side]:+.1f}" for side in ("low", "high"))
+            compared = f"{100 * change['mean']:+.1f} | {p} | {low} to {high}"
+        lines.append(f"| {entry['label']} | {cells} | {points(entry['average'])} | {points(entry['retention'])} |"
+                     f" {compared} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: Mapping[str, Any], file: Path, title: str) -> None:
+    """Averages over tasks of all arms, as PNG: each seed a point, means with standard errors, the teacher a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = list(report["arms"].values())
+    figure, axis = pyplot.subplots(figsize=(1.2 * len(arms) + 2.5, 4.2), constrained_layout=True)
+    for at, entry in enumerate(arms):
+        values = [100 * value for value in entry["average"]["values"]]
+        axis.scatter([at] * len(values), values, color="#1b6ca8", alpha=0.4, s=22)
+        error = 100 * (entry["average"]["sd"] or 0.0) / math.sqrt(len(values))
+        axis.errorbar(at, statistics.mean(values), yerr=error, color="#0b3c5d", marker="o", capsize=5)
+        axis.annotate(f"{statistics.mean(values):.1f}", (at, statistics.mean(values)), xytext=(8, -3),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    teacher = statistics.mean(entry["mean"] for entry in arms[0]["teacher"].values())
+    axis.axhline(100 * teacher, color="#777777", linestyle="--", label=f"teacher of {arms[0]['label']}")
+    axis.set_xticks(range(len(arms)), [entry["label"] for entry in arms])
+    axis.set_ylabel("mean of the tasks' scores, %")
+    axis.margins(x=0.12, y=0.15)
+    axis.legend()
+    axis.set_title(title)
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    partial.replace(file)
