@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from moebert_kernels.cli.ablate import ablate
 from moebert_kernels.cli.convert import convert, importance
 from moebert_kernels.cli.dense import collapse, student
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
@@ -26,6 +27,7 @@ for _name, _function in (
     ("importance", importance),
     ("convert", convert),
     ("distill", distill),
+    ("ablate", ablate),
     ("collapse", collapse),
     ("student", student),
     ("eval", evaluate),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -12,10 +12,18 @@ from moebert_kernels.cli import inputs
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
+    from moebert_kernels.distill.config import FitResult
     from moebert_kernels.distill.recipe import Recipe
     from moebert_kernels.distill.tasks import Task
 
 _WITHOUT_RECIPE = ("distill_weight", "preset", "doc_stride", "label_smoothing", "gradient_mask", "shared_fold")
+
+
+class Trained(NamedTuple):
+    """A training run's result, and the student with the best weights."""
+
+    result: FitResult
+    student: Any
 
 
 def given(ctx: typer.Context) -> dict[str, Any]:
@@ -81,8 +89,8 @@ def load_teacher(name: str, task: Task) -> Any:
 def train_by_recipe(
     recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, seed: int, cache: Path | None = None,
     cache_dtype: str | None = None, extra_text: Path | None = None, resume: bool = True,
-) -> Any:  # fmt: skip
-    """Train a student on a task; the result of `fit`, and the student, its evaluator and the teacher's metrics."""
+) -> Trained:  # fmt: skip
+    """Train a student on a task."""
     import torch
 
     from moebert_kernels.distill.loading import load_model, load_tokenizer
@@ -119,7 +127,7 @@ def train_by_recipe(
         if not any("soft" in stage.terms for stage in recipe.active):
             raise UserError("extra-text: expected a recipe with soft targets, as texts without labels need, got none")
         train = with_extra_text(train, read_extra_text(loaded.task, extra_text), loaded.task, tokenizer, length)
-    return fit_recipe(
+    result = fit_recipe(
         student,
         recipe,
         train,
@@ -135,3 +143,4 @@ def train_by_recipe(
         also_save=tokenizer.save_pretrained,
         resume=resume,
     )
+    return Trained(result, student)

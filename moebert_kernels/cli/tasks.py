@@ -65,7 +65,7 @@ def finetune_tasks(
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 
-    known, files = known_tasks(tasks), _data_by_task(data, tasks)
+    known, files = known_tasks(tasks), data_by_task(data, tasks)
     student, tokenizer = load_as_saved(name), load_tokenizer(name)
     if getattr(student.config, "task_labels", None) is None:
         raise UserError(
@@ -103,7 +103,7 @@ def finetune_tasks(
     print(f"saved in {result.model_dir}")
 
 
-def _data_by_task(data: Sequence[str] | None, tasks: Sequence[str]) -> dict[str, list[str]]:
+def data_by_task(data: Sequence[str] | None, tasks: Sequence[str]) -> dict[str, list[str]]:
     """What --data says, by task."""
     found: dict[str, list[str]] = {}
     for entry in data or ():

@@ -149,11 +149,11 @@ def distill(
     if recipe is not None:
         chosen = recipe_of(ctx, recipe)
         wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
-        result = train_by_recipe(
+        trained = train_by_recipe(
             chosen, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
             cache_dtype=given(ctx).get("cache_dtype"), extra_text=extra_text, resume=not restart,
         )  # fmt: skip
-        _say(result, wanted.main_metric)
+        _say(trained.result, wanted.main_metric)
         return
     no_further_options(ctx)
     for name, value in (("teacher", teacher), ("extra-text", extra_text)):

@@ -16,6 +16,7 @@ from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
 Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds
+ROUNDS = 1000  # of the bootstrap
 _FEATURES = {"embedding": 0, "hidden": 0}
 
 
@@ -30,10 +31,10 @@ class Arm:
 
 ARMS = {
     "full": Arm("full"),
-    "no-fal": Arm("−FAL", {"alignment": 0}),
-    "no-gan": Arm("−GAN", {"adversarial": 0}),
-    "no-moe": Arm("−MoE", dense_teacher=True),
-    "no-hidden": Arm("−hidden", _FEATURES),
+    "no-fal": Arm("-FAL", {"alignment": 0}),
+    "no-gan": Arm("-GAN", {"adversarial": 0}),
+    "no-moe": Arm("-MoE", dense_teacher=True),
+    "no-hidden": Arm("-hidden", _FEATURES),
     "lean": Arm("lean", _FEATURES | {"adversarial": 0}),
     "kd": Arm("KD only", _FEATURES | {"alignment": 0, "adversarial": 0}),
     "finetune": Arm("fine-tuned alone", _FEATURES | {"alignment": 0, "adversarial": 0, "soft": 0, "labels": 1}),
@@ -50,7 +51,7 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
 
 def summary(
     records: Iterable[Record], tasks: Mapping[str, Task], references: Mapping[str, Sequence[Any]],
-    arms: Sequence[str], baseline: str | None = None, rounds: int = 1000,
+    arms: Sequence[str], baseline: str | None = None, rounds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores, retentions and differences of arms over tasks and seeds, JSON-able.
 
@@ -59,7 +60,7 @@ def summary(
         tasks, references: by name; the examples' true labels or scores, in the order of the predictions.
         arms: in the order of the table.
         baseline: the arm that the others are compared with; None: the first.
-        rounds: of the bootstrap.
+        rounds: of the bootstrap; None: `ROUNDS`.
 
     Returns:
         "tasks", "metrics", "seeds", "examples" and "arms": of each its "score" by task, the "average" over tasks and
@@ -85,7 +86,7 @@ def summary(
             name: Judged(task, references[name], [runs[arm, name, seed]["predictions"] for seed in seeds])
             for name, task in tasks.items()
         }
-        resampled[arm] = bootstrap_scores(judged, rounds)
+        resampled[arm] = bootstrap_scores(judged, rounds or ROUNDS)
 
     def of(arm: str, key: str, task: str, seed: int) -> float:
         return runs[arm, task, seed][key]

@@ -23,7 +23,8 @@ class Judged:
     def score(self, seed: int, rows: np.ndarray | None = None) -> float:
         """The main metric of a run, on some of the examples."""
         metric = self.task.main_metric
-        predictions, references = np.asarray(self.predictions[seed]), np.asarray(self.references)
+        predictions: Any = np.asarray(self.predictions[seed])
+        references: Any = np.asarray(self.references)
         if rows is not None:
             predictions, references = predictions[rows], references[rows]
         return compute_metrics(replace(self.task, metrics=(metric,)), predictions, references)[metric]

@@ -5,7 +5,9 @@ a masked MPOE language model, whose windows of text differ in length, into FOLDE
 import sys
 from pathlib import Path
 
-from moebert_kernels.distill import FitConfig, LayerwiseObjective, fit
+from moebert_kernels.distill import FitConfig, fit
+from moebert_kernels.distill.discriminator import AdversaryConfig
+from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.nn import GradientMask
 from tests.distill.tiny import TinyBatches, tiny_bert
@@ -15,8 +17,10 @@ if __name__ == "__main__":
     folder, accumulation = sys.argv[1], int(sys.argv[2])
     config = FitConfig(epochs=4, learning_rate=1e-3, accumulation=accumulation, log_steps=2, save_steps=3)
     data = TinyBatches(examples=40, sizes=[8, 5, 8, 8, 8, 2, 1])
-    objective = LayerwiseObjective("classification")
-    fit(tiny_bert(0), data, config=config, output_dir=folder, objective=objective, teacher=tiny_bert(1))
+    # no dropout, which would draw anew in each process
+    objective = MicroBertObjective("classification", TERMS, adversary=AdversaryConfig(dropout=0.0))
+    teacher = tiny_bert(1, hidden=32)
+    fit(tiny_bert(0), data, config=config, output_dir=folder, objective=objective, teacher=teacher)
 
     config = FitConfig(epochs=3, learning_rate=1e-3, accumulation=accumulation, log_steps=2, adam_eps=1e-5)
     model = tiny_mpoe()

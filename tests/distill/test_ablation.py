@@ -72,7 +72,7 @@ def test_teachers_that_differ_stand_apart():
     references, records = made_up(("full", "no-moe"))
     records = [r | ({"teacher_score": 0.8} if r["arm"] == "no-moe" else {}) for r in records]
     text = table(summary(records, NAMES, references, ("full", "no-moe"), rounds=2))
-    assert "| teacher of full | 90.0" in text and "| teacher of −MoE | 80.0" in text
+    assert "| teacher of full | 90.0" in text and "| teacher of -MoE | 80.0" in text
 
 
 def test_bootstrap_covers_what_it_should():

@@ -39,13 +39,13 @@ def test_losses():
     assert torch.autograd.gradcheck(generator_loss, (logits,))
 
 
-@pytest.mark.parametrize("seen", ["logits", "pooled", "both"])
+@pytest.mark.parametrize("seen", ["logits", "both"])
 def test_accumulation_equals_the_large_batch(tmp_path, seen):
     """Uneven micro-batches and a short last window, the discriminator's dropout on, all terms."""
     ends = []
     for name, sizes, accumulation in (("large", [32, 11], 1), ("small", [8, 8, 8, 8, 8, 3], 4)):
         data = TinyBatches(sizes=sizes, examples=43)
-        config = FitConfig(epochs=8, learning_rate=1e-3, accumulation=accumulation, log_steps=2)
+        config = FitConfig(epochs=5, learning_rate=1e-3, accumulation=accumulation, log_steps=2)
         _, student, objective = distil(tmp_path / name, data, config, input=seen)
         ends.append((student, objective, log(tmp_path / name, "loss")))
     (large, large_objective, large_log), (small, small_objective, small_log) = ends

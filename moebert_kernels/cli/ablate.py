@@ -1,0 +1,157 @@
+"""`moebert ablate`: a recipe with parts left out, on several tasks and seeds, with paired tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.recipe import load_teacher, recipe_of, train_by_recipe
+from moebert_kernels.cli.running import check_writable
+from moebert_kernels.cli.tasks import data_by_task, known_tasks
+from moebert_kernels.errors import UserError
+
+if TYPE_CHECKING:
+    from moebert_kernels.distill.ablation import Arm
+    from moebert_kernels.distill.recipe import Recipe
+
+_FOR_TASKS = "once, or as TASK=FOLDER once for each task."
+
+
+def ablate(
+    ctx: typer.Context,
+    model: Annotated[
+        list[str], typer.Option("--model", help=f"The student before training, with or without a head; {_FOR_TASKS}")
+    ],
+    teacher: Annotated[
+        list[str], typer.Option("--teacher", help=f"A task-routed MoE, or fine-tuned models; {_FOR_TASKS}")
+    ],
+    task: Annotated[list[str], typer.Option("--task", help="A task of GLUE; once for each.")],
+    output: o.OutputFolder,
+    data: o.Data = None,
+    dense_teacher: Annotated[
+        list[str] | None,
+        typer.Option("--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS}"),
+    ] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="As for distill; any value of it as --KEY VALUE.")] = (
+        "microbert"
+    ),
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arm",
+            help="full, no-fal, no-gan, no-moe, no-hidden, kd, lean or finetune; once for each. The first is what the"
+            " others are compared with. Default: the first six, no-moe only with --dense-teacher.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm on each task.")] = 3,
+    hold_out: o.HoldOut = None,
+) -> None:
+    """Train a student by a recipe with parts left out, and compare: a table, a chart, retention and paired tests.
+
+    Scores are of the test split where the data has one, else of validation, which also chooses the checkpoints. Runs
+    that are done are not done again. Writes OUTPUT/report.json, table.md and chart.png.
+    """
+    from moebert_kernels.demo.report import write_report
+    from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, summary, table
+    from moebert_kernels.distill.checkpoint import write_text
+
+    check_writable(output)
+    tasks = known_tasks(task)
+    arms = arm or [name for name in DEFAULT_ARMS if dense_teacher or not ARMS[name].dense_teacher]
+    unknown = [name for name in arms if name not in ARMS]
+    if unknown or len(set(arms)) < len(arms):
+        got = unknown[0] if unknown else ", ".join(arms)
+        raise UserError(f"arm: expected some of {', '.join(ARMS)}, each once, got {got}")
+    if any(ARMS[name].dense_teacher for name in arms) and not dense_teacher:
+        raise UserError("dense-teacher: expected one for the arm no-moe, got none")
+    students, teachers, dense = (
+        _by_task(name, values, task)
+        for name, values in (("model", model), ("teacher", teacher), ("dense-teacher", dense_teacher))
+    )
+    files = data_by_task(data, task)
+    chosen = recipe_of(ctx, recipe)
+    identity = {
+        "recipe": recipe, "stages": repr(chosen.stages), "model": model, "teacher": teacher, "data": data,
+        "dense_teacher": dense_teacher, "hold_out": hold_out,
+    }  # fmt: skip
+    if once(output / "identity.json", lambda: identity) != identity:
+        raise UserError(f"output: expected a folder of the same recipe, models and data, got another's: {output}")
+
+    length = chosen.active[0].max_length
+    records, references = [], {}
+    for name, known in tasks.items():
+        loaded = inputs.load_data(known, files.get(name), "train", hold_out)
+        for seed in range(seeds):
+            for one in arms:
+                guide = (dense if ARMS[one].dense_teacher else teachers)[name]
+                kind = "dense-teacher" if ARMS[one].dense_teacher else "teacher"
+                of_teacher = once(output / "results" / f"{name}-{kind}.json", partial(_teacher, guide, loaded, length))
+                words = (f"{name}-{one}-{seed}", students[name], guide, loaded, seed)
+                record = once(
+                    output / "results" / f"{words[0]}.json", partial(_run, output, chosen, ARMS[one], length, *words)
+                )
+                references[name] = record["references"]
+                records.append(record | {"task": name, "arm": one, "seed": seed, "teacher_score": of_teacher["score"]})
+    report = summary(records, tasks, references, arms)
+    write_report(report, output / "report.json")
+    write_text(output / "table.md", table(report))
+    draw(report, output / "chart.png", f"Students by the recipe {recipe}, {seeds} seeds")
+    print(table(report))
+
+
+def _run(
+    output: Path, recipe: Recipe, arm: Arm, length: int | None, name: str, student: str, teacher: str, loaded: Any,
+    seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Train a student and judge it."""
+    from moebert_kernels.distill.loading import load_tokenizer
+
+    print(f"\n{name}: {arm.label}", flush=True)
+    begun = time.monotonic()
+    changed = recipe.with_values(arm.values)
+    trained = train_by_recipe(changed, student, teacher, loaded, output / "runs" / name, seed=seed)
+    seconds = time.monotonic() - begun
+    return _judged(trained.student, load_tokenizer(student), loaded, length) | {"seconds": seconds}
+
+
+def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:
+    from moebert_kernels.distill.loading import load_tokenizer
+
+    return _judged(load_teacher(name, loaded.task).to(inputs.device()), load_tokenizer(name), loaded, length)
+
+
+def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict[str, Any]:
+    """Predictions on the test split, if the data has one, else on validation, and their main metric."""
+    from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.metrics import compute_metrics
+
+    split = "test" if "test" in loaded.splits else "validation"
+    loaded = inputs.labels_as_in(loaded, model.config)
+    length = inputs.max_length_for(model.config, loaded.task, length)
+    features = inputs.tokenized(loaded, split, tokenizer, length, None, model.config)
+    evaluator = Evaluator(loaded.task, loaded.split(split), features, progress=True)
+    predictions, references = evaluator.predict(model), evaluator.references
+    score = compute_metrics(loaded.task, predictions, references)[loaded.task.main_metric]
+    return {"score": score, "split": split, "predictions": predictions, "references": references}
+
+
+def _by_task(name: str, values: list[str] | None, tasks: Sequence[str]) -> dict[str, str]:
+    """One value for all tasks, or TASK=VALUE for each."""
+    values = values or []
+    found = dict(entry.split("=", 1) for entry in values if entry.partition("=")[0] in tasks and "=" in entry)
+    if not values:
+        return {}
+    if len(values) == 1 and not found:
+        return dict.fromkeys(tasks, values[0])
+    missing = [task for task in tasks if task not in found]
+    if missing or len(found) < len(values):
+        got = f"none for {missing[0]}" if missing else ", ".join(values)
+        raise UserError(f"{name}: expected one for all tasks, or TASK=FOLDER once for each, got {got}")
+    return found
