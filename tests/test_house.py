@@ -176,12 +176,15 @@ def cli_options() -> dict[str, set[str]]:
     from typer.main import get_command
 
     from moebert_kernels.cli import app
+    from moebert_kernels.distill.recipe import keys
 
     commands = get_command(app).commands
-    return {
+    options = {
         name: {"--help", *(o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts))}
         for name, command in commands.items()
     }
+    of_recipes = {f"--{key.replace('_', '-')}" for key in keys()}
+    return {name: of | (of_recipes if "--recipe" in of else set()) for name, of in options.items()}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=name_of)

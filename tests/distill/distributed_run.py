@@ -7,8 +7,8 @@ from pathlib import Path
 
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.discriminator import AdversaryConfig
-from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.features import Batches
+from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.nn import GradientMask
 from tests.distill.tiny import TinyBatches, tiny_bert
 from tests.distill.tiny_text import story, tiny_mpoe
