@@ -1,10 +1,12 @@
 """What the experiments make of their results, on made-up ones and on tiny ones."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
 
+from tests.cli.tiny import BAD, GOOD, write_base
 from tests.helpers import ROOT
 
 
@@ -99,3 +101,67 @@ def test_wikitext_mpoe_divides_the_text(wikitext_mpoe, tmp_path):
     (tmp_path / "test.txt").unlink()
     with pytest.raises(SystemExit, match="data: expected a test text in "):
         wikitext_mpoe.read_parts(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def microbert():
+    return experiment("microbert")
+
+
+def write_glue(folder):
+    """The four tasks in their own files' forms: an adjective decides, whatever the question."""
+    header = {
+        "SST-2": "sentence\tlabel",
+        "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        "CoLA": None,
+        "STS-B": "index\tsentence1\tsentence2\tscore",
+    }
+    for task, first in header.items():
+        (folder / task).mkdir(parents=True)
+        for number, name in enumerate(("train", "dev", "test_labeled")[: 3 if task in ("SST-2", "MRPC") else 2]):
+            lines = [first] if first else []
+            for row in range(24):
+                label = (row * 7 + number) % 3 % 2
+                text = f"the {('film', 'play')[row % 2]} was {(BAD, GOOD)[label][row % 4]}"
+                lines.append({
+                    "SST-2": f"{text}\t{label}", "MRPC": f"{label}\t1\t2\t{text}\tthe book was {GOOD[0]}",
+                    "CoLA": f"x\t{label}\t*\t{text}", "STS-B": f"{row}\t{text}\tthe book\t{5 * label + 0.01 * row}",
+                }[task])  # fmt: skip
+            (folder / task / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
+    """One seed, then the report alone; nothing is trained twice."""
+    monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 5)
+    base, data = write_base(tmp_path / "bert", max_position_embeddings=32), write_glue(tmp_path / "data")
+    sizes = ("--epochs", 1, "--teacher-epochs", 1, "--batch-size", 12, "--max-length", 16, "--mrpc", 20)
+    places = ("--base", base, "--data", data, "--work", tmp_path / "work", "--output", tmp_path / "out")
+
+    def run(*more):
+        monkeypatch.setattr("sys.argv", [str(word) for word in ("microbert.py", *places, *sizes, "--seeds", 4, *more)])
+        microbert.main()
+        return capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        run("--report")
+    text = run()
+    report = json.loads((tmp_path / "out/results.json").read_text())
+    assert (tmp_path / "out/table.md").read_text() in text
+    assert list(report["main"]["arms"]) == list(microbert.MAIN) and report["main"]["tasks"] == list(microbert.FOLDERS)
+    assert list(report["ablation"]["arms"]) == list(microbert.ABLATION)
+    assert report["main"]["examples"] == {"sst2": 24, "mrpc": 24, "cola": 12, "stsb": 12}
+    assert set(report["speeds"]) == {
+        "task-routed teacher", "teacher, collapsed", "dense teacher", "MoE student", "student"
+    }  # fmt: skip
+    assert report["cache"]["rows"] == 20 and report["cache"]["largest_difference"] < 1e-4
+    for name in ("chart.png", "ablation.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    trained = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*") if file.is_file()}
+    assert len(list((tmp_path / "work/results").glob("*-4.json"))) == 4 * 4 + 2 * 4
+    monkeypatch.setattr(microbert, "speeds", lambda *_: report["speeds"])
+    monkeypatch.setattr(microbert, "cache_speed", lambda *_: report["cache"])
+    run("--report")
+    assert {file: file.stat().st_mtime_ns for file in trained} == trained
+    with pytest.raises(SystemExit, match="work: expected a folder of these settings"):
+        run("--epochs", 2)

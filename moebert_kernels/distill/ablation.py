@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.tasks import Task
@@ -25,7 +27,7 @@ class Arm:
     """What a comparison changes in its recipe."""
 
     label: str
-    values: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
     dense_teacher: bool = False  # a fine-tuned dense model in place of the mixture of experts
 
 
@@ -35,7 +37,7 @@ ARMS = {
     "no-gan": Arm("-GAN", {"adversarial": 0}),
     "no-moe": Arm("-MoE", dense_teacher=True),
     "no-hidden": Arm("-hidden", _FEATURES),
-    "lean": Arm("lean", _FEATURES | {"adversarial": 0}),
+    "lean": Arm("lean", _FEATURES | {"adversarial": 0, "pool_first": True}),
     "kd": Arm("KD only", _FEATURES | {"alignment": 0, "adversarial": 0}),
     "finetune": Arm("fine-tuned alone", _FEATURES | {"alignment": 0, "adversarial": 0, "soft": 0, "labels": 1}),
 }
@@ -64,9 +66,10 @@ def summary(
 
     Returns:
         "tasks", "metrics", "seeds", "examples" and "arms": of each its "score" by task, the "average" over tasks and
-        the "retention" (the mean over tasks of student / teacher, each {"mean", "sd", "values"} over seeds), the
-        "teacher" scores, and "difference" from the baseline: "mean" over tasks and seeds, "p" of the paired t-test over
-        them, "low" and "high" of the 95 % bootstrap interval over examples.
+        the "retention" (the mean over tasks of student / teacher; None where a teacher's score is not above 0), each
+        {"mean", "sd", "values"} over seeds, the "teacher" scores, and the "difference" from the baseline: "mean" over
+        tasks and seeds, "p" of the paired t-test over them, "low" and "high" of the 95 % bootstrap interval over
+        examples.
 
     Raises:
         UserError: no seed is complete.
@@ -94,10 +97,11 @@ def summary(
     entries = {}
     for arm in arms:
         scores = {task: [of(arm, "score", task, seed) for seed in seeds] for task in tasks}
-        kept = [
-            statistics.mean(of(arm, "score", task, seed) / of(arm, "teacher_score", task, seed) for task in tasks)
-            for seed in seeds
-        ]
+        teacher = {task: [of(arm, "teacher_score", task, seed) for seed in seeds] for task in tasks}
+        kept = None  # a teacher at or below 0, which a correlation can be, leaves nothing to keep
+        if min(map(min, teacher.values())) > 0.0:
+            shares = [np.divide(scores[task], teacher[task]) for task in tasks]
+            kept = spread([float(share) for share in np.mean(shares, axis=0)])
         differences = [
             of(arm, "score", task, seed) - of(baseline, "score", task, seed) for task in tasks for seed in seeds
         ]
@@ -106,8 +110,8 @@ def summary(
             "label": ARMS[arm].label,
             "score": {task: spread(values) for task, values in scores.items()},
             "average": spread([statistics.mean(values) for values in zip(*scores.values(), strict=True)]),
-            "retention": spread(kept),
-            "teacher": {task: spread([of(arm, "teacher_score", task, seed) for seed in seeds]) for task in tasks},
+            "retention": kept,
+            "teacher": {task: spread(values) for task, values in teacher.items()},
             "seconds": statistics.mean(of(arm, "seconds", task, seed) for task in tasks for seed in seeds),
             "difference": {
                 "mean": statistics.mean(differences), "p": paired_t(differences), "low": low, "high": high,
@@ -164,8 +168,8 @@ def table(report: Mapping[str, Any]) -> str:
             p = "" if change["p"] is None else f"{change['p']:.3f}"
             low, high = (f"{100 * change[side]:+.1f}" for side in ("low", "high"))
             compared = f"{100 * change['mean']:+.1f} | {p} | {low} to {high}"
-        lines.append(f"| {entry['label']} | {cells} | {points(entry['average'])} | {points(entry['retention'])} |"
-                     f" {compared} |")  # fmt: skip
+        kept = "" if entry["retention"] is None else points(entry["retention"])
+        lines.append(f"| {entry['label']} | {cells} | {points(entry['average'])} | {kept} | {compared} |")
     return "\n".join(lines) + "\n"
 
 

@@ -34,7 +34,7 @@ def fit_recipe(
     *,
     task: Task,
     output_dir: Path,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | TeacherCache | None = None,
     cache: Path | None = None,
     cache_dtype: str | None = None,
     cache_inputs: Mapping[str, Any] | None = None,
@@ -51,7 +51,7 @@ def fit_recipe(
         recipe: stages without a term are skipped. The last stage writes into `output_dir`, the others into
             `output_dir/NAME`; only the last is evaluated, as the first ones may leave the head untrained.
         train: see `with_extra_text` for texts without labels.
-        teacher: of the same task; None for recipes that need none.
+        teacher: of the same task, or its cached outputs; None for recipes that need none.
         cache: keep the teacher's outputs in this folder; sentence vectors alone where no stage needs more.
         cache_dtype, cache_inputs: see `TeacherCache.build`.
 

@@ -17,9 +17,12 @@ def write_base(folder, **options):
     """A random BERT without a head, and its tokenizer."""
     torch.manual_seed(0)
     tokenizer = tokenizer_of(WORDS)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "max_position_embeddings": 24,
+    }  # fmt: skip
     config = BertConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=24, initializer_range=0.3, hidden_dropout_prob=0.05,
+        vocab_size=len(tokenizer), initializer_range=0.3, hidden_dropout_prob=0.05,
         attention_probs_dropout_prob=0.0, **(sizes | options),
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)

@@ -1,6 +1,7 @@
 """What comparisons of arms make of their runs, on made-up ones."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,9 @@ def test_summary(tmp_path):
     draw(report, tmp_path / "chart.png", "made up")
     assert (tmp_path / "chart.png").stat().st_size > 1000
 
+    nothing = [record | {"teacher_score": 0.0} for record in records]
+    undefined = summary(nothing, NAMES, references, ("full", "kd"), rounds=2)
+    assert undefined["arms"]["kd"]["retention"] is None and "|  |" in table(undefined)
     without = [r for r in records if (r["arm"], r["task"], r["seed"]) != ("kd", "stsb", 1)]
     assert summary(without, NAMES, references, ("full", "kd"), rounds=2)["seeds"] == [0, 2]
     with pytest.raises(UserError, match="ablation: expected a seed with runs of full, lean on sst2, stsb, got none"):
@@ -102,6 +106,8 @@ def test_arms_leave_out_what_they_say():
     assert terms["no-fal"] == ("embedding", "hidden", "soft", "adversarial")
     assert terms["no-gan"] == ("embedding", "hidden", "alignment", "soft")
     assert terms["no-hidden"] == ("alignment", "soft", "adversarial")
+    lean, preset = recipe.with_values(ARMS["lean"].values), load_recipe("microbert-lean")
+    assert replace(lean.active[0], adversarial=0.0) == preset.active[0] and preset.active[0].pool_first
     assert terms["lean"] == load_recipe("microbert-lean").active[0].terms == ("alignment", "soft")
     assert terms["kd"] == load_recipe("kd").active[0].terms == ("soft",)
     assert terms["finetune"] == () and recipe.with_values(ARMS["finetune"].values).active[0].labels == 1
