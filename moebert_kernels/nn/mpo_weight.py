@@ -127,7 +127,8 @@ class MPOWeight(nn.Module):
     def cache_key(self) -> tuple[Any, ...]:
         """The compute dtype, then what changes when a parameter does."""
         dtype = autocast_dtype(self.central) or self.central.dtype
-        return (dtype, *((p.data_ptr(), _version(p)) for p in self.parameters()))
+        sites = (self.central, *self.aux._parameters.values())  # `parameters()` would walk through modules
+        return (dtype, *((p.data_ptr(), _version(p)) for p in sites))
 
     def open_leaf(self) -> None:
         """Fold now, and give the result out as a leaf that accumulates gradients; see `shared_fold`."""
