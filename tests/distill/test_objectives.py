@@ -199,3 +199,16 @@ def test_task_loss_of_answers_ignores_padding():
     end = ce(logits["end_logits"][0], torch.tensor(3)) / 2
     torch.testing.assert_close(task_loss(outputs, batch, 0.0), (start + end) / 2)
     assert task_loss(outputs, batch, 0.0, preset="paper").item() == 7.0
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_task_loss_of_sequences_without_a_label_is_zero(scores):
+    logits = torch.randn(3, 1 if scores else 2, requires_grad=True)
+    labels = torch.tensor([1, 0, 1]).float() if scores else torch.tensor([1, 0, 1])
+    batch = {"labels": labels, "labelled": torch.tensor([True, False, True])}
+    loss = task_loss(SimpleNamespace(logits=logits, loss=torch.tensor(7.0)), batch, 0.0)
+    loss.backward()
+    function = torch.nn.functional.mse_loss if scores else torch.nn.functional.cross_entropy
+    ours = logits.detach().squeeze(1) if scores else logits.detach()
+    torch.testing.assert_close(loss, (function(ours[0], labels[0]) + function(ours[2], labels[2])) / 3)
+    assert not logits.grad[1].any() and logits.grad[0].any()
