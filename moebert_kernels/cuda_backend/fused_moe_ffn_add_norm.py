@@ -17,9 +17,8 @@ from moebert_kernels import dropout, native
 from moebert_kernels.cuda_backend import tiny_ffn
 from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as in_triton
-from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients
+from moebert_kernels.triton_backend.fused_moe_ffn import contiguous
 
 
 def _inputs(
@@ -86,7 +85,7 @@ def backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, needs,
         )  # fmt: skip
-    need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dweights = needs
+    need_dnorm_weight, need_dnorm_bias, need_dweights = needs[5:]
     rows, columns = grouping.num_rows, x.shape[1]
     if ffn.shape[0] < rows:
         ffn, h_pre = in_triton.ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
@@ -104,12 +103,7 @@ def backward(
         dz.data_ptr(), dffn.data_ptr() if apart else 0, partials[0].data_ptr(), partials[1].data_ptr(),
         pointer(dnorm_weight), pointer(dnorm_bias), pointer(dweights), stream_of(x),
     )  # fmt: skip
-    dh_pre, *weight_grads, _ = hidden_gradients(
-        dffn, x.to(w1.dtype), h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed,
-        (need_dx, *need_ffn, False), gather=False,
+    grads = in_triton.ffn_gradients(
+        dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, needs[:5]
     )  # fmt: skip
-    dx = None
-    if need_dx:
-        dx = x.new_empty(x.shape)
-        expert_gemm(dh_pre, w1.transpose(1, 2), dx, grouping, residual=dz, skipped=dy, scatter=True)
-    return [dx, *weight_grads, dnorm_weight, dnorm_bias, dweights]
+    return [*grads, dnorm_weight, dnorm_bias, dweights]

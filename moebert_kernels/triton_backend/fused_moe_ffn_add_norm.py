@@ -49,7 +49,7 @@ def backward(
     seed: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
-    need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dweights = needs
+    need_dnorm_weight, need_dnorm_bias, need_dweights = needs[5:]
     rows = grouping.num_rows
     if ffn.shape[0] < rows:
         ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
@@ -68,12 +68,27 @@ def backward(
         sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype) if need else None
         for partials, need in ((weight_partials, need_dnorm_weight), (bias_partials, need_dnorm_bias))
     )
+    grads = ffn_gradients(
+        dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, needs[:5]
+    )  # fmt: skip
+    return [*grads, dnorm_weight, dnorm_bias, dweights]
+
+
+def ffn_gradients(
+    dffn: Tensor, dz: Tensor, dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, hidden_dropout_p: float,
+    seed: Tensor | None, needs: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """[dx, dw1, db1, dw2, db2] from what the norm's backward left.
+
+    `dffn` and `dz` (num_rows, H) are gradients of the feed-forward's outputs and of the residual, in row order.
+    """
     dh_pre, *weight_grads, _ = hidden_gradients(
         dffn, x.to(w1.dtype), h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed,
-        (need_dx, *need_ffn, False), gather=False,
+        (*needs, False), gather=False,
     )  # fmt: skip
     dx = None
-    if need_dx:
+    if needs[0]:
         dx = x.new_empty(x.shape)
         expert_gemm(dh_pre, w1.transpose(1, 2), dx, grouping, residual=dz, skipped=dy, scatter=True)
-    return [dx, *weight_grads, dnorm_weight, dnorm_bias, dweights]
+    return [dx, *weight_grads]

@@ -1,8 +1,6 @@
 """Causal language models through the loop: windows of running text, losses per token, perplexity."""
 
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from moebert_kernels.distill.language import PerplexityEvaluator
 from moebert_kernels.distill.objectives import batch_weight, is_causal, task_loss
 from moebert_kernels.distill.tasks import get_task, load_task
 from moebert_kernels.errors import UserError
-from tests.distill.tiny import assert_same_weights, log, tiny_bert, weights
+from tests.distill.tiny import Interrupting, assert_same_weights, log, tiny_bert, weights
 from tests.distill.tiny_text import STORY, byte_tokenizer, story, tiny_gpt2, tiny_t5
 
 
@@ -97,23 +95,17 @@ def test_accumulation_equals_the_large_batch(tmp_path, distilled):
     assert ("prediction" in ends[0][1][0]) == distilled
 
 
+class InterruptedBatches(Interrupting, Batches):
+    pass
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
-    class Interrupting(Batches):
-        drawn = 0
-
-        def __call__(self, epoch):
-            for batch in super().__call__(epoch):
-                self.drawn += 1
-                if self.drawn == 3:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-
     features = story()
     config = FitConfig(epochs=3, learning_rate=1e-2, accumulation=2, greater_is_better=False, best_metric="perplexity")
     options = {"config": config, "evaluate": PerplexityEvaluator(features)}
     fit(tiny_gpt2(dropout=0.2), Batches(features, 3), output_dir=tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        fit(tiny_gpt2(dropout=0.2), Interrupting(features, 3), output_dir=tmp_path / "stopped", **options)
+        fit(tiny_gpt2(dropout=0.2), InterruptedBatches(features, 3), output_dir=tmp_path / "stopped", **options)
     fit(tiny_gpt2(1, dropout=0.2), Batches(features, 3), output_dir=tmp_path / "stopped", **options)
     for name in ("final/model.safetensors", "best/model.safetensors", "log.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()

@@ -1,8 +1,5 @@
 """MPOE models in the loop: the balance term, the gradient mask, folding once per step."""
 
-import os
-import signal
-
 import pytest
 import torch
 
@@ -11,7 +8,7 @@ from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask
-from tests.distill.tiny import assert_same_weights, log, weights
+from tests.distill.tiny import Interrupting, assert_same_weights, log, weights
 from tests.distill.tiny_text import story, tiny_gpt2, tiny_mpoe, tiny_t5
 
 
@@ -73,24 +70,18 @@ def test_accumulation_equals_the_large_batch(tmp_path, probability, shared_fold)
     assert_same_weights(ends[0], weights(ends[1]), tolerance=2e-5)
 
 
+class InterruptedBatches(Interrupting, Batches):
+    pass
+
+
 def test_an_interrupted_masked_run_ends_with_the_same_bits(tmp_path):
-    class Interrupting(Batches):
-        drawn = 0
-
-        def __call__(self, epoch):
-            for batch in super().__call__(epoch):
-                self.drawn += 1
-                if self.drawn == 3:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-
     def model(seed):
         return tiny_mpoe(seed, dropout=0.2, load_balance=0.1)
 
     settings = {"accumulation": 2, "shared_fold": True}
     train(tmp_path / "whole", model(0), 0.5, Batches(story(), 3), **settings)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", model(0), 0.5, Interrupting(story(), 3), **settings)
+        train(tmp_path / "stopped", model(0), 0.5, InterruptedBatches(story(), 3), **settings)
     with pytest.raises(UserError, match=r"gradient_mask.probability: expected 0.75, got 0.5"):
         train(tmp_path / "stopped", model(1), 0.75, Batches(story(), 3), **settings)
     train(tmp_path / "stopped", model(1), 0.5, Batches(story(), 3), **settings)

@@ -10,7 +10,7 @@ import pytest
 from moebert_kernels.distill import FitConfig, LayerwiseObjective
 from moebert_kernels.distill.checkpoint import recover_folder, write_folder
 from moebert_kernels.errors import UserError
-from tests.distill.tiny import TinyBatches, assert_same_weights, run, tiny_bert, weights
+from tests.distill.tiny import Interrupting, TinyBatches, assert_same_weights, run, tiny_bert, weights
 from tests.helpers import ROOT
 
 RESULTS = ("final/model.safetensors", "best/model.safetensors", "log.jsonl", "state/finished.json")
@@ -31,20 +31,10 @@ def test_killed_runs_end_where_an_undisturbed_one_does(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-class Interrupting(TinyBatches):
-    """Sends a signal when a batch is drawn."""
-
+class InterruptedBatches(Interrupting, TinyBatches):
     def __init__(self, at, times=1, **options):
         super().__init__(**options)
-        self.at, self.times, self.drawn = at, times, 0
-
-    def __call__(self, epoch):
-        for batch in super().__call__(epoch):
-            self.drawn += 1
-            if self.drawn == self.at:
-                for _ in range(self.times):
-                    os.kill(os.getpid(), signal.SIGINT)
-            yield batch
+        self.at, self.times = at, times
 
 
 def test_interrupt_is_resumed(tmp_path, capsys):
@@ -52,7 +42,7 @@ def test_interrupt_is_resumed(tmp_path, capsys):
     student = tiny_bert(0, dropout=0.1)
     for at in (9, 15):  # batches drawn: up to step 9, then again from the start of epoch 1, of which 3 are skipped
         with pytest.raises(KeyboardInterrupt, match="step"):
-            run(tmp_path / "stopped", Interrupting(at), student=student)
+            run(tmp_path / "stopped", InterruptedBatches(at), student=student)
     assert "stopped at step 9 of 24; the same call goes on from there" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     run(tmp_path / "stopped", student=student)
@@ -61,14 +51,14 @@ def test_interrupt_is_resumed(tmp_path, capsys):
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Interrupting(7, times=2))
+        run(tmp_path, InterruptedBatches(7, times=2))
     assert not (tmp_path / "final").exists()
     run(tmp_path)
 
 
 def interrupted(folder):
     with pytest.raises(KeyboardInterrupt):
-        run(folder, Interrupting(11))
+        run(folder, InterruptedBatches(11))
     return sorted((folder / "state").glob("step-*"))
 
 
@@ -136,7 +126,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     first, again = tiny_bert(0, dropout=0.1), tiny_bert(0, dropout=0.1)
     result = run(tmp_path, student=first)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(tmp_path, Interrupting(1), student=again) == result
+    assert run(tmp_path, InterruptedBatches(1), student=again) == result
     assert_same_weights(again, weights(first))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
     assert sorted(os.listdir(tmp_path / "state")) == ["finished.json"]
