@@ -118,7 +118,8 @@ def _layer_case(direction: str, T: int, most: float, target: Target, factors: Fa
         },
         baseline="dense_experts",
         requires=(Requirement("mpo_experts", "dense_experts", 1 / most),),
-        seconds=20.0 if T > 4096 else 6.0,
+        seconds=15.0 if T > 4096 else 6.0,
+        min_rounds=4 if T > 4096 else 7,
     )
 
 
@@ -169,7 +170,8 @@ def _shared_case(T: int, target: Target, factors: Factors, E: int) -> Case:
         },
         baseline="dense_experts",
         requires=(Requirement("mpo_experts", "dense_experts", 1 / (9.9 if target.smoke else SHARED_MOST)),),
-        seconds=15.0,
+        seconds=10.0,
+        min_rounds=5,
     )
 
 

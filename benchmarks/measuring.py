@@ -117,6 +117,7 @@ class Case:
         requires: what must hold at these shapes on the device that they are for.
         cost: of one call of a provider that names no other.
         seconds: of timing.
+        min_rounds: made even past that time.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Case:
     requires: tuple[Requirement | Limit, ...] = ()
     cost: Cost | None = None
     seconds: float = 1.0
+    min_rounds: int = 7
 
 
 @dataclass
@@ -153,7 +155,7 @@ def measure(
         timers: by provider, from `benchmarks.clocks`.
         seconds: rounds are added until this much time has passed, at most MAX_ROUNDS.
         min_rounds: rounds made even past that time.
-        warmup_rounds: rounds that are thrown away, within the same time.
+        warmup_rounds: rounds that are thrown away, within the same time; one is enough if it takes all of it.
     """
     samples = {name: Samples() for name in timers}
     if not timers:
@@ -162,8 +164,11 @@ def measure(
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds
     for done in range(-warmup_rounds, MAX_ROUNDS):
-        if done >= min_rounds and time.perf_counter() > end:
+        late = time.perf_counter() > end
+        if late and done >= min_rounds:
             break
+        if late and -warmup_rounds < done < 0:
+            continue
         shuffle(order)
         for name in order:
             warm_ms, cold_ms = timers[name].warm_ms(), timers[name].cold_ms()

@@ -122,7 +122,7 @@ def run_suite(
     target: Target,
     *,
     seconds: float | None = None,
-    min_rounds: int = 7,
+    min_rounds: int | None = None,
     threads: int = 2,
     folder: Path | None = None,
     budget_s: float | None = None,
@@ -134,7 +134,7 @@ def run_suite(
         cases: what it measures on `target`.
         target: see `Target`.
         seconds: of timing for each case; None: as the case says. With smoke shapes: none.
-        min_rounds: see `measure`; with smoke shapes: 1.
+        min_rounds: see `measure`; None: as the case says. With smoke shapes: 1.
         threads: of torch on the CPU.
         folder: `<folder>/<what>.json` is written after each case; those that an earlier, cut
             run of the same commit on the same device left there are kept.
@@ -144,10 +144,11 @@ def run_suite(
         The result, as saved.
     """
     torch.set_num_threads(threads)
-    rounds = 1 if target.smoke else min_rounds
+    if target.smoke:
+        seconds, min_rounds = 0.0, 1
     result: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "what": what, "smoke": target.smoke, "environment": environment(target),
-        "settings": {"seconds_per_case": 0.0 if target.smoke else seconds, "min_rounds": rounds, "threads": threads},
+        "settings": {"seconds_per_case": seconds, "min_rounds": min_rounds, "threads": threads},
         "roof": clocks.roof(target.device, target.dtype, target.smoke), "cases": [],
         "not_run": [case.name for case in cases], "broken": {}, "seconds": 0.0,
     }  # fmt: skip
@@ -165,7 +166,8 @@ def run_suite(
         elif budget_s is not None and time.perf_counter() - start > budget_s:
             continue
         else:
-            lasting = 0.0 if target.smoke else (seconds if seconds is not None else case.seconds)
+            lasting = case.seconds if seconds is None else seconds
+            rounds = case.min_rounds if min_rounds is None else min_rounds
             try:
                 entry = run_case(case, target, result["roof"], seconds=lasting, min_rounds=rounds, judge=judge)
             except Exception as error:  # such as no memory for the inputs: must not cost the other cases

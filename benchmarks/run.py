@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: try the code, prove and save nothing")
     parser.add_argument("--seconds", type=float, help="timing per case (default: by case)")
-    parser.add_argument("--min-rounds", type=int, default=7, help="rounds per case even past that time")
+    parser.add_argument("--min-rounds", type=int, help="rounds per case even past that time (default: by case)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: 2, with --smoke 1)")
     parser.add_argument("--budget", type=float, help="begin no case after so many seconds; a later call goes on")
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/<device>)")

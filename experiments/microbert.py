@@ -17,7 +17,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,13 @@ Result = dict[str, Any]
 class Settings:
     """What is trained for how long, on how many rows of each task."""
 
-    sst2: int = 5000
-    mrpc: int = 2500
-    cola: int = 4000
-    stsb: int = 3000
+    sst2: int = 2500
+    mrpc: int = 1500
+    cola: int = 2500
+    stsb: int = 1500
     teacher_epochs: int = 3
     teacher_learning_rate: float = 5e-5
+    router_learning_rate: float = 1e-2  # logits change a choice when they move by tenths, which 5e-5 never does
     epochs: int = 3
     learning_rate: float = 1e-4
     batch_size: int = 32
@@ -183,7 +184,7 @@ class Study:
         fitted = fit(
             model,
             MultiTaskBatches(batches, list(FOLDERS)),
-            config=self._teacher_config("mean"),
+            config=replace(self._teacher_config("mean"), router_learning_rate=self.settings.router_learning_rate),
             output_dir=self.work / "teachers" / "moe",
             evaluate=MultiTaskEvaluator(
                 {name: self.evaluator(name, "validation") for name in FOLDERS},

@@ -104,6 +104,12 @@ Accumulation = Annotated[
     int, typer.Option("--accumulation", min=1, help="Batches per optimizer step.", rich_help_panel=_TRAINING)
 ]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", min=0.0, rich_help_panel=_TRAINING)]
+RouterLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        "--router-learning-rate", min=0.0, help="Of learned routers. Default: as all others.", rich_help_panel=_TRAINING
+    ),
+]
 WarmupRatio = Annotated[float, typer.Option("--warmup-ratio", min=0.0, max=1.0, rich_help_panel=_TRAINING)]
 MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, fp16 or bf16.", rich_help_panel=_TRAINING)]
 EvalSteps = Annotated[

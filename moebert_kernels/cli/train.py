@@ -35,6 +35,7 @@ def finetune(
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,
     learning_rate: o.LearningRate = None,
+    router_learning_rate: o.RouterLearningRate = None,
     accumulation: o.Accumulation = 1,
     weight_decay: o.WeightDecay = None,
     warmup_ratio: o.WarmupRatio = 0.0,
@@ -64,6 +65,7 @@ def finetune(
         config = _fit_config(
             DEFAULT, first, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
             weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, shared_fold=shared_fold,
+            router_learning_rate=router_learning_rate,
         )  # fmt: skip
         config = replace(config, best_metric=MEAN)
         finetune_tasks(model, task, data, hold_out, output, config, task_temperature, max_length, not restart)
@@ -80,7 +82,7 @@ def finetune(
     config = _fit_config(
         preset, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
-        shared_fold=shared_fold,
+        shared_fold=shared_fold, router_learning_rate=router_learning_rate,
     )  # fmt: skip
     result = _train(
         student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model, gradient_mask
@@ -126,6 +128,7 @@ def distill(
     epochs: o.Epochs = None,
     max_steps: o.MaxSteps = None,
     learning_rate: o.LearningRate = None,
+    router_learning_rate: o.RouterLearningRate = None,
     accumulation: o.Accumulation = 1,
     weight_decay: o.WeightDecay = None,
     warmup_ratio: o.WarmupRatio = 0.0,
@@ -173,7 +176,8 @@ def distill(
     config = _fit_config(
         values, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
-        shared_fold=shared_fold, weights=dict.fromkeys(terms, weight), teacher_dropout=teacher_dropout,
+        shared_fold=shared_fold, router_learning_rate=router_learning_rate,
+        weights=dict.fromkeys(terms, weight), teacher_dropout=teacher_dropout,
     )  # fmt: skip
 
     def teacher_for(batches: Any) -> Any:

@@ -51,6 +51,7 @@ class FitConfig:
     epochs: int = 3
     max_steps: int | None = None  # stop (and end the learning-rate schedule) here even if epochs remain
     learning_rate: float = 5e-5
+    router_learning_rate: float | None = None  # of routers' parameters; None: as all others
     batch_size: int = 32  # sequences in a micro-batch; whoever makes the batches reads it
     accumulation: int = 1  # micro-batches per optimizer step
     weight_decay: float = 0.0  # not applied to biases and norms
@@ -79,9 +80,9 @@ class FitConfig:
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and not (name in optional and value is None):
                 raise UserError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        for name in ("learning_rate", "weight_decay", "warmup_ratio"):
+        for name in ("learning_rate", "router_learning_rate", "weight_decay", "warmup_ratio"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
+            if value is not None and not 0.0 <= value < float("inf"):
                 raise UserError(f"{name}: expected a number of at least 0, got {value!r}")
         if self.warmup_ratio > 1.0:
             raise UserError(f"warmup_ratio: expected a share between 0 and 1, got {self.warmup_ratio!r}")

@@ -66,6 +66,7 @@ class Stage:
     epochs: int = 3
     max_steps: int | None = None
     learning_rate: float = 5e-5
+    router_learning_rate: float | None = None
     batch_size: int = 32
     accumulation: int = 1
     weight_decay: float = 0.01

@@ -79,24 +79,43 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         shutil.rmtree(folder / "state", ignore_errors=True)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, router_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
     """Trained parameters for the optimizer: biases and norms, also the experts' stacked ones, without weight decay.
+
+    Routers' parameters are a group of their own, without weight decay, if they have a learning rate of their own.
 
     Raises:
         UserError: nothing is trained.
     """
     # T5's norm is a class of its own, as other models' are
-    norms = {id(p) for m in model.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
+    norms, routers = (
+        {id(p) for m in model.modules() if type(m).__name__.endswith(kind) for p in m.parameters()}
+        for kind in ("Norm", "Router")
+    )
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
+    routing: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if router_learning_rate is not None and id(parameter) in routers:
+            routing.append(parameter)
+        else:
             plain = name.rsplit(".", 1)[-1] in _UNDECAYED_NAMES or id(parameter) in norms
             (undecayed if plain else decayed).append(parameter)
-    if not decayed and not undecayed:
+    if router_learning_rate is not None and not routing:
+        raise UserError("router_learning_rate: expected a model with trained routers, got one without")
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        {"params": routing, "weight_decay": 0.0, "lr": router_learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise UserError("model: expected at least one parameter that requires a gradient, got none")
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
 def new_optimizer(model: nn.Module, config: FitConfig, device: torch.device) -> torch.optim.AdamW:
@@ -106,7 +125,7 @@ def new_optimizer(model: nn.Module, config: FitConfig, device: torch.device) -> 
         UserError: nothing is trained.
     """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, config.router_learning_rate),
         lr=config.learning_rate,
         betas=config.adam_betas,
         eps=config.adam_eps,

@@ -260,3 +260,13 @@ def test_biases_and_norms_do_not_decay():
     assert {"experts.b1", "experts.b2", "experts.norm_weight", "experts.norm_bias", "classifier.bias"} <= kept
     assert {"moebert.embeddings.LayerNorm.weight", "attention.output.LayerNorm.weight"} <= kept
     assert {"experts.w1", "experts.w2", "router.gate.weight", "classifier.weight"} <= shrunk
+
+
+def test_routers_may_have_a_learning_rate_of_their_own():
+    model = tiny_moe("gate-token")
+    *others, routing = parameter_groups(model, 0.1, router_learning_rate=1e-2)
+    assert (routing["weight_decay"], routing["lr"]) == (0.0, 1e-2)
+    assert [id(p) for p in routing["params"]] == [id(layer.router.gate.weight) for layer in model.moebert.encoder.layer]
+    assert sum(len(group["params"]) for group in (*others, routing)) == len(list(model.parameters()))
+    with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers, got one without"):
+        parameter_groups(tiny_bert(0), 0.1, router_learning_rate=1e-2)

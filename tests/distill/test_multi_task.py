@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,20 @@ def test_learns_all_tasks_and_its_routers(tmp_path):
     assert not torch.equal(
         model.moebert.encoder.layer[0].router.logits, before["moebert.encoder.layer.0.router.logits"]
     )
+
+
+def test_routers_learn_at_their_own_rate_through_a_schedule(tmp_path):
+    ends = []
+    for rate in (0.0, 1.0):
+        model = student()
+        before = weights(model)
+        run(tmp_path / str(rate), model=model, config=replace(CONFIG, router_learning_rate=rate))
+        ends.append((weights(model), before))
+    name = "moebert.encoder.layer.0.router.logits"
+    (still, before), (moved, _) = ends
+    assert torch.equal(still[name], before[name])
+    assert (moved[name] - before[name]).abs().max() > 0.1
+    assert not torch.equal(still["moebert.encoder.layer.0.experts.w1"], before["moebert.encoder.layer.0.experts.w1"])
 
 
 def test_the_mean_is_of_the_main_metrics():
