@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from moebert_kernels import models
 from moebert_kernels.convert.encoders import dense_ffns, encoder_style
@@ -125,12 +127,12 @@ def expert_weights(
     Returns:
         w1 (E, F, H), b1 (E, F), w2 (E, H, F), b2, norm_weight and norm_bias (E, H).
     """
-    E, indices = indices.shape[0], indices.to(w1.device)
+    (E, F), flat = indices.shape, indices.flatten().to(w1.device)  # index_select is six times as fast as w2[:, indices]
     whole = {"b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
     return {
-        "w1": w1[indices],
-        "b1": b1[indices],
-        "w2": w2[:, indices].transpose(0, 1),  # (H, E, F) -> (E, H, F)
+        "w1": w1.index_select(0, flat).unflatten(0, (E, F)),
+        "b1": b1.index_select(0, flat).unflatten(0, (E, F)),
+        "w2": w2.index_select(1, flat).unflatten(1, (E, F)).transpose(0, 1),  # (H, E, F) -> (E, H, F)
         **{name: tensor.expand(E, -1) for name, tensor in whole.items()},
     }
 
@@ -180,9 +182,11 @@ def build_model(
     Raises:
         UserError: other weights than the model has.
     """
-    with torch.random.fork_rng(devices=[]):
+    # drawing weights that all are replaced would be most of a conversion's time
+    with torch.random.fork_rng(devices=[]), nullcontext() if new else no_init_weights():
         torch.default_generator.manual_seed(seed)
         built = model_class(config, **options)
+    built.tie_weights()
     drawn = {key: t for key, t in built.state_dict().items() if key.startswith(new) and key not in state} if new else {}
     if like is not None:
         built = built.to(device=like.device, dtype=like.dtype).train(like.training)

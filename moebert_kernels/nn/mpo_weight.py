@@ -126,9 +126,13 @@ class MPOWeight(nn.Module):
 
     def cache_key(self) -> tuple[Any, ...]:
         """The compute dtype, then what changes when a parameter does."""
-        dtype = autocast_dtype(self.central) or self.central.dtype
-        sites = (self.central, *self.aux._parameters.values())  # `parameters()` would walk through modules
-        return (dtype, *((p.data_ptr(), _version(p)) for p in sites))
+        # looked up as attributes, parameters cost as much as all the rest of a cached forward
+        central: Any = self._parameters["central"]
+        aux: Any = self._modules["aux"]
+        key: list[Any] = [autocast_dtype(central) or central.dtype]
+        for site in (central, *aux._parameters.values()):
+            key += site.data_ptr(), _version(site)
+        return tuple(key)
 
     def open_leaf(self) -> None:
         """Fold now, and give the result out as a leaf that accumulates gradients; see `shared_fold`."""
