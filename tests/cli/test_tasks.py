@@ -1,11 +1,15 @@
 """Several tasks in one task-routed model, its collapse and its students, by the commands."""
 
+import shlex
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.cli.test_workflow import logits_of
 from tests.cli.tiny import BAD, GOOD, TABLE, done, refused, write_base
+from tests.helpers import ROOT
 
 SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "12")
 SENTENCES = ["the film was good", "a dull play"]
@@ -173,3 +177,18 @@ def test_refusals_of_collapse_and_student(teacher, moe, trained, base, data, tmp
     assert line("eval", trained, *TABLE, "--data", data).startswith(
         "task: expected one of the model's tasks, sst2, cola"
     )
+
+
+def test_the_guide_makes_what_it_uses():
+    """Each folder that a command of the page reads was written by one before it, and none is written twice."""
+    lines = (ROOT / "docs/guide/microbert.md").read_text().splitlines()
+    made = ["bert-base-uncased"]
+    for line in (line for line in lines if line.startswith("    moebert ")):
+        words = shlex.split(line)
+        values = dict(pairwise(words))
+        for option in ("--model", "--teacher", "--dense-teacher"):
+            assert values.get(option, made[0]) in made, line
+        assert "--output" in values or words[1] == "eval"
+        assert values.get("--output") not in made, line
+        made.append(values.get("--output"))
+    assert "ablation" in made
