@@ -1,5 +1,6 @@
 """A dense BERT or RoBERTa-style model -> a MoEBERT with the same head, weights and labels."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -175,7 +176,7 @@ def build_model(
     """Return a model with exactly these weights; torch's generators are left as they were.
 
     Args:
-        like: a model whose device, dtype and mode it gets.
+        like: a model whose device, dtype, mode and settings for generation it gets.
         new: prefixes of weights that may be missing in `state`; the model's own initialisation draws them by `seed`.
         options: of the model's constructor.
 
@@ -190,6 +191,8 @@ def build_model(
     drawn = {key: t for key, t in built.state_dict().items() if key.startswith(new) and key not in state} if new else {}
     if like is not None:
         built = built.to(device=like.device, dtype=like.dtype).train(like.training)
+        if getattr(like, "generation_config", None) is not None:
+            built.generation_config = copy.deepcopy(like.generation_config)
     try:
         built.load_state_dict({**drawn, **state})
     except RuntimeError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -103,10 +104,13 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
+        trained = self.training and torch.is_grad_enabled()
         for layer in self._mpoe_layers:
-            layer.balance_loss = None
+            layer.trained, layer.balance_loss = trained, None
         output = forward(self, *args, return_dict=True, **kwargs)
         losses = [layer.balance_loss for layer in self._mpoe_layers if layer.balance_loss is not None]
+        for layer in self._mpoe_layers:
+            layer.balance_loss = None  # its graph would outlive the step
         output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

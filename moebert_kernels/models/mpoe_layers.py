@@ -82,7 +82,8 @@ class MPOEFeedForward(RoutedFeedForward):
 
     Attributes:
         token_ids, token_mask: of the forward that runs, set by the stack around it; see `tell_token_ids`.
-        balance_loss: of the last forward, None under hash routing.
+        trained: whether the model around it was called for gradients, set by it.
+        balance_loss: of the forward that runs, taken by the model around it; None under hash routing.
     """
 
     def __init__(self, router: Router, experts: Experts, output_dropout: float) -> None:
@@ -90,6 +91,7 @@ class MPOEFeedForward(RoutedFeedForward):
         self.dropout = nn.Dropout(output_dropout)
         self.token_ids: Tensor | None = None
         self.token_mask: Tensor | None = None
+        self.trained = False
         self.balance_loss: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -98,14 +100,17 @@ class MPOEFeedForward(RoutedFeedForward):
         if mask is not None:  # with a key-value cache it covers earlier tokens too
             mask = mask[:, -hidden_states.shape[1] :]
         y, balance_loss = super().forward(hidden_states, self.token_ids, mask)
-        trained = self.training and balance_loss is not None and any(p.requires_grad for p in self.router.parameters())
-        if trained and not torch.is_grad_enabled():
+        learns = balance_loss is not None and any(p.requires_grad for p in self.router.parameters())
+        if learns and self.trained and not torch.is_grad_enabled():
             raise ValueError(
                 "gradient_checkpointing: expected use_reentrant=False in training, got a forward without gradients, "
                 "in which the balance loss would be lost"
             )
         self.balance_loss = balance_loss
         return self.dropout(y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"token_ids": None, "token_mask": None, "balance_loss": None}  # no copy has a graph
 
 
 def make_feed_forward(config: Any) -> MPOEFeedForward:

@@ -14,10 +14,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.ops._checks import autocast_dtype, opaque
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# fused optimizers change parameters without their version counters
+register_optimizer_step_post_hook(_count_step)
 
 
 class MPOWeight(nn.Module):
@@ -32,9 +44,9 @@ class MPOWeight(nn.Module):
     Parameters: `central` (D, i, j, D') and `aux`, the other sites in order, each (E, D_k, i_k, j_k, D_k+1).
 
     Calling it folds inside autograd, once per call. In eval mode and where no gradient is wanted, all experts are
-    folded once and kept in the compute dtype until a parameter changes (its version counter, `.to()`,
-    `load_state_dict`) or the module goes back to training; a change through `.data` is not seen: call `unfold`. While
-    torch compiles, only what `fold` made is kept.
+    folded once and kept in the compute dtype until a parameter changes (its version counter, any optimizer's step,
+    `.to()`, `load_state_dict`) or the module goes back to training; a change through `.data` is not seen: call
+    `unfold`. While torch compiles, only what `fold` made is kept.
 
     Raises:
         UserError: factors or a bond from which no operator can be built.
@@ -125,11 +137,11 @@ class MPOWeight(nn.Module):
         return mpo_expert_weights(self.central, [a[list(experts)] for a in self.aux]).to(self.cache_key()[0])
 
     def cache_key(self) -> tuple[Any, ...]:
-        """The compute dtype, then what changes when a parameter does."""
+        """The compute dtype, then what changes when a parameter may have changed."""
         # looked up as attributes, parameters cost as much as all the rest of a cached forward
         central: Any = self._parameters["central"]
         aux: Any = self._modules["aux"]
-        key: list[Any] = [autocast_dtype(central) or central.dtype]
+        key: list[Any] = [autocast_dtype(central) or central.dtype, _optimizer_steps]
         for site in (central, *aux._parameters.values()):
             key += site.data_ptr(), _version(site)
         return tuple(key)

@@ -185,6 +185,26 @@ def test_copies_are_apart_and_embeddings_stay_tied():
     assert model.lm_head.weight is model.shared.weight is model.decoder.embed_tokens.weight
 
 
+def test_a_trained_model_can_be_copied_and_called_without_gradients():
+    model, batch = moe("t5").train(), labelled("t5")
+    model(**batch).loss.backward()
+    assert all(slot.module.balance_loss is None for slot in slots(model))
+    model.activation_checkpointing_enable()
+    model(**batch).loss.backward()
+    copy.deepcopy(model)
+    with torch.no_grad():  # as dropout is sampled at inference
+        assert torch.isfinite(model(**batch).loss)
+
+
+def test_settings_for_generation_are_carried_over_and_back():
+    dense = tiny.dense("t5")
+    dense.generation_config.num_beams, dense.generation_config.decoder_start_token_id = 3, 5
+    model = convert_to_mpoe(dense, 2, sites=3)
+    for converted in (model, to_dense_experts(model)):
+        assert converted.generation_config.to_dict() == dense.generation_config.to_dict()
+    assert model.generation_config is not dense.generation_config
+
+
 def test_hash_tables_follow_the_vocabulary():
     model = moe("gpt2", router="hash-random")
     model.resize_token_embeddings(tiny.V + 5)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -120,6 +122,12 @@ def test_hot_experts_see_changes_of_parameters():
         experts.w2.aux[0].mul_(3)
         after = experts(x, ids)
     torch.testing.assert_close(after, 3 * before)
+    optimizer = torch.optim.AdamW(experts.train().parameters(), lr=0.1, fused=True)  # leaves version counters alone
+    experts(x, ids).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(experts.eval()(x, ids), copy.deepcopy(experts)(x, ids))
+        assert not torch.equal(experts(x, ids), after)
     assert experts(x, ids).requires_grad  # a wanted gradient folds as in training
 
 

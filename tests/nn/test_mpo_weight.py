@@ -76,6 +76,20 @@ def test_kept_fold_follows_every_change():
         assert low.dtype == torch.bfloat16 and folds == 1 and fold()[1] == 0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_kept_fold_follows_an_optimizer(fused):
+    weight = MPOWeight(E, [2, 3, 4], [2, 3, 2]).eval()
+    optimizer = torch.optim.AdamW(weight.parameters(), lr=0.1, fused=fused)
+    weight().sum().backward()
+    with torch.no_grad():
+        before = weight()
+    optimizer.step()
+    with torch.no_grad():
+        after = weight()
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, copy.deepcopy(weight)())
+
+
 def test_training_and_wanted_gradients_fold_each_time():
     weight = MPOWeight(E, [2, 3, 4], [2, 3, 2])
     with counted_folds() as folds:
