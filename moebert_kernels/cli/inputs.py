@@ -78,17 +78,12 @@ def max_length_for(config: Any, task: Task, wanted: int | None) -> int:
     Raises:
         UserError: longer than the model has positions for.
     """
+    from moebert_kernels.distill.loading import longest_input
     from moebert_kernels.distill.presets import preset_for
 
-    longest = preset_for(task.name).max_length
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:  # relative positions reach any length
+    longest, positions = preset_for(task.name).max_length, longest_input(config)
+    if positions is None:
         return wanted or longest
-    if (
-        config.model_type.removeprefix("mpoe-") in ("roberta", "xlm-roberta", "camembert")
-        or getattr(config, "style", "") == "roberta"
-    ):
-        positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
     if wanted is not None and wanted > positions:
         raise UserError(f"max-length: expected at most {positions}, the model's positions, got {wanted}")
     return wanted or min(longest, positions)

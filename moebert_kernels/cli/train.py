@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.recipe import given, no_further_options, recipe_of, train_by_recipe
+from moebert_kernels.cli.recipe import no_further_options, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import check_writable, print_metrics
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
@@ -114,7 +114,13 @@ def distill(
         Path | None,
         typer.Option("--cache", help="Keep the teacher's outputs in this folder: computed once for several students."),
     ] = None,
-    cache_dtype: Annotated[str, typer.Option("--cache-dtype", help="float32, float16 or bfloat16.")] = "float16",
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-dtype",
+            help="float32, float16 or bfloat16. Default: float16; with --recipe the teacher's own, float32 as a rule.",
+        ),
+    ] = None,
     teacher_dropout: Annotated[
         bool, typer.Option("--teacher-dropout", help="Leave the teacher's dropout on, as the original code did.")
     ] = False,
@@ -143,7 +149,7 @@ def distill(
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer, or a small dense student by a --recipe, whose
     values any further --KEY VALUE overrides. Writes OUTPUT/best."""
-    from moebert_kernels.distill.loading import load_config, load_model, load_tokenizer
+    from moebert_kernels.distill.loading import check_reach, load_config, load_model, load_tokenizer
     from moebert_kernels.distill.presets import preset_for
     from moebert_kernels.distill.teacher_cache import TeacherCache
     from moebert_kernels.distill.token_objective import TokenObjective
@@ -154,7 +160,7 @@ def distill(
         wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
         trained = train_by_recipe(
             chosen, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
-            cache_dtype=given(ctx).get("cache_dtype"), extra_text=extra_text, resume=not restart,
+            cache_dtype=cache_dtype, extra_text=extra_text, resume=not restart,
         )  # fmt: skip
         _say(trained.result, wanted.main_metric)
         return
@@ -181,8 +187,9 @@ def distill(
     )  # fmt: skip
 
     def teacher_for(batches: Any) -> Any:
+        check_reach("teacher", guide.config, max(int(batches.features.lengths.max()), batches.pad_to or 0))
         return guide if cache is None else TeacherCache.build(
-            guide, batches, cache, dtype=cache_dtype, device=inputs.device()
+            guide, batches, cache, dtype=cache_dtype or "float16", device=inputs.device()
         )  # fmt: skip
 
     result = _train(

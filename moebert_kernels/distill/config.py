@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
+from transformers import SchedulerType
 
 from moebert_kernels.errors import UserError
 
@@ -39,6 +40,17 @@ class Batches(Protocol):
 # These change how often a run reports and saves, not where it ends; a run may be resumed under other values.
 _FREE_ON_RESUME = ("save_steps", "log_steps")
 
+# of transformers, those that need no settings of their own, nor a metric at each step
+_SCHEDULES = (
+    SchedulerType.LINEAR,
+    SchedulerType.COSINE,
+    SchedulerType.COSINE_WITH_RESTARTS,
+    SchedulerType.POLYNOMIAL,
+    SchedulerType.CONSTANT,
+    SchedulerType.CONSTANT_WITH_WARMUP,
+    SchedulerType.INVERSE_SQRT,
+)
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -58,7 +70,7 @@ class FitConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
     warmup_ratio: float = 0.0
-    schedule: str = "linear"  # a name transformers.get_scheduler knows
+    schedule: str = "linear"  # one of _SCHEDULES
     max_grad_norm: float | None = 1.0
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -90,6 +102,9 @@ class FitConfig:
             raise UserError(f"label_smoothing: expected at least 0 and below 1, got {self.label_smoothing!r}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0.0:
             raise UserError(f"max_grad_norm: expected a number above 0 or None, got {self.max_grad_norm!r}")
+        if self.schedule not in _SCHEDULES:
+            names = ", ".join(name.value for name in _SCHEDULES)
+            raise UserError(f"schedule: expected one of {names}, got {self.schedule!r}")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             raise UserError(f"mixed_precision: expected 'no', 'fp16' or 'bf16', got {self.mixed_precision!r}")
         for name, weight in self.weights.items():

@@ -190,6 +190,26 @@ def load_encoder(name: str | Path) -> Any:
         return AutoModel.from_pretrained(name)
 
 
+def longest_input(config: Any) -> int | None:
+    """Tokens that a model of this configuration has positions for; None: any number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:  # relative positions reach any length
+        return None
+    if (
+        config.model_type.removeprefix("mpoe-") in ("roberta", "xlm-roberta", "camembert")
+        or getattr(config, "style", "") == "roberta"
+    ):
+        positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
+    return positions
+
+
+def check_reach(name: str, config: Any, tokens: int) -> None:
+    """Raise UserError unless a model of this configuration, called `name`, has positions for so many tokens."""
+    longest = longest_input(config)
+    if longest is not None and tokens > longest:
+        raise UserError(f"{name}: expected positions for {tokens} tokens, as texts have at most, got {longest}")
+
+
 def _name_classes(config: Any, task: Task) -> None:
     config.id2label = dict(enumerate(task.label_names))
     config.label2id = {label: number for number, label in enumerate(task.label_names)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moebert_kernels.distill.config import Batch, FitConfig
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.objectives import Objective, Preset, is_causal, task_loss
+from moebert_kernels.distill.setup import has_balance_loss
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
@@ -55,6 +56,11 @@ class Loss:
         self._forward_keys = [key for key in forward_keys(student) if not (self.causal and key == "labels")]
         self._load_balance = getattr(student.config, "load_balance", 0.0)
         self._weights = {"balance": self._load_balance, **config.weights}
+        if self._weights["balance"] and not has_balance_loss(student.config):
+            raise UserError(
+                f"balance: expected the weight 0 for a {type(student).__name__} without gates, whose balance would be a"
+                f" loss, got {self._weights['balance']}"
+            )
         self.weighted: list[str] | None = None
 
     def _prepared(self, source: Any, accelerator: Accelerator) -> Any:

@@ -20,6 +20,7 @@ from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.configuration import HASH_ROUTERS, TASK_ROUTER
 from moebert_kernels.nn import GradientMask
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
@@ -59,6 +60,11 @@ def check_experts(model: nn.Module, config: FitConfig, mask: GradientMask | None
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
     if PartialState().num_processes > 1:
         raise UserError("shared_fold: expected a single process, got several; use larger micro-batches there")
+
+
+def has_balance_loss(config: Any) -> bool:
+    """Whether a model of this configuration routes by learned gates, the only routers that have a balance loss."""
+    return getattr(config, "router", None) not in (None, *HASH_ROUTERS, TASK_ROUTER)
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:

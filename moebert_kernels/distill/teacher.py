@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import Batch
-from moebert_kernels.distill.loading import is_unnamed, label_names
+from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
 
@@ -119,6 +119,7 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutputs:
+        check_reach("teacher", self._model.config, batch["input_ids"].shape[1])
         self._model.train(self._dropout)
         inputs = {key: batch[key] for key in self._keys if key in batch}
         context: AbstractContextManager = self._autocast()

@@ -165,8 +165,14 @@ def test_distils_a_moe_student(tmp_path, preset):
 
 
 def test_a_term_that_contributes_nothing(tmp_path):
-    with pytest.raises(UserError, match="balance: expected a loss that depends on what is trained, got a constant"):
-        run(tmp_path / "hash", student=tiny_moe(), config=FitConfig(weights={"balance": 0.1}))
+    for student in (tiny_bert(0), tiny_moe()):
+        without = f"balance: expected the weight 0 for a {type(student).__name__} without gates, .*, got 0.1"
+        with pytest.raises(UserError, match=without):
+            run(tmp_path / "balance", student=student, config=FitConfig(weights={"balance": 0.1}))
+    student = tiny_bert(0).requires_grad_(False)
+    student.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(UserError, match="task: expected a loss that depends on what is trained, got a constant"):
+        run(tmp_path / "frozen", student=student)
     with pytest.raises(UserError, match="weights: expected names among hidden, prediction, task, got 'hiden'"):
         distil(tmp_path / "name", tiny_bert(0), config=FitConfig(weights={"hiden": 1.0}))
     nothing = {"task": 0.0, "hidden": 0.0, "prediction": 0.0}
@@ -196,6 +202,8 @@ def test_rejects_what_does_not_fit(tmp_path):
     student = tiny_bert(0)
     with pytest.raises(UserError, match="teacher: expected weights of its own, got some that the student trains"):
         distil(tmp_path, student, student)
+    with pytest.raises(UserError, match="teacher: expected positions for 9 tokens, as texts have at most, got 8"):
+        distil(tmp_path, student, tiny_bert(1, positions=8))
     with pytest.raises(UserError, match="hidden_size: expected the teacher's 32, got 16"):
         distil(tmp_path, student, tiny_bert(1, hidden=32))
     cache = TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path / "cache")
@@ -231,6 +239,8 @@ def test_rejects_an_epoch_of_another_length(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate: expected a number of at least 0, got -1.0"),
         ({"warmup_ratio": 1.5}, "warmup_ratio: expected a share between 0 and 1, got 1.5"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected a number above 0 or None, got 0.0"),
+        ({"schedule": "foo"}, "schedule: expected one of linear, cosine, .*, constant, .*, got 'foo'"),
+        ({"schedule": "reduce_lr_on_plateau"}, "schedule: expected one of linear, "),
         ({"mixed_precision": "fp8"}, "mixed_precision: expected 'no', 'fp16' or 'bf16', got 'fp8'"),
         ({"weights": {"task": -1.0}}, r"weights\['task'\]: expected a number of at least 0, got -1.0"),
     ],

@@ -57,11 +57,11 @@ class TinyBatches:
             yield self.batch(rows)
 
 
-def tiny_bert(seed=0, dropout=0.0, num_labels=3, layers=2, hidden=16, qa=False, **options):
+def tiny_bert(seed=0, dropout=0.0, num_labels=3, layers=2, hidden=16, qa=False, positions=16, **options):
     """A random BERT with a head; equal seeds give equal weights."""
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        max_position_embeddings=positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         num_labels=2 if qa else num_labels, **options,
     )  # fmt: skip
     torch.manual_seed(seed)
