@@ -103,6 +103,8 @@ def _case(
 def _build(
     target: Target, model: str, lengths: list[list[int]], providers: tuple[str, ...]
 ) -> dict[str, Provider]:  # fmt: skip
+    if set(COMPILED) & set(providers):
+        torch.compiler.reset()  # compiled shapes are counted by process, and the ninth of a function is an error
     batches = [encoders.padded_batch(target, model, batch) for batch in lengths]
     moe = encoders.moe_model(target, model)
     # both keep our model's weights and tables; without padding they are one

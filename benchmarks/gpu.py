@@ -68,7 +68,7 @@ def sanitize_steps(results: Path) -> list[Step]:
 
 
 def tune_steps(results: Path) -> list[Step]:
-    output = str(results / "tuned.json")
+    output = str(results / "gpu-tuned.json")  # no suite's result, as all that is named gpu-*
     return [Step(kind, (PYTHON, "-m", "benchmarks.gpu_tune", "--kind", kind, "--output", output)) for kind in KINDS]
 
 

@@ -25,7 +25,7 @@ def load_all(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: nothing there, or a file that is no result of this format.
     """
-    if path.is_dir():  # stages of `make gpu` that are no suites lie there too
+    if path.is_dir():  # what `make gpu` leaves besides its suites lies there too
         files = sorted(file for file in path.glob("*.json") if not file.name.startswith("gpu-"))
     else:
         files = [path]

@@ -1,10 +1,11 @@
 """The report shows losses and gaps as readily as wins, is the same twice, and refuses what must not be shown."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks import charts
+from benchmarks import charts, gpu
 from benchmarks.__main__ import main
 from benchmarks.report import MARKS, load_folder, markdown
 from benchmarks.results import FORMAT_VERSION
@@ -21,6 +22,8 @@ def text_of(folder, results) -> str:
 def reported(tmp_path_factory):
     folder = write(tmp_path_factory.mktemp("results"), some_results())
     (folder / "gpu-build.json").write_text('{"stage": "build"}')  # a stage that measures nothing
+    (tune, *_) = gpu.tune_steps(folder)
+    Path(tune.words[-1]).write_text('{"device": "NVIDIA H200", "us": {}}')
     (folder / "speed-gone.png").write_bytes(b"")
     assert main(["report", "--results", str(folder)]) == 0
     return folder

@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -69,6 +70,14 @@ def with_padding_routed(make):
         return model
 
     return made
+
+
+def test_every_case_may_compile_as_many_shapes_as_the_compiler_allows(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):  # 8 unpatched; each shape costs seconds
+        for T in (8, 16):
+            made = bench_encoder._build(SMOKE, "smoke", [[T]], ("moebert_kernels_compiled",))
+            assert check(made).refused == {}
 
 
 @pytest.mark.parametrize("output", [0, 1, 3, 5])
