@@ -149,3 +149,4 @@ def _register() -> dict[str, Any]:
 
 
 CLASSES = _register()  # by name
+globals().update(CLASSES)  # where pickle looks for them

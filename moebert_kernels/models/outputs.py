@@ -78,6 +78,7 @@ MPOE_OUTPUTS: dict[type, Any] = {
         TokenClassifierOutput,
     )
 }
+globals().update({made.__name__: made for made in MPOE_OUTPUTS.values()})  # where pickle looks for them
 
 
 def with_balance_loss(output: Any, balance_loss: Tensor | None, weight: float) -> Any:

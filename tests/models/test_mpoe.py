@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from moebert_kernels import models
 from moebert_kernels.convert import convert_to_mpoe, to_dense_experts
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.mpoe_layers import slots
+from moebert_kernels.models.outputs import MPOE_OUTPUTS
 from moebert_kernels.nn import GradientMask
 from tests.convert import mpoe_models as tiny
 from tests.nn.mpo import counted_folds
@@ -203,6 +205,19 @@ def test_settings_for_generation_are_carried_over_and_back():
     for converted in (model, to_dense_experts(model)):
         assert converted.generation_config.to_dict() == dense.generation_config.to_dict()
     assert model.generation_config is not dense.generation_config
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "bert"])
+def test_models_and_outputs_can_be_pickled(name):
+    model, batch = moe(name), tiny.inputs(name)
+    with torch.no_grad():
+        output = model(**batch)
+        again, loaded = pickle.loads(pickle.dumps((model, output)))
+        assert type(again) is type(model) and type(loaded) is type(output)
+        assert torch.equal(loaded[0], output[0]) and torch.equal(loaded.balance_loss, output.balance_loss)
+        assert torch.equal(again(**batch)[0], output[0])
+    made = (*models.MPOE_CLASSES.values(), *MPOE_OUTPUTS.values())
+    assert all(pickle.loads(pickle.dumps(cls)) is cls for cls in made)
 
 
 def test_hash_tables_follow_the_vocabulary():
