@@ -83,14 +83,15 @@ def convert(
     data: o.Data = None,
     seed: o.Seed = 0,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--method",
-            help="moebert: experts out of a BERT's neurons; dense: keep the top --expert-size neurons, for comparison;"
-            " mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central tensor.",
+            help="moebert (default): experts out of a BERT's neurons; dense: its top --expert-size neurons, for"
+            " comparison; mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
+            " tensor.",
         ),
-    ] = "moebert",
-    num_experts: Annotated[int, typer.Option("--num-experts", min=1)] = 4,
+    ] = None,
+    num_experts: Annotated[int | None, typer.Option("--num-experts", min=1, help="Default: 4.")] = None,
     expert_size: Annotated[
         int | None,
         typer.Option("--expert-size", min=1, help="Neurons of an expert. Default: 768; with task all, divided up."),
@@ -112,8 +113,8 @@ def convert(
         typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, and 0.01 with mpoe."),
     ] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
-    ] = "default",
+        str | None, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
+    ] = None,
     from_original: Annotated[
         Path | None,
         typer.Option("--from-original", help="A checkpoint of the original MoEBERT code, in place of --model."),
@@ -140,18 +141,19 @@ def convert(
         ),
     ] = None,
     sites: Annotated[
-        int, typer.Option("--sites", min=2, max=6, help="Tensors of each weight.", rich_help_panel=_MPOE)
-    ] = 5,
+        int | None,
+        typer.Option("--sites", min=2, max=6, help="Tensors of each weight. Default: 5.", rich_help_panel=_MPOE),
+    ] = None,
     max_bond: Annotated[
         int | None, typer.Option("--max-bond", min=1, help="Cut the bonds. Default: exact.", rich_help_panel=_MPOE)
     ] = None,
     low_bonds: Annotated[
-        bool, typer.Option("--low-bonds", help="Take bonds at which experts are slow.", rich_help_panel=_MPOE)
-    ] = False,
+        bool | None, typer.Option("--low-bonds", help="Take bonds at which experts are slow.", rich_help_panel=_MPOE)
+    ] = None,
     noise: Annotated[
-        float,
+        float | None,
         typer.Option("--noise", min=0.0, help="On auxiliary tensors, relative to their size.", rich_help_panel=_MPOE),
-    ] = 0.0,
+    ] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     max_length: o.MaxLength = None,
@@ -162,22 +164,38 @@ def convert(
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
         )
+    split = {"shared": shared, "preset": preset}
+    bonds = {"sites": sites, "max-bond": max_bond, "low-bonds": low_bonds}
+    for_any = {"router": router, "load-balance": load_balance, "num-experts": num_experts}
+    by_task_alone = {"top-k": top_k, "norm": norm}
+    ours = {"method": method, "importance": importance, "expert-size": expert_size, "experts": experts, "noise": noise}
+    _check_unused("--model", from_original is not None, ours | for_any | split | bonds | by_task_alone)
+    method = method or "moebert"
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "mpoe" and importance is not None:
         raise UserError(f"importance: expected none with --method mpoe, which keeps all neurons, got {importance}")
+    by_task = method == "moebert" and router == "task"
+    _check_unused("--router task", not by_task, by_task_alone)
+    _check_unused("--method mpoe or --router task", method != "mpoe" and not by_task, {"experts": experts})
+    _check_unused("--method mpoe", method != "mpoe", bonds | {"noise": noise})
+    _check_unused("--experts mpo", method == "mpoe" and experts == "dense", bonds)
+    _check_unused("--method moebert", method != "moebert", split)
+    _check_unused("--method moebert or dense", method == "mpoe", {"expert-size": expert_size})
+    _check_unused("--method moebert or mpoe", method == "dense", for_any | {"hash-tables": hash_tables})
+    num_experts, preset = num_experts or 4, preset or "default"
     if method != "mpoe":
         router, load_balance = router or "hash-random", load_balance or 0.0
-    by_task = method == "moebert" and router == "task"
-    _check_unused("--router task", not by_task, {"top-k": top_k, "norm": norm})
-    _check_unused("--method mpoe or --router task", method != "mpoe" and not by_task, {"experts": experts})
     identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
         "task": task, "data": data, "seed": seed, "method": method, "num_experts": num_experts,
         "expert_size": expert_size, "shared": shared, "router": router, "load_balance": load_balance, "preset": preset,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
     }  # fmt: skip
-    shape = {"experts": experts or "mpo", "sites": sites, "max_bond": max_bond, "force": low_bonds, "noise": noise}
+    shape = {
+        "experts": experts or "mpo", "sites": sites or 5, "max_bond": max_bond, "force": bool(low_bonds),
+        "noise": noise or 0.0,
+    }  # fmt: skip
     if method == "mpoe":
         identity |= shape
     by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
@@ -249,7 +267,8 @@ def _convert_to_mpoe(name: str, num_experts: int, router: str, seed: int, option
 def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if unused and value is not None:
-            raise UserError(f"{name}: expected it with {where} alone, got {value!r}")
+            got = str(value) if isinstance(value, Path) else value
+            raise UserError(f"{name}: expected it with {where} alone, got {got!r}")
 
 
 def _check_dense(name: str) -> None:

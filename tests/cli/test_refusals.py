@@ -151,6 +151,37 @@ def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
     assert line == "model: expected either --model or --from-original, got neither"
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "where"),
+    [
+        (("--method", "mpoe", "--expert-size", 7), "expert-size", "--method moebert or dense alone, got 7"),
+        (("--method", "mpoe", "--shared", 0), "shared", "--method moebert alone, got 0"),
+        (("--method", "mpoe", "--preset", "paper"), "preset", "--method moebert alone, got 'paper'"),
+        (("--method", "mpoe", "--experts", "dense", "--sites", 3), "sites", "--experts mpo alone, got 3"),
+        (("--method", "moebert", "--sites", 3), "sites", "--method mpoe alone, got 3"),
+        (("--max-bond", 2), "max-bond", "--method mpoe alone, got 2"),
+        (("--noise", 0.5), "noise", "--method mpoe alone, got 0.5"),
+        (("--router", "task", "--low-bonds"), "low-bonds", "--method mpoe alone, got True"),
+        (("--method", "dense", "--shared", 3), "shared", "--method moebert alone, got 3"),
+        (("--method", "dense", "--num-experts", 4), "num-experts", "--method moebert or mpoe alone, got 4"),
+        (("--method", "dense", "--hash-tables", "a"), "hash-tables", "--method moebert or mpoe alone, got 'a'"),
+    ],
+)
+def test_options_of_another_method(words, name, where, tmp_path):
+    line = refused("convert", "--model", "never-read", *words, "--output", tmp_path / "out")
+    assert line == f"{name}: expected it with {where}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("method", "mpoe"), ("importance", "file"), ("expert-size", 7), ("preset", "paper"), ("noise", 0.0), ("top-k", 2)],
+)
+def test_an_import_takes_no_options_of_a_conversion(words, tmp_path):
+    name, value = words
+    line = refused("convert", "--from-original", tmp_path, f"--{name}", value, "--output", tmp_path / "out")
+    assert line == f"{name}: expected it with --model alone, got {value!r}"
+
+
 def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
