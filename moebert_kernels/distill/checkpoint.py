@@ -155,6 +155,15 @@ class Checkpoints:
             if path != target and path not in older[:1]:  # the one before, and nothing of a later, abandoned course
                 shutil.rmtree(path)
 
+    def check(self) -> None:
+        """Raise UserError if the newest checkpoint belongs to another run; whether it is whole, `load` finds out."""
+        for path in self._all()[:1]:
+            try:
+                identity = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]
+            except (OSError, ValueError, KeyError):
+                return
+            check_identity(path, identity, self._identity)
+
     def load(self, parts: Mapping[str, Part]) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole into `parts`; returns its progress, or None if there is none.
 

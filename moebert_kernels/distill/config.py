@@ -40,6 +40,8 @@ class Batches(Protocol):
 # These change how often a run reports and saves, not where it ends; a run may be resumed under other values.
 _FREE_ON_RESUME = ("save_steps", "log_steps")
 
+RUN_FOLDERS = ("best", "final", "state")  # in a run's output folder
+
 # of transformers, those that need no settings of their own, nor a metric at each step
 _SCHEDULES = (
     SchedulerType.LINEAR,

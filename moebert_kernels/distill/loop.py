@@ -75,18 +75,33 @@ def fit(
 
     Reseeds the global random generators from `config.seed`.
     """
-    output_dir = Path(output_dir)
-    check_teacher(model, objective, teacher, config)
-    check_experts(model, config, gradient_mask)
-    if len(train) == 0:
-        raise UserError("train: expected at least one batch, got none")
     run = _Run(
-        model, train, config, output_dir, objective, teacher, evaluate, identity or {}, also_save, gradient_mask
+        model, train, config, Path(output_dir), objective, teacher, evaluate, identity or {}, also_save, gradient_mask
     )  # fmt: skip
     try:
         return run.fit(resume)
     finally:
-        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # takes autocast off the caller's model
+        run.release()
+
+
+def check_fit(
+    model: nn.Module,
+    train: Batches,
+    *,
+    config: FitConfig,
+    output_dir: str | Path,
+    objective: Objective | None = None,
+    teacher: nn.Module | TeacherCache | None = None,
+    identity: Mapping[str, Any] | None = None,
+    resume: bool = True,
+) -> None:
+    """Raise UserError for what `fit` would refuse before its first step; for a run that waits for another to end."""
+    run = _Run(model, train, config, Path(output_dir), objective, teacher, None, identity or {}, None, None)
+    try:
+        if resume and run.finished_progress() is None:
+            run.checkpoints.check()
+    finally:
+        run.release()
 
 
 @dataclass
@@ -108,6 +123,10 @@ class _Run:
     """One call of `fit`."""
 
     def __init__(self, model, train, config, output_dir, objective, teacher, evaluate, identity, also_save, mask):
+        check_teacher(model, objective, teacher, config)
+        check_experts(model, config, mask)
+        if len(train) == 0:
+            raise UserError("train: expected at least one batch, got none")
         AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
         self.accelerator = accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
@@ -142,6 +161,22 @@ class _Run:
         self.log = RunLog(output_dir / "log.jsonl", writes=self.rank == 0)
         self.at = _Progress()
 
+    def release(self) -> None:
+        """Take autocast off the caller's model."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def finished_progress(self) -> dict[str, Any] | None:
+        """Where the run ended, if it did.
+
+        Raises:
+            UserError: another run ended in the folder.
+        """
+        if not self.finished.exists():
+            return None
+        saved = json.loads(self.finished.read_text(encoding="utf-8"))
+        check_identity(self.output_dir, saved["identity"], self.identity)
+        return saved["progress"]
+
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
@@ -149,10 +184,9 @@ class _Run:
         if self.rank == 0:
             prepare_folder(self.output_dir, resume)
         self.accelerator.wait_for_everyone()
-        if self.finished.exists():
-            saved = json.loads(self.finished.read_text(encoding="utf-8"))
-            check_identity(self.output_dir, saved["identity"], self.identity)
-            self.at = _Progress(**saved["progress"])
+        progress = self.finished_progress()
+        if progress is not None:
+            self.at = _Progress(**progress)
             self.checkpoints.clear()
             return self._result(reload=True)
         progress = self.checkpoints.load(self.parts)

@@ -7,6 +7,7 @@ of them, one after another. A key of its own holds for every stage, `STAGE.KEY` 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from moebert_kernels.distill.alignment import VIEWS, Distance
-from moebert_kernels.distill.config import FitConfig
+from moebert_kernels.distill.config import RUN_FOLDERS, FitConfig
 from moebert_kernels.distill.discriminator import AdversaryConfig, Input
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.tasks import Task
@@ -33,7 +34,7 @@ class Stage:
     """What one training run of a student does. Weights of 0 leave a term out.
 
     Raises:
-        UserError: a negative weight.
+        UserError: a negative weight, or a name that is none for a folder beside those of a run.
     """
 
     name: str = "student"
@@ -82,6 +83,9 @@ class Stage:
     max_length: int | None = None  # tokens of a text at most; None: the task's
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.name) or self.name in RUN_FOLDERS:
+            taken = ", ".join(RUN_FOLDERS)
+            raise UserError(f"stages: expected names of letters, digits, - and _ other than {taken}, got {self.name!r}")
         for name in ("labels", "balance", *TERMS):
             weight = getattr(self, name)
             if weight is not None and not 0.0 <= weight < float("inf"):

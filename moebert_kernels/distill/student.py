@@ -16,9 +16,12 @@ from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import FitResult, Metrics
 from moebert_kernels.distill.data_files import split_name
 from moebert_kernels.distill.features import Batches, Features, tokenize
-from moebert_kernels.distill.loop import fit
-from moebert_kernels.distill.recipe import Recipe, Stage
+from moebert_kernels.distill.loading import check_reach
+from moebert_kernels.distill.loop import check_fit, fit
+from moebert_kernels.distill.microbert import MicroBertObjective
+from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.distill.tasks import Task, load_task
+from moebert_kernels.distill.teacher import TeacherInfo, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
@@ -46,6 +49,8 @@ def fit_recipe(
 ) -> FitResult:
     """Train `student`; an interrupted call, made again, goes on where it was.
 
+    What does not fit in any of the stages is found before the first one trains.
+
     Args:
         student: a transformers model for the task; holds the weights of the result's `model_dir` at the end.
         recipe: stages without a term are skipped. The last stage writes into `output_dir`, the others into
@@ -56,50 +61,75 @@ def fit_recipe(
         cache_dtype, cache_inputs: see `TeacherCache.build`.
 
     Raises:
-        UserError: as `fit` and `TeacherCache.build`; a recipe without terms, or one that needs a teacher and got none.
+        UserError: as `fit` and `TeacherCache.build`; a recipe without terms, or one that needs a teacher and got none;
+            texts longer than one of the models takes.
     """
     stages = recipe.active
     if recipe.needs_teacher and teacher is None:
         raise UserError(f"teacher: expected one for the recipe {recipe.name}, got none")
+    objectives = [stage.objective(task) for stage in stages]
+    configs = [replace(stage.fit_config(task, seed), patience=None) for stage in stages[:-1]]
+    configs.append(stages[-1].fit_config(task, seed))
+    student_config: Any = student.config
+    check_reach("model", student_config, int(train.lengths.max()))
     source: nn.Module | TeacherCache | None = teacher
+    if recipe.needs_teacher and isinstance(teacher, nn.Module):
+        teacher_config: Any = teacher.config
+        check_reach("teacher", teacher_config, int(train.lengths.max()))
     if recipe.needs_teacher and cache is not None:
-        source = _cached(student, stages, train, task, teacher, cache, cache_dtype, cache_inputs, seed)
+        if not isinstance(teacher, nn.Module):
+            raise UserError(f"cache: expected none with a teacher's cached outputs, got {cache}")
+        info = _to_be_cached(student, objectives, teacher, cache_dtype, pooled=all(stage.is_lean for stage in stages))
+        batches = Batches(train, stages[0].batch_size, seed)
+        source = _cached(teacher, info, batches, cache, cache_dtype, cache_inputs)
     facts = {**(identity or {}), "started from": model_fingerprint(student)}
-    for number, stage in enumerate(stages):
-        last = number == len(stages) - 1
-        objective = stage.objective(task)
-        result = fit(
-            student,
-            Batches(train, stage.batch_size, seed),
-            config=stage.fit_config(task, seed) if last else replace(stage.fit_config(task, seed), patience=None),
-            output_dir=output_dir if last else output_dir / stage.name,
-            objective=objective,
-            teacher=None if objective is None else source,
-            evaluate=evaluate if last else None,
-            identity={**facts, "stage": stage.name},
-            also_save=also_save,
-            resume=resume,
-        )
+    runs: list[dict[str, Any]] = [
+        {
+            "train": Batches(train, stage.batch_size, seed),
+            "config": config,
+            "output_dir": output_dir if stage is stages[-1] else output_dir / stage.name,
+            "objective": objective,
+            "teacher": None if objective is None else source,
+            "identity": {**facts, "stage": stage.name},
+            "resume": resume,
+        }
+        for stage, objective, config in zip(stages, objectives, configs, strict=True)
+    ]
+    for run in runs:
+        check_fit(student, **run)
+    for run in runs:
+        result = fit(student, **run, evaluate=evaluate if run is runs[-1] else None, also_save=also_save)
     return result
 
 
+def _to_be_cached(
+    student: Any, objectives: Sequence[MicroBertObjective | None], teacher: Any, dtype: str | None, pooled: bool
+) -> TeacherInfo:
+    """What a cache for these objectives will hold, which each of them accepts.
+
+    Raises:
+        UserError: one does not.
+    """
+    some = [objective for objective in objectives if objective is not None]
+    pairs = [o.pairs(student.config.num_hidden_layers, teacher.config.num_hidden_layers) for o in some]
+    layers = sorted({layer for found in pairs for layer in found.values()}) or [teacher.config.num_hidden_layers]
+    info = replace(teacher_info(teacher, layers), stored_as=dtype or "as it computes", pooled=pooled)
+    for objective in some:
+        objective.check(student, info)
+    return info
+
+
 def _cached(
-    student: Any, stages: Sequence[Stage], train: Features, task: Task, teacher: Any, folder: Path,
-    dtype: str | None, inputs: Mapping[str, Any] | None, seed: int,
+    teacher: nn.Module, info: TeacherInfo, batches: Batches, folder: Path, dtype: str | None,
+    inputs: Mapping[str, Any] | None,
 ) -> TeacherCache:  # fmt: skip
-    layers: set[int] = set()
-    for stage in stages:
-        objective = stage.objective(task)
-        if objective is not None:
-            pairs = objective.pairs(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-            layers |= set(pairs.values())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TeacherCache.build(
         teacher.to(device),
-        Batches(train, stages[0].batch_size, seed),
+        batches,
         folder,
-        layers=sorted(layers) or [teacher.config.num_hidden_layers],
-        pooled=all(stage.is_lean for stage in stages),
+        layers=info.layers,
+        pooled=info.pooled,
         dtype=dtype,
         inputs=inputs,
         device=device,

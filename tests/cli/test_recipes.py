@@ -82,6 +82,8 @@ def test_refusals(small, teacher, moe, data, tmp_path):
     for words, message in (
         ((*kd, "--temprature", "3"), key),
         ((*kd, "--temperature", "hot"), "temperature: expected a number, got 'hot'"),
+        ((*kd, "--schedule", "foo"), "schedule: expected one of linear, cosine, "),
+        ((*kd, "--balance", "0.01"), "balance: expected the weight 0 for a BertForSequenceClassification without gate"),
         ((*kd, "--temperature"), "recipe: expected --KEY VALUE, got --temperature"),
         ((*kd, "stray"), "recipe: expected --KEY VALUE, got stray"),
         (("--recipe", "bert"), "recipe: expected one of finetune, kd, microbert, microbert-lean, "),

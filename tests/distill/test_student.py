@@ -1,0 +1,83 @@
+"""Recipes of several stages on tiny models: what is refused, and that it is refused before anything is trained."""
+
+import numpy as np
+import pytest
+
+from moebert_kernels.distill.features import Features
+from moebert_kernels.distill.recipe import Recipe, Stage
+from moebert_kernels.distill.student import fit_recipe
+from moebert_kernels.distill.tasks import custom_task
+from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.errors import UserError
+from tests.distill.tiny import VOCAB, TinyBatches, tiny_bert
+
+TASK, SCORES = custom_task(["text"], label_names=["a", "b", "c"]), custom_task(["text"], regression=True)
+FEATURES = Stage("features", embedding=1.0, hidden=1.0, alignment=1.0, epochs=2, learning_rate=1e-3, log_steps=1)
+PREDICTIONS = Stage("predictions", labels=0.5, soft=1.0, adversarial=0.1, epochs=2, learning_rate=1e-3, log_steps=1)
+TWO_STAGES = Recipe("two", (FEATURES, PREDICTIONS)).with_values({"batch_size": 4})
+
+
+def features(examples=16, regression=False):
+    generator = np.random.default_rng(0)
+    ids = [generator.integers(1, VOCAB, length).astype(np.int32) for length in generator.integers(2, 10, examples)]
+    labels = np.array([int(row[0]) % 3 for row in ids], dtype=np.float32 if regression else np.int64)
+    return Features(ids, {"labels": labels}, padding_id=0)
+
+
+def train(folder, recipe=TWO_STAGES, student=None, teacher=None, task=TASK, data=None, **options):
+    student = tiny_bert(0, dropout=0.1) if student is None else student
+    teacher = tiny_bert(1, layers=3, hidden=32) if teacher is None else teacher
+    metric = task.main_metric
+    data = features(regression=task is SCORES) if data is None else data
+    options = {"evaluate": lambda model: {metric: 0.0}} | options
+    return fit_recipe(student, recipe, data, task=task, output_dir=folder, teacher=teacher, **options)
+
+
+@pytest.mark.parametrize(("values", "options", "message"), [
+    ({"predictions.layer_map": "2:9"}, {}, "layer_map: expected teacher states between 0 and 3"),
+    ({"predictions.layer_map": "1:2"}, {}, "layer_map: expected the student's last layer, 2, for the term 'adver"),
+    ({"predictions.discriminator_input": "logits"},
+     {"task": SCORES, "student": tiny_bert(0, num_labels=1), "teacher": tiny_bert(1, num_labels=1)},
+     "discriminator_input: expected 'pooled' for a regression task, got 'logits'"),
+    ({"predictions.schedule": "foo"}, {}, "schedule: expected one of linear, "),
+    ({"predictions.balance": 0.01}, {}, "balance: expected the weight 0 for a BertFor"),
+    ({"predictions.project": "false"}, {}, "project: expected True for a student of hidden_size 16"),
+    ({"predictions.relation": 1.0, "predictions.relation_heads": 3}, {}, "relation_heads: expected a divisor"),
+    ({"predictions.relation": 1.0, "predictions.relation_layer": 7}, {}, "relation_layer: expected 1 to 3"),
+    ({"predictions.router_learning_rate": 0.1}, {}, "router_learning_rate: expected a model with trained routers"),
+    ({}, {"teacher": tiny_bert(1, positions=8)}, "teacher: expected positions for 9 tokens, .*, got 8"),
+    ({}, {"student": tiny_bert(0, positions=8)}, "model: expected positions for 9 tokens, .*, got 8"),
+])  # fmt: skip
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_later_stage_is_refused_before_the_first_one_trains(values, options, message, cached, tmp_path):
+    cache = {"cache": tmp_path / "cache"} if cached else {}
+    if cached and "predictions.relation" in values:
+        message = "teacher: expected a model for the term 'relation', got cached outputs"
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "o", TWO_STAGES.with_values(values), **options, **cache)
+    assert not list(tmp_path.glob("o/features/*"))
+
+
+def test_a_cache_of_too_few_layers_is_refused_before_the_first_stage_trains(tmp_path):
+    teacher = tiny_bert(1, layers=3)
+    cache = TeacherCache.build(teacher, TinyBatches(), tmp_path / "cache", layers=[0, 2, 3])
+    narrow = TWO_STAGES.with_values({"predictions.layer_map": "2:1"})
+    with pytest.raises(UserError, match=r"teacher: expected hidden states \[1\], got only \[0, 2, 3\]"):
+        train(tmp_path / "o", narrow, teacher=cache)
+    with pytest.raises(UserError, match="cache: expected none with a teacher's cached outputs, got "):
+        train(tmp_path / "o", teacher=cache, cache=tmp_path / "other")
+    assert not (tmp_path / "o").exists() and not (tmp_path / "other").exists()
+
+
+def test_a_folder_of_another_run_is_refused_before_the_first_stage_trains(tmp_path):
+    train(tmp_path, Recipe("one", (PREDICTIONS,)).with_values({"batch_size": 4, "epochs": 1}))
+    with pytest.raises(UserError, match="belongs to another run: epochs: expected 2, got 1"):
+        train(tmp_path)
+    assert not (tmp_path / "features").exists()
+    assert train(tmp_path, resume=False).step == 8
+
+
+def test_stages_are_not_named_as_the_folders_of_a_run(tmp_path):
+    for name in ("best", "final", "state", "a/b", ".", ""):
+        with pytest.raises(UserError, match="stages: expected names of letters, digits, - and _ other than best, fin"):
+            Stage(name)
