@@ -17,6 +17,7 @@ class Device:
 
     def __init__(self, monkeypatch):
         self.notes, self.lost, self.capturing = [], False, False
+        self.sync_debug_mode = 0
         device = self
 
         class Event:
@@ -34,30 +35,43 @@ class Device:
             def replay(self):
                 device.notes.append("replay")
 
-        class Capture:
-            def __init__(self, graph):
-                pass
-
-            def __enter__(self):
-                device.capturing = True
-
-            def __exit__(self, *_):
-                device.capturing = False
-
         class Stream:
             def wait_stream(self, other):
                 pass
 
+        class Within:
+            def __init__(self, stream):
+                self.stream = stream
+
             def __enter__(self):
-                return self
+                self.before, device.stream = device.stream, self.stream
 
             def __exit__(self, *_):
-                pass
+                device.stream = self.before
 
+        class Capture(Within):
+            """One that fails stays on its stream, as torch 2.11's does."""
+
+            def __init__(self, graph):
+                super().__init__(Stream())
+
+            def __enter__(self):
+                super().__enter__()
+                device.notes.append("capture")
+                device.capturing = True
+
+            def __exit__(self, kind, *_):
+                device.capturing = False
+                if kind is not None:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                super().__exit__()
+
+        self.stream = self.caller = Stream()
         for name, value in {
-            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "current_stream": Stream,
-            "stream": lambda stream: stream, "synchronize": self.synchronize, "is_initialized": lambda: True,
-            "is_available": lambda: True,
+            "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "stream": Within,
+            "current_stream": lambda: self.stream, "synchronize": self.synchronize, "is_initialized": lambda: True,
+            "is_available": lambda: True, "get_sync_debug_mode": lambda: self.sync_debug_mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync_debug_mode", mode),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setitem(package_clocks._BUFFERS, CUDA, self)
@@ -74,6 +88,11 @@ class Device:
         self.notes.append("call")
 
     def run_waiting(self):
+        if self.sync_debug_mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        self.run_waiting_unnoticed()
+
+    def run_waiting_unnoticed(self):
         if self.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.run()
@@ -87,6 +106,7 @@ def device(monkeypatch):
 def test_replays_of_a_graph_are_timed_warm_and_cold(device):
     timer = clocks.timer(device.run, CUDA)
     assert (timer.how, timer.not_captured) == ("graph", "")
+    assert (device.sync_debug_mode, device.stream) == (0, device.caller)
     device.notes.clear()
     assert timer.warm_ms() == [2.0] * package_clocks.CALLS
     # work ahead keeps the device busy, one replay fills the caches, then nothing but replays between events
@@ -98,12 +118,22 @@ def test_replays_of_a_graph_are_timed_warm_and_cold(device):
 
 
 def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(device):
+    device.sync_debug_mode = 1  # a caller's own
     timer = clocks.timer(device.run_waiting, CUDA)
     assert timer.how == "eager"
-    assert timer.not_captured == "RuntimeError: operation not permitted when stream is capturing"
+    assert timer.not_captured == "RuntimeError: called a synchronizing CUDA operation"
+    assert "capture" not in device.notes  # which would fail, and not without a trace
+    assert (device.sync_debug_mode, device.stream) == (1, device.caller)
     device.notes.clear()
     assert timer.warm_ms() == [2.0] * package_clocks.CALLS
     assert device.notes[-4:] == ["event", "call", "event", "wait"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(device):
+    timer = clocks.timer(device.run_waiting_unnoticed, CUDA)
+    assert timer.how == "eager" and "capture" in device.notes
+    assert timer.not_captured == "RuntimeError: operation failed due to a previous error during capture"
+    assert (device.sync_debug_mode, device.stream) == (0, device.caller)
 
 
 def test_without_capture_the_wall_clock_waits_for_the_end(device):
