@@ -45,7 +45,7 @@ class CheckedCases:
         if self.name != case.name:
             self.name, self.checked = None, Checked()
             gc.collect()
-            self.checked = check(case.build())
+            self.checked = check(case.build(), case.dtype)
             self.name = case.name
         return self.checked
 

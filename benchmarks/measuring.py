@@ -130,6 +130,11 @@ class Case:
     seconds: float = 1.0
     min_rounds: int = 7
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of the parameters, if they name one."""
+        return getattr(torch, str(self.parameters["dtype"])) if "dtype" in self.parameters else None
+
 
 @dataclass
 class Samples:

@@ -48,7 +48,7 @@ def run_case(
         The case as plain data.
     """
     start = time.perf_counter()
-    checked = check(case.build())
+    checked = check(case.build(), case.dtype)
     checked_at = time.perf_counter()
     peaks = {name: clocks.peak_mib(provider.run, target.device) for name, provider in checked.passed.items()}
     timers = {

@@ -60,6 +60,24 @@ def output_missing(x, w):
     return lambda: ()
 
 
+def input_changed(x, w):
+    def run():
+        y = -F.linear(x, w)
+        x.neg_()
+        return (y,)
+
+    return run
+
+
+def right_once(x, w):
+    signs = [-1, 1]
+    return lambda: (F.linear(x, w) * (signs.pop() if signs else -1),)
+
+
+def rounded(x, w):
+    return lambda: (F.linear(x.bfloat16(), w.bfloat16()),)
+
+
 def raising(x, w):
     def run():
         raise RuntimeError("out of luck\nand more")
@@ -75,12 +93,15 @@ def raising(x, w):
         (row_unwritten, f"{H} of {T * H} values are not finite or never written"),
         (row_missing, "expected shape"),
         (output_missing, "IndexError"),
+        (input_changed, "expected an error of at most"),
+        (right_once, "expected an error of at most"),
+        (rounded, "output 0: expected torch.float32, got torch.bfloat16"),
         (raising, "RuntimeError: out of luck"),
     ],
 )
 def test_sabotaged_provider_is_refused(linear, sabotage, reason):
     checked = check({"sound": Provider(sound(*linear), reference_of(*linear)),
-                     "sabotaged": Provider(sabotage(*linear), reference_of(*linear))})  # fmt: skip
+                     "sabotaged": Provider(sabotage(*linear), reference_of(*linear))}, torch.float32)  # fmt: skip
     assert set(checked.passed) == {"sound"}
     assert set(checked.refused) == {"sabotaged"}
     assert reason in checked.refused["sabotaged"]
@@ -92,6 +113,17 @@ def test_unwritten_row_is_refused_even_where_memory_holds_the_right_values(linea
     for _ in range(5):
         sound(*linear)()  # leaves the right values behind in memory that may be handed out next
         assert check({"sabotaged": provider}).refused
+
+
+def test_an_unwritten_integer_is_refused_too():
+    def tail_unwritten():
+        order = torch.empty(T, dtype=torch.int64)
+        order[:-2] = torch.arange(T - 2)
+        return (order,)
+
+    for _ in range(5):
+        torch.arange(T)
+        assert check({"sabotaged": Provider(tail_unwritten, lambda dtype: (torch.arange(T).to(dtype),))}).refused
 
 
 def test_memory_is_poisoned_only_while_providers_are_checked(linear):

@@ -44,13 +44,14 @@ def ones_case(name="ones", requires=(), cost=None, calls=None):
     return Case(name, {"T": 2}, ("a", "b"), lambda: {"a": provider, "b": provider}, "b", requires, cost, seconds=0.0)
 
 
-def test_rounds_are_interleaved_and_warmup_is_dropped():
+@pytest.mark.parametrize("seconds, most, warmup", [(0.0, 5, 1), (60.0, 200, 2)])
+def test_rounds_are_interleaved_and_warmup_is_dropped(seconds, most, warmup):
     calls = []
     samples = measure({name: WallTimer(lambda name=name: calls.append(name)) for name in "ab"},
-                      seconds=0.0, min_rounds=5, warmup_rounds=2)  # fmt: skip
-    assert [len(of_provider.rounds) for of_provider in samples.values()] == [5, 5]
+                      seconds=seconds, min_rounds=5, warmup_rounds=2)  # fmt: skip
+    assert [len(of_provider.rounds) for of_provider in samples.values()] == [most, most]
     rounds = [set(calls[i : i + 2]) for i in range(0, len(calls), 2)]
-    assert rounds == [{"a", "b"}] * 7
+    assert rounds == [{"a", "b"}] * (most + warmup)
     assert len({tuple(calls[i : i + 2]) for i in range(0, len(calls), 2)}) == 2  # no provider is always the first
 
 
