@@ -33,7 +33,7 @@ from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, qui
 from moebert_kernels.distill.setup import check_experts, check_teacher, new_optimizer, prepare_folder, run_identity
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import GradientMask
+from moebert_kernels.nn import GradientMask, shared_fold
 
 
 def fit(
@@ -269,11 +269,11 @@ class _Run:
         mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
         if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
             mine = [(window[0], 0)]
-        with ExitStack() as stack:  # gradients are complete at its end
+        with ExitStack() as stack:  # gradients are complete at its end, and reduced
             if self.gradient_mask is not None:
                 stack.enter_context(self.gradient_mask.step(self.at.step))
             if self.config.shared_fold:
-                stack.enter_context(self.student.shared_fold())
+                stack.enter_context(shared_fold(self.student))
             for i, (batch, weight) in enumerate(mine):
                 with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
                     batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}

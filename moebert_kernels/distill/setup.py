@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from moebert_kernels.distill.checkpoint import recover_folder
@@ -21,7 +20,7 @@ from moebert_kernels.distill.teacher import Teacher
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import HASH_ROUTERS, TASK_ROUTER
-from moebert_kernels.nn import GradientMask
+from moebert_kernels.nn import GradientMask, MPOWeight
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
 # A task router's logits are a bias too.
@@ -49,17 +48,13 @@ def check_teacher(
 
 
 def check_experts(model: nn.Module, config: FitConfig, mask: GradientMask | None) -> None:
-    """Raise UserError unless the model has what the mask and the fold are for, and one process where it must be."""
+    """Raise UserError unless the model has what the mask and the fold are for."""
     if mask is not None:
         ours = {id(module) for module in model.modules()}
         if any(id(weight) not in ours for weight in mask.weights):
             raise UserError("gradient_mask: expected one of the model that is trained, got one of another")
-    if not config.shared_fold:
-        return
-    if not hasattr(model, "shared_fold"):
+    if config.shared_fold and not any(isinstance(module, MPOWeight) for module in model.modules()):
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
-    if PartialState().num_processes > 1:
-        raise UserError("shared_fold: expected a single process, got several; use larger micro-batches there")
 
 
 def has_balance_loss(config: Any) -> bool:

@@ -1,8 +1,10 @@
 """Tiny runs for any number of processes: python distributed_run.py FOLDER ACCUMULATION. A distillation into FOLDER, and
-a masked MPOE language model, whose windows of text differ in length, into FOLDER/lm.
+a masked MPOE language model, whose windows of text differ in length, into FOLDER/lm; the same with one fold for each
+optimizer step into FOLDER/folded.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from moebert_kernels.distill import FitConfig, fit
@@ -23,6 +25,12 @@ if __name__ == "__main__":
     fit(tiny_bert(0), data, config=config, output_dir=folder, objective=objective, teacher=teacher)
 
     config = FitConfig(epochs=3, learning_rate=1e-3, accumulation=accumulation, log_steps=2, adam_eps=1e-5)
-    model = tiny_mpoe()
-    mask = GradientMask(model, 0.5, seed=5)
-    fit(model, Batches(story(), 1), config=config, output_dir=Path(folder) / "lm", gradient_mask=mask)
+    for name, shared_fold in (("lm", False), ("folded", True)):
+        model = tiny_mpoe()
+        fit(
+            model,
+            Batches(story(), 1),
+            config=replace(config, shared_fold=shared_fold),
+            output_dir=Path(folder) / name,
+            gradient_mask=GradientMask(model, 0.5, seed=5),
+        )

@@ -63,11 +63,11 @@ def test_two_processes_equal_one(tmp_path):
     ):
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, f"{name}: {done.stderr}"
-    for part in (".", "lm"):
-        folders = [tmp_path / name / part for name in ("one", "two")]
+    for part, other in ((".", "."), ("lm", "lm"), ("lm", "folded")):
+        folders = [tmp_path / "one" / part, tmp_path / "two" / other]
         one, two = (load_file(folder / "final/model.safetensors") for folder in folders)
         for name, tensor in one.items():
-            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6, msg=f"{part} {name}")
+            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6, msg=f"{other} {name}")
         for ours, theirs in zip(*(log(folder, "loss") for folder in folders), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
 

@@ -90,8 +90,10 @@ def test_an_interrupted_masked_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_what_does_not_fit_the_model(tmp_path):
-    with pytest.raises(UserError, match="shared_fold: expected False for a model that folds no weights, got a GPT2LM"):
-        train(tmp_path, tiny_gpt2(), shared_fold=True)
+    for model in (tiny_gpt2(), tiny_mpoe(experts="dense")):
+        message = f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}"
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, model, shared_fold=True)
     with pytest.raises(UserError, match="gradient_mask: expected one of the model that is trained, got one of another"):
         fit(tiny_mpoe(), Batches(story(), 4), config=FitConfig(), output_dir=tmp_path,
             gradient_mask=GradientMask(tiny_mpoe()))  # fmt: skip
