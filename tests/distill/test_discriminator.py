@@ -11,7 +11,7 @@ from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.discriminator import Adversary, AdversaryConfig, discriminator_losses, generator_loss
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.errors import UserError
-from tests.distill.test_resume import Interrupting, assert_same_run
+from tests.distill.test_resume import InterruptedBatches, assert_same_run
 from tests.distill.tiny import TinyBatches, accuracy, assert_same_weights, log, tiny_bert, weights
 
 CONFIG = FitConfig(epochs=4, learning_rate=1e-3, save_steps=4, log_steps=3)
@@ -61,7 +61,7 @@ def test_resume_is_exact_and_includes_the_discriminator(tmp_path):
     options = {"terms": ("alignment", "adversarial"), "stop_steps": 5, "warmup": 0.3}
     _, student, objective = distil(tmp_path / "whole", student=tiny_bert(0, dropout=0.1), **options)
     with pytest.raises(KeyboardInterrupt):
-        distil(tmp_path / "stopped", Interrupting(9), student=tiny_bert(0, dropout=0.1), **options)
+        distil(tmp_path / "stopped", InterruptedBatches(9), student=tiny_bert(0, dropout=0.1), **options)
     saved = max((tmp_path / "stopped/state").glob("step-*"))
     assert {"discriminator.safetensors", "discriminator.optimizer.safetensors"} <= {f.name for f in saved.iterdir()}
     _, again, resumed = distil(tmp_path / "stopped", student=tiny_bert(0, dropout=0.1), **options)
