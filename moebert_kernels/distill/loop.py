@@ -201,6 +201,8 @@ class _Run:
         if self.objective is not None and self.rank == 0:
             print(self.loss.summary(), file=sys.stderr)
         self._train(resumed=progress is not None)
+        if self.loss.weighted is not None:  # which an early stop may leave to judge
+            self.meter.check_contributions(self.at.step, self.loss.weighted)
         self._write_model("final")
         if self.rank == 0:
             write_text(self.finished, json.dumps({"identity": self.identity, "progress": asdict(self.at)}))
@@ -303,7 +305,7 @@ class _Run:
         at = self.at
         if at.step % self.config.log_steps and at.step != self.total_steps:
             return
-        means = self.meter.means(at.step, self.loss.weighted)
+        means = self.meter.means(at.step, self.loss.weighted, last=at.step == self.total_steps)
         self.meter.reset()
         if self.adversary is not None:
             means |= self.adversary.means(at.step, self._sum)

@@ -43,13 +43,14 @@ class TermMeter:
         else:
             self._sums += values
 
-    def means(self, step: int, weighted: Iterable[str]) -> dict[str, float]:
+    def means(self, step: int, weighted: Iterable[str], last: bool = False) -> dict[str, float]:
         """The means so far, judged; the only place that waits for the device.
 
         `weighted` names the terms that must contribute; the others are reported only.
 
         Raises:
-            UserError: a term is not finite, or one in `weighted` has been zero for GRACE_STEPS steps.
+            UserError: a term is not finite, or one in `weighted` has been zero for GRACE_STEPS steps or until the
+                `last` one.
         """
         if self._sums is None:
             return {}
@@ -60,10 +61,15 @@ class TermMeter:
                 raise UserError(f"{name}: expected a finite loss, got {mean} at or shortly before step {step}")
             if mean != 0.0:
                 self._contributed.add(name)
-        silent = sorted(set(weighted) - self._contributed)
-        if silent and step >= GRACE_STEPS:
-            raise UserError(f"{silent[0]}: expected a loss that contributes, got exactly 0 in all of {step} steps")
+        if last or step >= GRACE_STEPS:
+            self.check_contributions(step, weighted)
         return means
+
+    def check_contributions(self, step: int, weighted: Iterable[str]) -> None:
+        """Raise UserError if a term in `weighted` has been exactly zero in everything that was judged."""
+        silent = sorted(set(weighted) - self._contributed)
+        if silent:
+            raise UserError(f"{silent[0]}: expected a loss that contributes, got exactly 0 in all of {step} steps")
 
     def reset(self) -> None:
         """Start the next report's means."""

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,6 +165,12 @@ def test_distils_a_moe_student(tmp_path, preset):
         distil(tmp_path / "mixed", tiny_moe(preset=preset), preset=other)
 
 
+def falling():
+    """An evaluation that is worse each time."""
+    values = iter(range(100, 0, -1))
+    return lambda model: {"score": next(values)}
+
+
 def test_a_term_that_contributes_nothing(tmp_path):
     for student in (tiny_bert(0), tiny_moe()):
         without = f"balance: expected the weight 0 for a {type(student).__name__} without gates, .*, got 0.1"
@@ -184,6 +191,13 @@ def test_a_term_that_contributes_nothing(tmp_path):
     config = FitConfig(epochs=8, log_steps=5, weights={"task": 0.0})
     with pytest.raises(UserError, match="hidden: expected a loss that contributes, got exactly 0 in all of 20 steps"):
         distil(tmp_path / "still", tiny_bert(1), config=config)
+    with pytest.raises(UserError, match="hidden: expected a loss that contributes, got exactly 0 in all of 2 steps"):
+        distil(tmp_path / "short", tiny_bert(1), config=replace(config, max_steps=2))
+    assert not (tmp_path / "short/final").exists()
+    config = FitConfig(epochs=8, eval_steps=1, patience=2, weights={"task": 0.0})
+    options = {"objective": LayerwiseObjective("classification"), "teacher": tiny_bert(1)}
+    with pytest.raises(UserError, match="hidden: expected a loss that contributes, got exactly 0 in all of 3 steps"):
+        run(tmp_path / "stopped", student=tiny_bert(1), config=config, evaluate=falling(), **options)
 
 
 def test_a_term_that_is_not_finite(tmp_path):
