@@ -40,8 +40,9 @@ def compare(
     """What changed, one line each, and the lines of the regressions among them.
 
     A provider is compared by its speed over the case's baseline, whose rounds it shares, so that a machine that was
-    slower as a whole changes nothing; the baseline itself, and one without a ratio, by time. A change counts when both
-    medians lie outside the other's quartiles and differ by more than LEAST_CHANGE. Regressions are: our providers
+    slower as a whole changes nothing. Where we are the baseline, we are compared by our speed over the fastest other
+    way; any other baseline, and what has no ratio, by time. A change counts when both medians lie outside the other's
+    quartiles and differ by more than LEAST_CHANGE. Regressions are: our providers
     slower, refused where they were timed, or missing; a requirement that held and no longer does. The rest is listed.
 
     Args:
@@ -61,7 +62,7 @@ def compare(
             others.append(f"another case of the same name: {name}")
             continue
         for provider in dict.fromkeys([*was["providers"], *now["providers"]]):
-            word, text = _judge(was["providers"].get(provider), now["providers"].get(provider))
+            word, text = _judge(was, now, provider)
             worse = word in ("slower", "refused", "missing") and is_ours(was, provider)
             if word:
                 (regressions if worse else others).append(f"{word}: {name}: {provider} {text}".rstrip())
@@ -73,14 +74,15 @@ def compare(
     return lines, regressions
 
 
-def _judge(was: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> tuple[str, str]:
-    """A word for what happened to a provider, "" for nothing, and the numbers."""
+def _judge(old: Mapping[str, Any], new: Mapping[str, Any], provider: str) -> tuple[str, str]:
+    """A word for what happened to a provider of a case, "" for nothing, and the numbers."""
+    was, now = old["providers"].get(provider), new["providers"].get(provider)
     if was is None or now is None:
         return ("new" if was is None else "missing"), ""
     if "median_ms" not in was or "median_ms" not in now:
         kind = next((kind for kind in ("refused", "skipped") if kind in now), "timed")
         return ("", "") if kind in was else (kind, str(now.get(kind, "")))
-    change, text = _change(was, now)
+    change, text = _change(old, new, provider)
     if change is None:
         return "", ""
     if 1 in (was["rounds"], now["rounds"]):
@@ -88,18 +90,47 @@ def _judge(was: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> tupl
     return ("faster" if change > 1 else "slower"), text
 
 
-def _change(was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float | None, str]:
+def _change(old: Mapping[str, Any], new: Mapping[str, Any], provider: str) -> tuple[float | None, str]:
     """New speed over old if that is more than spread, else None."""
-    if "speed_over_baseline" in was and "speed_over_baseline" in now:
-        a, b = was["speed_over_baseline"], now["speed_over_baseline"]
+    over = _over(old, new, provider)
+    if over is not None:
+        a, b = (_speed(case, provider, over) for case in (old, new))
         change = b["median"] / a["median"]
-        text = f"{a['median']:.3g}x -> {b['median']:.3g}x of the baseline's speed ({change - 1:+.1%})"
+        whose = "the baseline" if over == old["baseline"] else over
+        text = f"{a['median']:.3g}x -> {b['median']:.3g}x of {whose}'s speed ({change - 1:+.1%})"
     else:
-        a, b = ({q: entry[f"{q}_ms"] for q in ("q1", "median", "q3")} for entry in (was, now))
+        entries = (case["providers"][provider] for case in (old, new))
+        a, b = ({q: entry[f"{q}_ms"] for q in ("q1", "median", "q3")} for entry in entries)
         change = a["median"] / b["median"]
         text = f"{a['median']:.4g} -> {b['median']:.4g} ms ({change - 1:+.1%} speed)"
     apart = not (a["q1"] <= b["median"] <= a["q3"] or b["q1"] <= a["median"] <= b["q3"])
     return (change if apart and abs(change - 1) > LEAST_CHANGE else None), text
+
+
+def _over(old: Mapping[str, Any], new: Mapping[str, Any], provider: str) -> str | None:
+    """Whose speed the provider's is divided by in both; None: times are compared.
+
+    A baseline's ratio over itself is 1 whatever happens to it.
+    """
+    ratios = [
+        name
+        for name, entry in old["providers"].items()
+        if "speed_over_baseline" in entry and "speed_over_baseline" in new["providers"].get(name, {})
+    ]
+    if provider != old["baseline"]:
+        return old["baseline"] if provider in ratios else None
+    if not is_ours(old, provider):
+        return None
+    others = [name for name in ratios if not is_ours(old, name) and old["providers"][name]["rounds"] > 1]
+    return min(others, key=lambda name: old["providers"][name]["median_ms"], default=None)
+
+
+def _speed(case: Mapping[str, Any], provider: str, over: str) -> Mapping[str, float]:
+    """Quartiles of the provider's speed over another's, one of them being the baseline."""
+    if over == case["baseline"]:
+        return case["providers"][provider]["speed_over_baseline"]
+    inverse = case["providers"][over]["speed_over_baseline"]
+    return {"q1": 1 / inverse["q3"], "median": 1 / inverse["median"], "q3": 1 / inverse["q1"]}
 
 
 def _requirements_lost(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

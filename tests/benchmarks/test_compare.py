@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
+from benchmarks import clocks
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
+from benchmarks.measuring import Case, Provider, Target
+from benchmarks.results import run_case
 from tests.benchmarks.results_of import ENVIRONMENT, encoder_case, entry, requirement, result, some_results, write
 
 
@@ -70,6 +74,60 @@ def test_times_count_where_there_is_no_ratio():
     assert outcome(alone(100), alone(110))[1] == [
         "slower: encoder: encoder-B1: moebert_kernels 100 -> 110 ms (-9.1% speed)"
     ]
+
+
+class KnownTimes:
+    how, not_captured = None, ""
+
+    def __init__(self, ms):
+        self.ms = ms
+
+    def warm_ms(self):
+        return [self.ms]
+
+    def cold_ms(self):
+        return []
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A case as the suites write it, with `moebert_kernels` as its baseline, from given times."""
+
+    def measured(**ms):
+        ones = torch.ones(2)
+        providers = {name: Provider(lambda name=name: (ones, name)[:1], lambda dtype: (ones.to(dtype),)) for name in ms}
+        times = {provider.run: ms[name] for name, provider in providers.items()}
+        monkeypatch.setattr(clocks, "timer", lambda run, *_: KnownTimes(times[run]))
+        one = Case("peers", {"T": 2}, tuple(ms), lambda: providers, "moebert_kernels", seconds=0.0)
+        return run_case(one, Target.of("cpu"), {}, seconds=0.0, min_rounds=3)
+
+    return measured
+
+
+def test_ours_as_the_baseline_is_compared_with_the_fastest_other(measured):
+    before = measured(moebert_kernels=2.0, liger=4.0, megablocks=8.0)
+    assert before["providers"]["moebert_kernels"]["speed_over_baseline"]["median"] == 1.0
+    assert outcome(before, measured(moebert_kernels=6.0, liger=4.0, megablocks=8.0))[1] == [
+        "slower: encoder: peers: moebert_kernels 2x -> 0.667x of liger's speed (-66.7%)"
+    ]
+    lines, regressions = outcome(before, measured(moebert_kernels=1.0, liger=4.0, megablocks=8.0))
+    assert regressions == [] and "faster: encoder: peers: moebert_kernels 2x -> 4x of liger's speed (+100.0%)" in lines
+    assert outcome(before, measured(moebert_kernels=6.0, liger=12.0, megablocks=24.0))[1] == []  # a slower machine
+    assert outcome(before, measured(moebert_kernels=6.0, megablocks=8.0))[1] == [
+        "slower: encoder: peers: moebert_kernels 4x -> 1.33x of megablocks's speed (-66.7%)"
+    ]
+
+
+def test_ours_alone_is_compared_by_time(measured):
+    assert outcome(measured(moebert_kernels=2.0), measured(moebert_kernels=6.0))[1] == [
+        "slower: encoder: peers: moebert_kernels 2 -> 6 ms (-66.7% speed)"
+    ]
+
+
+def test_another_baseline_is_listed_by_time():
+    slower = changed(lambda one: one["providers"].update(dense=entry(300, 1.0)))
+    lines, regressions = outcome(encoder_case(), slower)
+    assert regressions == [] and lines[0] == "slower: encoder: encoder-B1: dense 150 -> 300 ms (-50.0% speed)"
 
 
 def test_what_was_timed_once_is_only_listed():
