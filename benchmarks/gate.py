@@ -26,6 +26,7 @@ class Checked:
         refused: name -> reason.
         skipped: name -> why it cannot run here.
         slow_ms: name -> the one time of a slow provider, which is not among `passed`.
+        judges: name -> takes further outputs of `run`, raises Refused; not of those that `checked` stands for.
     """
 
     passed: dict[str, Provider] = field(default_factory=dict)
@@ -33,6 +34,16 @@ class Checked:
     refused: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     slow_ms: dict[str, float] = field(default_factory=dict)
+    judges: dict[str, Callable[[Outputs], None]] = field(default_factory=dict)
+
+    def judge_again(self, name: str, got: Outputs) -> None:
+        """Refuse a provider that passed, if its outputs have become wrong."""
+        try:
+            if name in self.judges:
+                self.judges[name](got)
+        except Refused as error:
+            del self.passed[name]
+            self.refused[name] = f"once captured: {error}"
 
 
 class Refused(Exception):
@@ -57,9 +68,16 @@ def check(providers: Mapping[str, Provider | Skipped], dtype: torch.dtype | None
                 references[of.reference, wanted] = of.reference(wanted)
             return references[of.reference, wanted]
 
+        def judge(got: Outputs, name: str = name, of: Provider = provider, reference: Any = reference) -> None:
+            if of.arrange is not None:
+                got = of.arrange(got)
+            _refuse_narrower(got, dtype)
+            share = worst_error_share(got, reference(got[0].dtype), reference(torch.float64))
+            checked.error_shares[name] = max(share, checked.error_shares.get(name, 0.0))
+
         try:
             # both before the provider can change what it is given
-            exact = reference(torch.float64)
+            reference(torch.float64)
             reference(dtype or torch.float32)
             for _ in range(1 if provider.slow else 2):  # right once is not right
                 with poisoned_memory():
@@ -68,11 +86,7 @@ def check(providers: Mapping[str, Provider | Skipped], dtype: torch.dtype | None
                     if torch.cuda.is_available():
                         torch.cuda.synchronize()
                     elapsed_ms = (time.perf_counter() - start) * 1e3
-                if provider.arrange is not None:
-                    got = provider.arrange(got)
-                _refuse_narrower(got, dtype)
-                share = worst_error_share(got, reference(got[0].dtype), exact)
-                checked.error_shares[name] = max(share, checked.error_shares.get(name, 0.0))
+                judge(got)
         except Refused as error:
             checked.refused[name] = str(error)
             continue
@@ -85,6 +99,8 @@ def check(providers: Mapping[str, Provider | Skipped], dtype: torch.dtype | None
             checked.slow_ms[name] = elapsed_ms
         else:
             checked.passed[name] = provider
+            if provider.checked is None:
+                checked.judges[name] = judge
     return checked
 
 

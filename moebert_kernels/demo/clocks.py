@@ -34,6 +34,10 @@ class Timer(Protocol):
         """One call, returning when all its work is done."""
         ...
 
+    def replayed(self) -> Any:
+        """What a replay of the graph computes; None where there is no graph."""
+        ...
+
     def warm_ms(self) -> list[float]:
         """Milliseconds of each call of a round."""
         ...
@@ -51,6 +55,9 @@ class WallTimer:
     def __init__(self, run: Callable[[], Any], how: str | None = None) -> None:
         self.finished, self.how = run, how
 
+    def replayed(self) -> None:
+        return None
+
     def warm_ms(self) -> list[float]:
         start = time.perf_counter()
         self.finished()
@@ -65,9 +72,10 @@ class GpuTimer:
 
     def __init__(self, run: Callable[[], Any], flushed: torch.Tensor) -> None:
         self.call, self.how, self.not_captured = run, "eager", ""
+        self.outputs: Any = None
         self.flushed = flushed
         try:
-            self.call, self.how = captured(run), "graph"
+            (self.call, self.outputs), self.how = captured(run), "graph"
         except Exception as error:  # whatever a library raises when it may not wait for the device
             self.not_captured = first_line(error)
             torch.cuda.synchronize()
@@ -75,6 +83,11 @@ class GpuTimer:
     def finished(self) -> None:
         self.call()
         torch.cuda.synchronize()
+
+    def replayed(self) -> Any:
+        if self.how == "graph":
+            self.finished()
+        return self.outputs
 
     def warm_ms(self) -> list[float]:
         for _ in range(DELAYS):
@@ -96,8 +109,8 @@ class GpuTimer:
         return [start.elapsed_time(end) for start, end in pairs]
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """`run` as a CUDA graph: replaying it costs one launch and allocates nothing.
+def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """`run` as a CUDA graph, and where a replay leaves its outputs: it costs one launch and allocates nothing.
 
     Raises:
         Exception: it cannot be captured. One that waits for the device is told before, where torch notices: a capture
@@ -114,8 +127,8 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
     caller.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(caller), torch.cuda.graph(graph):  # the outer one takes the caller's stream up again
-        run()
-    return graph.replay
+        outputs = run()
+    return graph.replay, outputs
 
 
 @contextmanager

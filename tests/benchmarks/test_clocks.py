@@ -168,6 +168,19 @@ def test_results_of_a_pretended_gpu_say_how_they_were_timed(device, monkeypatch)
     assert "cold" not in entries["eager"]
 
 
+def test_what_the_graph_computes_is_checked_after_it_was_timed(device, monkeypatch):
+    monkeypatch.setattr(clocks, "peak_mib", lambda run, device: 1.25)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: wrong.zero_())
+    right, wrong = torch.ones(2), torch.ones(2)
+    made = {name: Provider(lambda outputs=outputs: (outputs,),
+                           lambda dtype: (torch.ones(2, dtype=dtype),)) for name, outputs in
+            {"sound": right, "wrong": wrong}.items()}  # fmt: skip
+    case = Case("ones", {}, tuple(made), lambda: made, "sound", seconds=0.0)
+    entries = results.run_case(case, Target(CUDA, torch.float32), {}, seconds=0.0, min_rounds=1)["providers"]
+    assert entries["sound"]["how"] == "graph"
+    assert set(entries["wrong"]) == {"refused"} and entries["wrong"]["refused"].startswith("once captured: output 0")
+
+
 def test_a_lost_device_ends_the_suite_and_keeps_what_it_has(device, monkeypatch, tmp_path):
     monkeypatch.setattr(clocks, "roof", lambda *_: {})
     ones = torch.ones(2)
