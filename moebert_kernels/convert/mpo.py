@@ -145,8 +145,17 @@ def mpo_reconstruct(sites: Sequence[Tensor]) -> Tensor:
     """The matrix (prod i_k, prod j_k) that site tensors (D_k, i_k, j_k, D_k+1) make. Differentiable once.
 
     Raises:
-        ValueError: bonds that do not fit together.
+        ValueError: no sites, or bonds that do not fit together or are not 1 at the ends.
     """
+    if len(sites) == 0:
+        raise ValueError("sites: expected at least one tensor (D, i, j, D'), got none")
+    bond = 1
+    for k, site in enumerate(sites):
+        if site.ndim != 4 or site.shape[0] != bond:
+            raise ValueError(f"sites[{k}]: expected shape ({bond}, i, j, D'), got {tuple(site.shape)}")
+        bond = site.shape[3]
+    if bond != 1:
+        raise ValueError(f"sites[{len(sites) - 1}]: expected a right bond of 1 (the outer bond), got {bond}")
     if len(sites) == 1:
         return sites[0][0, :, :, 0]
     middle = (len(sites) - 1) // 2

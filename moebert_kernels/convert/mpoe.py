@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.models.mpoe import CLASSES
 from moebert_kernels.models.mpoe_configuration import CONFIGS, HASH_ROUTERS
 from moebert_kernels.models.mpoe_layers import Slot, ffn_size, slots
+from moebert_kernels.nn.mpo_weight import check_factors
 
 Factors = Sequence[Sequence[int]]
 _ROUTER_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
@@ -71,10 +73,13 @@ def convert_to_mpoe(
 
     Raises:
         UserError: a model that is converted already or of another family, factors that do not multiply to the shapes,
-            caps below 1 or too low, or no tables and counts where they are needed.
+            caps below 1 or too low, noise that is negative or not finite, or no tables and counts where they are
+            needed.
     """
     source: Any = model
     config_class, model_class = _classes(source)
+    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise UserError(f"noise: expected a finite number of at least 0, got {noise!r}")
     size = ffn_size(source.config)
     generator = torch.Generator().manual_seed(seed)
     fields = {name: value for name, value in source.config.to_dict().items() if name not in _NOT_CARRIED}
@@ -89,8 +94,7 @@ def convert_to_mpoe(
             if factors is None:
                 plan = plan_factors(weight.shape[0], weight.shape[1], sites=sites)[0]
                 factors = (plan.row_factors, plan.col_factors)
-            if len(factors) != 2:
-                raise UserError(f"{name}: expected row and column factors, got {factors!r}")
+            check_factors(name, factors, tuple(weight.shape))
             if not force:
                 check_caps(factors[0], factors[1], max_bond)
             fields[name] = [list(part) for part in factors]

@@ -20,6 +20,7 @@ from transformers import (
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn.experts import BIASES
+from moebert_kernels.nn.mpo_weight import check_factors
 
 FORMAT_VERSION = 1
 EXPERTS = ("mpo", "dense")
@@ -80,13 +81,13 @@ class MPOEOptions:
             raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
         if self.router in HASH_ROUTERS and self.load_balance:
             raise UserError(f"load_balance: expected 0 with router={self.router!r}, got {self.load_balance!r}")
+        if self.router in HASH_ROUTERS and self.router_options:
+            raise UserError(f"router_options: expected none with router={self.router!r}, got {self.router_options!r}")
         if chunk := getattr(self, "chunk_size_feed_forward", 0):
             raise UserError(f"chunk_size_feed_forward: expected 0, got {chunk}")
         if self.experts == "mpo":
-            for name in ("w1_factors", "w2_factors"):
-                value = getattr(self, name)
-                if value is None or len(value) != 2:
-                    raise UserError(f"{name}: expected row and column factors (see plan_factors), got {value!r}")
+            check_factors("w1_factors", self.w1_factors)
+            check_factors("w2_factors", self.w2_factors)
         if self.format_version != FORMAT_VERSION:
             raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")
 

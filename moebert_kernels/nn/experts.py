@@ -14,7 +14,7 @@ from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.hot_experts import HotExperts
-from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, shared_fold
+from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, check_factors, shared_fold
 from moebert_kernels.ops._routing import resolve_routing
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
@@ -144,7 +144,7 @@ class MPOExperts(Experts):
     training nor a gradient asks for it, once until a parameter changes.
 
     Raises:
-        UserError: factors that do not multiply to the shapes; what `Experts` and `MPOWeight` raise.
+        UserError: no factors, or some that do not multiply to the shapes; what `Experts` and `MPOWeight` raise.
     """
 
     def __init__(
@@ -153,13 +153,11 @@ class MPOExperts(Experts):
         max_bond: int | Sequence[int] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(hidden_size, expert_size, num_experts, **options)
+        check_factors("w1_factors", w1_factors, (self.rows, hidden_size))
+        check_factors("w2_factors", w2_factors, (hidden_size, expert_size))
         (rows, cols), (rows2, cols2) = w1_factors, w2_factors
         self.w1 = MPOWeight(num_experts, rows, cols, max_bond)
         self.w2 = MPOWeight(num_experts, rows2, cols2, max_bond)
-        shapes = {"w1": (self.rows, hidden_size), "w2": (hidden_size, expert_size)}
-        for name, weight in (("w1", self.w1), ("w2", self.w2)):
-            if weight.shape[1:] != shapes[name]:
-                raise UserError(f"{name}_factors: expected products {shapes[name]}, got {tuple(weight.shape[1:])}")
         self._hot: HotExperts | None = None
 
     def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:

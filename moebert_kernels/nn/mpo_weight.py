@@ -242,6 +242,20 @@ def mpo_bonds(
     return (1, *(size if cap is None else min(size, cap) for size, cap in zip(full, caps, strict=True)), 1)
 
 
+def check_factors(name: str, factors: Any, shape: tuple[int, ...] | None = None) -> None:
+    """Raise a UserError unless these are row and column factors, as many of each; of a weight of `shape`, if given."""
+    sequences = (list, tuple)
+    two = isinstance(factors, sequences) and [isinstance(part, sequences) for part in factors] == [True, True]
+    if not two or not 2 <= len(factors[0]) == len(factors[1]) or not all(_positive(k) for ks in factors for k in ks):
+        raise UserError(
+            f"{name}: expected row and column factors (see plan_factors), as many of both, integers >= 1 and at least "
+            f"two, got {factors!r}"
+        )
+    products = tuple(map(math.prod, factors))
+    if shape is not None and products != shape:
+        raise UserError(f"{name}: expected products {shape}, got {products}")
+
+
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 

@@ -208,3 +208,19 @@ def test_refusals():
         with pytest.raises(UserError, match=message):
             plan_factors(*arguments)
     assert isinstance(plan_factors(6, 4, 2, 2)[0], FactorPlan)
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([], r"sites: expected at least one tensor \(D, i, j, D'\), got none"),
+        ([(2, 3, 3, 1)], r"sites\[0\]: expected shape \(1, i, j, D'\), got \(2, 3, 3, 1\)"),
+        ([(1, 3, 3, 2)], r"sites\[0\]: expected a right bond of 1 \(the outer bond\), got 2"),
+        ([(1, 3, 3, 2), (3, 2, 2, 1)], r"sites\[1\]: expected shape \(2, i, j, D'\), got \(3, 2, 2, 1\)"),
+        ([(1, 3, 3, 2), (2, 2, 2, 2)], r"sites\[1\]: expected a right bond of 1 \(the outer bond\), got 2"),
+        ([(3, 3)], r"sites\[0\]: expected shape \(1, i, j, D'\), got \(3, 3\)"),
+    ],
+)
+def test_sites_that_make_no_matrix(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        mpo_reconstruct([torch.randn(shape) for shape in shapes])
