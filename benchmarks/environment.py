@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ import moebert_kernels
 from benchmarks.measuring import Target
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SOURCES, SUFFIXES = ("benchmarks", "csrc", "moebert_kernels", "tests"), (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 
 
 def environment(target: Target) -> dict[str, Any]:
@@ -65,17 +67,31 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """Of this tree, with "+changes" where tracked files other than results differ from it."""
+    """Of this tree, so that equal names are equal code.
 
-    def git(*words: str) -> str:
+    Where tracked files other than results differ from the commit, "+" and a hash of how; without git, "files-" and a
+    hash of the sources.
+    """
+
+    def git(*words: str) -> bytes:
         command = ["git", "-C", str(RESULTS.parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":(exclude)results")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+        head = git("rev-parse", "--short=12", "HEAD").decode()
+        changes = git("diff", "HEAD", "--no-ext-diff", "--binary", "--", "..", ":(exclude)results")
+        return head + (f"+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return f"files-{_hash_of_sources()}"
+
+
+def _hash_of_sources() -> str:
+    root = RESULTS.parent.parent
+    everything = hashlib.sha256()
+    files = (path for folder in SOURCES for path in (root / folder).rglob("*") if path.suffix in SUFFIXES)
+    for path in sorted(path for path in files if RESULTS not in path.parents):
+        everything.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return everything.hexdigest()[:12]
 
 
 def load_average() -> float | None:

@@ -10,6 +10,7 @@ where the one before it was cut, and all work without a network.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -43,7 +44,10 @@ def build_steps(results: Path) -> list[Step]:
 
 
 def test_steps(results: Path) -> list[Step]:
-    return [Step(path, (*PYTEST, path, "-k", gpu_tests.EXPRESSION)) for path in gpu_tests.TESTS]
+    return [
+        Step(path, (*PYTEST, path, "-k", gpu_tests.EXPRESSION), skipped=_not_installed(gpu_tests.NEEDS.get(path)))
+        for path in gpu_tests.TESTS
+    ]
 
 
 def suite_steps(names: tuple[str, ...], results: Path) -> list[Step]:
@@ -59,11 +63,12 @@ def sanitize_steps(results: Path) -> list[Step]:
     reason = "" if program else "compute-sanitizer is not installed"
     return [
         Step(
-            f"{tool}-{number}", (program or "", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", *arguments),
+            f"{tool}-{path}",
+            (program or "", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", path, "-k", expression),
             gpu_tests.ENVIRONMENT, reason,
         )
-        for tool, runs in gpu_tests.SANITIZED.items()
-        for number, arguments in enumerate(runs, 1)
+        for tool, chosen in gpu_tests.SANITIZED.items()
+        for path, expression in chosen.items()
     ]  # fmt: skip
 
 
@@ -101,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     paths = [ROOT, *more.paths, *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1",
                  "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+    sys.path += map(str, more.paths)  # where `_not_installed` looks, too
     stamp = environment(target) | {"extras": more.found, "extras_left_out": more.left_out}
     os.chdir(ROOT)
     os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"  # where nvcc and compute-sanitizer are, often unlisted
@@ -116,6 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: status {record['status']}, {record['seconds']:.0f} s, {ending}", flush=True)
         failed |= bool(record["status"]) or not record["finished"]
     return int(failed)
+
+
+def _not_installed(package: str | None) -> str:
+    """Why what needs the package cannot run, or ""."""
+    return f"{package} is not installed" if package and importlib.util.find_spec(package) is None else ""
 
 
 def _no_compiler() -> str:

@@ -1,7 +1,8 @@
 """A stage: commands in order of importance within a budget of seconds, recorded one by one in a JSON and a log.
 
 What a record holds as done is not done again by the next call, so a stage that was cut goes on where it stopped. A
-command that fails is done, too: its status stays on record until the stage is run `--again`.
+command that fails is done, too: its status stays on record until the stage is run `--again`. One that was cut, since it
+takes longer than what was left, comes after those that were cut less often: it cannot starve them.
 """
 
 from __future__ import annotations
@@ -62,12 +63,14 @@ def run_stage(
     """
     path = folder / f"gpu-{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    known = {} if again else _done_before(path, stamp)
+    earlier = {} if again else _earlier(path, stamp)
+    known = {name: outcome for name, outcome in earlier.items() if _done(outcome) and "skipped" not in outcome}
+    cuts = {step.name: earlier.get(step.name, {}).get("cuts", 0) for step in steps}
     record: dict[str, Any] = {"stage": name, "environment": dict(stamp), "budget_s": budget_s, "seconds": 0.0,
                               "status": 0, "finished": False, "steps": known}  # fmt: skip
     start = time.monotonic()
     with (folder / f"gpu-{name}.log").open("a" if known else "w", encoding="utf-8") as log:
-        for step in steps:
+        for step in sorted(steps, key=lambda step: cuts[step.name]):
             left_s = budget_s - (time.monotonic() - start)
             if step.name in known:
                 print(f"{name}: {step.name}: done before", flush=True)
@@ -79,6 +82,8 @@ def run_stage(
             else:
                 outcome = _run(step, left_s, environment, log)
             _tell(f"{name}: {step.name}: {_summary(outcome)}", log)
+            if times := cuts[step.name] + ("cut" in outcome):
+                outcome["cuts"] = times
             record["steps"][step.name] = outcome
             record["seconds"] = round(time.monotonic() - start, 1)
             record["status"] = int(any(_failed(o) for o in record["steps"].values()))
@@ -130,15 +135,14 @@ def _kill(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _done_before(path: Path, stamp: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps that a record of the same code on the same GPU holds as done."""
+def _earlier(path: Path, stamp: Mapping[str, Any]) -> dict[str, Any]:
+    """Outcomes of the steps in a record of the same code on the same GPU."""
     try:
         earlier = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    if any(earlier.get("environment", {}).get(key) != stamp.get(key) for key in ("commit", "gpu", "torch")):
-        return {}
-    return {name: outcome for name, outcome in earlier["steps"].items() if _done(outcome) and "skipped" not in outcome}
+    same = all(earlier.get("environment", {}).get(key) == stamp.get(key) for key in ("commit", "gpu", "torch"))
+    return earlier["steps"] if same else {}
 
 
 def _done(outcome: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import zipfile
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import extras, gpu, gpu_tests, stages, suites
-from benchmarks.environment import environment
+from benchmarks.environment import commit, environment
 from benchmarks.measuring import Target
 from benchmarks.stages import Step, run_stage
 
@@ -69,6 +70,24 @@ def test_a_stage_ends_in_time_keeps_what_it_has_and_goes_on(run, tmp_path, monke
     assert after["steps"]["quick"] == record["steps"]["quick"]
 
 
+def test_what_was_cut_comes_last_and_starves_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "LEAST_SECONDS", 0.1)
+    outcomes = []
+    monkeypatch.setattr(stages, "_run", lambda *_: dict(outcomes.pop(0)))
+    steps = [Step(name, ()) for name in ("long", "longer", "quick")]
+    cut, done, none = {"cut": "after 1 s"}, {"status": 0, "seconds": 1.0}, {"not_run": "no time left"}
+    for given, wanted in (
+        ([cut, none, none], ["long", "longer", "quick"]),
+        ([cut, none, none], ["longer", "quick", "long"]),
+        ([done, cut, none], ["quick", "long", "longer"]),
+        ([done, done], ["quick", "longer", "long"]),
+    ):
+        outcomes[:] = given
+        assert list(run(*steps)["steps"]) == wanted
+    record = json.loads((tmp_path / "gpu-test.json").read_text())
+    assert record["finished"] and record["steps"]["long"]["cuts"] == 2
+
+
 def test_a_command_that_left_something_undone_is_called_again(run, tmp_path):
     left = ["2 cases not run", ""]
     step = Step("suite", (*python("import sys; print(sys.argv[1])"), "{seconds}"), unfinished=lambda: left.pop(0))
@@ -90,6 +109,8 @@ def test_every_stage_names_real_files_and_commands(tmp_path, monkeypatch):
                 assert not word.startswith("tests/") or (gpu.ROOT / word).exists()
     assert [step.name for step in made["bench"] + made["e2e"]] == list(suites.ALL)
     assert {step.name.partition("-")[0] for step in made["sanitize"]} == set(gpu_tests.SANITIZED)
+    ops = {path.relative_to(gpu.ROOT).as_posix() for path in (gpu.ROOT / "tests" / "ops").glob("test_*.py")}
+    assert ops <= set(gpu_tests.TESTS) and set(gpu_tests.NEEDS) <= set(gpu_tests.TESTS)
     assert made["bench"][0].unfinished() == "no result was written"
     (tmp_path / "ffn.json").write_text(json.dumps({"not_run": ["a", "b"]}))
     assert made["bench"][0].unfinished() == "2 cases not run: a, b"
@@ -98,6 +119,10 @@ def test_every_stage_names_real_files_and_commands(tmp_path, monkeypatch):
 def test_what_is_missing_is_skipped_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name, **_: None)
     assert {step.skipped for step in gpu.sanitize_steps(tmp_path)} == {"compute-sanitizer is not installed"}
+    assert {step.skipped for step in gpu.test_steps(tmp_path)} == {""}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    skipped = {step.name: step.skipped for step in gpu.test_steps(tmp_path) if step.skipped}
+    assert skipped == {f"tests/{kind}/test_any_shape.py": "hypothesis is not installed" for kind in ("ops", "kernels")}
 
 
 def test_driver_runs_a_stage_with_a_pretended_gpu(tmp_path, monkeypatch, capsys):
@@ -112,11 +137,13 @@ def test_driver_runs_a_stage_with_a_pretended_gpu(tmp_path, monkeypatch, capsys)
     (tmp_path / "extras" / "peer" / "src" / "peer").mkdir(parents=True)
     (tmp_path / "extras" / "peer" / "src" / "peer" / "__init__.py").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the driver adds to it
     monkeypatch.setenv("PATH", os.environ["PATH"])  # the driver adds to it
     assert gpu.main(["--results", str(tmp_path / "out"), "--extras", str(tmp_path / "extras")]) == 0
     record = json.loads((tmp_path / "out" / "gpu-build.json").read_text())
     assert set(record["environment"]["extras"]) == {"peer"} and record["finished"]
     (path,) = record["steps"]["say"]["last_lines"]
+    assert gpu._not_installed("peer") == "" and gpu._not_installed("nopeer") == "nopeer is not installed"
     assert path.split(os.pathsep)[:2] == [str(gpu.ROOT), str(tmp_path / "extras" / "peer" / "src")]
     assert "build: status 0" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -152,3 +179,34 @@ def test_extras_are_installed_aside_and_what_does_not_fit_is_named(tmp_path):
     assert (installed / "goodpeer" / "__init__.py").exists()
     with pytest.raises(ValueError, match="EXTRAS: expected a folder"):
         extras.prepare(tmp_path / "none", installed)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A repository of its own with one commit."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr("benchmarks.environment.RESULTS", results)
+    for path in (tmp_path / "benchmarks" / "one.py", results / "one.json"):
+        path.write_text("1")
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "."), ("commit", "-qm", "first")):
+        subprocess.run([*git, *words], check=True)
+    return tmp_path
+
+
+def test_equal_names_of_commits_are_equal_code(tree):
+    def named(text):
+        (tree / "benchmarks" / "one.py").write_text(text)
+        return commit()
+
+    with_git = [named(text) for text in "1231"]
+    assert len(with_git[0]) == 12 and all(name.startswith(f"{with_git[0]}+") for name in with_git[1:3])
+    assert with_git[0] == with_git[3] and len(set(with_git)) == 3
+    (tree / "benchmarks" / "results" / "one.json").write_text("2")  # what a run writes is no change
+    assert commit() == with_git[0]
+    (tree / ".git").rename(tree / "gone")
+    without = [named(text) for text in "121"]
+    assert without[0] == without[2] != without[1] and without[0].startswith("files-")
+    (tree / "benchmarks" / "results" / "one.json").write_text("3")
+    assert commit() == without[2]
