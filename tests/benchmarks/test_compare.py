@@ -88,6 +88,9 @@ class KnownTimes:
     def cold_ms(self):
         return []
 
+    def replayed(self):
+        return None
+
 
 @pytest.fixture
 def measured(monkeypatch):
