@@ -13,7 +13,7 @@ import random
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -146,7 +146,7 @@ class Checkpoints:
             save_model(part.module, str(temporary / f"{name}.safetensors"))
             save_file(_optimizer_state(part), temporary / f"{name}.optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        manifest = {file.name: [file.stat().st_size, _crc32(file)] for file in sorted(temporary.iterdir())}
+        manifest = {file.name: size_and_crc32(file) for file in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         temporary.rename(target)
@@ -213,24 +213,38 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
 
-def _crc32(path: Path) -> int:
-    value = 0
+def size_and_crc32(path: Path) -> list[int]:
+    """What `file_damage` compares a file with."""
+    size = value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):
-            value = zlib.crc32(chunk, value)
-    return value
+            size, value = size + len(chunk), zlib.crc32(chunk, value)
+    return [size, value]
+
+
+def file_damage(path: Path, size_and_checksum: Sequence[int]) -> str | None:
+    """How a file differs from what it was when `size_and_crc32` saw it, or None.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size, crc32 = size_and_checksum
+    found = path.stat().st_size
+    if found != size:
+        return f"{path.name}: expected {size} bytes, got {found}"
+    if size_and_crc32(path)[1] != crc32:
+        return f"{path.name}: expected CRC-32 {crc32}, got another"
+    return None
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, (size, crc32) in manifest.items():
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"corrupt checkpoint: {name}: expected {size} bytes, got {found}"
-            if _crc32(path / name) != crc32:
-                return f"corrupt checkpoint: {name}: expected CRC-32 {crc32}, got another"
+        for name, facts in manifest.items():
+            damage = file_damage(path / name, facts)
+            if damage is not None:
+                return f"corrupt checkpoint: {damage}"
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f"corrupt checkpoint: {type(error).__name__}: {error}".splitlines()[0]
     return None

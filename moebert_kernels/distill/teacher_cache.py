@@ -1,8 +1,9 @@
 """A teacher's outputs for every training example, computed once and read by any number of students and epochs.
 
-On disk: `cache.json` (which teacher, layers, dtype) and shards `00000.safetensors`, ..., each written whole, so that an
-interrupted build goes on where it was. A shard holds its examples' valid tokens one after the other, without padding,
-and is memory-mapped: a batch reads one contiguous run of rows per example.
+On disk: `cache.json` (which teacher, layers, dtype; of each shard its size and CRC-32) and shards `00000.safetensors`,
+..., each written whole, so that an interrupted build goes on where it was. A shard is verified when it is opened, and
+one that is damaged or missing is computed anew by `TeacherCache.build`. It holds its examples' valid tokens one after
+the other, without padding, and is memory-mapped: a batch reads one contiguous run of rows per example.
 
     example_id (n,), input_hash (n,), offsets (n + 1,) int64: example i's tokens are rows offsets[i]:offsets[i + 1]
     hidden (N, K, H): the K hidden states that are kept, or pooled (n, K, 3, H): their [CLS], maximum and mean;
@@ -12,24 +13,26 @@ and is memory-mapped: a batch reads one contiguous run of rows per example.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from moebert_kernels.distill.alignment import pool
-from moebert_kernels.distill.checkpoint import differences, write_text
+from moebert_kernels.distill.checkpoint import differences, file_damage, size_and_crc32, write_text
 from moebert_kernels.distill.config import Batch, Batches
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _PER_TOKEN = ("start_logits", "end_logits")
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -39,11 +42,15 @@ class TeacherCache:
 
     `TeacherCache.build` makes or completes one; the constructor opens a complete one.
 
+    Args:
+        folder: where it lies.
+        verified: names of shards that need not be verified again.
+
     Raises:
         UserError: there is no complete cache in `folder`, or it is damaged.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, verified: Collection[str] = ()):
         self.folder = Path(folder)
         description = _read_description(self.folder)
         if description is None or not description["complete"]:
@@ -52,11 +59,14 @@ class TeacherCache:
         facts = {entry.name: description[entry.name] for entry in fields(TeacherInfo)}
         facts |= {name: tuple(facts[name]) for name in ("layers", "label_names")}
         self.info = TeacherInfo(**facts)
-        self._shards = _open_shards(self.folder)
-        if len(self._shards) != description["shards"]:
-            raise UserError(
-                f"teacher cache: expected {description['shards']} shards in {self.folder}, got {len(self._shards)}"
-            )
+        for name, facts in description["shards"].items():
+            damage = None if name in verified else _damage(self.folder / name, facts)
+            if damage is not None:
+                raise UserError(
+                    f"teacher cache: expected a whole one in {self.folder}, got {damage} (TeacherCache.build, with the"
+                    " teacher, mends it)"
+                )
+        self._shards = _open_shards(self.folder, description["shards"])
         self._places = _places(self._shards)
 
     def __len__(self) -> int:
@@ -79,6 +89,8 @@ class TeacherCache:
     ) -> TeacherCache:
         """Run `teacher` on the examples of `batches` that `folder` does not hold yet, and open the result.
 
+        Of several processes only the main one runs it, and the others wait.
+
         Args:
             teacher: a transformers model; run in eval mode without gradients.
             batches: the training data; epoch 0 is read.
@@ -92,7 +104,7 @@ class TeacherCache:
 
         Raises:
             UserError: `folder` holds a cache of another teacher, other layers, another dtype or other inputs (it says
-                which), or is damaged; or a value does not fit into `dtype`.
+                which), or its cache.json is damaged; or a value does not fit into `dtype`.
         """
         folder = Path(folder)
         if dtype is not None and dtype not in _DTYPES:
@@ -100,15 +112,17 @@ class TeacherCache:
         where = torch.device(device) if device is not None else next(teacher.parameters()).device
         stored_as = dtype or str(next(teacher.parameters()).dtype).removeprefix("torch.")
         info = replace(teacher_info(teacher, layers), stored_as=stored_as, pooled=pooled)
-        builder = _Builder(folder, info, dict(inputs or {}), shard_mib)
-        run = LiveTeacher(teacher, where)
-        for batch in tqdm(batches(0), total=len(batches), desc="teacher outputs"):
-            missing = builder.missing(batch)
-            if missing is not None:
-                rows = {name: tensor[missing].to(where) for name, tensor in batch.items()}
-                builder.add(rows, run(rows))
-        builder.finish()
-        return cls(folder)
+        run, process = LiveTeacher(teacher, where), Accelerator()
+        with process.main_process_first():  # the others then find all that they check
+            builder = _Builder(folder, info, dict(inputs or {}), shard_mib)
+            quiet = not process.is_main_process
+            for batch in tqdm(batches(0), total=len(batches), desc="teacher outputs", disable=quiet):
+                missing = builder.missing(batch)
+                if missing is not None:
+                    rows = {name: tensor[missing].to(where) for name, tensor in batch.items()}
+                    builder.add(rows, run(rows))
+            builder.finish()
+        return cls(folder, verified=builder.shards)
 
     def __call__(self, batch: Batch) -> TeacherOutputs:
         """The outputs for a batch, on its device and in float32 (or the teacher's own wider dtype).
@@ -153,7 +167,11 @@ class TeacherCache:
 
 
 class _Builder:
-    """Appends shards to a cache folder."""
+    """Appends shards to a cache folder, in place of damaged ones too.
+
+    Attributes:
+        shards: the name of each that is whole -> its size and CRC-32.
+    """
 
     def __init__(self, folder: Path, info: TeacherInfo, inputs: dict[str, Any], shard_mib: int):
         self._folder, self._info, self._limit = folder, info, shard_mib * 2**20
@@ -170,12 +188,20 @@ class _Builder:
         except OSError as error:
             raise UserError(f"teacher cache: expected a folder to write, got {folder} ({error.strerror})") from None
         self._description = wanted
-        shards = _open_shards(folder)
-        self._hashes = {i: place.input_hash for i, place in _places(shards).items()}
-        self._shards, self._bytes = len(shards), 0
+        self.shards: dict[str, list[int]] = {}
+        for name, facts in (found or {"shards": {}})["shards"].items():
+            damage = _damage(folder / name, facts)
+            if damage is None:
+                self.shards[name] = facts
+            else:
+                warnings.warn(f"teacher cache: {folder}: {damage}: its examples are computed anew", stacklevel=3)
+        places = _places(_open_shards(folder, self.shards))
+        self._hashes = {i: place.input_hash for i, place in places.items()}
+        self._bytes = 0
         self._pending: dict[str, list[Tensor]] = {}
-        if found is None:
+        if found is None or self.shards != found["shards"]:
             self._describe(complete=False)
+        self._is_complete = found is not None and found["complete"] and self.shards == found["shards"]
 
     def missing(self, batch: Batch) -> Tensor | None:
         """The batch's rows that are not stored yet, or None; checks the inputs of the others."""
@@ -210,7 +236,8 @@ class _Builder:
     def finish(self) -> None:
         if self._pending:
             self._write()
-        self._describe(complete=True)
+        if not self._is_complete:
+            self._describe(complete=True)
 
     def _narrow(self, values: Tensor) -> Tensor:
         stored = values.to(getattr(torch, self._info.stored_as))
@@ -223,15 +250,17 @@ class _Builder:
     def _write(self) -> None:
         shard = {name: torch.cat(tensors) for name, tensors in self._pending.items()}
         shard["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), shard.pop("lengths").cumsum(0)])
-        path = self._folder / f"{self._shards:05d}.safetensors"
+        number = next(number for number in count() if _shard_name(number) not in self.shards)
+        path = self._folder / _shard_name(number)
         temporary = path.with_suffix(".partial")
         save_file(shard, temporary)
-        self._describe(complete=False)
+        self.shards[path.name] = size_and_crc32(temporary)
         temporary.rename(path)
-        self._shards, self._bytes, self._pending = self._shards + 1, 0, {}
+        self._describe(complete=False)
+        self._bytes, self._pending, self._is_complete = 0, {}, False
 
     def _describe(self, complete: bool) -> None:
-        description = {**self._description, "complete": complete, "shards": self._shards}
+        description = {**self._description, "complete": complete, "shards": self.shards}
         write_text(self._folder / "cache.json", json.dumps(description, indent=1))
 
 
@@ -249,15 +278,22 @@ def _read_description(folder: Path) -> dict | None:
     return description
 
 
-def _open_shards(folder: Path) -> list[dict[str, Tensor]]:
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.safetensors"
+
+
+def _damage(shard: Path, size_and_checksum: Sequence[int]) -> str | None:
+    """What is wrong with a shard, or None; reads it once."""
+    try:
+        damage = file_damage(shard, size_and_checksum)
+    except OSError as error:
+        return f"no readable {shard.name} ({error.strerror})"
+    return None if damage is None else f"a damaged {damage}"
+
+
+def _open_shards(folder: Path, names: Iterable[str]) -> list[dict[str, Tensor]]:
     """The shards, memory-mapped."""
-    shards = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            shards.append(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"teacher cache: expected a whole shard, got a damaged {path} ({error})") from None
-    return shards
+    return [load_file(folder / name) for name in sorted(names)]
 
 
 class _Place(NamedTuple):

@@ -97,7 +97,7 @@ def test_says_which_inputs_differ(tmp_path):
             TeacherCache.build(tiny_bert(1), TinyBatches(), tmp_path, inputs=made | change)
     description = json.loads((tmp_path / "cache.json").read_text())
     (tmp_path / "cache.json").write_text(json.dumps(description | {"format_version": 1}))
-    with pytest.raises(UserError, match=r"expected format_version 2 in .*, got 1; build anew"):
+    with pytest.raises(UserError, match=r"expected format_version 3 in .*, got 1; build anew"):
         TeacherCache(tmp_path)
 
 
@@ -161,6 +161,45 @@ def test_belongs_to_one_teacher_and_one_data_set(tmp_path):
         cache(swapped)
 
 
+@pytest.mark.parametrize("harm", ["overwritten", "cut", "gone", "empty"])
+def test_a_damaged_shard_is_noticed_and_computed_anew(harm, tmp_path):
+    """One in the middle: the others stay as they are, the teacher runs for its examples alone, the end is the same."""
+    teacher, runs = tiny_bert(1), []
+    TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) == 6
+    whole = {shard.name: shard.read_bytes() for shard in shards}
+    data = whole["00002.safetensors"]
+    if harm == "gone":
+        shards[2].unlink()
+    else:
+        middle = len(data) - 400
+        damaged = {"overwritten": data[:middle] + b"x" * 400, "cut": data[:-1], "empty": b""}
+        shards[2].write_bytes(damaged[harm])
+    with pytest.raises(UserError, match=r"expected a whole one in .*, got (a damaged|no readable) 00002.safetensors"):
+        TeacherCache(tmp_path)
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.warns(UserWarning, match=r"00002.safetensors.*: its examples are computed anew"):
+        mended = TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)
+    assert len(runs) == 1 and len(mended) == 22
+    assert {shard.name: shard.read_bytes() for shard in tmp_path.glob("*.safetensors")} == whole
+    assert len(TeacherCache(tmp_path)) == 22
+    TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)
+    assert len(runs) == 1
+
+
+def test_a_build_that_mends_and_is_interrupted_goes_on(tmp_path):
+    teacher = tiny_bert(1)
+    TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)
+    for name in ("00000.safetensors", "00004.safetensors"):
+        (tmp_path / name).unlink()
+    with pytest.warns(UserWarning, match="computed anew"), pytest.raises(KeyboardInterrupt):
+        TeacherCache.build(teacher, Interrupted(), tmp_path, shard_mib=0)
+    with pytest.raises(UserError, match="got an unfinished one"):
+        TeacherCache(tmp_path)
+    assert len(TeacherCache.build(teacher, TinyBatches(), tmp_path, shard_mib=0)) == 22
+
+
 def test_rejects_what_it_cannot_read_or_write(tmp_path):
     with pytest.raises(UserError, match=r"expected a complete one in .*, got none"):
         TeacherCache(tmp_path / "nowhere")
@@ -179,10 +218,11 @@ def test_rejects_what_it_cannot_read_or_write(tmp_path):
     shard = folder / "00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-50])
-    with pytest.raises(UserError, match=r"expected a whole shard, got a damaged .*00000.safetensors"):
+    size = f"00000.safetensors: expected {len(whole)} bytes, got {len(whole) - 50} "
+    with pytest.raises(UserError, match=f"expected a whole one in .*, got a damaged {size}.*mends it"):
         TeacherCache(folder)
     shard.unlink()
-    with pytest.raises(UserError, match=r"expected 1 shards in .*, got 0"):
+    with pytest.raises(UserError, match=r"expected a whole one in .*, got no readable 00000.safetensors \(No such"):
         TeacherCache(folder)
     (folder / "cache.json").write_text(json.dumps({"complete": True})[:-3])
     with pytest.raises(UserError, match="expected JSON, got a damaged"):
