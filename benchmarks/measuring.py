@@ -88,11 +88,22 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Requirement:
-    """`provider` must be at least `at_least` times as fast as `over`, or as the fastest of several."""
+    """`provider` must be at least `at_least` times as fast as `over`, or as the fastest of several.
+
+    Attributes:
+        over: those that are skipped do not count; one that is refused fails the requirement.
+        at_least: see above.
+        eager: `over` cannot be captured, and is compared all the same with replays of a graph.
+    """
 
     provider: str
     over: str | tuple[str, ...]
     at_least: float
+    eager: bool = False
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (self.over,) if isinstance(self.over, str) else self.over
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,12 @@ def latency(calls: list[float]) -> tuple[float, float] | None:
     return percentiles[49], percentiles[98]
 
 
+def fastest(rounds: Mapping[str, list[float]], names: tuple[str, ...]) -> str | None:
+    """The one with the lowest median; None if none has a time."""
+    timed = [name for name in names if rounds.get(name)]
+    return min(timed, key=lambda name: statistics.median(rounds[name]), default=None)
+
+
 def speed_ratio(
     rounds: Mapping[str, list[float]], provider: str, over: str | tuple[str, ...]
 ) -> tuple[float, float, float] | None:
@@ -208,11 +225,10 @@ def speed_ratio(
     Rounds are paired; a provider that was timed once is compared with every round of the other. Over several: over the
     one with the lowest median.
     """
-    others = [name for name in ((over,) if isinstance(over, str) else over) if rounds.get(name)]
-    ours = rounds.get(provider)
-    if not ours or not others:
+    ours, other = rounds.get(provider), fastest(rounds, (over,) if isinstance(over, str) else over)
+    if not ours or other is None:
         return None
-    theirs = rounds[min(others, key=lambda name: statistics.median(rounds[name]))]
+    theirs = rounds[other]
     most = max(len(ours), len(theirs))
     ours, theirs = (times * most if len(times) == 1 else times for times in (ours, theirs))
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])

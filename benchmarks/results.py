@@ -20,7 +20,18 @@ import torch
 from benchmarks import clocks
 from benchmarks.environment import environment, load_average
 from benchmarks.gate import Checked, check
-from benchmarks.measuring import Case, Limit, Requirement, Samples, Target, latency, measure, speed_ratio, spread
+from benchmarks.measuring import (
+    Case,
+    Limit,
+    Requirement,
+    Samples,
+    Target,
+    fastest,
+    latency,
+    measure,
+    speed_ratio,
+    spread,
+)
 from benchmarks.model import Cost, waves_of
 from moebert_kernels.kernels.config import Device
 
@@ -88,9 +99,9 @@ def run_case(
         "baseline": case.baseline,
         "providers": entries,
         "requirements": [
-            judged(requirement, rounds)
+            judged(requirement, rounds, entries)
             for requirement in (case.requires if judge else ())
-            if not (isinstance(requirement, Requirement) and _all_skipped(requirement.over, checked))
+            if not (isinstance(requirement, Requirement) and _all_skipped(requirement.others, checked))
         ],
     }
     if case.cost:
@@ -102,8 +113,10 @@ def run_case(
     }
 
 
-def judged(requirement: Requirement | Limit, rounds: Mapping[str, list[float]]) -> dict[str, Any]:
-    """A requirement as plain data, with what was measured and whether it passed."""
+def judged(
+    requirement: Requirement | Limit, rounds: Mapping[str, list[float]], entries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A requirement as plain data, with what was measured, whether it passed, and notes on what was compared."""
     if isinstance(requirement, Limit):
         times = rounds.get(requirement.provider)
         median = _digits(spread(times)[1]) if times else None
@@ -111,13 +124,27 @@ def judged(requirement: Requirement | Limit, rounds: Mapping[str, list[float]]) 
         return {"provider": requirement.provider, "at_most_ms": requirement.at_most_ms, "median_ms": median,
                 "passed": passed}  # fmt: skip
     ratio = speed_ratio(rounds, requirement.provider, requirement.over)
+    refused = [f"{name} is refused" for name in requirement.others if "refused" in entries[name]]
+    unlike = _timed_differently(requirement, rounds, entries)
+    skipped = {name: entries[name]["skipped"] for name in requirement.others if "skipped" in entries[name]}
+    notes = [*refused, *unlike, *(f"without {name}: {reason}" for name, reason in skipped.items())]
+    fit = ratio is not None and not refused and (requirement.eager or not unlike)
     return {
         "provider": requirement.provider,
         "over": requirement.over if isinstance(requirement.over, str) else "best of " + ", ".join(requirement.over),
         "at_least": requirement.at_least,
         "speed": None if ratio is None else _quartiles(ratio),
-        "passed": ratio is not None and round(ratio[1], DIGITS) >= requirement.at_least,
-    }
+        "passed": fit and round(ratio[1], DIGITS) >= requirement.at_least,
+    } | ({"notes": notes} if notes else {})
+
+
+def _timed_differently(
+    requirement: Requirement, rounds: Mapping[str, list[float]], entries: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """A note if one is a graph's replay and the other is not: an eager time holds what Python adds."""
+    both = requirement.provider, fastest(rounds, requirement.others)
+    how = {name: entries[name]["how"] for name in both if name and "how" in entries[name]}
+    return ["timed differently: " + ", ".join(f"{k} {v}" for k, v in how.items())] if len({*how.values()}) > 1 else []
 
 
 def run_suite(
@@ -229,7 +256,8 @@ def requirement_text(requirement: dict[str, Any]) -> str:
         return f"{verdict}: {requirement['provider']} {got}, wanted <= {requirement['at_most_ms']} ms"
     speed = requirement["speed"]
     got = "not measured" if speed is None else _ratio_text(speed)
-    return f"{verdict}: {requirement['provider']} {got} {requirement['over']}, wanted >= {requirement['at_least']}x"
+    text = f"{verdict}: {requirement['provider']} {got} {requirement['over']}, wanted >= {requirement['at_least']}x"
+    return "; ".join([text, *requirement.get("notes", [])])
 
 
 def failures(result: dict[str, Any]) -> list[str]:
@@ -295,8 +323,8 @@ def _without_time(checked: Checked, name: str) -> dict[str, str]:
     return {"refused": checked.refused[name]} if name in checked.refused else {"skipped": checked.skipped[name]}
 
 
-def _all_skipped(over: str | tuple[str, ...], checked: Checked) -> bool:
-    return all(name in checked.skipped for name in ((over,) if isinstance(over, str) else over))
+def _all_skipped(names: tuple[str, ...], checked: Checked) -> bool:
+    return all(name in checked.skipped for name in names)
 
 
 def _times(samples: Samples) -> dict[str, Any]:

@@ -156,9 +156,13 @@ def timer(run: Callable[[], Any], device: torch.device, capture: bool = True) ->
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Most memory that one call holds beyond what was there before it, in MiB; None on a CPU."""
+    """Most memory that one call holds beyond what was there before it, in MiB; None on a CPU.
+
+    It is called once before, since the first call may allocate what stays, such as an optimizer's state.
+    """
     if device.type == "cpu":
         return None
+    run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import clocks, gate, results
-from benchmarks.measuring import Case, Provider, Target
+from benchmarks.measuring import Case, Provider, Requirement, Target
 from moebert_kernels.demo import clocks as package_clocks
 
 CUDA = torch.device("cuda")
@@ -144,6 +144,22 @@ def test_without_capture_the_wall_clock_waits_for_the_end(device):
     assert device.notes == ["call", "wait"]
 
 
+def test_peak_memory_is_that_of_a_later_call(device, monkeypatch):
+    held = {"now": 2**20, "peak": 0}
+
+    def step():
+        state = 0 if held["peak"] else 2**22  # allocated by the first call, and kept
+        held["now"] += state
+        held["peak"] = max(held["peak"], held["now"] + 2**21)
+
+    for name, value in {
+        "memory_allocated": lambda: held["now"], "max_memory_allocated": lambda: held["peak"],
+        "reset_peak_memory_stats": lambda: held.update(peak=held["now"]),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert clocks.peak_mib(step, CUDA) == 2.0
+
+
 def test_results_of_a_pretended_gpu_say_how_they_were_timed(device, monkeypatch):
     monkeypatch.setattr(clocks, "peak_mib", lambda run, device: 1.25)
     monkeypatch.setattr(clocks, "roof", lambda *_: {"tflops": 1.0, "gbytes_per_s": 1.0})
@@ -166,6 +182,22 @@ def test_results_of_a_pretended_gpu_say_how_they_were_timed(device, monkeypatch)
     assert set(entries["graph"]["cold"]) == {"median_ms", "q1_ms", "q3_ms"} and entries["graph"]["peak_mib"] == 1.2
     assert {"p50_ms", "p99_ms"} <= set(entries["graph"])  # 25 rounds of 5 calls
     assert "cold" not in entries["eager"]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_replays_and_eager_calls_are_compared_only_where_asked(device, monkeypatch, eager):
+    monkeypatch.setattr(clocks, "peak_mib", lambda run, device: None)
+    ones = torch.ones(2)
+    made = {name: Provider(lambda run=run: (run(), (ones,))[1], lambda dtype: (ones.to(dtype),))
+            for name, run in (("ours", device.run), ("loop", device.run_waiting), ("same", device.run))}  # fmt: skip
+    requires = (Requirement("ours", "loop", 0.01, eager=eager), Requirement("ours", "same", 0.01))
+    one = Case("ones", {}, tuple(made), lambda: made, "ours", requires, seconds=0.0)
+    over_loop, over_same = results.run_case(one, Target(CUDA, torch.bfloat16), {}, seconds=0.0, min_rounds=1)[
+        "requirements"
+    ]
+    assert over_loop["passed"] is eager and over_same["passed"]
+    assert results.requirement_text(over_loop).endswith("timed differently: ours graph, loop eager")
+    assert "notes" not in over_same
 
 
 def test_what_the_graph_computes_is_checked_after_it_was_timed(device, monkeypatch):

@@ -16,6 +16,7 @@ from benchmarks.measuring import (
     Provider,
     Requirement,
     Samples,
+    Skipped,
     Target,
     latency,
     measure,
@@ -113,6 +114,23 @@ def test_requirements_are_judged(requirement, passed, tmp_path, known_roof):
     assert (result["environment"]["device"], result["environment"]["dtype"]) == ("cpu", "float32")
     smoke = results.run_suite("ones", [case], Target.of("cpu", smoke=True), threads=1)
     assert smoke["cases"][0]["requirements"] == []
+
+
+def test_a_refused_rival_fails_a_requirement_and_a_skipped_one_is_named():
+    def requirement_with(**others):
+        sound = Provider(lambda: (torch.ones(2),), lambda dtype: (torch.ones(2, dtype=dtype),))
+        made = {"a": sound, "b": sound, **others}
+        requires = (Requirement("a", ("b", *others), 0.001),)
+        case = Case("ones", {"T": 2}, tuple(made), lambda: made, "b", requires, seconds=0.0)
+        (requirement,) = results.run_case(case, CPU, {}, seconds=0.0, min_rounds=3)["requirements"]
+        return requirement["passed"], results.requirement_text(requirement)
+
+    wrong = Provider(lambda: (-torch.ones(2),), lambda dtype: (torch.ones(2, dtype=dtype),))
+    passed, text = requirement_with(c=wrong)
+    assert not passed and text.startswith("FAIL: a ") and text.endswith("best of b, c, wanted >= 0.001x; c is refused")
+    passed, text = requirement_with(c=Skipped("not installed"))
+    assert passed and text.endswith("best of b, c, wanted >= 0.001x; without c: not installed")
+    assert not requirement_with(c=wrong, d=Skipped("not installed"))[0]
 
 
 def test_cost_and_shares_of_the_roof():
