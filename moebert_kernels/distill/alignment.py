@@ -7,7 +7,7 @@ maps as a linear layer for each state, without a bias, trained with the student 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -56,9 +56,17 @@ class FeatureMaps(nn.Module):
     Args:
         layers: the student's states, 0 the embeddings' output.
         seed: of the first weights; the global generators are left alone.
+        first: state -> (teacher_size, student_size) weights to start from instead, of any of them.
     """
 
-    def __init__(self, layers: Iterable[int], student_size: int, teacher_size: int, seed: int = 0):
+    def __init__(
+        self,
+        layers: Iterable[int],
+        student_size: int,
+        teacher_size: int,
+        seed: int = 0,
+        first: Mapping[int, Tensor] | None = None,
+    ):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -66,6 +74,9 @@ class FeatureMaps(nn.Module):
             for linear in maps.values():
                 initialise = nn.init.eye_ if student_size == teacher_size else nn.init.orthogonal_
                 initialise(linear.weight)
+            with torch.no_grad():
+                for layer, weight in (first or {}).items():
+                    maps[str(layer)].weight.copy_(weight)
         self.layers = nn.ModuleDict(maps)
 
     def forward(self, layer: int, features: Tensor) -> Tensor:

@@ -46,6 +46,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all, in a folder that is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder `path` by what `write(folder)` writes; the old one is kept until the new one is complete.
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from moebert_kernels.distill.checkpoint import Checkpoints, Part, check_identity, write_folder, write_text
+from moebert_kernels.distill.checkpoint import (
+    Checkpoints,
+    Part,
+    check_identity,
+    write_folder,
+    write_tensors,
+    write_text,
+)
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
 from moebert_kernels.distill.loss import Loss
 from moebert_kernels.distill.objectives import Objective, batch_weight
@@ -34,6 +41,8 @@ from moebert_kernels.distill.setup import check_experts, check_teacher, new_opti
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask, shared_fold
+
+MAPS = "state/maps.safetensors"  # the objective's maps as a finished run left them, in its output folder
 
 
 def fit(
@@ -53,7 +62,8 @@ def fit(
     """Train `model`; an interrupted call, made again, goes on where it was and ends with bitwise the same (fp32, CPU).
 
     Writes into `output_dir`: `final/` and, with `evaluate`, `best/` (both for from_pretrained), `log.jsonl`, and in
-    `state/` the checkpoints of an unfinished run. None of these is ever half-written.
+    `state/` the checkpoints of an unfinished run, and of a finished one the objective's maps. None of these is ever
+    half-written.
 
     Args:
         model: a transformers model; moved to the device, and holds the weights of `FitResult.model_dir` at the end.
@@ -205,6 +215,8 @@ class _Run:
             self.meter.check_contributions(self.at.step, self.loss.weighted)
         self._write_model("final")
         if self.rank == 0:
+            if self.loss.maps is not None:
+                write_tensors(self.output_dir / MAPS, self.loss.maps.state_dict())
             write_text(self.finished, json.dumps({"identity": self.identity, "progress": asdict(self.at)}))
         self.checkpoints.clear()
         return self._result(reload=self.at.best is not None and self.at.best["step"] != self.at.step)

@@ -30,7 +30,7 @@ class Loss:
         teacher: what gives a batch's teacher outputs.
         trained: the student, together with the objective's maps if it has any: they share the student's optimizer, and
             are never saved with it.
-        adversary: the objective's discriminator.
+        maps, adversary: the objective's.
         weighted: the terms that count, in a fixed order; None until the first batch told.
 
     Raises:
@@ -48,9 +48,9 @@ class Loss:
         self._student, self._objective, self._config = student, objective, config
         self.teacher: Teacher | None = None if objective is None else self._prepared(teacher, accelerator)
         self._preset: Preset = "default" if objective is None else objective.preset
-        self._maps = None if objective is None else objective.maps
+        self.maps = None if objective is None else objective.maps
         self.adversary = None if objective is None else objective.adversary
-        self.trained = student if self._maps is None else nn.ModuleDict({"student": student, "maps": self._maps})
+        self.trained = student if self.maps is None else nn.ModuleDict({"student": student, "maps": self.maps})
         self.causal = is_causal(student)
         # a causal model's loss is not its own (task_loss): with the labels it would compute a second one in vain
         self._forward_keys = [key for key in forward_keys(student) if not (self.causal and key == "labels")]
@@ -82,7 +82,7 @@ class Loss:
 
     def parameters_beside(self) -> list[nn.Parameter]:
         """What is trained with the student and no part of it."""
-        return [] if self._maps is None else list(self._maps.parameters())
+        return [] if self.maps is None else list(self.maps.parameters())
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The named, unweighted terms of a batch, each (); `model` is the student, as the accelerator wraps it."""

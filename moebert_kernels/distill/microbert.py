@@ -62,6 +62,10 @@ class MicroBertObjective(Objective):
             `relation_heads`; that of the layer map.
         adversary: settings of the discriminator.
 
+    Attributes:
+        first_maps: (student state, teacher state) -> the weight that their map starts from; others start as
+            `FeatureMaps` says.
+
     Raises:
         UserError: an unknown name, no terms, or a number out of its range.
     """
@@ -101,6 +105,7 @@ class MicroBertObjective(Objective):
         self.adversary_config = adversary or AdversaryConfig()
         self._wanted_heads, self._wanted_layer = relation_heads, relation_layer
         self._sees = self.adversary_config.input_for(kind) if ADVERSARIAL in terms else ""
+        self.first_maps: dict[tuple[int, int], Tensor] = {}
         self._recorder: Recorder | None = None
         self._heads = 0
 
@@ -170,7 +175,8 @@ class MicroBertObjective(Objective):
         self._last = config.num_hidden_layers
         self.maps = None
         if self.project and self._pairs:
-            self.maps = FeatureMaps(self._pairs, config.hidden_size, teacher.hidden_size, seed).to(device)
+            first = {j: self.first_maps[j, g] for j, g in self._pairs.items() if (j, g) in self.first_maps}
+            self.maps = FeatureMaps(self._pairs, config.hidden_size, teacher.hidden_size, seed, first).to(device)
         self.adversary = None
         if self._sees:
             size = (self._sees != "pooled") * config.num_labels + (self._sees != "logits") * teacher.hidden_size
@@ -181,6 +187,10 @@ class MicroBertObjective(Objective):
             self._recorder = Recorder(student, self._last)
             heads = teacher.num_attention_heads
             self._heads = relation_heads(config, heads, teacher.hidden_size, self._wanted_heads)
+
+    def named_maps(self, state: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:
+        """The weights in a state dict of `maps` by (student state, teacher state), for another's `first_maps`."""
+        return {(j, g): state[f"layers.{j}.weight"] for j, g in self._pairs.items()}
 
     def summary(self, student_layers: int, teacher_layers: int) -> str:
         pairs = self.pairs(student_layers, teacher_layers)

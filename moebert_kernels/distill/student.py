@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import FitResult, Metrics
 from moebert_kernels.distill.data_files import split_name
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.loading import check_reach
-from moebert_kernels.distill.loop import check_fit, fit
+from moebert_kernels.distill.loop import MAPS, check_fit, fit
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.distill.tasks import Task, load_task
@@ -49,7 +50,8 @@ def fit_recipe(
 ) -> FitResult:
     """Train `student`; an interrupted call, made again, goes on where it was.
 
-    What does not fit in any of the stages is found before the first one trains.
+    What does not fit in any of the stages is found before the first one trains. A map of the same two states as in an
+    earlier stage goes on from there.
 
     Args:
         student: a transformers model for the task; holds the weights of the result's `model_dir` at the end.
@@ -97,9 +99,25 @@ def fit_recipe(
     ]
     for run in runs:
         check_fit(student, **run)
-    for run in runs:
-        result = fit(student, **run, evaluate=evaluate if run is runs[-1] else None, also_save=also_save)
+    carried: dict[tuple[int, int], Tensor] = {}
+    for run, objective in zip(runs, objectives, strict=True):
+        if objective is not None:
+            objective.first_maps = carried
+        last = run is runs[-1]
+        result = fit(student, **run, evaluate=evaluate if last else None, also_save=also_save)
+        if objective is not None and objective.maps is not None and not last:
+            carried = carried | _trained_maps(objective, run["output_dir"])
     return result
+
+
+def _trained_maps(objective: MicroBertObjective, folder: Path) -> dict[tuple[int, int], Tensor]:
+    """The maps that a finished stage left in its folder, whether it was trained now or earlier."""
+    file = folder / MAPS
+    if not file.exists():
+        raise UserError(
+            f"stages: expected the maps of the finished one in {file}, got none (use another output folder)"
+        )
+    return objective.named_maps(load_file(file))
 
 
 def _to_be_cached(

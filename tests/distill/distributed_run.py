@@ -1,6 +1,6 @@
 """Tiny runs for any number of processes: python distributed_run.py FOLDER ACCUMULATION. A distillation into FOLDER, a
-cache of its teacher's outputs into FOLDER/cache, and a masked MPOE language model, whose windows of text differ in length, into FOLDER/lm; the same with one fold for each
-optimizer step into FOLDER/folded.
+cache of its teacher's outputs into FOLDER/cache, and a masked MPOE language model, whose windows of text differ in
+length, into FOLDER/lm; the same with one fold for each optimizer step into FOLDER/folded.
 """
 
 import sys

@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from moebert_kernels.distill.features import Features
+from moebert_kernels.distill.features import Batches, Features
+from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.recipe import Recipe, Stage
 from moebert_kernels.distill.student import fit_recipe
 from moebert_kernels.distill.tasks import custom_task
+from moebert_kernels.distill.teacher import teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from tests.distill.tiny import VOCAB, TinyBatches, tiny_bert
+from tests.distill.tiny import VOCAB, Interrupting, TinyBatches, assert_same_weights, tiny_bert, weights
 
 TASK, SCORES = custom_task(["text"], label_names=["a", "b", "c"]), custom_task(["text"], regression=True)
 FEATURES = Stage("features", embedding=1.0, hidden=1.0, alignment=1.0, epochs=2, learning_rate=1e-3, log_steps=1)
@@ -81,3 +85,62 @@ def test_stages_are_not_named_as_the_folders_of_a_run(tmp_path):
     for name in ("best", "final", "state", "a/b", ".", ""):
         with pytest.raises(UserError, match="stages: expected names of letters, digits, - and _ other than best, fin"):
             Stage(name)
+
+
+@pytest.mark.parametrize("at", [1, 5, 6])
+def test_maps_go_on_in_the_next_stage_and_resume_is_exact(at, tmp_path, monkeypatch):
+    """Stage 2 starts from the map of the last layer as stage 1 left it, also where it was interrupted."""
+    first = []
+
+    def noting(self, *arguments):
+        build(self, *arguments)
+        first.append({name: weight.clone() for name, weight in self.maps.state_dict().items()})
+
+    build = MicroBertObjective.build
+    monkeypatch.setattr(MicroBertObjective, "build", noting)
+    recipe = TWO_STAGES.with_values({"save_steps": 3, "discriminator_warmup": 0.0})
+    whole = tiny_bert(0, dropout=0.1)
+    assert train(tmp_path / "whole", recipe, whole).step == 8
+    left = load_file(tmp_path / "whole/features/state/maps.safetensors")
+    assert set(left) == {"layers.0.weight", "layers.1.weight", "layers.2.weight"}
+    assert set(first[-1]) == {"layers.2.weight"} and torch.equal(first[-1]["layers.2.weight"], left["layers.2.weight"])
+    assert not torch.equal(first[-1]["layers.2.weight"], first[0]["layers.2.weight"])
+    assert set(load_file(tmp_path / "whole/features/final/model.safetensors")) == set(whole.state_dict())
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("moebert_kernels.distill.student.Batches", type("Both", (InSecondStage, Batches), {"at": at}))
+        train(tmp_path / "stopped", recipe)
+    assert (tmp_path / "stopped/features/state/finished.json").exists()
+    assert list((tmp_path / "stopped/state").glob("step-*"))
+    again = tiny_bert(0, dropout=0.1)
+    train(tmp_path / "stopped", recipe, again)
+    assert_same_weights(again, weights(whole))
+    ends = [load_file(tmp_path / name / "state/maps.safetensors") for name in ("whole", "stopped")]
+    assert torch.equal(ends[0]["layers.2.weight"], ends[1]["layers.2.weight"])
+    (tmp_path / "stopped/features/state/maps.safetensors").unlink()
+    with pytest.raises(UserError, match=r"stages: expected the maps of the finished one in .*features.*, got none"):
+        train(tmp_path / "stopped", recipe)
+
+
+class InSecondStage(Interrupting):
+    """Interrupts at the batch `at` of the second run that draws any."""
+
+    started = 0
+
+    def __call__(self, epoch):
+        if not self.drawn:
+            type(self).started += 1
+        if type(self).started < 2:
+            self.at = -1
+        else:
+            self.at = type(self).at
+        return super().__call__(epoch)
+
+
+def test_a_map_of_other_states_starts_anew(tmp_path):
+    objective = MicroBertObjective("classification", ("hidden",), layer_map={1: 2, 2: 3})
+    weight = torch.full((32, 16), 0.5)
+    objective.first_maps = {(1, 1): weight, (2, 3): weight}
+    objective.build(tiny_bert(0), teacher_info(tiny_bert(1, layers=3, hidden=32)), seed=0)
+    assert torch.equal(objective.maps.layers["2"].weight, weight)
+    assert not torch.equal(objective.maps.layers["1"].weight, weight)
