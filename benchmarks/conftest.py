@@ -11,10 +11,16 @@ from benchmarks.gate import Checked, check
 from benchmarks.measuring import Case, Target
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser, pluginmanager):
     parser.addoption("--smoke", action="store_true", help="tiny shapes: tries every benchmark, proves nothing")
     parser.addoption("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.addoption("--threads", type=int, help="torch's threads (default: 2, with --smoke 1)")
+    if not pluginmanager.hasplugin("timeout"):  # pytest-timeout: a machine with a GPU may lack it
+        parser.addini("timeout", "of pytest-timeout, without which nothing is ended")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout")
 
 
 def target_of(config) -> Target:

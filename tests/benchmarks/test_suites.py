@@ -1,6 +1,8 @@
 """Every case at its smoke shapes: the committed baselines are what their references say, and the driver reports it."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +10,7 @@ from benchmarks import suites
 from benchmarks.__main__ import main
 from benchmarks.gate import check
 from benchmarks.measuring import Target
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize("what", suites.ALL)
@@ -31,6 +34,14 @@ def test_names_and_requirements_are_consistent(what):
             over = [getattr(requirement, "over", ()) for requirement in case.requires]
             named = {name for names in over for name in ((names,) if isinstance(names, str) else names)}
             assert named | {case.baseline, *(r.provider for r in case.requires)} <= set(case.providers)
+
+
+def test_benchmarks_are_collected_without_a_timeout_plugin():
+    pytest.importorskip("pytest_benchmark")
+    words = (sys.executable, "-m", "pytest", "benchmarks/bench_routing.py", "-p", "no:timeout", "--smoke",
+             "--collect-only", "-q")  # fmt: skip
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_routing[routing-T16-original]" in done.stdout, done.stdout + done.stderr
 
 
 def test_driver_writes_only_where_told(tmp_path, capsys):
