@@ -16,7 +16,7 @@ from torch import nn
 from moebert_kernels.distill.checkpoint import recover_folder
 from moebert_kernels.distill.config import Batches, FitConfig
 from moebert_kernels.distill.objectives import Objective
-from moebert_kernels.distill.teacher import Teacher
+from moebert_kernels.distill.teacher import Teacher, check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import HASH_ROUTERS, TASK_ROUTER
@@ -35,10 +35,12 @@ def check_teacher(
     teacher: nn.Module | TeacherCache | None,
     config: FitConfig,
 ) -> None:
-    """Raise UserError unless there is a teacher exactly where it is needed, apart from the student."""
+    """Raise UserError unless there is a teacher exactly where it is needed, apart from the student, with one head."""
     if (objective is None) != (teacher is None):
         given, missing = ("a teacher", "objective") if objective is None else ("an objective", "teacher")
         raise UserError(f"{missing}: expected one together with {given}, got None")
+    if teacher is not None:
+        check_one_head("model", model)
     if isinstance(teacher, nn.Module):
         ours = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in ours for parameter in teacher.parameters()):

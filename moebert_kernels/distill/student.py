@@ -22,7 +22,7 @@ from moebert_kernels.distill.loop import MAPS, check_fit, fit
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.distill.tasks import Task, load_task
-from moebert_kernels.distill.teacher import TeacherInfo, teacher_info
+from moebert_kernels.distill.teacher import TeacherInfo, check_one_head, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
@@ -69,6 +69,8 @@ def fit_recipe(
     stages = recipe.active
     if recipe.needs_teacher and teacher is None:
         raise UserError(f"teacher: expected one for the recipe {recipe.name}, got none")
+    if recipe.needs_teacher:
+        check_one_head("model", student)
     objectives = [stage.objective(task) for stage in stages]
     configs = [replace(stage.fit_config(task, seed), patience=None) for stage in stages[:-1]]
     configs.append(stages[-1].fit_config(task, seed))

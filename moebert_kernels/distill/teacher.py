@@ -67,8 +67,9 @@ def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> Teach
     """Facts of a transformers model; `layers` None: all hidden states.
 
     Raises:
-        UserError: a layer that the model does not have.
+        UserError: a layer that the model does not have, or a model with a head for each of several tasks.
     """
+    check_one_head("teacher", model)
     config: Any = model.config
     available = config.num_hidden_layers + 1
     chosen = tuple(range(available)) if layers is None else tuple(sorted(set(layers)))
@@ -84,6 +85,16 @@ def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> Teach
         num_attention_heads=getattr(config, "num_attention_heads", 1),
         label_names=named_labels(config),
     )
+
+
+def check_one_head(name: str, model: nn.Module) -> None:
+    """Raise UserError if `model`, called `name`, is a task-routed one with a head for each task."""
+    config: Any = model.config
+    if getattr(config, "task_labels", None) is not None:
+        raise UserError(
+            f"{name}: expected a model with one head, got a {type(model).__name__} with heads for"
+            f" {', '.join(config.tasks)} (moebert_kernels.convert.collapse(model, task) makes the dense one of a task)"
+        )
 
 
 def named_labels(config: Any) -> tuple[str, ...]:
