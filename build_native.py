@@ -3,6 +3,7 @@
     MOEBERT_KERNELS_BUILD_CUDA=auto|0|1    auto: a failed build is one line, which `moebert doctor` repeats; 1: an error
     MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
     MOEBERT_KERNELS_CUDA_ARCHS=native      for the GPUs of this machine
+    MOEBERT_KERNELS_CUTLASS=folder         with CUTLASS's headers, cutlass/ and cute/
 
 pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools.
 `python setup.py build_native --inplace` builds into this tree, without pip and without a network.
@@ -28,6 +29,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 BUILD_CUDA, CUDA_ARCHS = "MOEBERT_KERNELS_BUILD_CUDA", "MOEBERT_KERNELS_CUDA_ARCHS"
+CUTLASS_HEADERS = "MOEBERT_KERNELS_CUTLASS"
 OLDEST_CMAKE = (3, 22)
 CUTLASS = "nvidia-cutlass~=4.2.0"  # its headers change from release to release; these are the ones compiled here
 CUTLASS_INCLUDE = "cutlass_library/source/include"
@@ -101,7 +103,11 @@ def run(*words: str | Path, log: list[str]) -> None:
 
 
 def cutlass_include() -> Path | None:
-    """Headers of an installed nvidia-cutlass, else of its wheel, fetched alone; None: build without them."""
+    """The given headers, else those of an installed nvidia-cutlass, else of its wheel, fetched alone; None: without."""
+    if given := os.environ.get(CUTLASS_HEADERS):
+        if not Path(given, "cutlass", "cutlass.h").is_file():
+            raise NotBuilt(f"{CUTLASS_HEADERS}: expected a folder with cutlass/cutlass.h, got {given}")
+        return Path(given)
     spec = importlib.util.find_spec("cutlass_library")
     if spec is not None and spec.submodule_search_locations:
         include = Path(spec.submodule_search_locations[0], "source/include")

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import baselines, encoders, real_text
-from benchmarks.encoders import Batch
 from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
+from benchmarks.model import Cost
 from moebert_kernels import reference
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.config import FitConfig
@@ -50,14 +50,29 @@ def _case(target: Target, model: str, lengths: list[int], *requires: Requirement
             "I": encoders.expert_size(model), "B": B, "T": T, "tokens": sum(lengths),
         },
         providers=PROVIDERS,
-        build=lambda: _build(target, model, encoders.padded_batch(target, model, lengths)),
+        build=lambda: _build(target, model, lengths),
         baseline="dense",
         requires=requires,
+        cost=_costs(target, model, lengths)["moebert_kernels"],
         seconds=6.0,
     )  # fmt: skip
 
 
-def _build(target: Target, model: str, batch: Batch) -> dict[str, Provider]:
+def _costs(target: Target, model: str, lengths: list[int]) -> dict[str, Cost]:
+    """By student: its forward and backward, and the teacher's forward; clipping and AdamW are left out."""
+    both, batches = "forward_backward", [lengths]
+    students = {
+        "moebert_kernels": encoders.moe_cost(target, model, batches, direction=both),
+        "dense": encoders.dense_cost(target, model, batches, both),
+        "ideal": encoders.dense_cost(target, model, batches, both, intermediate_size=encoders.expert_size(model)),
+    }
+    teacher = encoders.dense_cost(target, model, batches)
+    return {name: cost + teacher for name, cost in students.items()}
+
+
+def _build(target: Target, model: str, lengths: list[int]) -> dict[str, Provider]:
+    batch, costs = encoders.padded_batch(target, model, lengths), _costs(target, model, lengths)
+
     def dense(seed: int, **changed: int) -> BertForSequenceClassification:
         torch.manual_seed(seed)
         built = BertForSequenceClassification(BertConfig(**(encoders.SIZES[model] | changed), num_labels=3))
@@ -77,7 +92,7 @@ def _build(target: Target, model: str, batch: Batch) -> dict[str, Provider]:
         "attention_mask": torch.ones_like(batch.ids) if batch.mask is None else batch.mask,
         "labels": torch.arange(len(batch.ids), device=target.device) % config.num_labels,
     }
-    return {name: _provider(student, teacher, inputs, target) for name, student in students.items()}
+    return {name: _provider(student, teacher, inputs, target, costs[name]) for name, student in students.items()}
 
 
 class Step:
@@ -124,7 +139,7 @@ class Step:
         return (*(term.detach() for term in terms), *gradients)
 
 
-def _provider(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], target: Target) -> Provider:
+def _provider(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], target: Target, cost: Cost) -> Provider:
     step = Step(student, teacher, batch, target)
 
     def reference(dtype: torch.dtype) -> Outputs:
@@ -133,7 +148,7 @@ def _provider(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], 
         return Step(*models, batch, exact).terms_and_gradients()
 
     facts = {"saved_mib": round(saved_mib(step), 1)}
-    return Provider(step.run, reference, checked=step.terms_and_gradients, capture=False, facts=facts)
+    return Provider(step.run, reference, checked=step.terms_and_gradients, capture=False, cost=cost, facts=facts)
 
 
 def _naive(student: nn.Module, batch: dict[str, Tensor]) -> nn.Module:

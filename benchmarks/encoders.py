@@ -77,27 +77,31 @@ def num_layers(model: str) -> int:
     return BertConfig(**SIZES[model]).num_hidden_layers
 
 
-def moe_cost(target: Target, model: str, lengths: list[list[int]], skip_padding: bool = True) -> Cost:
-    """FLOPs and bytes of one forward of our model over all batches."""
+def moe_cost(
+    target: Target, model: str, lengths: list[list[int]], skip_padding: bool = True, direction: str = "forward"
+) -> Cost:
+    """FLOPs and bytes of our model over all batches, once in that direction."""
     config = BertConfig(**SIZES[model])
-    return _cost(target, config, lengths, NUM_EXPERTS, expert_size(model), skip_padding)
+    return _cost(target, config, lengths, NUM_EXPERTS, expert_size(model), skip_padding, direction)
 
 
-def dense_cost(target: Target, model: str, lengths: list[list[int]], **changed: int) -> Cost:
+def dense_cost(
+    target: Target, model: str, lengths: list[list[int]], direction: str = "forward", **changed: int
+) -> Cost:
     """The same of the dense model, with `changed` fields of its configuration."""
     config = BertConfig(**(SIZES[model] | changed))
-    return _cost(target, config, lengths, 1, config.intermediate_size, skip_padding=False)
+    return _cost(target, config, lengths, 1, config.intermediate_size, False, direction)
 
 
 def _cost(
-    target: Target, config: BertConfig, lengths: list[list[int]], E: int, I: int, skip_padding: bool
+    target: Target, config: BertConfig, lengths: list[list[int]], E: int, I: int, skip_padding: bool, direction: str
 ) -> Cost:  # fmt: skip
     sizes = Encoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
     total = Cost()
     for batch in lengths:
         B, S = len(batch), max(batch)
         routed = sum(batch) if skip_padding else B * S
-        total += encoder_cost(sizes, "forward", B=B, S=S, E=E, I=I, dtype=target.dtype, routed_tokens=routed)
+        total += encoder_cost(sizes, direction, B=B, S=S, E=E, I=I, dtype=target.dtype, routed_tokens=routed)
     return total
 
 

@@ -16,17 +16,20 @@ class Extras:
         paths: for PYTHONPATH, in order.
         found: name of each wheel or checkout -> where it is imported from.
         left_out: name -> why it cannot be used.
+        variables: for the environment: where the headers of a CUTLASS checkout are.
     """
 
     paths: list[Path] = field(default_factory=list)
     found: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(folder: Path, installed: Path) -> Extras:
     """Install the wheels of `folder` into `installed`, without a network and without what they depend on.
 
-    A folder inside is a checkout: its packages are imported from it, or from its `src`. Nothing is compiled.
+    A folder inside is a checkout: its packages are imported from it, or from its `src`; CUTLASS's headers are found in
+    its `include`. Nothing is compiled.
 
     Raises:
         ValueError: `folder` is not a folder.
@@ -42,7 +45,10 @@ def prepare(folder: Path, installed: Path) -> Extras:
                 extras.found[entry.name] = str(installed)
         elif entry.is_dir() and not entry.name.startswith((".", "__")):
             root = next((place for place in (entry / "src", entry) if _has_package(place)), None)
-            if root is None:
+            headers = entry / "include"
+            if (headers / "cutlass" / "cutlass.h").is_file():
+                extras.variables["MOEBERT_KERNELS_CUTLASS"] = extras.found[entry.name] = str(headers.resolve())
+            elif root is None:
                 extras.left_out[entry.name] = "no Python package in it"
             else:
                 extras.paths.append(root.resolve())

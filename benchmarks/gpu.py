@@ -65,7 +65,7 @@ def sanitize_steps(results: Path) -> list[Step]:
         Step(
             f"{tool}-{path}",
             (program or "", "--tool", tool, "--error-exitcode", "9", *PYTEST, "-x", path, "-k", expression),
-            gpu_tests.ENVIRONMENT, reason,
+            gpu_tests.ENVIRONMENT | (gpu_tests.UNWRITTEN if tool == "initcheck" else {}), reason,
         )
         for tool, chosen in gpu_tests.SANITIZED.items()
         for path, expression in chosen.items()
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"extras: {name} is left out: {reason}")
     paths = [ROOT, *more.paths, *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1",
-                 "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+                 "TOKENIZERS_PARALLELISM": "false", **more.variables}  # fmt: skip
     sys.path += map(str, more.paths)  # where `_not_installed` looks, too
     stamp = environment(target) | {"extras": more.found, "extras_left_out": more.left_out}
     os.chdir(ROOT)

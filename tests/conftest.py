@@ -56,5 +56,7 @@ def poisoned(allocate):
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory(monkeypatch) -> None:
     """Patch the allocators, since torch.use_deterministic_algorithms would also hide nondeterminism of ours."""
+    if os.environ.get("MOEBERT_KERNELS_TESTS_FILL") == "0":
+        return  # a tool looks for reads of what nothing wrote
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

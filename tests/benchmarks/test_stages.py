@@ -177,6 +177,7 @@ def test_extras_are_installed_aside_and_what_does_not_fit_is_named(tmp_path):
         assert got.left_out["headers"] == "no Python package in it"
         assert "not a supported wheel" in got.left_out["otherpeer-1.0-cp27-cp27m-win32.whl"]
     assert (installed / "goodpeer" / "__init__.py").exists()
+    assert got.variables == {}
     with pytest.raises(ValueError, match="EXTRAS: expected a folder"):
         extras.prepare(tmp_path / "none", installed)
 
@@ -210,3 +211,25 @@ def test_equal_names_of_commits_are_equal_code(tree):
     assert without[0] == without[2] != without[1] and without[0].startswith("files-")
     (tree / "benchmarks" / "results" / "one.json").write_text("3")
     assert commit() == without[2]
+
+
+def test_a_checkout_of_cutlass_gives_its_headers_to_the_build(tmp_path, monkeypatch):
+    build_native = pytest.importorskip("build_native")  # which needs setuptools
+    headers = tmp_path / "extras" / "cutlass" / "include"
+    (headers / "cutlass").mkdir(parents=True)
+    (headers / "cutlass" / "cutlass.h").touch()
+    got = extras.prepare(tmp_path / "extras", tmp_path / "installed")
+    assert (got.found, got.left_out, got.paths) == ({"cutlass": str(headers)}, {}, [])
+    assert set(got.variables) == {build_native.CUTLASS_HEADERS}
+    monkeypatch.setenv(build_native.CUTLASS_HEADERS, got.variables[build_native.CUTLASS_HEADERS])
+    assert build_native.cutlass_include() == headers
+    monkeypatch.setenv(build_native.CUTLASS_HEADERS, str(tmp_path))
+    with pytest.raises(build_native.NotBuilt, match=r"expected a folder with cutlass/cutlass\.h, got"):
+        build_native.cutlass_include()
+
+
+def test_initcheck_runs_on_memory_that_nothing_filled(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, **_: f"/bin/{name}")
+    unfilled = {step.name.partition("-")[0] for step in gpu.sanitize_steps(tmp_path)
+                if set(gpu_tests.UNWRITTEN) <= set(step.environment)}  # fmt: skip
+    assert unfilled == {"initcheck"}

@@ -113,6 +113,10 @@ def test_result_says_tokens_per_second_and_memory():
     for entry in entries.values():
         assert entry["tokens_per_s"] == pytest.approx(1e3 * case.parameters["tokens"] / entry["median_ms"], rel=1e-3)
         assert entry["saved_mib"] > 0
+    work = {name: entry["tflops"] * entry["median_ms"] for name, entry in entries.items()}
+    assert work["dense"] > 1.1 * work["ideal"] and work["moebert_kernels"] == pytest.approx(work["ideal"], rel=0.01)
+    dense = bench_distill.encoders.dense_cost(SMOKE, "smoke", [[16] * 2]).flops
+    assert work["dense"] == pytest.approx(4 * dense / 1e9, rel=0.01)  # a backward is two forwards, the teacher's one
 
 
 def test_memory_for_backward_is_counted_once_and_without_parameters():
