@@ -107,7 +107,7 @@ def cutlass_include() -> Path | None:
     if given := os.environ.get(CUTLASS_HEADERS):
         if not Path(given, "cutlass", "cutlass.h").is_file():
             raise NotBuilt(f"{CUTLASS_HEADERS}: expected a folder with cutlass/cutlass.h, got {given}")
-        return Path(given)
+        return Path(given).resolve()
     spec = importlib.util.find_spec("cutlass_library")
     if spec is not None and spec.submodule_search_locations:
         include = Path(spec.submodule_search_locations[0], "source/include")
