@@ -18,7 +18,6 @@ from moebert_kernels.cli.tasks import data_by_task, known_tasks
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from moebert_kernels.distill.ablation import Arm
     from moebert_kernels.distill.recipe import Recipe
 
 _FOR_TASKS = "once, or as TASK=FOLDER once for each task."
@@ -47,7 +46,8 @@ def ablate(
         typer.Option(
             "--arm",
             help="full, no-fal, no-gan, no-moe, no-hidden, kd, lean or finetune; once for each. The first is what the"
-            " others are compared with. Default: the first six, no-moe only with --dense-teacher.",
+            " others are compared with. Default: those of the first six that differ for the recipe, no-moe only with"
+            " --dense-teacher.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm on each task.")] = 3,
@@ -59,8 +59,9 @@ def ablate(
     that are done are not done again. Writes OUTPUT/report.json, table.md and chart.png.
     """
     from moebert_kernels.demo.report import write_report
-    from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, summary, table
-    from moebert_kernels.distill.checkpoint import write_text
+    from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, repeated_arms, summary, table
+    from moebert_kernels.distill.checkpoint import differences, model_fingerprint, write_text
+    from moebert_kernels.distill.loading import load_as_saved
 
     check_writable(output)
     tasks = known_tasks(task)
@@ -77,17 +78,30 @@ def ablate(
     )
     files = data_by_task(data, task)
     chosen = recipe_of(ctx, recipe)
+    repeated = repeated_arms(chosen, arms)
+    if arm and repeated:
+        name, first = next(iter(repeated.items()))
+        raise UserError(
+            f"arm: expected arms that differ for the recipe {recipe}, got {name}, which does what {first} does"
+        )
+    arms = [name for name in arms if name not in repeated]
+    data_of = {name: inputs.load_data(known, files.get(name), "train", hold_out) for name, known in tasks.items()}
+    models = sorted({*students.values(), *teachers.values(), *dense.values()})
     identity = {
         "recipe": recipe, "stages": repr(chosen.stages), "model": model, "teacher": teacher, "data": data,
         "dense_teacher": dense_teacher, "hold_out": hold_out,
+        **{f"weights of {name}": model_fingerprint(load_as_saved(name)) for name in models},
+        **{f"rows of {name}": loaded.fingerprint for name, loaded in data_of.items()},
     }  # fmt: skip
-    if once(output / "identity.json", lambda: identity) != identity:
-        raise UserError(f"output: expected a folder of the same recipe, models and data, got another's: {output}")
+    changes = differences(identity, once(output / "identity.json", lambda: identity))
+    if changes:
+        raise UserError(
+            f"output: expected a folder of the same recipe, models and data, got another's: {output} ({changes[0]})"
+        )
 
     length = chosen.active[0].max_length
     records, references = [], {}
-    for name, known in tasks.items():
-        loaded = inputs.load_data(known, files.get(name), "train", hold_out)
+    for name, loaded in data_of.items():
         for seed in range(seeds):
             for one in arms:
                 guide = (dense if ARMS[one].dense_teacher else teachers)[name]
@@ -95,7 +109,7 @@ def ablate(
                 of_teacher = once(output / "results" / f"{name}-{kind}.json", partial(_teacher, guide, loaded, length))
                 words = (f"{name}-{one}-{seed}", students[name], guide, loaded, seed)
                 record = once(
-                    output / "results" / f"{words[0]}.json", partial(_run, output, chosen, ARMS[one], length, *words)
+                    output / "results" / f"{words[0]}.json", partial(_run, output, chosen, one, length, *words)
                 )
                 references[name] = record["references"]
                 records.append(record | {"task": name, "arm": one, "seed": seed, "teacher_score": of_teacher["score"]})
@@ -107,16 +121,16 @@ def ablate(
 
 
 def _run(
-    output: Path, recipe: Recipe, arm: Arm, length: int | None, name: str, student: str, teacher: str, loaded: Any,
+    output: Path, recipe: Recipe, arm: str, length: int | None, name: str, student: str, teacher: str, loaded: Any,
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a student and judge it."""
+    from moebert_kernels.distill.ablation import ARMS, recipe_of_arm
     from moebert_kernels.distill.loading import load_tokenizer
 
-    print(f"\n{name}: {arm.label}", flush=True)
+    print(f"\n{name}: {ARMS[arm].label}", flush=True)
     begun = time.monotonic()
-    changed = recipe.with_values(arm.values)
-    trained = train_by_recipe(changed, student, teacher, loaded, output / "runs" / name, seed=seed)
+    trained = train_by_recipe(recipe_of_arm(recipe, arm), student, teacher, loaded, output / "runs" / name, seed=seed)
     seconds = time.monotonic() - begun
     return _judged(trained.student, load_tokenizer(student), loaded, length) | {"seconds": seconds}
 

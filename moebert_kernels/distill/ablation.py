@@ -14,6 +14,7 @@ import numpy as np
 
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
+from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -42,6 +43,34 @@ ARMS = {
     "finetune": Arm("fine-tuned alone", _FEATURES | {"alignment": 0, "adversarial": 0, "soft": 0, "labels": 1}),
 }
 DEFAULT_ARMS = ("full", "no-fal", "no-gan", "no-moe", "no-hidden", "kd")
+
+
+def recipe_of_arm(recipe: Recipe, arm: str) -> Recipe:
+    """The recipe as an arm changes it.
+
+    The epochs of a stage that it leaves without a term go to the last one: all arms train for as many epochs in all.
+    """
+    changed = recipe.with_values(ARMS[arm].values)
+    kept = [stage.name for stage in changed.active]
+    idle = [stage for stage in recipe.active if stage.name not in kept]
+    if not idle:
+        return changed
+    last = changed.active[-1]
+    values = {f"{last.name}.epochs": last.epochs + sum(stage.epochs for stage in idle)}
+    if last.max_steps is not None:
+        values[f"{last.name}.max_steps"] = last.max_steps + sum(stage.max_steps or 0 for stage in idle)
+    return changed.with_values(values)
+
+
+def repeated_arms(recipe: Recipe, arms: Iterable[str]) -> dict[str, str]:
+    """Arms that do what "full" or another one before them does, with that one's name."""
+    seen = {repr((recipe.active, False)): "full"}
+    repeated = {}
+    for arm in arms:
+        first = seen.setdefault(repr((recipe_of_arm(recipe, arm).active, ARMS[arm].dense_teacher)), arm)
+        if first != arm:
+            repeated[arm] = first
+    return repeated
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -131,6 +132,12 @@ class TaskData:
             have = ", ".join(self.splits) or "none"
             raise UserError(f"data: expected a {name} split, got {have}; name a file with {name}=FILE")
         return self.splits[name]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the rows of all splits."""
+        rows = [(name, data.to_dict()) for name, data in sorted(self.splits.items())]
+        return sha256(repr(rows).encode()).hexdigest()[:16]
 
     def with_label_order(self, names: Sequence[str]) -> TaskData:
         """The same data with classes numbered as `names`, a model's, are; see `label_order`."""

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import BertModel
 
 from tests.cli.tiny import BAD, GOOD, done, refused, write_base
 
@@ -71,6 +72,18 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     line = refused(*words(setting, tmp_path, *dense, "--seeds", "1"))
     assert line.startswith("output: expected a folder of the same recipe, models and data, got another's")
 
+    same = words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")
+    table, rows = root / "sst2/train.tsv", (root / "sst2/train.tsv").read_text()
+    table.write_text(rows.replace("\t1", "\t0", 1))
+    assert "(rows of sst2: expected '" in refused(*same)
+    table.write_text(rows)
+    model = BertModel.from_pretrained(root / "small")
+    torch.nn.init.constant_(model.pooler.dense.bias, 0.5)
+    model.save_pretrained(root / "small")
+    assert f"(weights of {root / 'small'}: expected '" in refused(*same)
+    write_base(root / "small", hidden_size=16, num_hidden_layers=1)
+    assert done(*same).count("KD only\n") == 0
+
 
 def test_refusals(setting, tmp_path):
     root, _ = setting
@@ -78,6 +91,10 @@ def test_refusals(setting, tmp_path):
         (("--arm", "full", "--arm", "no-moe"), "dense-teacher: expected one for the arm no-moe, got none"),
         (("--arm", "fal"), "arm: expected some of full, no-fal, .*, each once, got fal"),
         (("--arm", "kd", "--arm", "kd"), "arm: expected .*, each once, got kd, kd"),
+        (
+            ("--recipe", "microbert-lean", "--arm", "no-gan"),
+            "arm: expected arms that differ for the recipe microbert-l",
+        ),
         (("--dense-teacher", f"sst2={root}"), "dense-teacher: expected one for all tasks, .*, got none for stsb"),
         (("--task", "squad"), "task: expected tasks of GLUE"),
         (("--recipe", "bert"), "recipe: expected one of finetune, kd"),

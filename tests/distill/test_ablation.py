@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
+from moebert_kernels.distill.ablation import ARMS, draw, once, recipe_of_arm, repeated_arms, summary, table
 from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.recipe import load_recipe
@@ -112,6 +112,26 @@ def test_arms_leave_out_what_they_say():
     assert terms["kd"] == load_recipe("kd").active[0].terms == ("soft",)
     assert terms["finetune"] == () and recipe.with_values(ARMS["finetune"].values).active[0].labels == 1
     assert [name for name, arm in ARMS.items() if arm.dense_teacher] == ["no-moe"]
+
+
+def test_arms_of_two_stages_train_for_as_many_epochs():
+    recipe = load_recipe("microbert-two-stage")
+    for arm in ARMS:
+        assert sum(stage.epochs for stage in recipe_of_arm(recipe, arm).active) == 13, arm
+    (alone,) = recipe_of_arm(recipe, "kd").active
+    assert (alone.name, alone.epochs, alone.max_steps) == ("predictions", 13, None)
+    short = recipe_of_arm(recipe.with_values({"max_steps": 5}), "kd").active[0]
+    assert (short.epochs, short.max_steps) == (13, 10)
+    assert recipe_of_arm(load_recipe("microbert"), "kd").active[0].epochs == load_recipe("microbert").stages[0].epochs
+
+
+def test_arms_that_do_the_same():
+    def repeated(recipe):
+        return repeated_arms(load_recipe(recipe), ARMS)
+
+    assert repeated("microbert") == {} == repeated("microbert-two-stage")
+    assert repeated("microbert-lean") == {"no-gan": "full", "no-hidden": "full", "lean": "full", "kd": "no-fal"}
+    assert {"no-fal", "no-gan", "no-hidden", "kd"} <= set(repeated("kd")) and "no-moe" not in repeated("kd")
 
 
 def test_once(tmp_path):

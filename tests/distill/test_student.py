@@ -153,7 +153,8 @@ def test_a_map_of_other_states_starts_anew(tmp_path):
 @pytest.mark.parametrize("router", ["gate-token", "hash-random"])
 def test_a_student_with_experts(router, tmp_path):
     """One head, any router: all terms, and with gates their balance loss."""
-    student = convert_to_moe(tiny_bert(0), num_experts=2, expert_size=16, shared=8, router=router)
+    with pytest.warns(UserWarning, match="ranked at random"):
+        student = convert_to_moe(tiny_bert(0), num_experts=2, expert_size=16, shared=8, router=router)
     balance = {"balance": 0.1} if router == "gate-token" else {}
     recipe = Recipe("all", (replace(FEATURES, labels=0.5, soft=1.0, relation=1.0, adversarial=0.1),))
     result = train(tmp_path, recipe.with_values({"batch_size": 4, "epochs": 4} | balance), student)
