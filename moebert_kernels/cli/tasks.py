@@ -37,10 +37,10 @@ def convert_for_tasks(
 ) -> tuple[Any, Any]:  # fmt: skip
     """A task-routed model with a head for each task, and the dense one's tokenizer."""
     from moebert_kernels.convert import convert_to_task_moe, load_importance
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_for_new_heads, load_tokenizer
 
     labels = {task: known.label_names for task, known in known_tasks(tasks).items()}
-    dense = load_as_saved(name)
+    dense = load_for_new_heads(name)
     scores = None if importance is None else load_importance(importance, dense).scores
     moe = convert_to_task_moe(dense, labels, importance=scores, expert_size=expert_size, shared=shared or 0, **options)
     return moe, load_tokenizer(name)

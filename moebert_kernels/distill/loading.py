@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +189,31 @@ def load_encoder(name: str | Path) -> Any:
     name = resolve_model(name)
     with _one_line("model", name):
         return AutoModel.from_pretrained(name)
+
+
+def load_for_new_heads(name: str | Path) -> Any:
+    """A model to be given other heads: as it was saved or, of a pretraining checkpoint, its encoder.
+
+    The class of such a checkpoint may have no pooler where the file has one, as with bert-base-uncased. Where the file
+    has none either, the encoder comes without one, with a warning.
+
+    Raises:
+        UserError: no such model, or a damaged one.
+    """
+    name = resolve_model(name)
+    config = load_config(name)
+    if not (config.architectures or [""])[0].endswith(("ForMaskedLM", "ForPreTraining")):
+        return load_as_saved(name)
+    with _one_line("model", name):
+        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    if missing:
+        raise UserError(f"model: expected every weight of an encoder in {name}, got no {min(missing)}")
+    if info["missing_keys"]:
+        model.pooler = None
+        if config.model_type == "bert":  # RoBERTa's heads have a layer of their own in its place
+            warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=2)
+    return model
 
 
 def longest_input(config: Any) -> int | None:

@@ -5,10 +5,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+)
 
 from tests.cli.test_workflow import logits_of
-from tests.cli.tiny import BAD, GOOD, TABLE, done, refused, write_base
+from tests.cli.tiny import BAD, GOOD, TABLE, done, moebert, refused, write_base
 from tests.helpers import ROOT
 
 SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "12")
@@ -63,6 +71,28 @@ def test_the_routed_model_says_what_it_is(routed):
     config = AutoModelForSequenceClassification.from_pretrained(routed).config
     assert (config.router, config.tasks, config.top_k, config.norm) == ("task", ["sst2", "cola", "stsb"], 2, "layer")
     assert config.task_labels == {"sst2": ["negative", "positive"], "cola": ["unacceptable", "acceptable"], "stsb": []}
+
+
+def test_a_pretraining_checkpoint_keeps_its_pooler(base, tmp_path):
+    """Saved with a head for masked words alone, as bert-base-uncased is: the class has no pooler, the file does."""
+    config = BertConfig.from_pretrained(base)
+    pretrained = BertForPreTraining(config)
+    words = ("convert", "--router", "task", "--task", "sst2", "--task", "stsb", "--experts", "copy")
+    for folder, model in (("whole", pretrained), ("bare", BertForMaskedLM(config))):
+        model.save_pretrained(tmp_path / folder)
+        file = tmp_path / folder / "config.json"
+        file.write_text(file.read_text().replace("BertForPreTraining", "BertForMaskedLM"))
+        AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / folder)
+        result = moebert(*words, "--model", tmp_path / folder, "--output", tmp_path / f"{folder}-moe")
+        assert result.exit_code == 0, result.stderr
+        assert ("its weights are drawn anew" in result.stderr) == (folder == "bare")
+    kept = load_file(tmp_path / "whole-moe/model.safetensors")
+    for name, tensor in pretrained.bert.pooler.state_dict().items():
+        assert torch.equal(kept[f"moebert.pooler.{name}"], tensor)
+    first = load_file(tmp_path / "bare-moe/model.safetensors")
+    done(*words, "--model", tmp_path / "bare", "--output", tmp_path / "again")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
 def test_it_learns_every_task_and_each_can_be_evaluated(trained, tasks):
