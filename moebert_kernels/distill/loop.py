@@ -2,7 +2,8 @@
 
 An optimizer step looks at a window of micro-batches and weighs each by its share of the window's sequences (with causal
 language models, whose loss is a mean over labels, of its labels), so a window equals one large batch whatever the sizes
-in it. Several processes take turns in the window's micro-batches.
+in it; but for gates' balance loss, which is no mean over sequences: of it the micro-batches' mean is taken. Several
+processes take turns in the window's micro-batches.
 """
 
 from __future__ import annotations
