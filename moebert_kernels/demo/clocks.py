@@ -119,7 +119,7 @@ def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     caller = torch.cuda.current_stream()
     stream = torch.cuda.Stream()
     stream.wait_stream(caller)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream), _as_if_capturing():
         for _ in range(2):
             run()
         with _waiting_is_an_error():
@@ -129,6 +129,17 @@ def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     with torch.cuda.stream(caller), torch.cuda.graph(graph):  # the outer one takes the caller's stream up again
         outputs = run()
     return graph.replay, outputs
+
+
+@contextmanager
+def _as_if_capturing() -> Iterator[None]:
+    """Code that asks whether it is captured, as transformers' masks do, takes the way that a capture will see."""
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
 
 
 @contextmanager

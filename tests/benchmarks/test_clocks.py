@@ -70,7 +70,8 @@ class Device:
         for name, value in {
             "Event": Event, "CUDAGraph": Graph, "graph": Capture, "Stream": Stream, "stream": Within,
             "current_stream": lambda: self.stream, "synchronize": self.synchronize, "is_initialized": lambda: True,
-            "is_available": lambda: True, "get_sync_debug_mode": lambda: self.sync_debug_mode,
+            "is_available": lambda: True, "is_current_stream_capturing": lambda: self.capturing,
+            "get_sync_debug_mode": lambda: self.sync_debug_mode,
             "set_sync_debug_mode": lambda mode: setattr(self, "sync_debug_mode", mode),
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, value)
@@ -91,6 +92,12 @@ class Device:
         if self.sync_debug_mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
         self.run_waiting_unnoticed()
+
+    def run_that_asks(self):
+        if torch.cuda.is_current_stream_capturing():
+            self.run()
+        else:
+            self.run_waiting()
 
     def run_waiting_unnoticed(self):
         if self.capturing:
@@ -127,6 +134,11 @@ def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(device):
     device.notes.clear()
     assert timer.warm_ms() == [2.0] * package_clocks.CALLS
     assert device.notes[-4:] == ["event", "call", "event", "wait"]
+
+
+def test_what_waits_only_where_it_is_not_captured_is_captured(device):
+    assert clocks.timer(device.run_that_asks, CUDA).how == "graph"
+    assert not torch.cuda.is_current_stream_capturing()
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(device):
