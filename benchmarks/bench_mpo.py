@@ -1,7 +1,8 @@
 """Experts that share a central tensor, at T5-base's size: their weights, inference and training, against dense experts.
 
 The layers are ReLU feed-forwards without biases; dense experts are the same layer with weights of its own. At most
-4,096 tokens of a layer are checked: float64 takes its time.
+4,096 tokens of a layer are checked, as float64 takes its time, and gradients with GELU in the place of ReLU, whose
+derivative jumps where rounding decides.
 """
 
 from __future__ import annotations
@@ -128,18 +129,21 @@ def _layer(experts: MPOExperts | DenseExperts, direction: str, T: int, target: T
     H = experts.weights()[0].shape[2]
     x, dy, ids = draws.normal(T, H), draws.normal(T, H), draws.expert_ids(T, E)
     experts.train(direction != "forward")
+    tokens, smooth = min(T, CHECKED_TOKENS), "relu" if direction == "forward" else "gelu"
 
-    def step(tokens: int) -> Callable[[], Outputs]:
+    def step(tokens: int, activation: str) -> Callable[[], Outputs]:
         grouping = group_tokens(ids[:tokens], E)
-        return runner(
-            lambda x, *_: experts(x, grouping), x[:tokens], list(experts.parameters()), dy[:tokens], direction
-        )  # fmt: skip
+
+        def layer(x: Tensor, *_: Tensor) -> Tensor:
+            experts.activation = activation
+            return experts(x, grouping)
+
+        return runner(layer, x[:tokens], list(experts.parameters()), dy[:tokens], direction)
 
     def exact(dtype: torch.dtype) -> Outputs:
-        tokens = min(T, CHECKED_TOKENS)
         parameters = [p.detach().to(dtype) for p in experts.parameters()]
         return runner(
-            lambda x, *p: plain_layer(experts, x, ids[:tokens], p), x[:tokens].to(dtype), parameters,
+            lambda x, *p: plain_layer(experts, x, ids[:tokens], p, smooth), x[:tokens].to(dtype), parameters,
             dy[:tokens].to(dtype), direction,
         )()  # fmt: skip
 
@@ -147,18 +151,21 @@ def _layer(experts: MPOExperts | DenseExperts, direction: str, T: int, target: T
     if isinstance(experts, MPOExperts) and direction != "forward":
         for weight in (experts.w1, experts.w2):
             cost += fold_cost(direction, weight.sites, E, target.dtype)
-    return Provider(step(T), exact, checked=step(min(T, CHECKED_TOKENS)), cost=cost)
+    return Provider(step(T, "relu"), exact, checked=step(tokens, smooth), cost=cost)
 
 
-def plain_layer(experts: MPOExperts | DenseExperts, x: Tensor, ids: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
-    """The layer from its parameters, in the order of `parameters()`, by the references."""
+def plain_layer(
+    experts: MPOExperts | DenseExperts, x: Tensor, ids: Tensor, parameters: tuple[Tensor, ...], activation: str
+) -> Tensor:
+    """The layer from its parameters, in the order of `parameters()`, one expert after the other."""
     weights = list(parameters)
     if isinstance(experts, MPOExperts):
         half = len(weights) // 2
         weights = [reference.mpo_expert_weights(c, a) for c, *a in (weights[:half], weights[half:])]
     w1, w2 = weights
+    act = getattr(torch.nn.functional, activation)
     order, counts = ids.argsort(stable=True), ids.bincount(minlength=len(w1)).tolist()
-    outputs = [(rows @ w1[e].T).relu() @ w2[e].T for e, rows in enumerate(x[order].split(counts))]
+    outputs = [act(rows @ w1[e].T) @ w2[e].T for e, rows in enumerate(x[order].split(counts))]
     return torch.zeros_like(x).index_copy(0, order, torch.cat(outputs))
 
 
@@ -183,11 +190,13 @@ def _accumulation(experts: MPOExperts | DenseExperts, T: int, target: Target, E:
     H = experts.weights()[0].shape[2]
     x, dy, ids = draws.normal(T, H), draws.normal(T, H), draws.expert_ids(T, E)
     experts.train()
+    tokens = min(T, CHECKED_TOKENS)
 
-    def step(tokens: int) -> Callable[[], Outputs]:
+    def step(tokens: int, activation: str) -> Callable[[], Outputs]:
         grouping = group_tokens(ids[:tokens], E)
 
         def run() -> Outputs:
+            experts.activation = activation
             with experts.shared_fold() if isinstance(experts, MPOExperts) else torch.enable_grad():
                 for _ in range(MICRO_BATCHES):
                     experts(x[:tokens], grouping).backward(dy[:tokens])
@@ -196,12 +205,11 @@ def _accumulation(experts: MPOExperts | DenseExperts, T: int, target: Target, E:
         return run
 
     def exact(dtype: torch.dtype) -> Outputs:
-        tokens = min(T, CHECKED_TOKENS)
         leaves = [p.detach().to(dtype).requires_grad_() for p in experts.parameters()]
-        y = plain_layer(experts, x[:tokens].to(dtype), ids[:tokens], tuple(leaves))
+        y = plain_layer(experts, x[:tokens].to(dtype), ids[:tokens], tuple(leaves), "gelu")
         return torch.autograd.grad(y, leaves, MICRO_BATCHES * dy[:tokens].to(dtype))
 
-    return Provider(step(T), exact, checked=step(min(T, CHECKED_TOKENS)))
+    return Provider(step(T, "relu"), exact, checked=step(tokens, "gelu"))
 
 
 def taken_gradients(module: nn.Module) -> Outputs:

@@ -114,8 +114,11 @@ class MPOWeight(nn.Module):
             return self._leaf[1]
         if self.training or self._wants_gradient():
             return self._fold(offsets)
+        kept = self._folded
+        if kept is not None and (torch.compiler.is_compiling() or kept[0] == self.cache_key()):
+            return kept[1]
         if opaque(self.central):
-            return self._fold(offsets) if self._folded is None else self._folded[1]
+            return self._fold(offsets)
         self.fold()
         assert self._folded is not None
         return self._folded[1]
@@ -141,10 +144,17 @@ class MPOWeight(nn.Module):
         # looked up as attributes, parameters cost as much as all the rest of a cached forward
         central: Any = self._parameters["central"]
         aux: Any = self._modules["aux"]
-        key: list[Any] = [autocast_dtype(central) or central.dtype, _optimizer_steps]
-        for site in (central, *aux._parameters.values()):
-            key += site.data_ptr(), _version(site)
-        return tuple(key)
+        sites = (central, *aux._parameters.values())
+        try:
+            versions = [site._version for site in sites]
+        except RuntimeError:  # made in inference mode: never changed but there
+            versions = [_version(site) for site in sites]
+        return (
+            autocast_dtype(central) or central.dtype,
+            _optimizer_steps,
+            *[site.data_ptr() for site in sites],
+            *versions,
+        )
 
     def open_leaf(self) -> None:
         """Fold now, and give the result out as a leaf that accumulates gradients; see `shared_fold`."""
