@@ -14,7 +14,7 @@ from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.hot_experts import HotExperts
-from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, check_factors, shared_fold
+from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, SharedFold, check_factors, shared_fold
 from moebert_kernels.ops._routing import resolve_routing
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
@@ -159,6 +159,7 @@ class MPOExperts(Experts):
         self.w1 = MPOWeight(num_experts, rows, cols, max_bond)
         self.w2 = MPOWeight(num_experts, rows2, cols2, max_bond)
         self._hot: HotExperts | None = None
+        self._kept: KeptFolds | None = None
 
     def reset_parameters(self, std: float = 0.02, w2_std: float | None = None) -> None:
         """Draw the sites so that the folded weights have these standard deviations; biases 0."""
@@ -169,7 +170,13 @@ class MPOExperts(Experts):
                 nn.init.zeros_(bias)
 
     def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.w1(offsets), self.w2(offsets)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.w1(offsets), self.w2(offsets)
+        if self._kept is None or not self._kept.hold():
+            w1, w2 = self.w1(offsets), self.w2(offsets)
+            self._kept = KeptFolds.of(self.w1, self.w2)
+            return w1, w2
+        return self._kept.folded
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
         if self._hot is None or self.training or torch.is_grad_enabled():
@@ -180,6 +187,9 @@ class MPOExperts(Experts):
             b1, b2 = (None if b is None else b[experts] for b in self.biases())
             y = y + self._feed_forward(x, ids.view(*x.shape[:-1], -1), routing_weights, w1, w2, b1, b2)
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # copies and pickles fold for themselves
 
     def shared_fold(self) -> AbstractContextManager[SharedFold]:
         """See `moebert_kernels.nn.shared_fold`."""

@@ -111,6 +111,32 @@ def test_few_hot_experts_compute_the_same_and_are_rebuilt_when_they_cooled_down(
     assert folds(0) == 1
 
 
+def test_kept_folds_of_a_layer_hold_until_something_changes():
+    experts = small_experts().eval()
+    x, ids = torch.randn(3, H), torch.tensor([0, 1, 0])
+
+    def folds():
+        with torch.no_grad(), counted_folds() as folds:
+            y = experts(x, ids)
+        torch.testing.assert_close(y, copy.deepcopy(experts)(x, ids).detach())
+        return folds.call_count
+
+    assert [folds(), folds()] == [2, 0]
+    changes = [
+        (lambda: experts.w2.aux[0].detach().mul_(2), 1),
+        (lambda: setattr(experts.w1, "central", torch.nn.Parameter(experts.w1.central.detach() * 2)), 1),
+        (lambda: experts.w1.unfold(), 1),
+        (lambda: experts.train().eval(), 2),
+        (lambda: experts.load_state_dict(copy.deepcopy(experts.state_dict())), 2),
+    ]
+    for change, count in changes:
+        change()
+        assert [folds(), folds()] == [count, 0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert experts(x, ids).dtype == torch.bfloat16
+    assert [folds(), folds()] == [2, 0]
+
+
 def test_hot_experts_see_changes_of_parameters():
     experts = small_experts().eval()
     experts.fold(hot_experts=2)
