@@ -233,8 +233,8 @@ class KeptFolds:
         return cls(weights)
 
     def __init__(self, weights: Sequence[MPOWeight]) -> None:
-        self._entries = [(weight, weight._folded) for weight in weights]
-        self.folded: Any = tuple(entry[1] for _, entry in self._entries if entry is not None)
+        # their keys, not the folds: those must go when a weight drops them
+        self._keys = [(weight, weight._folded and weight._folded[0]) for weight in weights]
         # the modules' own dictionaries: a parameter may be replaced
         self._places = [m._parameters for weight in weights for m in (weight, weight.aux)]
         self._steps = _optimizer_steps
@@ -242,12 +242,19 @@ class KeptFolds:
             (site._version, site.data_ptr()) for place in self._places for site in place.values() if site is not None
         ]
 
+    @property
+    def folded(self) -> Any:
+        """The weights (E, out, in) of each."""
+        return tuple(weight._folded and weight._folded[1] for weight, _ in self._keys)
+
     def hold(self) -> bool:
-        if self._steps != _optimizer_steps or torch.is_autocast_enabled(self.folded[0].device.type):
+        if self._steps != _optimizer_steps:
             return False
-        for weight, entry in self._entries:
-            if weight._folded is not entry:
+        for weight, key in self._keys:
+            if weight._folded is None or weight._folded[0] is not key:
                 return False
+        if torch.is_autocast_enabled(self.folded[0].device.type):
+            return False
         versions = iter(self._versions)
         for place in self._places:
             for site in place.values():

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -135,6 +136,9 @@ def test_kept_folds_of_a_layer_hold_until_something_changes():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert experts(x, ids).dtype == torch.bfloat16
     assert [folds(), folds()] == [2, 0]
+    kept = weakref.ref(experts.w1._folded[1])
+    experts.train()
+    assert kept() is None  # training needs that memory
 
 
 def test_hot_experts_see_changes_of_parameters():
