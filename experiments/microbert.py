@@ -1,8 +1,8 @@
 """MicroBERT-style students of 3 layers: distillation through a task-routed mixture of experts, and what each part does.
 
-    python experiments/microbert.py --data FOLDER              # everything that is not done yet, then the report
-    python experiments/microbert.py --data FOLDER --seeds 1    # one seed
-    python experiments/microbert.py --data FOLDER --report     # the report of what is done, times measured anew
+    python experiments/microbert.py --data FOLDER               # everything that is not done yet, then the report
+    python experiments/microbert.py --data FOLDER --train       # without the report: several processes share the work
+    python experiments/microbert.py --data FOLDER --report      # the report of what is done, times measured anew
 
 FOLDER holds SST-2, MRPC, CoLA and STS-B, each with train.tsv and dev.tsv (or .gz). One all-MiniLM-L6-v2 becomes a MoE
 with routing by task and is trained on all four, then collapsed to a plain BERT for each: the teachers, the same ones
@@ -19,10 +19,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout  # comes with torch
 
 from moebert_kernels.convert import StudentShape, collapse, convert_to_moe, convert_to_task_moe, make_student
 from moebert_kernels.demo.data import base_model
@@ -48,6 +50,7 @@ FOLDERS = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 MAIN = ("full", "lean", "kd", "finetune")
 ABLATION = ("full", "no-fal", "no-gan", "no-moe", "no-hidden", "kd")
 ABLATED = ("sst2", "mrpc")
+RUNS = [(arm, task) for arm in dict.fromkeys((*MAIN, *ABLATION)) for task in (FOLDERS if arm in MAIN else ABLATED)]
 LENGTH, BATCHES = 128, (1, 8)  # of the timings
 
 Result = dict[str, Any]
@@ -58,15 +61,16 @@ class Settings:
     """What is trained for how long, on how many rows of each task."""
 
     sst2: int = 2500
-    mrpc: int = 1500
-    cola: int = 2500
+    mrpc: int = 1200
+    cola: int = 4000
     stsb: int = 1500
     teacher_epochs: int = 3
-    teacher_learning_rate: float = 5e-5
-    router_learning_rate: float = 1e-2  # logits change a choice when they move by tenths, which 5e-5 never does
+    teacher_learning_rate: float = 1e-4
+    teacher_batch_size: int = 32
+    router_learning_rate: float = 1e-2  # logits change a choice when they move by tenths, which 1e-4 never does
     epochs: int = 3
-    learning_rate: float = 1e-4
-    batch_size: int = 32
+    learning_rate: float = 3e-4
+    batch_size: int = 16
     max_length: int = 128
     num_experts: int = 4
     top_k: int = 2
@@ -81,20 +85,24 @@ class Study:
         if once(work / "settings.json", lambda: wanted) != wanted:
             raise SystemExit(f"work: expected a folder of these settings, got another's: {work}")
 
-    def run(self, seed: int) -> list[Result]:
-        """Every student of a seed."""
-        return [
-            self.student(task, arm, seed)
-            for arm in dict.fromkeys((*MAIN, *ABLATION))
-            for task in (FOLDERS if arm in MAIN else ABLATED)
-        ]
+    def train(self, seeds: Sequence[int]) -> None:
+        """Every student of the seeds. Another process with the same folder makes those that this one is not at."""
+        with FileLock(self.work / "teachers.lock"):
+            for task in FOLDERS:
+                self.outputs(task)
+            for task in ABLATED:
+                self.outputs(task, dense=True)
+        for wait in (False, True):
+            for seed, (arm, task) in product(seeds, RUNS):
+                try:
+                    with FileLock(self.work / f"{task}-{arm}-{seed}.lock", blocking=wait):
+                        self.student(task, arm, seed)
+                except Timeout:
+                    continue
 
     def has(self, seed: int) -> bool:
         """Whether a seed is complete."""
-        needed = {(arm, task) for arm in MAIN for task in FOLDERS} | {
-            (arm, task) for arm in ABLATION for task in ABLATED
-        }
-        return all((self.work / "results" / f"{task}-{arm}-{seed}.json").exists() for arm, task in needed)
+        return all((self.work / "results" / f"{task}-{arm}-{seed}.json").exists() for arm, task in RUNS)
 
     def student(self, task: str, arm: str, seed: int) -> Result:
         """Train one student; its scores and predictions."""
@@ -110,7 +118,7 @@ class Study:
                 self.features(task, "train"),
                 task=TASKS[task],
                 output_dir=self.work / "students" / f"{task}-{arm}-{seed}",
-                teacher=self._outputs(task, ARMS[arm].dense_teacher),
+                teacher=self.outputs(task, ARMS[arm].dense_teacher),
                 evaluate=self.evaluator(task, "validation"),
                 seed=seed,
                 also_save=self.tokenizer.save_pretrained,
@@ -121,11 +129,11 @@ class Study:
         result = once(self.work / "results" / f"{task}-{arm}-{seed}.json", train)
         return result | {"task": task, "arm": arm, "seed": seed, "teacher_score": teacher["score"]}
 
-    def _outputs(self, task: str, dense: bool) -> TeacherCache:
+    def outputs(self, task: str, dense: bool = False) -> TeacherCache:
         """A teacher's outputs for all arms and seeds."""
         teacher = load_model(self.teacher(task, dense)["path"], TASKS[task])
         return TeacherCache.build(
-            teacher, Batches(self.features(task, "train"), self.settings.batch_size),
+            teacher, Batches(self.features(task, "train"), self.settings.teacher_batch_size),
             self.work / "outputs" / f"{task}{'-dense' * dense}",
             layers=states("microbert", teacher, self.new_student(task, 0)),
             dtype="float16",  # half the size; its rounding is far below what a student can match
@@ -156,7 +164,7 @@ class Study:
             step("teacher", f"{task}, dense")
             torch.manual_seed(0)
             model = load_model(self.base, TASKS[task], new_head=True)
-            batches = Batches(self.features(task, "train"), self.settings.batch_size)
+            batches = Batches(self.features(task, "train"), self.settings.teacher_batch_size)
             metric = TASKS[task].main_metric
             path = fit(
                 model, batches, config=self._teacher_config(metric), output_dir=folder,
@@ -179,7 +187,9 @@ class Study:
         model = convert_to_task_moe(
             load_encoder(self.base), labels, self.settings.num_experts, self.settings.top_k, experts="copy"
         )
-        batches = {name: Batches(self.features(name, "train"), self.settings.batch_size) for name in FOLDERS}
+        batches = {
+            name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS
+        }
         begun = time.monotonic()
         fitted = fit(
             model,
@@ -200,7 +210,7 @@ class Study:
     def _teacher_config(self, metric: str) -> FitConfig:
         return FitConfig(
             epochs=self.settings.teacher_epochs, learning_rate=self.settings.teacher_learning_rate,
-            batch_size=self.settings.batch_size, weight_decay=0.01, warmup_ratio=0.1, best_metric=metric,
+            batch_size=self.settings.teacher_batch_size, weight_decay=0.01, warmup_ratio=0.1, best_metric=metric,
         )  # fmt: skip
 
     def _judged(self, model: Any, task: str) -> Result:
@@ -300,7 +310,7 @@ def cache_speed(study: Study, rows: int = 640) -> Result:
 
 def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result]) -> Result:
     """Everything of results.json."""
-    records = [record for seed in seeds for record in study.run(seed)]
+    records = [study.student(task, arm, seed) for seed, (arm, task) in product(seeds, RUNS)]
     references = study.references()
     ablated = {name: TASKS[name] for name in ABLATED}
     moe = {key: value for key, value in study.moe().items() if key != "path"}
@@ -338,7 +348,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("demo/microbert"), help="models and caches; large")
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--base", type=Path, help="another pretrained BERT")
-    parser.add_argument("--report", action="store_true", help="train nothing")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--train", action="store_true", help="make no report")
+    parts.add_argument("--report", action="store_true", help="train nothing")
     for field in fields(Settings):
         kind = type(field.default)
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
@@ -347,8 +359,9 @@ def main() -> None:
     settings = Settings(**{field.name: getattr(arguments, field.name) for field in fields(Settings)})
     study = Study(arguments.work, arguments.base or base_model(), arguments.data, settings)
     if not arguments.report:
-        for seed in arguments.seeds:
-            study.run(seed)
+        study.train(arguments.seeds)
+    if arguments.train:
+        return
     complete = [seed for seed in arguments.seeds if study.has(seed)]
     if not complete:
         parser.exit(2, "no seed is complete yet\n")

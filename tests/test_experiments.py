@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from filelock import FileLock
 
 from tests.cli.tiny import BAD, GOOD, write_base
 from tests.helpers import ROOT
@@ -131,11 +132,27 @@ def write_glue(folder):
     return folder
 
 
+def test_microbert_leaves_to_another_process_what_that_is_at(microbert, tmp_path, monkeypatch):
+    study = microbert.Study(tmp_path, tmp_path, tmp_path, microbert.Settings())
+    other, made = FileLock(tmp_path / "mrpc-full-0.lock"), {}
+
+    def student(_, task, arm, seed):
+        made[task, arm, seed] = True
+        if len(made) == len(microbert.RUNS) - 1:
+            other.release()
+
+    monkeypatch.setattr(microbert.Study, "outputs", lambda *_, **__: None)
+    monkeypatch.setattr(microbert.Study, "student", student)
+    other.acquire()
+    study.train([0])
+    assert list(made)[-1] == ("mrpc", "full", 0) and len(made) == len(microbert.RUNS)
+
+
 def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     """One seed, then the report alone; nothing is trained twice."""
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 5)
     base, data = write_base(tmp_path / "bert", max_position_embeddings=32), write_glue(tmp_path / "data")
-    sizes = ("--epochs", 1, "--teacher-epochs", 1, "--batch-size", 12, "--max-length", 16, "--mrpc", 20)
+    sizes = ("--epochs", 1, "--teacher-epochs", 1, "--teacher-batch-size", 12, "--batch-size", 12, "--max-length", 16, "--mrpc", 20)
     places = ("--base", base, "--data", data, "--work", tmp_path / "work", "--output", tmp_path / "out")
 
     def run(*more):
