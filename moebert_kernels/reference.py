@@ -118,11 +118,12 @@ def fused_moe_ffn_add_norm(
     """The MoEBERT expert: y[t] = p[t] * LayerNorm_e(x[t] + dropout(FFN_e(x[t]))); y[t] = x[t] where no expert is."""
     ids = expert_ids.reshape(-1)
     tokens = torch.arange(x.shape[0], device=x.device)
+    everyone = torch.zeros_like(ids)
     y = x
     for e in range(w1.shape[0]):
-        everyone = torch.full_like(ids, e)
+        weights = (None if w is None else w[e : e + 1] for w in (w1, b1, w2, b2))
         ffn = fused_moe_ffn(
-            x, everyone, w1, b1, w2, b2,
+            x, everyone, *weights,
             activation=activation, hidden_dropout_p=hidden_dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
         ffn = _drop(ffn, dropout_seed, tokens, dropout_p, dropout.OUTPUT_STREAM)
