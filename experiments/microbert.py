@@ -187,9 +187,7 @@ class Study:
         model = convert_to_task_moe(
             load_encoder(self.base), labels, self.settings.num_experts, self.settings.top_k, experts="copy"
         )
-        batches = {
-            name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS
-        }
+        batches = {name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS}
         begun = time.monotonic()
         fitted = fit(
             model,

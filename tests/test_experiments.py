@@ -152,7 +152,8 @@ def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     """One seed, then the report alone; nothing is trained twice."""
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 5)
     base, data = write_base(tmp_path / "bert", max_position_embeddings=32), write_glue(tmp_path / "data")
-    sizes = ("--epochs", 1, "--teacher-epochs", 1, "--teacher-batch-size", 12, "--batch-size", 12, "--max-length", 16, "--mrpc", 20)
+    epochs, batches = ("--epochs", 1, "--teacher-epochs", 1), ("--batch-size", 12, "--teacher-batch-size", 12)
+    sizes = (*epochs, *batches, "--max-length", 16, "--mrpc", 20)
     places = ("--base", base, "--data", data, "--work", tmp_path / "work", "--output", tmp_path / "out")
 
     def run(*more):
