@@ -2,8 +2,7 @@
 
 An optimizer step looks at a window of micro-batches and weighs each by its share of the window's sequences (with causal
 language models, whose loss is a mean over labels, of its labels), so a window equals one large batch whatever the sizes
-in it; but for gates' balance loss, which is no mean over sequences: of it the micro-batches' mean is taken. Several
-processes take turns in the window's micro-batches.
+in it. Several processes take turns in the window's micro-batches.
 """
 
 from __future__ import annotations
@@ -284,18 +283,21 @@ class _Run:
         mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
         if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
             mine = [(window[0], 0)]
+        if len(window) > 1:
+            self.loss.count([batch for batch, weight in mine if weight], self._sum)
         with ExitStack() as stack:  # gradients are complete at its end, and reduced
             if self.gradient_mask is not None:
                 stack.enter_context(self.gradient_mask.step(self.at.step))
             if self.config.shared_fold:
                 stack.enter_context(shared_fold(self.student))
             for i, (batch, weight) in enumerate(mine):
-                with nullcontext() if i == len(mine) - 1 else self.accelerator.no_sync(self.model):
+                last, share = i == len(mine) - 1, weight / sum(weights)
+                with nullcontext() if last else self.accelerator.no_sync(self.model), self.loss.part(share):
                     batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
                     terms = self.loss.terms(self.model, batch)
                     total = self.loss.total(terms, self._share)
                     # distributed gradients are averaged over the processes, hence `world`
-                    self.accelerator.backward(total * (weight * self.world / sum(weights)))
+                    self.accelerator.backward(total * (share * self.world))
                 self.meter.add({"loss": total, **terms}, weight)
         beside = self.loss.parameters_beside()
         if self.world > 1:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from moebert_kernels.distill.setup import has_balance_loss
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn import BalanceWindow
 
 
 class Loss:
@@ -61,6 +62,8 @@ class Loss:
                 f"balance: expected the weight 0 for a {type(student).__name__} without gates, whose balance would be a"
                 f" loss, got {self._weights['balance']}"
             )
+        self._balance = BalanceWindow(student) if self._weights["balance"] else None
+        self._device = accelerator.device
         self.weighted: list[str] | None = None
 
     def _prepared(self, source: Any, accelerator: Accelerator) -> Any:
@@ -84,11 +87,29 @@ class Loss:
         """What is trained with the student and no part of it."""
         return [] if self.maps is None else list(self.maps.parameters())
 
+    def count(self, batches: Sequence[Batch], reduce: Callable[[Tensor], Tensor]) -> None:
+        """See how the gates share out this process's micro-batches of a step, in a pass without gradients.
+
+        Their balance loss is a product of two means over all tokens of the step. Models without one need no such pass.
+        """
+        if self._balance is None:
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), self._balance.counting(self._device, reduce):
+            for batch in batches:  # with the random draws of the pass to come
+                self._student(**self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {key: batch[key].to(self._device) for key in self._forward_keys if key in batch}
+
+    def part(self, share: float) -> AbstractContextManager[None]:
+        """For the forward and backward of a micro-batch with that weight in its step, which `count` has seen."""
+        return self._balance.part(share) if self._balance is not None and 0 < share < 1 else nullcontext()
+
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The named, unweighted terms of a batch, each (); `model` is the student, as the accelerator wraps it."""
-        inputs = {key: batch[key] for key in self._forward_keys if key in batch}
         with nullcontext() if self._objective is None else self._objective.recording():
-            outputs = model(**inputs, output_hidden_states=self._objective is not None)
+            outputs = model(**self._inputs(batch), output_hidden_states=self._objective is not None)
         terms = {}
         if self._weights.get("task", 1.0):
             terms["task"] = task_loss(

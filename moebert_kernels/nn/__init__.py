@@ -1,7 +1,8 @@
 """Modules that own parameters or tables: routers, experts and mixture-of-experts feed-forward layers."""
 
+from moebert_kernels.nn.balance import BalanceWindow, balance_loss
 from moebert_kernels.nn.experts import DenseExperts, Experts, MPOExperts
-from moebert_kernels.nn.gate_router import GateRouter, balance_loss
+from moebert_kernels.nn.gate_router import GateRouter
 from moebert_kernels.nn.gradient_mask import GradientMask
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.nn.moe_feed_forward import MoEFeedForward
@@ -12,6 +13,7 @@ from moebert_kernels.nn.task_router import TaskRouter
 from moebert_kernels.nn.top2_router import Top2Router
 
 __all__ = [
+    "BalanceWindow",
     "DenseExperts",
     "Experts",
     "GateRouter",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.balance import Balance
 
 
 class GateRouter(nn.Module):
@@ -36,6 +37,7 @@ class GateRouter(nn.Module):
         self.original_batch1 = original_batch1
         self.route_padding = route_padding
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.balance = Balance(num_experts)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Choose an expert for every token.
@@ -53,11 +55,11 @@ class GateRouter(nn.Module):
         if self.per == "token":
             probabilities = gate_probabilities(self.gate, x)
             weights, expert_ids = probabilities.max(dim=-1)
-            loss = balance_loss(probabilities, expert_ids, counted)
+            loss = self.balance(probabilities, expert_ids, counted)
         else:
             probabilities = gate_probabilities(self.gate, _masked_mean(x, valid))
             weights, expert_ids = probabilities.max(dim=-1)
-            loss = balance_loss(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
+            loss = self.balance(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
             weights, expert_ids = (v.unsqueeze(1).expand(x.shape[:2]) for v in (weights, expert_ids))
         if counted is not None:
             expert_ids = expert_ids.masked_fill(~counted, -1)
@@ -78,28 +80,6 @@ def gate_probabilities(gate: nn.Linear, x: Tensor, noise: float = 0.0) -> Tensor
         if noise:
             logits = logits + noise * torch.randn_like(logits)
         return logits.softmax(dim=-1)
-
-
-def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
-    """E * sum_e(mean probability of e * fraction routed to e): 1 if balanced, E if all go to one (Switch, 2101.03961).
-
-    Args:
-        probabilities: (..., E) float.
-        expert_ids: (...), values in [0, E).
-        counted: (...) bool, True for what enters the means. None: all.
-
-    Returns:
-        A scalar, dtype of `probabilities`; 0 if nothing is counted. Differentiable in `probabilities`.
-    """
-    num_experts = probabilities.shape[-1]
-    chosen = expert_ids.unsqueeze(-1) == torch.arange(num_experts, device=expert_ids.device)
-    chosen = chosen.to(probabilities.dtype)
-    over = tuple(range(expert_ids.ndim))
-    if counted is None:
-        return num_experts * (probabilities.mean(over) * chosen.mean(over)).sum()
-    weight = counted.to(probabilities.dtype).unsqueeze(-1)
-    number = weight.sum().clamp(min=1)
-    return num_experts * ((probabilities * weight).sum(over) / number * ((chosen * weight).sum(over) / number)).sum()
 
 
 def _masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:

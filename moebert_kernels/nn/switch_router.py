@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn.gate_router import balance_loss, gate_probabilities
+from moebert_kernels.nn.balance import Balance
+from moebert_kernels.nn.gate_router import gate_probabilities
 
 SCALINGS = ("ratio", "probability")
 
@@ -47,6 +48,7 @@ class SwitchRouter(nn.Module):
         self.capacity_factor = capacity_factor
         self.route_padding = route_padding
         self.gate = nn.Linear(hidden_size, num_experts)
+        self.balance = Balance(num_experts)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Choose an expert for every token.
@@ -65,7 +67,7 @@ class SwitchRouter(nn.Module):
             self.gate, jittered(x, self.jitter if self.training else 0.0), self.noise if self.training else 0.0
         )
         p, expert_ids = probabilities.max(dim=-1)
-        loss = balance_loss(probabilities, expert_ids, counted)
+        loss = self.balance(probabilities, expert_ids, counted)
         dropped = torch.zeros_like(expert_ids, dtype=torch.bool)
         if counted is not None:
             expert_ids = expert_ids.masked_fill(~counted, -1)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn.gate_router import balance_loss, gate_probabilities
+from moebert_kernels.nn.balance import Balance
+from moebert_kernels.nn.gate_router import gate_probabilities
 from moebert_kernels.nn.switch_router import check_noise_and_capacity, jittered, place_in_expert
 
 POLICIES = ("all", "none", "random")
@@ -57,6 +58,7 @@ class Top2Router(nn.Module):
         self.noise = noise
         self.route_padding = route_padding
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.balance = Balance(num_experts, per_sequence=True)
 
     def forward(
         self, x: Tensor, attention_mask: Tensor | None = None, draws: Tensor | None = None
@@ -80,7 +82,7 @@ class Top2Router(nn.Module):
         )
         gates, expert_ids = probabilities.topk(2, dim=-1)
         gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
-        loss = _sequence_balance_loss(probabilities, expert_ids[..., 0], counted)
+        loss = self.balance(probabilities, expert_ids[..., 0], counted)
         if counted is not None:
             expert_ids = expert_ids.masked_fill(~counted.unsqueeze(-1), -1)
         first, second = expert_ids.unbind(-1)
@@ -111,10 +113,3 @@ def _within_capacity(first: Tensor, second: Tensor, num_experts: int, factor: fl
     first_place, second_place = places.split(length, 1)
     # First choices beyond the capacity take no place, but then the expert is full anyway.
     return first.masked_fill(first_place >= capacity, -1), second.masked_fill(second_place >= capacity, -1)
-
-
-def _sequence_balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> Tensor:
-    """Mean over the sequences of their own balance losses."""
-    if counted is None:
-        return torch.vmap(balance_loss)(probabilities, expert_ids).mean()
-    return torch.vmap(balance_loss)(probabilities, expert_ids, counted).mean()

@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
     config = FitConfig(epochs=3, learning_rate=1e-3, accumulation=accumulation, log_steps=2, adam_eps=1e-5)
     for name, shared_fold in (("lm", False), ("folded", True)):
-        model = tiny_mpoe()
+        model = tiny_mpoe(load_balance=0.5)
         fit(
             model,
             Batches(story(), 1),

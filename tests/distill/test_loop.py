@@ -51,6 +51,25 @@ def test_accumulation_equals_the_large_batch(tmp_path, kind):
         assert large == pytest.approx(small, rel=1e-5)
 
 
+@pytest.mark.parametrize("router", ["gate-token", "gate-sentence"])
+def test_accumulation_keeps_the_balance_loss_of_the_large_batch(tmp_path, router):
+    """Also with recomputed activations, where the backward runs the routers again."""
+    ends = []
+    runs = (("large", [32, 11], 1), ("small", [8, 8, 8, 8, 8, 3], 4), ("again", [20, 12, 11], 2))
+    for name, sizes, accumulation in runs:
+        student = tiny_moe(router, load_balance=0.5)
+        if name == "again":
+            student.gradient_checkpointing_enable()
+        config = FitConfig(epochs=4, learning_rate=1e-3, accumulation=accumulation, log_steps=1)
+        fit(student, TinyBatches(sizes=sizes, examples=43), config=config, output_dir=tmp_path / name)
+        ends.append((student, log(tmp_path / name, "balance")))
+    large, lines = ends[0]
+    for other, its_lines in ends[1:]:
+        assert_same_weights(large, weights(other), tolerance=1e-6)
+        for line, its_line in zip(lines, its_lines, strict=True):
+            assert line == pytest.approx(its_line, rel=1e-5)
+
+
 def test_two_processes_equal_one(tmp_path):
     """Each takes every other micro-batch of a window; the last window has an odd number of them."""
     script = str(ROOT / "tests/distill/distributed_run.py")

@@ -8,6 +8,7 @@ from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import GradientMask
+from tests.distill.test_language import Windows
 from tests.distill.tiny import Interrupting, assert_same_weights, log, weights
 from tests.distill.tiny_text import story, tiny_gpt2, tiny_mpoe, tiny_t5
 
@@ -24,6 +25,21 @@ def test_the_balance_loss_is_a_term_of_the_loss(tmp_path, experts):
     for line in log(tmp_path, "balance"):
         assert line["balance"] > 0.5  # of each layer at least 1 where experts get as much as they are wanted
         assert line["loss"] == pytest.approx(line["task"] + 0.5 * line["balance"], rel=1e-5)
+
+
+@pytest.mark.parametrize("router", ["switch", "top2"])
+def test_accumulation_keeps_the_balance_loss_of_the_large_batch(tmp_path, router):
+    """In micro-batches that differ in sequences, tokens and labels."""
+    features, ends = story(8, 3), []
+    for labels in features.token_targets["labels"][::3]:
+        labels[:4] = -100
+    for name, sizes, accumulation in (("large", [len(features)], 1), ("small", [1, 4, 2, len(features) - 7], 4)):
+        model = tiny_mpoe(router=router, load_balance=0.5)
+        train(tmp_path / name, model, batches=Windows(features, sizes), accumulation=accumulation, learning_rate=1e-3)
+        ends.append((model, log(tmp_path / name, "balance")))
+    assert_same_weights(ends[0][0], weights(ends[1][0]), tolerance=1e-6)
+    for large, small in zip(ends[0][1], ends[1][1], strict=True):
+        assert large == pytest.approx(small, rel=1e-5)
 
 
 def test_text_to_text_has_a_balance_term_too(tmp_path):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import GateRouter, balance_loss
+from moebert_kernels.nn import BalanceWindow, GateRouter, balance_loss
+from moebert_kernels.nn.balance import Balance
 
 B, T, H, E = 3, 7, 8, 4
 
@@ -111,3 +112,24 @@ def test_gradcheck():
 def test_rejects_an_unknown_kind():
     with pytest.raises(UserError, match="per: expected 'token' or 'sentence', got 'word'"):
         GateRouter(H, E, "word")
+
+
+def test_parts_of_a_window_make_up_its_balance_loss():
+    """Value and gradient, of gates and of sequences, also where a part holds nothing that counts."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(6, 5, E, dtype=torch.float64, requires_grad=True), torch.randint(0, E, (6, 5))
+    counted = torch.rand(6, 5) < 0.7
+    counted[:, 0], counted[4] = True, False
+    for per_sequence in (False, True):
+        balance = Balance(E, per_sequence)
+        whole = balance(logits.softmax(-1), ids, counted)
+        window, parts = BalanceWindow(balance), [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 6)]
+        with torch.no_grad(), window.counting(torch.device("cpu")):
+            for part in parts:
+                balance(logits[part].softmax(-1), ids[part], counted[part])
+        total = 0.0
+        for part, share in zip(parts, (0.3, 0.2, 0.1, 0.4), strict=True):
+            with window.part(share):
+                total = total + share * balance(logits[part].softmax(-1), ids[part], counted[part])
+        torch.testing.assert_close(total, whole)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (total, whole)))
