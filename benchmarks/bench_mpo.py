@@ -120,7 +120,7 @@ def _layer_case(direction: str, T: int, most: float, target: Target, factors: Fa
         baseline="dense_experts",
         requires=(Requirement("mpo_experts", "dense_experts", 1 / most),),
         seconds=15.0 if T > 4096 else 6.0,
-        min_rounds=3 if T > 4096 else 7,
+        min_rounds=5 if T > 4096 else 7,
     )
 
 
