@@ -73,8 +73,8 @@ def convert_to_mpoe(
 
     Raises:
         UserError: a model that is converted already or of another family, factors that do not multiply to the shapes,
-            caps below 1 or too low, noise that is negative or not finite, or no tables and counts where they are
-            needed.
+            caps below 1 or too low, factors or caps where experts have none, noise that is negative or not finite, or
+            no tables and counts where they are needed.
     """
     source: Any = model
     config_class, model_class = _classes(source)
@@ -87,6 +87,9 @@ def convert_to_mpoe(
     fields |= config_options | {"attn_implementation": source.config._attn_implementation}
     if unknown := sorted(set(config_options) - set(config_class().to_dict())):
         raise UserError(f"{unknown[0]}: expected an option of convert_to_mpoe or a field of MPOEOptions, got neither")
+    for name, value in (("w1_factors", w1_factors), ("w2_factors", w2_factors), ("max_bond", max_bond)):
+        if experts != "mpo" and value is not None:
+            raise UserError(f"{name}: expected none with experts={experts!r}, got {value!r}")
     found = list(slots(source))
     if experts == "mpo":
         w1, _, w2, _ = dense_weights(found[0])

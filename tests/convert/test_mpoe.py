@@ -150,6 +150,11 @@ def test_half_precision_and_mode_are_kept():
         ),
         ({"tables": torch.zeros(60)}, "tables: expected none with router='switch', got some"),
         ({"experts": "sparse"}, "experts: expected one of mpo, dense, got 'sparse'"),
+        ({"experts": "dense", "max_bond": 4}, "max_bond: expected none with experts='dense', got 4"),
+        (
+            {"experts": "dense", "w1_factors": ([8, 8], [4, 4])},
+            r"w1_factors: expected none with experts='dense', got \(\[8, 8\], \[4, 4\]\)",
+        ),
         ({"sites": 9}, "sites: expected 2 to 6, got 9"),
         ({"top_k": 2}, "top_k: expected an option of convert_to_mpoe or a field of MPOEOptions, got neither"),
         ({"router_options": {"jiter": 0.1}}, "router_options: expected options of router 'switch', got .*jiter"),
