@@ -2,7 +2,7 @@
 
     python experiments/microbert.py --data FOLDER               # everything that is not done yet, then the report
     python experiments/microbert.py --data FOLDER --train       # without the report: several processes share the work
-    python experiments/microbert.py --data FOLDER --report      # the report of what is done, times measured anew
+    python experiments/microbert.py --data FOLDER --report      # the report of what is done, on an idle machine
 
 FOLDER holds SST-2, MRPC, CoLA and STS-B, each with train.tsv and dev.tsv (or .gz). One all-MiniLM-L6-v2 becomes a MoE
 with routing by task and is trained on all four, then collapsed to a plain BERT for each: the teachers, the same ones
@@ -82,12 +82,15 @@ class Study:
     def __init__(self, work: Path, base: Path, data: Path, settings: Settings):
         self.work, self.base, self.settings, self._data = work, base, settings, data
         wanted = asdict(settings) | {"data": str(data.resolve()), "base": str(base.resolve())}
-        if once(work / "settings.json", lambda: wanted) != wanted:
+        (work / "locks").mkdir(parents=True, exist_ok=True)
+        with FileLock(work / "locks" / "settings"):
+            found = once(work / "settings.json", lambda: wanted)
+        if found != wanted:
             raise SystemExit(f"work: expected a folder of these settings, got another's: {work}")
 
     def train(self, seeds: Sequence[int]) -> None:
         """Every student of the seeds. Another process with the same folder makes those that this one is not at."""
-        with FileLock(self.work / "teachers.lock"):
+        with FileLock(self.work / "locks" / "teachers"):
             for task in FOLDERS:
                 self.outputs(task)
             for task in ABLATED:
@@ -95,10 +98,11 @@ class Study:
         for wait in (False, True):
             for seed, (arm, task) in product(seeds, RUNS):
                 try:
-                    with FileLock(self.work / f"{task}-{arm}-{seed}.lock", blocking=wait):
-                        self.student(task, arm, seed)
+                    lock = FileLock(self.work / "locks" / f"{task}-{arm}-{seed}", blocking=wait).acquire()
                 except Timeout:
                     continue
+                with lock:
+                    self.student(task, arm, seed)
 
     def has(self, seed: int) -> bool:
         """Whether a seed is complete."""
@@ -306,6 +310,15 @@ def cache_speed(study: Study, rows: int = 640) -> Result:
     }
 
 
+def command(settings: Settings, seeds: Sequence[int]) -> str:
+    """What makes such a study, from nothing to its report; where its own pretrained BERT is, it does not say."""
+    values = asdict(settings)
+    chosen = [
+        f" --{name.replace('_', '-')} {values[name]}" for name in values if values[name] != getattr(Settings, name)
+    ]
+    return f"python experiments/microbert.py --data FOLDER --seeds {' '.join(map(str, seeds))}{''.join(chosen)}"
+
+
 def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result]) -> Result:
     """Everything of results.json."""
     records = [study.student(task, arm, seed) for seed, (arm, task) in product(seeds, RUNS)]
@@ -313,7 +326,8 @@ def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result])
     ablated = {name: TASKS[name] for name in ABLATED}
     moe = {key: value for key, value in study.moe().items() if key != "path"}
     return {
-        "settings": asdict(study.settings), "machine": machine(), "moe_teacher": moe,
+        "command": command(study.settings, seeds), "settings": asdict(study.settings), "machine": machine(),
+        "rows": {task: len(study.features(task, "train")) for task in FOLDERS}, "moe_teacher": moe,
         "main": summary(records, {name: TASKS[name] for name in FOLDERS}, references, MAIN),
         "ablation": summary(records, ablated, references, ABLATION), **measure(),
     }  # fmt: skip
@@ -322,7 +336,10 @@ def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result])
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
-        "MicroBERT-style students (3 layers of 384 from all-MiniLM-L6-v2's 6), all four tasks:", "",
+        f"`{report['command']}`", "",
+        "MicroBERT-style students, 3 layers of 384 from all-MiniLM-L6-v2's 6, after"
+        f" {report['settings']['epochs']} epochs of"
+        f" {', '.join(f'{count} {task}' for task, count in report['rows'].items())} rows. All four tasks:", "",
         table(report["main"]), "On SST-2 and MRPC, with parts left out:", "", table(report["ablation"]),
         f"Milliseconds on random ids, length {LENGTH}, median [quartiles] of interleaved runs, fp32,"
         f" {report['machine']['torch_threads']} threads:", "",

@@ -134,7 +134,7 @@ def write_glue(folder):
 
 def test_microbert_leaves_to_another_process_what_that_is_at(microbert, tmp_path, monkeypatch):
     study = microbert.Study(tmp_path, tmp_path, tmp_path, microbert.Settings())
-    other, made = FileLock(tmp_path / "mrpc-full-0.lock"), {}
+    other, made = FileLock(tmp_path / "locks/mrpc-full-0"), {}
 
     def student(_, task, arm, seed):
         made[task, arm, seed] = True

@@ -283,13 +283,13 @@ class _Run:
         mine = list(zip(window, weights, strict=True))[self.rank :: self.world]
         if not mine:  # an epoch's last window may be short, but every process takes part in the all-reduce
             mine = [(window[0], 0)]
-        if len(window) > 1:
-            self.loss.count([batch for batch, weight in mine if weight], self._sum)
         with ExitStack() as stack:  # gradients are complete at its end, and reduced
             if self.gradient_mask is not None:
                 stack.enter_context(self.gradient_mask.step(self.at.step))
             if self.config.shared_fold:
                 stack.enter_context(shared_fold(self.student))
+            if len(window) > 1:
+                self.loss.count([batch for batch, weight in mine if weight], self._sum)
             for i, (batch, weight) in enumerate(mine):
                 last, share = i == len(mine) - 1, weight / sum(weights)
                 with nullcontext() if last else self.accelerator.no_sync(self.model), self.loss.part(share):

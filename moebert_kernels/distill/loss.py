@@ -94,10 +94,11 @@ class Loss:
         """
         if self._balance is None:
             return
+        sequences = sum(len(batch["input_ids"]) for batch in batches)
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), self._balance.counting(self._device, reduce):
-            for batch in batches:  # with the random draws of the pass to come
-                self._student(**self._inputs(batch))
+        with torch.no_grad(), self._balance.counting(self._device, sequences, reduce), torch.random.fork_rng(devices):
+            for batch in batches if self._balance.needs_pass else ():
+                self._student(**self._inputs(batch))  # draws what the pass to come draws, if the teacher draws nothing
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {key: batch[key].to(self._device) for key in self._forward_keys if key in batch}

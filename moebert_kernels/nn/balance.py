@@ -72,25 +72,33 @@ class BalanceWindow:
     in the second each micro-batch has a loss of its own again:
 
         window = BalanceWindow(model)
-        with torch.no_grad(), window.counting():
-            for batch in batches: model(**batch)
-        for batch, share in ...:            # of the step's loss
+        with torch.no_grad(), window.counting(device, sequences):  # of all batches together
+            for batch in batches if window.needs_pass else []:
+                model(**batch)
+        for batch, share in zip(batches, shares):  # of the step's loss
             with window.part(share):
                 (share * model(**batch).loss).backward()
+
+    Attributes:
+        needs_pass: whether a loss is over tokens. One that is a mean over sequences is told their number.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._balances = [module for module in model.modules() if isinstance(module, Balance)]
+        self.needs_pass = not all(balance.per_sequence for balance in self._balances)
         self._seen: dict[Balance, Tensor] = {}
         self._share: float | None = None  # None: counting
 
     @contextmanager
     def counting(
-        self, device: torch.device, reduce: Callable[[Tensor], Tensor] = lambda counts: counts
+        self, device: torch.device, sequences: int, reduce: Callable[[Tensor], Tensor] = lambda counts: counts
     ) -> Iterator[None]:
         """Forget what was counted and count anew; `reduce` adds up what several processes have counted."""
         sizes, self._share = [balance.num_counts for balance in self._balances], None
         self._seen = dict(zip(self._balances, torch.zeros(sum(sizes), device=device).split(sizes), strict=True))
+        for balance in self._balances:
+            if balance.per_sequence:
+                self._seen[balance] += sequences
         with self._installed():
             yield
         counts = reduce(torch.cat(list(self._seen.values())))
@@ -117,14 +125,11 @@ class BalanceWindow:
         """What `Balance` gives here."""
         if balance.per_sequence:
             summed = sequence_balance_loss(probabilities, expert_ids, counted) * len(expert_ids)
-            counts = summed.new_tensor([len(expert_ids)])
-        else:
-            summed, counts = _sums(probabilities, expert_ids, counted)
+            return summed if self._share is None else summed / (self._seen[balance][0] * self._share)
+        summed, tokens = _sums(probabilities, expert_ids, counted)
         if self._share is None:
-            self._seen[balance] += counts.detach()
+            self._seen[balance] += tokens.detach()
             return summed.sum()
         counts = self._seen[balance]
-        number = counts.sum().clamp(min=1) * self._share
-        if balance.per_sequence:
-            return summed / number
-        return probabilities.shape[-1] * (summed / number * (counts / counts.sum().clamp(min=1))).sum()
+        number = counts.sum().clamp(min=1)
+        return probabilities.shape[-1] * (summed / (number * self._share) * (counts / number)).sum()

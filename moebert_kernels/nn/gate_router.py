@@ -59,12 +59,15 @@ class GateRouter(nn.Module):
         else:
             probabilities = gate_probabilities(self.gate, _masked_mean(x, valid))
             weights, expert_ids = probabilities.max(dim=-1)
-            loss = self.balance(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
+            if self.original_batch1 and x.shape[0] == 1:
+                loss = None
+            else:
+                loss = self.balance(probabilities, expert_ids, None if counted is None else counted.any(dim=1))
             weights, expert_ids = (v.unsqueeze(1).expand(x.shape[:2]) for v in (weights, expert_ids))
         if counted is not None:
             expert_ids = expert_ids.masked_fill(~counted, -1)
-        if self.original_batch1 and self.per == "sentence" and x.shape[0] == 1:
-            return expert_ids, None, torch.zeros_like(loss)
+        if loss is None:
+            return expert_ids, None, probabilities.new_zeros(())
         return expert_ids, weights.to(x.dtype), loss
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from moebert_kernels.convert import convert_to_mpoe
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import GradientMask
+from moebert_kernels.nn import GradientMask, MPOWeight
 from tests.distill.test_language import Windows
 from tests.distill.tiny import Interrupting, assert_same_weights, log, weights
 from tests.distill.tiny_text import story, tiny_gpt2, tiny_mpoe, tiny_t5
@@ -84,6 +84,15 @@ def test_accumulation_equals_the_large_batch(tmp_path, probability, shared_fold)
               shared_fold=shared_fold and accumulation > 1)  # fmt: skip
         ends.append(model)
     assert_same_weights(ends[0], weights(ends[1]), tolerance=2e-5)
+
+
+def test_a_step_folds_once_with_a_balance_term_too(tmp_path, monkeypatch):
+    """Also in the pass that counts for it."""
+    folds, fold = [], MPOWeight._fold
+    monkeypatch.setattr(MPOWeight, "_fold", lambda self, *args: folds.append(self) or fold(self, *args))
+    model = tiny_mpoe(load_balance=0.5)
+    train(tmp_path, model, batches=Batches(story(8), 2), epochs=1, max_steps=1, accumulation=3, shared_fold=True)
+    assert sorted(map(id, folds)) == sorted(id(m) for m in model.modules() if isinstance(m, MPOWeight))
 
 
 class InterruptedBatches(Interrupting, Batches):

@@ -119,13 +119,14 @@ def test_parts_of_a_window_make_up_its_balance_loss():
     torch.manual_seed(0)
     logits, ids = torch.randn(6, 5, E, dtype=torch.float64, requires_grad=True), torch.randint(0, E, (6, 5))
     counted = torch.rand(6, 5) < 0.7
-    counted[:, 0], counted[4] = True, False
+    counted[:, 0], counted[4] = True, False  # a part that is all padding
     for per_sequence in (False, True):
         balance = Balance(E, per_sequence)
         whole = balance(logits.softmax(-1), ids, counted)
         window, parts = BalanceWindow(balance), [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 6)]
-        with torch.no_grad(), window.counting(torch.device("cpu")):
-            for part in parts:
+        assert window.needs_pass != per_sequence
+        with torch.no_grad(), window.counting(torch.device("cpu"), len(logits)):
+            for part in parts if window.needs_pass else ():
                 balance(logits[part].softmax(-1), ids[part], counted[part])
         total = 0.0
         for part, share in zip(parts, (0.3, 0.2, 0.1, 0.4), strict=True):
