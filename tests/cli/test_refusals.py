@@ -133,7 +133,9 @@ def test_tables_for_another_vocabulary(teacher, importance, tmp_path):
 def test_an_expert_size_that_cannot_be_filled(teacher, importance, tmp_path):
     line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 30, "--shared", 4,
                    "--output", tmp_path / "out")  # fmt: skip
-    assert line.startswith("expert_size: expected at most 11 for 4 experts with 4 shared of D=32 neurons")
+    assert line.startswith(
+        "expert_size: expected at most 11 for 4 experts with 4 shared of the dense layer's 32 neurons"
+    )
 
 
 def test_importance_of_another_model(teacher, tmp_path):
