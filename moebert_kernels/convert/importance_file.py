@@ -104,7 +104,7 @@ def check_scores(scores: Tensor, model: nn.Module) -> None:
     L, D = len(ffns), ffns[0].first.out_features
     if scores.shape != (L, D):
         got = " x ".join(str(size) for size in scores.shape)
-        raise UserError(f"importance: expected scores of {L} layers x {D} neurons, as the model has, got {got}")
+        raise UserError(f"importance: expected scores of the model's {L} layers x {D} neurons, got {got}")
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, dict[str, str]]:

@@ -61,6 +61,6 @@ def check_split(D: int, num_experts: int, expert_size: int, shared: int) -> None
     if expert_size > most:
         fills = next(s for s in range(shared, expert_size + 1) if s + (D - s) // num_experts >= expert_size)
         raise UserError(
-            f"expert_size: expected at most {most} for {num_experts} experts with {shared} shared of the dense layer's {D}"
-            f" neurons (or shared >= {fills}), got {expert_size}"
+            f"expert_size: expected at most {most} for {num_experts} experts with {shared} shared of the dense layer's"
+            f" {D} neurons (or shared >= {fills}), got {expert_size}"
         )

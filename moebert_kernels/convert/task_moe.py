@@ -86,7 +86,8 @@ def convert_to_task_moe(
     if experts != "importance":
         if expert_size not in (None, D):
             raise UserError(
-                f"expert_size: expected none, or the dense layer's {D} neurons, with experts={experts!r}, got {expert_size}"
+                f"expert_size: expected none, or the dense layer's {D} neurons, with experts={experts!r},"
+                f" got {expert_size}"
             )
         expert_size, shared, scores = D, D, torch.zeros(len(ffns), D)
     else:

@@ -228,11 +228,11 @@ def test_rejects_models():
     [
         (
             {"importance": torch.rand(L, D + 1)},
-            "importance: expected scores of 2 layers x 48 neurons, as the model has, got 2 x 49",
+            "importance: expected scores of the model's 2 layers x 48 neurons, got 2 x 49",
         ),
         (
             {"importance": torch.rand(D)},
-            "importance: expected scores of 2 layers x 48 neurons, as the model has, got 48",
+            "importance: expected scores of the model's 2 layers x 48 neurons, got 48",
         ),
         ({"expert_size": 20}, r"expert_size: expected at most 18 .* got 20"),
         (
