@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import OtherRun, UserError
 
 FORMAT_VERSION = 1
 
@@ -96,11 +96,14 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
 
 
 def check_identity(where: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError if what lies at `where` belongs to a run with another identity, naming the first differences."""
+    """Raise OtherRun if what lies at `where`, a finished run's folder or a checkpoint, has another identity."""
     found = differences(identity, saved)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(f"{where}: belongs to another run: {'; '.join(found[:3])}{more} (use another output folder)")
+        message = f"{where}: belongs to another run: {'; '.join(found[:3])}{more} (use another output folder)"
+        changes = {name: (identity.get(name), saved.get(name)) for name in (entry.split(": ")[0] for entry in found)}
+        is_checkpoint = where.name.startswith("step-")
+        raise OtherRun(message, where.parent.parent if is_checkpoint else where, not is_checkpoint, changes)
 
 
 @dataclass(frozen=True)
