@@ -21,18 +21,9 @@ from moebert_kernels.errors import OtherRun, UserError
 # what the package calls a value, where a command's option for it has another name
 _OPTION_OF = {
     "text_columns": "text_column", "output_dir": "output", "tables": "hash_tables", "width": "expert_size",
-    "num_hidden_layers": "layers", "num_attention_heads": "heads", "tasks": "task",
-    "hold out": "hold_out", "started from": "model", "student": "model", "gradient_mask.rate": "gradient_mask",
-    "objective.preset": "preset", "teacher outputs stored as": "cache_dtype",
+    "num_hidden_layers": "layers", "num_attention_heads": "heads", "gradient_mask.probability": "gradient_mask",
+    "objective.preset": "preset",
 }  # fmt: skip
-# facts of a run that are names of contents, and what decides them
-_CONTENTS = {
-    "training data": "the training data, or how it is read",
-    "started from": "the weights of --model",
-    "teacher": "the weights of --teacher",
-    "weight shapes": "the sizes of the model's weights",
-    "weights": "the weights of the loss terms",
-}
 # of a run, the settings that a command prints before it starts, where they are set
 _SETTINGS = (
     "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "router_learning_rate", "weight_decay",
@@ -43,7 +34,6 @@ _SETTINGS = (
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as a command: what a user did wrong is one line on standard error, without a traceback."""
-
     options = {name for name in inspect.signature(function).parameters if name != "ctx"}
 
     @functools.wraps(function)
@@ -102,19 +92,16 @@ def _typed(name: str) -> str:
 
 
 def _of_other_run(error: OtherRun, options: Collection[str]) -> str:
-    """What is different from the run in the output folder, and what to do, without names of contents."""
+    """What is different from the run in the output folder, by option, and what to do."""
     given: list[str] = []
-    contents: list[str] = []
+    others: list[str] = []
     for name, (wanted, got) in error.changes.items():
-        option = _option(name, options)
-        if name in _CONTENTS:
-            contents.insert(0, _CONTENTS[name])
-        elif option is not None and not isinstance(wanted, dict | list) and not isinstance(got, dict | list):
-            given.append(f"{option} was {_said(got)} and is {_said(wanted)} now")
+        if " " in name or isinstance(wanted, dict | list) or isinstance(got, dict | list):
+            others.append(name)  # a name of contents, whose values say nothing to a person
         else:
-            contents.append(option or name)
-    # options first: contents follow from them, as the order of the training data from the batch size
-    changes = "; ".join(given[:3]) if given else f"{contents[0]} changed"
+            given.append(f"{_option(name, options) or name} was {_said(got)} and is {_said(wanted)} now")
+    # contents follow from options, as the order of the training data from the batch size
+    changes = "; ".join(given[:3]) if given else f"other {', '.join(others[:3])}"
     if "restart" not in options:
         advice = "use another --output"
     elif error.finished:
