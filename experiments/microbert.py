@@ -262,16 +262,12 @@ def states(recipe: str, teacher: Any, student: Any) -> list[int]:
 def speeds(study: Study, seed: int) -> Result:
     """Milliseconds of whole models on random ids: the routed teacher, its collapsed form, MoE student, student."""
     dense = load_model(study.teacher("mrpc", dense=True)["path"], TASKS["mrpc"])
-    width = dense.config.intermediate_size // 4
+    shape = (dense.config.num_hidden_layers, dense.config.intermediate_size)
     models = {
         "task-routed teacher": load_model(study.moe()["path"], TASKS["mrpc"]),
         "teacher, collapsed": load_model(study.teacher("mrpc")["path"], TASKS["mrpc"]),
         "dense teacher": dense,
-        # the demo's shape: experts of a quarter of the neurons, two thirds of them shared
-        "MoE student": convert_to_moe(
-            dense, torch.rand(dense.config.num_hidden_layers, 4 * width, generator=torch.Generator().manual_seed(0)),
-            num_experts=4, expert_size=width, shared=width * 2 // 3,
-        ),
+        "MoE student": convert_to_moe(dense, torch.rand(shape, generator=torch.Generator().manual_seed(0))),
         "student": load_model(study.student("mrpc", "full", seed)["path"], TASKS["mrpc"]),
     }  # fmt: skip
     vocabulary = dense.config.vocab_size

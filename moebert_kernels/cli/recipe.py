@@ -135,7 +135,7 @@ def train_by_recipe(
         guide = load_teacher(teacher, loaded.task)
     lengths = {stage.max_length for stage in recipe.active}
     if len(lengths) > 1:
-        raise UserError(f"max_length: expected the same in every stage, got {sorted(map(str, lengths))}")
+        raise UserError(f"max_length: expected the same in every stage, got {' and '.join(sorted(map(str, lengths)))}")
     length = inputs.max_length_for(student.config, loaded.task, lengths.pop())
     train, validation = (
         inputs.tokenized(loaded, split, tokenizer, length, None, student.config) for split in ("train", "validation")

@@ -129,8 +129,8 @@ def test_a_run_says_its_settings_before_it_starts(base, teacher, data, tmp_path)
     words = ("distill", "--recipe", "kd", "--model", base, "--teacher", teacher, *TABLE, "--data", data, *TRAINING)
     line = printed_by(*words, "--output", tmp_path / "kd").splitlines()[0]
     assert line == (
-        "settings: --labels 0.5 --soft 1.0 --epochs 8 --learning-rate 0.01 --batch-size 8 --warmup-ratio 0.1 --max-length"
-        " 12 --accumulation 1 --weight-decay 0.01 --mixed-precision no --save-steps 500 --seed 0"
+        "settings: --labels 0.5 --soft 1.0 --epochs 8 --learning-rate 0.01 --batch-size 8 --warmup-ratio 0.1"
+        " --max-length 12 --accumulation 1 --weight-decay 0.01 --mixed-precision no --save-steps 500 --seed 0"
     )
 
 
