@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ def importance(
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
+    hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
     batch_size: o.BatchSize = 32,
@@ -48,25 +50,30 @@ def importance(
         raise UserError(f"output: expected a file, such as importance.safetensors, got the folder {output}")
     check_writable(output.absolute().parent)
     _check_dense(model)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression, model), data, split)
+    wanted = inputs.make_task(task, text_column, label_column, regression, model)
+    loaded = inputs.load_data(wanted, data, split, hold_out)
     teacher = load_model(model, loaded.task)
     dense_ffns(teacher)
     loaded = inputs.labels_as_in(loaded, teacher.config)
-    length = inputs.max_length_for(teacher.config, loaded.task, max_length)
+    tokenizer = load_tokenizer(model)
+    length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
     rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
     if max_examples is not None and max_examples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_examples))
-    tokenizer = load_tokenizer(model)
     features = inputs.tokenized(
         TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
     )
+    facts = {
+        "split": split, "task": loaded.task.name, "max_length": length, "doc_stride": doc_stride,
+        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
+    }  # fmt: skip
     if output.exists() and not force:
-        _check_same_scores(output, teacher, split, features)
+        _check_same_scores(output, teacher, facts, features)
         print(f"{output} is there already")
         return
     score_split(
         teacher.to(inputs.device()), features, output, batch_size=batch_size or 32,
-        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name,
+        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
     )  # fmt: skip
     print(f"saved in {output}")
 
@@ -160,6 +167,8 @@ def convert(
     force: o.Force = False,
 ) -> None:
     """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
+    from moebert_kernels.distill.identity import file_digest, model_files
+
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -201,6 +210,13 @@ def convert(
     by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
     if by_task:
         identity |= by_task_options
+    counted = method != "dense" and router == "hash-balance" and hash_tables is None and model is not None
+    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
+    identity |= {
+        "training texts": None if counts is None else sha256(repr(counts.tolist()).encode()).hexdigest()[:16],
+        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
+        "file of hash tables": file_digest(hash_tables),
+    }  # fmt: skip
     if already_written(output, identity, force):
         print(f"{output} is there already")
         return
@@ -213,7 +229,7 @@ def convert(
         if hash_tables is not None:
             options["tables"] = _read_tables(hash_tables)
         elif router == "hash-balance":
-            options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
+            options["token_counts"] = counts
         if method == "mpoe":
             converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
         elif by_task:
@@ -320,8 +336,9 @@ def _count(
     task = tasks[0]
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
-    length = inputs.max_length_for(config, loaded.task, max_length)
-    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, None, config)
+    tokenizer = load_tokenizer(model)
+    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
+    features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
     return count_tokens(features.input_ids, config.vocab_size)
 
 
@@ -335,11 +352,17 @@ def _joined(parts: list[Any]) -> Any:
     return rows.add_column("example_id", list(range(len(rows))))
 
 
-def _check_same_scores(path: Path, model: Any, split: str, features: Any) -> None:
+def _check_same_scores(path: Path, model: Any, facts: dict[str, Any], features: Any) -> None:
     """Raise UserError unless the file holds the scores that were asked for."""
     from moebert_kernels.convert import load_importance, model_fingerprint
+    from moebert_kernels.distill.identity import changed, described
 
     found = load_importance(path).metadata
-    wanted = {"fingerprint": model_fingerprint(model), "split": split, "features": features.fingerprint}
-    if any(found.get(name) != value for name, value in wanted.items()):
-        raise UserError(f"output: expected a new file, got {path} with other scores (--force replaces it)")
+    saved = json.loads(found.get("call", "{}"))
+    saved |= {"model weights": found.get("fingerprint"), "texts and labels": found.get("features")}
+    texts = features.fingerprint
+    changes = changed(saved, {**facts, "model weights": model_fingerprint(model), "texts and labels": texts})
+    if changes:
+        raise UserError(
+            f"output: expected a new file, got {path} with scores of other {described(changes)} (--force replaces it)"
+        )

@@ -42,7 +42,7 @@ def evaluate(
     loaded = inputs.load_data(wanted, data, split, hold_out)
     judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
     loaded = inputs.labels_as_in(loaded, judged.config)
-    length = inputs.max_length_for(judged.config, loaded.task, max_length)
+    length, doc_stride = inputs.lengths_for(judged.config, loaded.task, tokenizer, max_length, doc_stride)
     pad_to = inputs.padding_for(judged.config, length)
     result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
     for name in inputs.splits_named(loaded, split):
@@ -170,7 +170,7 @@ def _task_batches(
     config, tokenizer = load_config(model), load_tokenizer(model)
     batches = []
     for length in lengths:
-        at_most = inputs.max_length_for(config, loaded.task, length)
+        at_most, _ = inputs.lengths_for(config, loaded.task, tokenizer, length)
         features = inputs.tokenized(
             _first_rows(loaded, split, max(batch_sizes)), split, tokenizer, at_most, None, config
         )

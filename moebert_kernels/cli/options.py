@@ -65,20 +65,28 @@ Regression = Annotated[
 ]
 
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", min=8, help="Tokens of a text at most. Default: the task's preset.")
+    int | None,
+    typer.Option(
+        "--max-length",
+        min=8,
+        help="Tokens of a text at most. Default: those that the model was trained with, else the task's preset.",
+    ),
 ]
 DocStride = Annotated[
     int | None,
     typer.Option(
-        "--doc-stride", min=0, help="Tokens that neighbouring windows share: 128 for questions, 1 for running text."
+        "--doc-stride",
+        min=0,
+        help="Tokens that neighbouring windows share. Default: as in training, else 128 for questions, 1 for running"
+        " text.",
     ),
 ]
 HoldOut = Annotated[
     str | None,
     typer.Option(
         "--hold-out",
-        help="Make a test split: halves (half of validation) or train-rows (1,000 training rows become validation, and"
-        " validation the test split).",
+        help="Make a validation split: a share of the training rows such as 0.1, of each class. Or a test split: halves"
+        " (half of validation) or train-rows (1,000 training rows become validation, and validation the test split).",
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Sequences at once.")]
