@@ -15,7 +15,7 @@ from moebert_kernels.cli import options as o
 from moebert_kernels.cli.recipe import load_teacher, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import check_writable
 from moebert_kernels.cli.tasks import data_by_task, known_tasks
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.recipe import Recipe
@@ -63,6 +63,7 @@ def ablate(
     from moebert_kernels.distill.checkpoint import differences, model_fingerprint, write_text
     from moebert_kernels.distill.loading import load_as_saved
 
+    require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
     check_writable(output)
     tasks = known_tasks(task)
     arms = arm or [name for name in DEFAULT_ARMS if dense_teacher or not ARMS[name].dense_teacher]
