@@ -1,4 +1,4 @@
-"""What needs which extra: the ops need torch alone, and a missing package is named with the command that installs it."""
+"""What needs which extra: the ops need torch alone, and what is missing is named with the command that installs it."""
 
 import ast
 import re
@@ -81,7 +81,5 @@ def test_without_the_extras_the_op_runs_and_the_rest_says_what_to_install():
 
 def test_a_missing_package_is_named_with_its_extra():
     require_extra("demo", "torch")
-    with pytest.raises(
-        MissingExtra, match=r"^no_such_package is not installed: run `pip install 'moebert_kernels\[x\]'`"
-    ):
+    with pytest.raises(MissingExtra, match=r"^no_such_package is not installed: run .*moebert_kernels\[x\]"):
         require_extra("x", "torch", "no_such_package")
