@@ -16,7 +16,7 @@ from moebert_kernels.cli import options as o
 from moebert_kernels.cli.recipe import load_teacher, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import check_writable
 from moebert_kernels.cli.tasks import data_by_task, known_tasks
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.recipe import Recipe
@@ -64,6 +64,7 @@ def ablate(
     from moebert_kernels.distill.checkpoint import write_text
     from moebert_kernels.distill.identity import changed, described
 
+    require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
     check_writable(output)
     tasks = known_tasks(task)
     arms = arm or [name for name in DEFAULT_ARMS if dense_teacher or not ARMS[name].dense_teacher]

@@ -12,7 +12,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.running import check_writable, print_metrics
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.tasks import TaskData
@@ -140,6 +140,7 @@ def demo(
     """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
     from moebert_kernels.demo import run_demo
 
+    require_extra("demo", "matplotlib")
     check_writable(output)
     run_demo(output, quick=quick, seed=seed)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import MissingExtra, UserError
 
 MARKER = "moebert.json"  # in an output folder: which call wrote it
 
@@ -31,7 +31,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             warnings.showwarning = _one_line_warning
             try:
                 return function(*args, **kwargs)
-            except UserError as error:
+            except (UserError, MissingExtra) as error:
                 _fail(" ".join(str(error).split()), 2)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
