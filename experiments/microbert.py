@@ -26,11 +26,18 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
-from moebert_kernels.convert import StudentShape, collapse, convert_to_moe, convert_to_task_moe, make_student
+from moebert_kernels.convert import (
+    StudentShape,
+    collapse,
+    convert_to_moe,
+    convert_to_task_moe,
+    make_student,
+    parameter_counts,
+)
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions, write_report
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.demo.timing import compare_models, parameter_counts, random_inputs
+from moebert_kernels.demo.timing import compare_models, random_inputs
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
 from moebert_kernels.distill.checkpoint import write_text

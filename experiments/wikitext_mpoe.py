@@ -30,10 +30,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_to_mpoe, parameter_counts
 from moebert_kernels.demo.report import millions
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.demo.timing import parameter_counts
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.data_files import find_split_files, read_text

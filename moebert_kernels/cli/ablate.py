@@ -13,8 +13,8 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
+from moebert_kernels.cli.outputs import check_output, claim
 from moebert_kernels.cli.recipe import load_teacher, recipe_of, train_by_recipe
-from moebert_kernels.cli.running import check_writable
 from moebert_kernels.cli.tasks import data_by_task, known_tasks
 from moebert_kernels.errors import UserError, require_extra
 
@@ -32,16 +32,21 @@ def ablate(
     teacher: Annotated[
         list[str], typer.Option("--teacher", help=f"A task-routed MoE, or fine-tuned models; {_FOR_TASKS}")
     ],
-    task: Annotated[list[str], typer.Option("--task", help="A task of GLUE; once for each.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task", help="A task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli); once for each."
+        ),
+    ],
     output: o.OutputFolder,
     data: o.Data = None,
     dense_teacher: Annotated[
         list[str] | None,
-        typer.Option("--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS}"),
+        typer.Option(
+            "--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS} Default: none."
+        ),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="As for distill; any value of it as --KEY VALUE.")] = (
-        "microbert"
-    ),
+    recipe: o.AblationRecipe = "microbert",
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +70,6 @@ def ablate(
     from moebert_kernels.distill.identity import changed, described
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
-    check_writable(output)
     tasks = known_tasks(task)
     arms = arm or [name for name in DEFAULT_ARMS if dense_teacher or not ARMS[name].dense_teacher]
     unknown = [name for name in arms if name not in ARMS]
@@ -78,6 +82,11 @@ def ablate(
         _by_task(name, values, task)
         for name, values in (("model", model), ("teacher", teacher), ("dense-teacher", dense_teacher))
     )
+    models = sorted({*students.values(), *teachers.values(), *dense.values()})
+    check_output(output, "ablate", *models)
+    for option, named in (("model", students), ("teacher", teachers), ("dense-teacher", dense)):
+        for one in sorted(set(named.values())):
+            inputs.check_models(**{option: one})
     files = data_by_task(data, task)
     chosen = recipe_of(ctx, recipe)
     repeated = repeated_arms(chosen, arms)
@@ -88,8 +97,9 @@ def ablate(
         )
     arms = [name for name in arms if name not in repeated]
     data_of = {name: inputs.load_data(known, files.get(name), "train", hold_out) for name, known in tasks.items()}
-    models = {"student": students, "teacher": teachers, "dense teacher": dense}
-    identity = {"recipe": recipe, "hold_out": hold_out} | _facts(chosen, models, data_of)
+    by_task = {"student": students, "teacher": teachers, "dense teacher": dense}
+    identity = {"recipe": recipe, "hold_out": hold_out} | _facts(chosen, by_task, data_of)
+    claim(output, "ablate")
     changes = changed(once(output / "identity.json", lambda: identity), identity)
     if changes:
         raise UserError(

@@ -11,7 +11,8 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.running import already_written, check_writable, write_model
+from moebert_kernels.cli.outputs import already_written, check_output_file, write_model
+from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes
 from moebert_kernels.cli.tasks import convert_for_tasks
 from moebert_kernels.errors import UserError
 
@@ -29,7 +30,8 @@ def importance(
         str, typer.Option("--split", help="The split to score on. validation is what the original code does.")
     ] = "train",
     max_examples: Annotated[
-        int | None, typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed.")
+        int | None,
+        typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed. Default: all."),
     ] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
@@ -37,7 +39,7 @@ def importance(
     hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
-    batch_size: o.BatchSize = 32,
+    batch_size: o.ScoringBatchSize = 32,
     force: o.Force = False,
 ) -> None:
     """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
@@ -46,9 +48,9 @@ def importance(
     from moebert_kernels.distill.scoring import score_split
     from moebert_kernels.distill.tasks import TaskData
 
-    if output.is_dir():
-        raise UserError(f"output: expected a file, such as importance.safetensors, got the folder {output}")
-    check_writable(output.absolute().parent)
+    check_output_file(output, holds_scores, "importance.safetensors")
+    split = inputs.split_called(split)
+    inputs.check_models(model=model)
     _check_dense(model)
     wanted = inputs.make_task(task, text_column, label_column, regression, model)
     loaded = inputs.load_data(wanted, data, split, hold_out)
@@ -68,20 +70,26 @@ def importance(
         "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
     }  # fmt: skip
     if output.exists() and not force:
-        _check_same_scores(output, teacher, facts, features)
+        check_same_scores(output, teacher, facts, features)
+        say_scores(output)
         print(f"{output} is there already")
         return
     score_split(
-        teacher.to(inputs.device()), features, output, batch_size=batch_size or 32,
+        teacher.to(inputs.device()), features, output, batch_size=batch_size,
         data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
     )  # fmt: skip
+    say_scores(output)
     print(f"saved in {output}")
 
 
 def convert(
     output: o.OutputFolder,
     model: Annotated[
-        str | None, typer.Option("--model", help="The fine-tuned dense model: a folder or a name on the Hub.")
+        str | None,
+        typer.Option(
+            "--model",
+            help="The fine-tuned dense model: a folder or a name on the Hub. Default: none; see --from-original.",
+        ),
     ] = None,
     importance: Annotated[
         Path | None, typer.Option("--importance", help="What moebert importance wrote. Without it: a random ranking.")
@@ -93,7 +101,7 @@ def convert(
         str | None,
         typer.Option(
             "--method",
-            help="moebert (default): experts out of a BERT's neurons; dense: its top --expert-size neurons, for"
+            help="moebert (Default): experts out of a BERT's neurons; dense: its top --expert-size neurons, for"
             " comparison; mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
             " tensor.",
         ),
@@ -101,48 +109,72 @@ def convert(
     num_experts: Annotated[int | None, typer.Option("--num-experts", min=1, help="Default: 4.")] = None,
     expert_size: Annotated[
         int | None,
-        typer.Option("--expert-size", min=1, help="Neurons of an expert. Default: 768; with task all, divided up."),
+        typer.Option(
+            "--expert-size",
+            min=1,
+            help="Neurons of an expert. Default: a quarter of the dense layer's, 768 of BERT-base's"
+            " 3,072; with --router task all of them, divided up. With --method dense: the neurons that are kept.",
+        ),
     ] = None,
     shared: Annotated[
         int | None,
-        typer.Option("--shared", min=0, help="Most important neurons, in every expert. Default: 512; with task 0."),
+        typer.Option(
+            "--shared",
+            min=0,
+            help="Most important neurons, in every expert. Default: two thirds of an expert's,"
+            " 512 of 768; with --router task 0.",
+        ),
     ] = None,
     router: Annotated[
         str | None,
         typer.Option(
             "--router",
-            help="hash-random (the default), hash-balance (counts --data), gate-token, gate-sentence or task (with a"
-            " head for each --task); with mpoe switch (the default), top2, gate-token, hash-random or hash-balance.",
+            help="Default: hash-random. Or hash-balance (counts --data), gate-token, gate-sentence or task (with a"
+            " head for each --task); with --method mpoe switch (its default), top2, gate-token, hash-random or"
+            " hash-balance.",
         ),
     ] = None,
     load_balance: Annotated[
         float | None,
-        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, and 0.01 with mpoe."),
+        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, with --method mpoe 0.01."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
+        str | None,
+        typer.Option(
+            "--preset", help="Default: default, which skips padding; paper routes it, as the original code does."
+        ),
     ] = None,
     from_original: Annotated[
         Path | None,
-        typer.Option("--from-original", help="A checkpoint of the original MoEBERT code, in place of --model."),
+        typer.Option(
+            "--from-original", help="A checkpoint of the original MoEBERT code, in place of --model. Default: none."
+        ),
     ] = None,
     hash_tables: Annotated[
-        Path | None, typer.Option("--hash-tables", help="Tables to use: the original's .pkl, or JSON, (V) or (L, V).")
+        Path | None,
+        typer.Option(
+            "--hash-tables",
+            help="Tables to use: the original's .pkl, or JSON, with an expert's number for each token of the"
+            " vocabulary, or a list of them for each layer. Default: made by --router.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, help="Experts of a task. Default: 2.", rich_help_panel=_TASKS)
+        int | None,
+        typer.Option(
+            "--top-k", min=1, help="Experts of a task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
+        ),
     ] = None,
     norm: Annotated[
         str | None,
         typer.Option(
-            "--norm", help="layer (default): around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
+            "--norm", help="Default: layer, around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
         ),
     ] = None,
     experts: Annotated[
         str | None,
         typer.Option(
             "--experts",
-            help="mpo (default), or dense: whole copies, as in Switch. With --router task importance (default), copy"
+            help="Default: mpo; or dense: whole copies, as in Switch. With --router task importance (its default), copy"
             " (whole copies) or mpo.",
             rich_help_panel=_MPOE,
         ),
@@ -155,11 +187,16 @@ def convert(
         int | None, typer.Option("--max-bond", min=1, help="Cut the bonds. Default: exact.", rich_help_panel=_MPOE)
     ] = None,
     low_bonds: Annotated[
-        bool | None, typer.Option("--low-bonds", help="Take bonds at which experts are slow.", rich_help_panel=_MPOE)
+        bool | None,
+        typer.Option(
+            "--low-bonds", help="Take bonds at which experts are slow. Default: refuse them.", rich_help_panel=_MPOE
+        ),
     ] = None,
     noise: Annotated[
         float | None,
-        typer.Option("--noise", min=0.0, help="On auxiliary tensors, relative to their size.", rich_help_panel=_MPOE),
+        typer.Option(
+            "--noise", min=0.0, help="On auxiliary tensors, relative to their size. Default: 0.", rich_help_panel=_MPOE
+        ),
     ] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
@@ -210,6 +247,7 @@ def convert(
     by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
     if by_task:
         identity |= by_task_options
+    inputs.check_models(model=model)
     counted = method != "dense" and router == "hash-balance" and hash_tables is None and model is not None
     counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
     identity |= {
@@ -217,7 +255,7 @@ def convert(
         "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
         "file of hash tables": file_digest(hash_tables),
     }  # fmt: skip
-    if already_written(output, identity, force):
+    if already_written(output, identity, force, model, from_original):
         print(f"{output} is there already")
         return
     if from_original is not None:
@@ -239,15 +277,14 @@ def convert(
         else:
             assert router is not None
             converted, tokenizer = _convert(
-                model, importance, method, num_experts, 768 if expert_size is None else expert_size,
-                512 if shared is None else shared, router, seed, options | {"preset": preset},
-            )  # fmt: skip
+                model, importance, method, num_experts, expert_size, shared, router, seed, options | {"preset": preset}
+            )
     write_model(output, converted, tokenizer, identity)
 
 
 def _convert(
-    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int, shared: int, router: str,
-    seed: int, options: dict[str, Any],
+    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int | None, shared: int | None,
+    router: str, seed: int, options: dict[str, Any],
 ) -> tuple[Any, Any]:  # fmt: skip
     from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
@@ -256,7 +293,10 @@ def _convert(
     dense, tokenizer = load_as_saved(name), load_tokenizer(name)
     scores = None if importance is None else load_importance(importance, dense).scores
     if method == "dense":
-        return dense_student(dense, scores, expert_size, seed), tokenizer
+        student = dense_student(dense, scores, expert_size, seed)
+        say_sizes(student, dense)
+        say_kept(scores, student.config)
+        return student, tokenizer
     moe = convert_to_moe(
         dense,
         scores,
@@ -267,6 +307,8 @@ def _convert(
         seed=seed,
         **options,
     )
+    say_sizes(moe, dense)
+    say_kept(scores, moe.config)
     return moe, tokenizer
 
 
@@ -301,6 +343,7 @@ def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any
     from moebert_kernels.distill.loading import load_tokenizer
 
     converted = from_original(checkpoint, hash_tables=tables, seed=seed)
+    say_sizes(converted)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
         return converted, load_tokenizer(folder)
@@ -346,23 +389,6 @@ def _joined(parts: list[Any]) -> Any:
     """Splits one after another, with rows numbered anew."""
     from datasets import concatenate_datasets
 
-    if len(parts) == 1:
-        return parts[0]
-    rows = concatenate_datasets(parts).remove_columns("example_id")
-    return rows.add_column("example_id", list(range(len(rows))))
+    from moebert_kernels.distill.held_out import numbered
 
-
-def _check_same_scores(path: Path, model: Any, facts: dict[str, Any], features: Any) -> None:
-    """Raise UserError unless the file holds the scores that were asked for."""
-    from moebert_kernels.convert import load_importance, model_fingerprint
-    from moebert_kernels.distill.identity import changed, described
-
-    found = load_importance(path).metadata
-    saved = json.loads(found.get("call", "{}"))
-    saved |= {"model weights": found.get("fingerprint"), "texts and labels": found.get("features")}
-    texts = features.fingerprint
-    changes = changed(saved, {**facts, "model weights": model_fingerprint(model), "texts and labels": texts})
-    if changes:
-        raise UserError(
-            f"output: expected a new file, got {path} with scores of other {described(changes)} (--force replaces it)"
-        )
+    return parts[0] if len(parts) == 1 else numbered(concatenate_datasets(parts))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -19,6 +22,52 @@ if TYPE_CHECKING:
     from moebert_kernels.distill.tasks import Task, TaskData
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
+_SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
+
+
+def check_models(**models: str | None) -> None:
+    """Look at the models that a command's options name, before it fetches or reads anything else; local ones first.
+
+    Args:
+        models: option -> folder or name on the Hub; None: not given.
+
+    Raises:
+        UserError: the first that is none, by its option.
+    """
+    given = [(option.replace("_", "-"), name) for option, name in models.items() if name is not None]
+    for option, name in sorted(given, key=lambda entry: not Path(entry[1]).exists()):
+        _check_model(option, name)
+
+
+def _check_model(option: str, name: str) -> None:
+    from moebert_kernels.distill.loading import load_config
+
+    path = Path(name)
+    if not name.strip():
+        raise UserError(f"{option}: expected a folder or a model's name on the Hub, got an empty one")
+    if path.is_dir() and not (path / "config.json").exists() and _is_run(path) and not is_finished(path):
+        if not any((path / model / "config.json").exists() for model in ("best", "final")):
+            raise UserError(
+                f"{option}: expected a finished run, got {name}, whose run is unfinished and has no model yet; its"
+                " command goes on with it when it is run again"
+            )
+        warnings.warn(f"{option}: the run in {name} is unfinished: its best model so far is taken", stacklevel=2)
+    try:
+        load_config(name)
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+        if not path.exists() and "which does not exist" not in reason:
+            first = reason.partition("(")[2].split(". ")[0].rstrip(".)")
+            reason = (
+                f"expected a folder or a model's name on the Hub, got {name}: no such folder, and not a Hub name that"
+                f" can be read ({first})"
+            )
+        raise UserError(f"{option}: {reason}") from error
+
+
+def _is_run(folder: Path) -> bool:
+    note = read_note(folder)
+    return (folder / "state").is_dir() or (note is not None and note["command"] in ("finetune", "distill"))
 
 
 def make_task(
@@ -76,12 +125,48 @@ def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
 
     if not data:
         return load_task(task)
-    parts = [entry.partition("=") for entry in data]
-    if all(equals and split in SPLITS for split, equals, _ in parts):
-        return load_task(task, {split: file for split, _, file in parts})
-    if len(data) > 1:
-        raise UserError(f"data: expected SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}, got {data[0]}")
-    return load_task(task, data[0], file_split=file_split)
+    if len(data) == 1 and (Path(data[0]).exists() or data[0].partition("=")[0] not in _SPLIT_NAMES):
+        if "=" in data[0] and not Path(data[0]).exists():
+            raise UserError(_SPLIT_FILE.format(data[0]))
+        return load_task(task, data[0], file_split=file_split)
+    files: dict[str, str] = {}
+    for entry in data:
+        name, equals, file = entry.partition("=")
+        split = _SPLIT_NAMES.get(name)
+        if not equals or split is None or not file:
+            raise UserError(_SPLIT_FILE.format(entry))
+        if split in files:
+            raise UserError(f"data: expected one file for each split, got {files[split]} and {file} for {split}")
+        files[split] = file
+    return load_task(task, files)
+
+
+_SPLIT_FILE = f"data: expected SPLIT=FILE with SPLIT one of {', '.join(_SPLIT_NAMES)}, got {{}}"
+
+
+def split_called(name: str) -> str:
+    """The split that --split names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in _SPLIT_NAMES:
+        raise UserError(f"split: expected one of {', '.join(SPLITS)}, got {name}")
+    return _SPLIT_NAMES[name]
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the bars of `datasets` for steps that take no time ("Flattening the indices")."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def labels_as_in(data: TaskData, config: Any) -> TaskData:
@@ -89,7 +174,10 @@ def labels_as_in(data: TaskData, config: Any) -> TaskData:
     from moebert_kernels.distill.loading import check_labels, label_names
 
     check_labels(data.task, config)
-    return data.with_label_order(label_names(config, data.task.name)) if data.task.kind == "classification" else data
+    if data.task.kind != "classification":
+        return data
+    with quiet_datasets():
+        return data.with_label_order(label_names(config, data.task.name))
 
 
 def lengths_for(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moebert_kernels.cli import inputs
-from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.cli.outputs import claim
+from moebert_kernels.cli.running import print_metrics, print_settings, run_settings
+from moebert_kernels.cli.sizes import say_sizes
 from moebert_kernels.errors import UserError
 
 _DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
@@ -43,6 +45,7 @@ def convert_for_tasks(
     dense = load_for_new_heads(name)
     scores = None if importance is None else load_importance(importance, dense).scores
     moe = convert_to_task_moe(dense, labels, importance=scores, expert_size=expert_size, shared=shared or 0, **options)
+    say_sizes(moe, dense)
     return moe, load_tokenizer(name)
 
 
@@ -79,6 +82,7 @@ def finetune_tasks(
         "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature, "max_length": max_length,
         "model weights": model_fingerprint(student), "tokens of the tokenizer": tokenizer_digest(tokenizer),
     }  # fmt: skip
+    print_settings(run_settings(config) | {"max_length": max_length, "task_temperature": temperature})
     batches: dict[str, Batches] = {}
     evaluators: dict[str, Evaluator] = {}
     for task_name, task in known.items():
@@ -96,6 +100,7 @@ def finetune_tasks(
         batches[task_name] = Batches(train, config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
         evaluators[task_name] = Evaluator(loaded.task, loaded.validation, validation, 64, pad_to, progress=True)
     main = {task_name: task.main_metric for task_name, task in known.items()}
+    claim(output, "finetune")
     result = fit(
         student,
         MultiTaskBatches(batches, student.config.tasks, config.seed, temperature=temperature),

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
+from moebert_kernels.convert import convert_to_moe, dense_student, load_importance, parameter_counts
 from moebert_kernels.demo.data import REVIEWS
-from moebert_kernels.demo.timing import parameter_counts
 from moebert_kernels.distill.ablation import once
 from moebert_kernels.distill.config import FitConfig
 from moebert_kernels.distill.evaluation import Evaluator

@@ -45,7 +45,7 @@ def hold_out(data: TaskData, way: str) -> TaskData:
         chosen = _drawn(data, share)
         if not 0 < chosen.sum() < len(chosen):
             raise UserError(f"hold-out: expected enough training rows for both splits, got {len(chosen)}")
-        held, train = (_numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
+        held, train = (numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
         return TaskData(data.task, {"train": train, "validation": held, **_others(data)})
     if "test" in data.splits:
         raise UserError("hold-out: expected data without a test split, got one")
@@ -88,7 +88,8 @@ def _others(data: TaskData) -> dict[str, Dataset]:
     return {name: rows for name, rows in data.splits.items() if name != "train"}
 
 
-def _numbered(rows: Dataset) -> Dataset:
+def numbered(rows: Dataset) -> Dataset:
+    """Rows with `example_id` from 0 on."""
     from datasets import Dataset
 
     return Dataset.from_dict(rows.to_dict() | {"example_id": list(range(len(rows)))})
@@ -100,4 +101,4 @@ def _divided(rows: Dataset, count: int, name: str) -> tuple[Dataset, Dataset]:
         least = 2 if name == "validation" else TRAIN_ROWS + 1
         raise UserError(f"hold-out: expected at least {least} rows in {name}, got {len(rows)}")
     shuffled = rows.shuffle(seed=_SEED)
-    return _numbered(shuffled.select(range(count))), _numbered(shuffled.select(range(count, len(rows))))
+    return numbered(shuffled.select(range(count))), numbered(shuffled.select(range(count, len(rows))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -61,9 +62,26 @@ def _one_line(what: str, name: str):
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or repr(error)
+        damaged = _damaged_file(Path(name))
+        if damaged is not None:
+            raise UserError(f"{what}: expected a whole file, got a damaged {damaged} ({reason})") from error
         raise UserError(f"{what}: expected a readable one, got {name} ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    """The first file of a model's folder that is not what its name says; libraries name the folder at best."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
+            return file
+    return None
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -77,7 +77,7 @@ def fit(
         identity: further JSON-able facts (a task's name, a file) that must agree when the run is resumed.
         also_save: called with each model folder that is written, e.g. `tokenizer.save_pretrained`.
         gradient_mask: of the model's central tensors; draws for each optimizer step.
-        resume: False starts again, dropping the unfinished run in `output_dir`.
+        resume: False starts again, dropping the run in `output_dir`, finished or not, and its models.
 
     Raises:
         UserError: models, objective, cache, routing or data do not fit; `output_dir` cannot be written or belongs to

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moebert_kernels.distill.checkpoint import recover_folder
-from moebert_kernels.distill.config import Batches, FitConfig
+from moebert_kernels.distill.config import RUN_FOLDERS, Batches, FitConfig
 from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher, check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
@@ -65,7 +65,7 @@ def has_balance_loss(config: Any) -> bool:
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    """Make `folder`, and put right what an interruption left in it; without `resume` drop its unfinished run.
+    """Make `folder`, and put right what an interruption left in it; without `resume` drop its run and the models of it.
 
     Raises:
         UserError: it cannot be made or written.
@@ -79,7 +79,8 @@ def prepare_folder(folder: Path, resume: bool) -> None:
     recover_folder(folder / "best")
     recover_folder(folder / "final")
     if not resume:
-        shutil.rmtree(folder / "state", ignore_errors=True)
+        for name in reversed(RUN_FOLDERS):  # a model of the old run must not be taken for the new one's
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def parameter_groups(

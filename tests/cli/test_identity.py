@@ -75,7 +75,7 @@ def test_other_validation_rows_are_another_run(kind, state, base, teacher, moe, 
     refusal(refused(*words, *files(small / "other.tsv", dev)), "training rows")
     shutil.copy(dev, tmp_path / "moved.tsv")  # the same rows elsewhere are the same run
     assert "best on validation by accuracy" in done(*words, *files(train, tmp_path / "moved.tsv"))
-    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--restart")
+    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--restart", "--force")
 
 
 def test_options_that_decide_the_result_are_said(base, teacher, moe, small, tmp_path):

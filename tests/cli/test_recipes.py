@@ -89,7 +89,7 @@ def test_refusals(small, teacher, moe, data, tmp_path):
         (("--recipe", "bert"), "recipe: expected one of finetune, kd, microbert, microbert-lean, "),
         ((*kd, "--preset", "paper"), "preset: expected it without --recipe, got paper"),
         ((*kd, "--a.soft", "1"), "a.soft: expected one of the stages student, got 'a'"),
-        (("--epoch", "3"), "--epoch: expected an option of moebert distill, got none (the nearest is '--epochs')"),
+        (("--epoch", "3"), "epoch: expected an option of moebert distill, got none (the nearest is '--epochs')"),
         (("--extra-text", "x.tsv"), "extra-text: expected it with --recipe alone, got x.tsv"),
         (("--recipe", "finetune", "--extra-text", "x.tsv"), "extra-text: expected a recipe with soft targets"),
         ((*kd, "--extra-text", "x.txt"), "extra-text: expected a tsv, csv or jsonl file with text, got x.txt"),
