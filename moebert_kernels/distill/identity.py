@@ -66,8 +66,7 @@ def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: 
         kind = "a finished" if finished else "an unfinished"
         message = (
             f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
-            f" {described(changes)} (--restart, or resume=False, starts again; another --output, or output_dir, keeps"
-            " it)"
+            f" {described(changes)} (resume=False replaces it, another output_dir keeps it)"
         )
         raise OtherRun(message, folder, finished, changes)
 

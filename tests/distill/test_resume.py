@@ -145,7 +145,7 @@ def two_runs(tmp_path_factory):
 def test_another_run_in_the_folder(two_runs, state, change, message):
     kind = {"stopped": "an unfinished", "finished": "a finished"}[state]
     begin = f"output_dir: expected a new folder or one of the same run, got .*{state} with {kind} run of other "
-    with pytest.raises(OtherRun, match=begin + message + r" \(--restart, or resume=False, starts again; another"):
+    with pytest.raises(OtherRun, match=begin + message + r" \(resume=False replaces it, another output_dir keeps it\)"):
         run(two_runs / state, **change)
 
 
