@@ -89,8 +89,8 @@ class Study:
 
     def __init__(self, work: Path, base: Path, data: Path, settings: Settings):
         self.work, self.base, self.settings, self._data = work, base, settings, data
-        wanted = asdict(settings) | {f"files of {name}": files_of(data / name) for name in FOLDERS.values()}
-        wanted["files of the model"] = files_of(base)
+        files = {f"files of {name}": files_of(data / name) for name in FOLDERS.values()}
+        wanted = asdict(settings) | files | {"files of the model": files_of(base)}
         (work / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(work / "locks" / "settings"):
             changes = changed(once(work / "settings.json", lambda: wanted), wanted)
@@ -264,16 +264,12 @@ def states(recipe: str, teacher: Any, student: Any) -> list[int]:
 def speeds(study: Study, seed: int) -> Result:
     """Milliseconds of whole models on random ids: the routed teacher, its collapsed form, MoE student, student."""
     dense = load_model(study.teacher("mrpc", dense=True)["path"], TASKS["mrpc"])
-    width = dense.config.intermediate_size // 4
+    shape = (dense.config.num_hidden_layers, dense.config.intermediate_size)
     models = {
         "task-routed teacher": load_model(study.moe()["path"], TASKS["mrpc"]),
         "teacher, collapsed": load_model(study.teacher("mrpc")["path"], TASKS["mrpc"]),
         "dense teacher": dense,
-        # the demo's shape: experts of a quarter of the neurons, two thirds of them shared
-        "MoE student": convert_to_moe(
-            dense, torch.rand(dense.config.num_hidden_layers, 4 * width, generator=torch.Generator().manual_seed(0)),
-            num_experts=4, expert_size=width, shared=width * 2 // 3,
-        ),
+        "MoE student": convert_to_moe(dense, torch.rand(shape, generator=torch.Generator().manual_seed(0))),
         "student": load_model(study.student("mrpc", "full", seed)["path"], TASKS["mrpc"]),
     }  # fmt: skip
     vocabulary = dense.config.vocab_size

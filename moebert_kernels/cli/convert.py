@@ -101,12 +101,14 @@ def convert(
         str | None,
         typer.Option(
             "--method",
-            help="moebert (Default): experts out of a BERT's neurons; dense: its top --expert-size neurons, for"
-            " comparison; mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
+            help="Default: moebert, experts out of a BERT's neurons. Or dense: its top --expert-size neurons, for"
+            " comparison; or mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
             " tensor.",
         ),
     ] = None,
-    num_experts: Annotated[int | None, typer.Option("--num-experts", min=1, help="Default: 4.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", min=1, help="Experts of a layer. Default: 4.")
+    ] = None,
     expert_size: Annotated[
         int | None,
         typer.Option(

@@ -45,12 +45,18 @@ def student(
     shape: Annotated[
         str | None, typer.Option("--shape", help="4l-312, 6l-384, 6l-768 or 3l-384. Without it the teacher's sizes.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Default: the shape's.")] = None,
-    hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="Default: the shape's.")] = None,
-    intermediate_size: Annotated[
-        int | None, typer.Option("--intermediate-size", min=1, help="Default: the shape's.")
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Number of layers. Default: the shape's.")
     ] = None,
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Default: the shape's.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option("--hidden-size", min=1, help="Width of its states. Default: the shape's.")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option("--intermediate-size", min=1, help="Feed-forward neurons. Default: the shape's.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, help="Heads of attention. Default: the shape's.")
+    ] = None,
     init: Annotated[
         str,
         typer.Option(

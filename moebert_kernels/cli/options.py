@@ -78,7 +78,8 @@ OptionalTaskNames = Annotated[
     list[str] | None,
     typer.Option(
         "--task",
-        help=f"With --router hash-balance: whose data to count. With --router task: the tasks. Default: none. {_TASK}.",
+        help="With --router hash-balance: whose data to count. With --router task: the tasks. Without those routers,"
+        f" none. {_TASK}.",
     ),
 ]
 OptionalTaskName = Annotated[

@@ -135,7 +135,7 @@ def train_by_recipe(
         guide = load_teacher(teacher, loaded.task)
     lengths = {stage.max_length for stage in recipe.active}
     if len(lengths) > 1:
-        raise UserError(f"max_length: expected the same in every stage, got {sorted(map(str, lengths))}")
+        raise UserError(f"max_length: expected the same in every stage, got {' and '.join(sorted(map(str, lengths)))}")
     length, _ = inputs.lengths_for(student.config, loaded.task, tokenizer, lengths.pop())
     keep_lengths(tokenizer, loaded.task.name, length)
     train, validation = (
