@@ -13,7 +13,8 @@ from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factor
 from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
 from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
 from moebert_kernels.convert.original import from_original
-from moebert_kernels.convert.split import expert_indices
+from moebert_kernels.convert.sizes import Share, importance_kept, parameter_counts
+from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
 from moebert_kernels.convert.task_moe import convert_to_task_moe
@@ -25,6 +26,7 @@ __all__ = [
     "Importance",
     "MPODecomposition",
     "MPOEReport",
+    "Share",
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
@@ -33,10 +35,12 @@ __all__ = [
     "convert_to_mpoe",
     "convert_to_task_moe",
     "count_tokens",
+    "default_split",
     "dense_student",
     "describe_layer_map",
     "expert_indices",
     "from_original",
+    "importance_kept",
     "importance_scores",
     "layer_map",
     "load_importance",
@@ -45,6 +49,7 @@ __all__ = [
     "mpo_decompose",
     "mpo_reconstruct",
     "mpoe_report",
+    "parameter_counts",
     "plan_factors",
     "random_hash_table",
     "save_importance",
