@@ -44,6 +44,7 @@ from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.held_out import hold_out
+from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_model, load_tokenizer
 from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
@@ -88,12 +89,13 @@ class Study:
 
     def __init__(self, work: Path, base: Path, data: Path, settings: Settings):
         self.work, self.base, self.settings, self._data = work, base, settings, data
-        wanted = asdict(settings) | {"data": str(data.resolve()), "base": str(base.resolve())}
+        files = {f"files of {name}": files_of(data / name) for name in FOLDERS.values()}
+        wanted = asdict(settings) | files | {"files of the model": files_of(base)}
         (work / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(work / "locks" / "settings"):
-            found = once(work / "settings.json", lambda: wanted)
-        if found != wanted:
-            raise SystemExit(f"work: expected a folder of these settings, got another's: {work}")
+            changes = changed(once(work / "settings.json", lambda: wanted), wanted)
+        if changes:
+            raise SystemExit(f"work: expected a new folder, got {work} with results of other {described(changes)}")
 
     def train(self, seeds: Sequence[int]) -> None:
         """Every student of the seeds. Another process with the same folder makes those that this one is not at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import already_written, check_output_file, write_model
-from moebert_kernels.cli.sizes import say_kept, say_scores, say_sizes
+from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes
 from moebert_kernels.cli.tasks import convert_for_tasks
 from moebert_kernels.errors import UserError
 
@@ -35,6 +36,7 @@ def importance(
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
+    hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
     batch_size: o.ScoringBatchSize = 32,
@@ -46,43 +48,38 @@ def importance(
     from moebert_kernels.distill.scoring import score_split
     from moebert_kernels.distill.tasks import TaskData
 
-    check_output_file(output, _holds_scores, "importance.safetensors")
+    check_output_file(output, holds_scores, "importance.safetensors")
     split = inputs.split_called(split)
     inputs.check_models(model=model)
     _check_dense(model)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression, model), data, split)
+    wanted = inputs.make_task(task, text_column, label_column, regression, model)
+    loaded = inputs.load_data(wanted, data, split, hold_out)
     teacher = load_model(model, loaded.task)
     dense_ffns(teacher)
     loaded = inputs.labels_as_in(loaded, teacher.config)
-    length = inputs.max_length_for(teacher.config, loaded.task, max_length)
+    tokenizer = load_tokenizer(model)
+    length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
     rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
     if max_examples is not None and max_examples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_examples))
-    tokenizer = load_tokenizer(model)
     features = inputs.tokenized(
         TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
     )
+    facts = {
+        "split": split, "task": loaded.task.name, "max_length": length, "doc_stride": doc_stride,
+        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
+    }  # fmt: skip
     if output.exists() and not force:
-        _check_same_scores(output, teacher, split, features)
+        check_same_scores(output, teacher, facts, features)
         say_scores(output)
         print(f"{output} is there already")
         return
     score_split(
         teacher.to(inputs.device()), features, output, batch_size=batch_size,
-        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name,
+        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
     )  # fmt: skip
     say_scores(output)
     print(f"saved in {output}")
-
-
-def _holds_scores(file: Path) -> bool:
-    """Whether `moebert importance` wrote a file."""
-    from moebert_kernels.convert import load_importance
-
-    try:
-        return "fingerprint" in load_importance(file).metadata
-    except UserError:
-        return False
 
 
 def convert(
@@ -209,6 +206,8 @@ def convert(
     force: o.Force = False,
 ) -> None:
     """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
+    from moebert_kernels.distill.identity import file_digest, model_files
+
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -251,6 +250,13 @@ def convert(
     if by_task:
         identity |= by_task_options
     inputs.check_models(model=model)
+    counted = method != "dense" and router == "hash-balance" and hash_tables is None and model is not None
+    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
+    identity |= {
+        "training texts": None if counts is None else sha256(repr(counts.tolist()).encode()).hexdigest()[:16],
+        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
+        "file of hash tables": file_digest(hash_tables),
+    }  # fmt: skip
     if already_written(output, identity, force, model, from_original):
         print(f"{output} is there already")
         return
@@ -263,7 +269,7 @@ def convert(
         if hash_tables is not None:
             options["tables"] = _read_tables(hash_tables)
         elif router == "hash-balance":
-            options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
+            options["token_counts"] = counts
         if method == "mpoe":
             converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
         elif by_task:
@@ -375,8 +381,9 @@ def _count(
     task = tasks[0]
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
-    length = inputs.max_length_for(config, loaded.task, max_length)
-    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, None, config)
+    tokenizer = load_tokenizer(model)
+    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
+    features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
     return count_tokens(features.input_ids, config.vocab_size)
 
 
@@ -384,18 +391,6 @@ def _joined(parts: list[Any]) -> Any:
     """Splits one after another, with rows numbered anew."""
     from datasets import concatenate_datasets
 
-    if len(parts) == 1:
-        return parts[0]
-    with inputs.quiet_datasets():
-        rows = concatenate_datasets(parts).remove_columns("example_id")
-        return rows.add_column("example_id", list(range(len(rows))))
+    from moebert_kernels.distill.held_out import numbered
 
-
-def _check_same_scores(path: Path, model: Any, split: str, features: Any) -> None:
-    """Raise UserError unless the file holds the scores that were asked for."""
-    from moebert_kernels.convert import load_importance, model_fingerprint
-
-    found = load_importance(path).metadata
-    wanted = {"fingerprint": model_fingerprint(model), "split": split, "features": features.fingerprint}
-    if any(found.get(name) != value for name, value in wanted.items()):
-        raise UserError(f"output: expected a new file, got {path} with other scores (--force replaces it)")
+    return parts[0] if len(parts) == 1 else numbered(concatenate_datasets(parts))

@@ -22,10 +22,13 @@ def collapse(
 ) -> None:
     """Turn a task-routed MoE into the plain BERT that it is for one task: transformers alone can serve it."""
     from moebert_kernels.convert import collapse as collapsed
+    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 
     inputs.check_models(model=model)
-    identity = {"command": "collapse", "model": str(Path(model)), "task": task}
+    identity = {
+        "command": "collapse", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
+    }  # fmt: skip
     if already_written(output, identity, force, model):
         print(f"{output} is there already")
         return
@@ -72,13 +75,15 @@ def student(
 ) -> None:
     """Make a small dense model with a teacher's head and labels, to be distilled or fine-tuned."""
     from moebert_kernels.convert import describe_layer_map, layer_map, make_student
+    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
 
     inputs.check_models(model=model, init=None if init in ("layers", "random") else init)
     identity = {
         "command": "student", "model": str(Path(model)), "task": task, "shape": shape, "layers": layers,
         "hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "init": init,
-        "teacher_layer": teacher_layer, "seed": seed,
+        "teacher_layer": teacher_layer, "seed": seed, "files of the model": model_files(model),
+        "files of init": model_files(init) if init not in ("layers", "random") else None,
     }  # fmt: skip
     if already_written(output, identity, force, model, init):
         print(f"{output} is there already")

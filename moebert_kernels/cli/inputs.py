@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -93,14 +94,30 @@ def make_task(
 
 
 def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str | None = None) -> TaskData:
-    """The data that --data names; a single file is `file_split`. `hold_out`: the way a test split is made, if it is."""
-    from moebert_kernels.distill.held_out import hold_out as held_out
+    """The data that --data names, with a word on it; a single file is `file_split`.
 
-    loaded = _load_data(task, data, file_split)
-    if hold_out is None:
-        return loaded
-    with quiet_datasets():
-        return held_out(loaded, hold_out)
+    `hold_out`: the way a validation or test split is made, if one is; a validation split is a part of the training
+    rows, which a single file then holds.
+    """
+    from moebert_kernels.distill.data_summary import summary
+    from moebert_kernels.distill.held_out import hold_out as held_out
+    from moebert_kernels.distill.held_out import share_of
+
+    share = None if hold_out is None else share_of(hold_out)
+    loaded = _load_data(task, data, file_split if share is None else "train")
+    if hold_out is not None:
+        loaded = held_out(loaded, hold_out)
+    if share is not None:
+        say(f"--hold-out {hold_out}: {len(loaded.validation)} of the {len(loaded.train) + len(loaded.validation)}"
+            " training rows are the validation split")  # fmt: skip
+    for line in summary(loaded):
+        say(f"{task.name}: {line}")
+    return loaded
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
@@ -163,21 +180,29 @@ def labels_as_in(data: TaskData, config: Any) -> TaskData:
         return data.with_label_order(label_names(config, data.task.name))
 
 
-def max_length_for(config: Any, task: Task, wanted: int | None) -> int:
-    """The length to cut texts at: the one asked for, or the preset's as far as the model reaches.
+def lengths_for(
+    config: Any, task: Task, tokenizer: Any, max_length: int | None, doc_stride: int | None = None
+) -> tuple[int, int | None]:
+    """The length to cut texts at and the stride of their windows: those asked for, else those of the model's training.
+
+    Without either, the length is the preset's as far as the model reaches. What is asked for and was not so in training
+    is said.
 
     Raises:
         UserError: longer than the model has positions for.
     """
-    from moebert_kernels.distill.loading import longest_input
+    from moebert_kernels.distill.loading import longest_input, trained_lengths
     from moebert_kernels.distill.presets import preset_for
 
-    longest, positions = preset_for(task.name).max_length, longest_input(config)
-    if positions is None:
-        return wanted or longest
-    if wanted is not None and wanted > positions:
-        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {wanted}")
-    return wanted or min(longest, positions)
+    trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
+    for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
+        if wanted is not None and trained.get(name, wanted) != wanted:
+            say(f"--{name.replace('_', '-')} {wanted}: the model was trained with {trained[name]}")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {max_length}")
+    longest = max_length or trained.get("max_length") or preset_for(task.name).max_length
+    stride = trained.get("doc_stride") if doc_stride is None else doc_stride
+    return longest if positions is None else min(longest, positions), stride
 
 
 def padding_for(config: Any, max_length: int) -> int | None:
@@ -202,7 +227,21 @@ def tokenized(
 
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for.
+
+    Says how many texts are cut.
     """
+    features = _tokenized(data, split, tokenizer, max_length, doc_stride, model_config)
+    from moebert_kernels.distill.data_summary import cut_texts
+
+    cut = cut_texts(split, features, max_length)
+    if cut is not None:
+        say(f"{data.task.name}: {cut}")
+    return features
+
+
+def _tokenized(
+    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
+) -> Features:
     from moebert_kernels.distill.features import tokenize
     from moebert_kernels.distill.language import text_features
     from moebert_kernels.distill.text_to_text import text_to_text_features
@@ -219,6 +258,24 @@ def tokenized(
         return text_to_text_features(rows, task, tokenizer, max_length, progress=True)
     stride = 128 if doc_stride is None else doc_stride
     return tokenize(rows, task, tokenizer, max_length, stride, progress=True)
+
+
+def run_facts(
+    data: TaskData, tokenizer: Any, student: Any, max_length: int, doc_stride: int | None, **options: Any
+) -> dict[str, Any]:
+    """What a training run's result depends on beside what `fit` knows: rows, tokenizer, first weights and options."""
+    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
+
+    return {
+        "task": data.task.name,
+        "max_length": max_length,
+        "doc_stride": doc_stride,
+        "model weights": model_fingerprint(student),
+        "tokens of the tokenizer": tokenizer_digest(tokenizer),
+        **row_facts(data, ("train", "validation")),
+        **options,
+    }
 
 
 def evaluator(

@@ -13,7 +13,7 @@ from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import check_output, check_output_file, claim, is_result
 from moebert_kernels.cli.running import print_metrics
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.tasks import TaskData
@@ -45,7 +45,7 @@ def evaluate(
     loaded = inputs.load_data(wanted, data, split, hold_out)
     judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
     loaded = inputs.labels_as_in(loaded, judged.config)
-    length = inputs.max_length_for(judged.config, loaded.task, max_length)
+    length, doc_stride = inputs.lengths_for(judged.config, loaded.task, tokenizer, max_length, doc_stride)
     pad_to = inputs.padding_for(judged.config, length)
     result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
     for name in inputs.splits_named(loaded, split):
@@ -145,6 +145,7 @@ def demo(
     """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
     from moebert_kernels.demo import run_demo
 
+    require_extra("demo", "matplotlib")
     check_output(output, "demo")
     claim(output, "demo")
     run_demo(output, quick=quick, seed=seed)
@@ -176,7 +177,7 @@ def _task_batches(
     config, tokenizer = load_config(model), load_tokenizer(model)
     batches = []
     for length in lengths:
-        at_most = inputs.max_length_for(config, loaded.task, length)
+        at_most, _ = inputs.lengths_for(config, loaded.task, tokenizer, length)
         features = inputs.tokenized(
             _first_rows(loaded, split, max(batch_sizes)), split, tokenizer, at_most, None, config
         )

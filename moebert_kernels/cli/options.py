@@ -130,8 +130,8 @@ MaxLength = Annotated[
     typer.Option(
         "--max-length",
         min=8,
-        help="Tokens of a text at most. Default: by task (moebert finetune --help lists them), 128 for custom, as far"
-        " as the model reaches.",
+        help="Tokens of a text at most. Default: as in the model's training, else by task (moebert finetune --help"
+        " lists them), 128 for custom, as far as the model reaches.",
     ),
 ]
 DocStride = Annotated[
@@ -139,15 +139,17 @@ DocStride = Annotated[
     typer.Option(
         "--doc-stride",
         min=0,
-        help="Tokens that neighbouring windows share. Default: 128 for questions, 1 for running text.",
+        help="Tokens that neighbouring windows share. Default: as in the model's training, else 128 for questions, 1"
+        " for running text.",
     ),
 ]
 HoldOut = Annotated[
     str | None,
     typer.Option(
         "--hold-out",
-        help="Make a test split: halves (half of validation) or train-rows (1,000 training rows become validation, and"
-        " validation the test split). Default: none is made.",
+        help="Make a validation split: a share of the training rows such as 0.1, of each class. Or a test split: halves"
+        " (half of validation) or train-rows (1,000 training rows become validation, and validation the test split)."
+        " Default: none is made.",
     ),
 ]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help=f"Sequences at once. {_BY_TASK}.")]

@@ -106,12 +106,12 @@ def load_teacher(name: str, task: Task) -> Any:
 
 def train_by_recipe(
     recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, seed: int, cache: Path | None = None,
-    cache_dtype: str | None = None, extra_text: Path | None = None, resume: bool = True,
+    cache_dtype: str | None = None, extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
 ) -> Trained:  # fmt: skip
     """Train a student on a task."""
     import torch
 
-    from moebert_kernels.distill.loading import load_model, load_tokenizer
+    from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
     from moebert_kernels.distill.student import (
         check_vocabularies,
         fit_recipe,
@@ -136,16 +136,18 @@ def train_by_recipe(
     lengths = {stage.max_length for stage in recipe.active}
     if len(lengths) > 1:
         raise UserError(f"max_length: expected the same in every stage, got {' and '.join(sorted(map(str, lengths)))}")
-    length = inputs.max_length_for(student.config, loaded.task, lengths.pop())
+    length, _ = inputs.lengths_for(student.config, loaded.task, tokenizer, lengths.pop())
+    keep_lengths(tokenizer, loaded.task.name, length)
     train, validation = (
         inputs.tokenized(loaded, split, tokenizer, length, None, student.config) for split in ("train", "validation")
     )
     print_recipe(recipe, length, seed)
-    facts = {"task": loaded.task.name, "student": model, "teacher": teacher}
+    facts = inputs.run_facts(loaded, tokenizer, student, length, None, hold_out=hold_out, recipe=recipe.name)
     if extra_text is not None:
         if not any("soft" in stage.terms for stage in recipe.active):
             raise UserError("extra-text: expected a recipe with soft targets, as texts without labels need, got none")
         train = with_extra_text(train, read_extra_text(loaded.task, extra_text), loaded.task, tokenizer, length)
+        facts["texts without labels"] = train.fingerprint
     claim(output, "distill")
     result = fit_recipe(
         student,

@@ -16,7 +16,7 @@ from typing import Any
 
 import typer
 
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.errors import MissingExtra, OtherRun, UserError
 
 # what the package calls a value, where a command's option for it has another name
 _OPTION_OF = {
@@ -46,6 +46,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                 _fail(_of_other_run(error, options), 2)
             except UserError as error:
                 _fail(as_typed(" ".join(str(error).split()), options), 2)
+            except MissingExtra as error:
+                _fail(" ".join(str(error).split()), 2)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
                 _fail(f"{where}{error.strerror or ' '.join(str(error).split())}", 2)

@@ -1,9 +1,38 @@
-"""What `moebert importance` and `moebert convert` say of what they found and made."""
+"""What `moebert importance` and `moebert convert` know and say of what is there and of what they made."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from moebert_kernels.errors import UserError
+
+
+def holds_scores(file: Path) -> bool:
+    """Whether `moebert importance` wrote a file."""
+    from moebert_kernels.convert import load_importance
+
+    try:
+        return "fingerprint" in load_importance(file).metadata
+    except UserError:
+        return False
+
+
+def check_same_scores(path: Path, model: Any, facts: dict[str, Any], features: Any) -> None:
+    """Raise UserError unless the file holds the scores that were asked for."""
+    from moebert_kernels.convert import load_importance, model_fingerprint
+    from moebert_kernels.distill.identity import changed, described
+
+    found = load_importance(path).metadata
+    saved = json.loads(found.get("call", "{}"))
+    saved |= {"model weights": found.get("fingerprint"), "texts and labels": found.get("features")}
+    texts = features.fingerprint
+    changes = changed(saved, {**facts, "model weights": model_fingerprint(model), "texts and labels": texts})
+    if changes:
+        raise UserError(
+            f"output: expected a new file, got {path} with scores of other {described(changes)} (--force replaces it)"
+        )
 
 
 def say_scores(file: Path) -> None:

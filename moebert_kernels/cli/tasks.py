@@ -64,7 +64,8 @@ def finetune_tasks(
     from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.evaluation import Evaluator
     from moebert_kernels.distill.features import Batches
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
+    from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 
@@ -77,13 +78,20 @@ def finetune_tasks(
         )
     for task_name in known:
         student.config.task_id(task_name)  # which refuses others
+    facts: dict[str, Any] = {
+        "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature, "max_length": max_length,
+        "model weights": model_fingerprint(student), "tokens of the tokenizer": tokenizer_digest(tokenizer),
+    }  # fmt: skip
     print_settings(run_settings(config) | {"max_length": max_length, "task_temperature": temperature})
     batches: dict[str, Batches] = {}
     evaluators: dict[str, Evaluator] = {}
     for task_name, task in known.items():
         loaded = inputs.load_data(task, files.get(task_name), "train", hold_out)
         loaded = inputs.labels_as_in(loaded, student.config)
-        length = inputs.max_length_for(student.config, task, max_length)
+        length, _ = inputs.lengths_for(student.config, task, tokenizer, max_length)
+        keep_lengths(tokenizer, task_name, length)
+        facts[f"max_length of {task_name}"] = length
+        facts |= row_facts(loaded, ("train", "validation"), task_name)
         pad_to = inputs.padding_for(student.config, length)
         train, validation = (
             inputs.tokenized(loaded, split, tokenizer, length, None, student.config)
@@ -99,7 +107,7 @@ def finetune_tasks(
         config=config,
         output_dir=output,
         evaluate=MultiTaskEvaluator(evaluators, main),
-        identity={"tasks": list(tasks), "hold out": hold_out, "started from": f"{name} {model_fingerprint(student)}"},
+        identity=facts,
         also_save=tokenizer.save_pretrained,
         resume=resume,
     )

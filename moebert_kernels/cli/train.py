@@ -89,8 +89,8 @@ def finetune(
         shared_fold=shared_fold, router_learning_rate=router_learning_rate,
     )  # fmt: skip
     result = _train(
-        "finetune", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model,
-        gradient_mask,
+        "finetune", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, gradient_mask,
+        {"hold_out": hold_out},
     )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
@@ -181,7 +181,7 @@ def distill(
         wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
         trained = train_by_recipe(
             chosen, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
-            cache_dtype=cache_dtype, extra_text=extra_text, resume=not restart,
+            cache_dtype=cache_dtype, extra_text=extra_text, hold_out=hold_out, resume=not restart,
         )  # fmt: skip
         _say(trained.result, wanted.main_metric)
         return
@@ -214,9 +214,12 @@ def distill(
         )  # fmt: skip
 
     result = _train(
-        "distill", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model,
-        gradient_mask, objective=objective, teacher_for=teacher_for,
-        further={"distill_weight": weight, "preset": preset, "cache_dtype": cache and (cache_dtype or "float16")},
+        "distill", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, gradient_mask,
+        {
+            "hold_out": hold_out, "distill_weight": weight, "preset": preset,
+            "cache_dtype": cache and (cache_dtype or "float16"),
+        },
+        objective, teacher_for,
     )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
@@ -277,19 +280,20 @@ def _fit_config(
 
 def _train(
     command: str, student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
-    doc_stride: int | None, resume: bool, source: str, gradient_mask: float, objective: Any = None,
-    teacher_for: Any = None, further: dict[str, Any] | None = None,
+    doc_stride: int | None, resume: bool, gradient_mask: float, options: dict[str, Any], objective: Any = None,
+    teacher_for: Any = None,
 ) -> FitResult:  # fmt: skip
-    from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.features import Batches
+    from moebert_kernels.distill.loading import keep_lengths
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.nn import GradientMask
 
     loaded = inputs.labels_as_in(loaded, student.config)
-    length = inputs.max_length_for(student.config, loaded.task, max_length)
+    length, doc_stride = inputs.lengths_for(student.config, loaded.task, tokenizer, max_length, doc_stride)
+    keep_lengths(tokenizer, loaded.task.name, length, doc_stride)
     pad_to = inputs.padding_for(student.config, length)
     lengths = {"max_length": length, "doc_stride": doc_stride, "gradient_mask": gradient_mask or None}
-    print_settings(run_settings(config) | lengths | (further or {}))
+    print_settings(run_settings(config) | lengths | options)
     features = {
         split: inputs.tokenized(loaded, split, tokenizer, length, doc_stride, student.config)
         for split in ("train", "validation")
@@ -306,7 +310,7 @@ def _train(
         evaluate=inputs.evaluator(
             loaded, "validation", features["validation"], tokenizer, None, pad_to, student.config
         ),
-        identity={"task": loaded.task.name, "started from": f"{source} {model_fingerprint(student)}"},
+        identity=inputs.run_facts(loaded, tokenizer, student, length, doc_stride, **options),
         also_save=tokenizer.save_pretrained,
         gradient_mask=GradientMask(student, gradient_mask, seed=config.seed) if gradient_mask else None,
         resume=resume,

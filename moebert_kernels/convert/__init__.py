@@ -1,5 +1,10 @@
 """Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, collapse, students."""
 
+# ruff: noqa: E402  what is missing is named before the imports that need it
+from moebert_kernels.errors import require_extra
+
+require_extra("train", "transformers")
+
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.moe import convert_to_moe, dense_student

@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.distill.identity import check_run
+from moebert_kernels.errors import UserError
 
 FORMAT_VERSION = 1
 
@@ -83,27 +84,6 @@ def recover_folder(path: Path) -> None:
             shutil.rmtree(previous)
         else:
             previous.rename(path)
-
-
-def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """ "name: expected .., got .." for each entry in which two JSON-like mappings differ."""
-    absent = "nothing"
-    return [
-        f"{name}: expected {expected.get(name, absent)!r}, got {got.get(name, absent)!r}"
-        for name in sorted({*expected, *got})
-        if expected.get(name, absent) != got.get(name, absent)
-    ]
-
-
-def check_identity(where: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise OtherRun if what lies at `where`, a finished run's folder or a checkpoint, has another identity."""
-    found = differences(identity, saved)
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        message = f"{where}: belongs to another run: {'; '.join(found[:3])}{more} (use another output folder)"
-        changes = {name: (identity.get(name), saved.get(name)) for name in (entry.split(": ")[0] for entry in found)}
-        is_checkpoint = where.name.startswith("step-")
-        raise OtherRun(message, where.parent.parent if is_checkpoint else where, not is_checkpoint, changes)
 
 
 @dataclass(frozen=True)
@@ -173,7 +153,7 @@ class Checkpoints:
                 identity = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]
             except (OSError, ValueError, KeyError):
                 return
-            check_identity(path, identity, self._identity)
+            self._check(identity)
 
     def load(self, parts: Mapping[str, Part]) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole into `parts`; returns its progress, or None if there is none.
@@ -199,7 +179,7 @@ class Checkpoints:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, got {state['format_version']}")
-        check_identity(path, state["identity"], self._identity)
+        self._check(state["identity"])
         for name, part in parts.items():
             load_model(part.module, str(path / f"{name}.safetensors"))
             _load_optimizer_state(part, load_file(path / f"{name}.optimizer.safetensors"))
@@ -208,6 +188,9 @@ class Checkpoints:
                 group["lr"] = rate
         self._rng = load_file(path / f"rng-{self._rank}.safetensors")
         return state["progress"]
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        check_run(self.folder.parent, False, saved, self._identity)
 
     def restore_rng(self) -> None:
         """Set this process's random generators to what they were at the checkpoint that was loaded."""

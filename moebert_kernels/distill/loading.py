@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LENGTHS = "moebert_lengths"  # in tokenizer_config.json: by task
+
+
 def resolve_model(name: str | Path) -> str:
     """The folder of a model: of a training run's output, its best or else its final model."""
     path = Path(name)
@@ -94,6 +97,21 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer: expected its files beside the model, got none in {name}")
     return tokenizer
+
+
+def trained_lengths(tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, int]:
+    """`max_length` and `doc_stride`, as far as known, that the model beside this tokenizer was trained with on a task.
+
+    Of a model that was trained on one other task alone, those of that task.
+    """
+    kept = tokenizer.init_kwargs.get(_LENGTHS, {})
+    return kept.get(task) or (dict(*kept.values()) if len(kept) == 1 else {})
+
+
+def keep_lengths(tokenizer: PreTrainedTokenizerBase, task: str, max_length: int, doc_stride: int | None = None) -> None:
+    """Have the tokenizer say, wherever it is saved, how texts of a task were cut in training."""
+    lengths = {"max_length": max_length} | ({} if doc_stride is None else {"doc_stride": doc_stride})
+    tokenizer.init_kwargs[_LENGTHS] = {**tokenizer.init_kwargs.get(_LENGTHS, {}), task: lengths}
 
 
 def load_config(name: str | Path) -> Any:

@@ -157,15 +157,15 @@ def run_identity(
     identity = {
         **settings,
         **config.identity(),
-        "model": type(model).__name__,
+        "model_class": type(model).__name__,
         "weight shapes": sha256(json.dumps(shapes).encode()).hexdigest()[:16],
         "training data": train.fingerprint,
         "batches per epoch": len(train),
         "processes": processes,
         "objective": None if objective is None else type(objective).__name__,
         **({} if objective is None else {f"objective.{name}": value for name, value in objective.identity().items()}),
-        "teacher": teacher.info.fingerprint if teacher is not None else None,
-        "teacher outputs stored as": teacher.info.stored_as if teacher is not None else None,
+        "teacher weights": teacher.info.fingerprint if teacher is not None else None,
+        "cache_dtype": teacher.info.stored_as if teacher is not None else None,
         **further,
     }
     return json.loads(json.dumps(identity, default=str))
