@@ -102,8 +102,9 @@ def _of_other_run(error: OtherRun, options: Collection[str]) -> str:
             others.append(name)  # a name of contents, whose values say nothing to a person
         else:
             given.append(f"{_option(name, options) or name} was {_said(got)} and is {_said(wanted)} now")
-    # contents follow from options, as the order of the training data from the batch size
-    changes = "; ".join(given[:3]) if given else f"other {', '.join(others[:3])}"
+    if others:
+        given = [*given[:3], f"other {', '.join(others[:3])}"]
+    changes = "; ".join(given[:4])
     if "restart" not in options:
         advice = "use another --output"
     elif error.finished:

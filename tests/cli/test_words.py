@@ -119,18 +119,19 @@ def test_settings_are_printed_as_they_would_be_typed(capsys):
 
 def test_a_run_says_its_settings_before_it_starts(base, teacher, data, tmp_path):
     wanted = (
-        "settings: --epochs 3 --batch-size 16 --accumulation 2 --learning-rate 3e-05 --weight-decay 0.0"
+        "settings: --epochs 3 --max-steps 1 --batch-size 16 --accumulation 2 --learning-rate 3e-05 --weight-decay 0.0"
         " --warmup-ratio 0.0 --mixed-precision no --label-smoothing 0.0 --save-steps 500 --seed 4 --max-length 24"
     )
-    words = ("finetune", "--model", base, *TABLE, "--data", data, "--accumulation", 2, "--seed", 4)
+    words = ("finetune", "--model", base, *TABLE, "--data", data, "--accumulation", 2, "--seed", 4, "--max-steps", 1)
     output = printed_by(*words, "--output", tmp_path / "out")
     assert wanted in output.splitlines()
     assert output.index(wanted) < output.index("best on validation")
     words = ("distill", "--recipe", "kd", "--model", base, "--teacher", teacher, *TABLE, "--data", data, *TRAINING)
-    line = printed_by(*words, "--output", tmp_path / "kd").splitlines()[0]
+    line = printed_by(*words, "--max-steps", 1, "--output", tmp_path / "kd").splitlines()[0]
     assert line == (
-        "settings: --labels 0.5 --soft 1.0 --epochs 8 --learning-rate 0.01 --batch-size 8 --warmup-ratio 0.1"
-        " --max-length 12 --accumulation 1 --weight-decay 0.01 --mixed-precision no --save-steps 500 --seed 0"
+        "settings: --labels 0.5 --soft 1.0 --epochs 8 --max-steps 1 --learning-rate 0.01 --batch-size 8"
+        " --warmup-ratio 0.1 --max-length 12 --accumulation 1 --weight-decay 0.01 --mixed-precision no"
+        " --save-steps 500 --seed 0"
     )
 
 
