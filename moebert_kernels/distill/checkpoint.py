@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from moebert_kernels.errors import UserError
 
 FORMAT_VERSION = 1
+_ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -36,6 +37,16 @@ def model_fingerprint(model: nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(data)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def align(module: nn.Module) -> None:
+    """Copy the parameters and buffers that do not begin where torch allocates, as those mapped from a file do not.
+
+    Matrix products of some CPUs sum in another order there, and a run must not depend on where its models came from.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def write_text(path: Path, text: str) -> None:

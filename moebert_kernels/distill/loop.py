@@ -28,6 +28,7 @@ from transformers import get_scheduler
 from moebert_kernels.distill.checkpoint import (
     Checkpoints,
     Part,
+    align,
     check_identity,
     write_folder,
     write_tensors,
@@ -145,6 +146,9 @@ class _Run:
         self.output_dir, self.objective, self.evaluate, self.also_save = output_dir, objective, evaluate, also_save
         self.gradient_mask: GradientMask | None = mask
 
+        for used in (model, teacher):
+            if isinstance(used, nn.Module):
+                align(used)
         self.student = model.to(accelerator.device)
         self.loss = Loss(model, objective, teacher, config, accelerator)
         self.adversary = self.loss.adversary

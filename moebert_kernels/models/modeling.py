@@ -20,7 +20,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.models.checkpoint import check_tensors, one_line_errors, read_config
+from moebert_kernels.models.checkpoint import CheckedLoading
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
@@ -84,10 +84,11 @@ class MoEBertEncoder(nn.Module):
         return list(zip(expert_ids, weights.to(x.dtype), strict=True))
 
 
-class MoEBertPreTrainedModel(PreTrainedModel):
+class MoEBertPreTrainedModel(CheckedLoading, PreTrainedModel):
     config: MoEBertConfig
     config_class = MoEBertConfig
     base_model_prefix = "moebert"
+    _converter = "convert_to_moe"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEBertLayer"]  # noqa: RUF012 - transformers reads and copies it
     _supports_flash_attn = True
@@ -101,27 +102,13 @@ class MoEBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any,
-        config: Any = None, ignore_mismatched_sizes: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """As in transformers; a file that is not a MoEBERT checkpoint, or not a whole one, is a UserError."""
-        path = pretrained_model_name_or_path
-        if "preset" in kwargs:
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **options: Any
+    ) -> Any:
+        """As in transformers; see `CheckedLoading.from_pretrained`."""
+        if "preset" in options:
             # Saved configurations hold what their own preset said.
-            kwargs.setdefault("route_padding", kwargs["preset"] == "paper")
-        with one_line_errors(path):
-            if path is not None:
-                wanted = read_config(path, config, kwargs)
-                if not ignore_mismatched_sizes:
-                    check_tensors(path, wanted)
-            loaded = super().from_pretrained(
-                path, *model_args, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
-            )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, module in model.named_modules():
-            if isinstance(module, HashRouter):
-                module.validate(model.config.vocab_size, f"{name}.table")
-        return loaded
+            options.setdefault("route_padding", options["preset"] == "paper")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""

@@ -8,7 +8,6 @@ over the layers.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,8 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moebert_kernels.errors import UserError
-from moebert_kernels.models.checkpoint import one_line_errors, read_config_dict
+from moebert_kernels.models.checkpoint import CheckedLoading
 from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
@@ -37,10 +35,11 @@ _AUTO_CLASSES = (
 )
 
 
-class MPOEMixin:
+class MPOEMixin(CheckedLoading):
     """What every MPOE model adds to a model of transformers."""
 
     config: Any
+    _converter = "convert_to_mpoe"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.check()
@@ -49,30 +48,6 @@ class MPOEMixin:
     def post_init(self) -> None:
         self._mpoe_layers = install(self, self.config)
         super().post_init()  # type: ignore[misc]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any,
-        output_loading_info: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """As in transformers; a file that is not an MPOE checkpoint, or not a whole one, is a UserError."""
-        path = pretrained_model_name_or_path
-        with one_line_errors(path, "MPOE"):
-            found = read_config_dict(path, kwargs).get("model_type")
-            wanted = cls.config_class.model_type  # type: ignore[attr-defined]
-            if found != wanted:
-                raise UserError(
-                    f"checkpoint: expected model_type {wanted!r}, got {found!r} in {path}; "
-                    "to make one of a dense model, use convert_to_mpoe"
-                )
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        for name in sorted(info["missing_keys"]):
-            if ".experts." in name or ".router." in name:
-                raise UserError(f"checkpoint: expected a tensor {name}, got none in {path}")
-        for name, module in model.named_modules():
-            if isinstance(module, HashRouter):
-                module.validate(model.config.vocab_size, f"{name}.table")
-        return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""

@@ -13,6 +13,7 @@ from moebert_kernels.models.mpoe_layers import slots
 from moebert_kernels.models.outputs import MPOE_OUTPUTS
 from moebert_kernels.nn import GradientMask
 from tests.convert import mpoe_models as tiny
+from tests.helpers import assert_same_model
 from tests.nn.mpo import counted_folds
 
 T5_BASE = dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, vocab_size=32128)
@@ -64,7 +65,7 @@ def test_saved_and_loaded_by_the_auto_classes(name, tmp_path):
     loaded = auto.from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     batch = tiny.inputs(name)
-    assert torch.equal(tiny.outputs(loaded, name, batch), tiny.outputs(model, name, batch))
+    assert_same_model(loaded, model, lambda model: tiny.outputs(model, name, batch))
     keys = [key for key in load_file(tmp_path / "model.safetensors") if "central" in key]
     assert len(keys) == len(set(keys)) == 2 * len(list(slots(model)))
     assert tf.AutoConfig.from_pretrained(tmp_path).num_experts == 3
@@ -258,7 +259,7 @@ def test_an_incomplete_or_foreign_checkpoint_is_one_clear_error(tmp_path):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     central = "transformer.h.0.mlp.experts.w1.central"
     save_file(whole | {central: whole[central][:-1]}, file, {"format": "pt"})
-    with pytest.raises(UserError, match="checkpoint: expected tensors of the configuration's shapes, got others"):
+    with pytest.raises(UserError, match=rf"{central}: expected shape \(8, 4, 4, 8\), got \(7, 4, 4, 8\) in "):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="checkpoint: expected a folder with"):
         type(model).from_pretrained(tmp_path / "missing")
