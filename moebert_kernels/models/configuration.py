@@ -47,6 +47,7 @@ ACTIVATIONS = {
 
 
 MOST_EXPERTS = 1 << 20
+_MOST_LAYERS = 10_000
 _MOST_LABELS = 1 << 20  # each has a name in the configuration
 
 FIELDS: dict[str, Field] = {
@@ -57,7 +58,7 @@ FIELDS: dict[str, Field] = {
     "norm": choice(NORMS),
     "num_experts": integer(1, MOST_EXPERTS),
     "expert_size": integer(1),
-    "num_hidden_layers": integer(1),
+    "num_hidden_layers": integer(1, _MOST_LAYERS),
     "hidden_size": integer(1),
     "vocab_size": integer(1),
     "top_k": integer(1),
@@ -154,7 +155,7 @@ class MoEBertConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_labels(self.id2label, kwargs.get("num_labels"))
+        check_labels(self.id2label, kwargs.get("num_labels", 1))
         if self.route_padding is None:
             self.route_padding = self.preset == "paper"
         if self.norm is None:
@@ -236,11 +237,11 @@ class MoEBertConfig(PreTrainedConfig):
 
 
 def check_labels(id2label: Any, num_labels: Any) -> None:
-    """Raise a UserError unless both can be what they are called; each may be None.
+    """Raise a UserError unless both can be what they are called; `id2label` may be None.
 
     To be called before transformers' `PreTrainedConfig` makes names of classes of them.
     """
-    named = {"id2label": (id2label, numbered), "num_labels": (num_labels, integer(1, _MOST_LABELS))}
+    named = {"id2label": (id2label, optional(numbered)), "num_labels": (num_labels, integer(1, _MOST_LABELS))}
     for name, (value, field) in named.items():
-        if wanted := optional(field)(value):
+        if wanted := field(value):
             raise UserError(f"{name}: expected {wanted}, got {shown(value)}")

@@ -24,6 +24,7 @@ from moebert_kernels.models.checkpoint import CheckedLoading
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
+from moebert_kernels.nn.hash_router import resize_tables
 from moebert_kernels.nn.mpo_weight import MPOWeight
 from moebert_kernels.nn.task_router import checked_task_ids, route_tasks
 from moebert_kernels.ops.group_tokens import group_tokens_by_hash
@@ -113,9 +114,7 @@ class MoEBertPreTrainedModel(CheckedLoading, PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, HashRouter) and module.vocab_size != embeddings.num_embeddings:
-                module.resize(embeddings.num_embeddings)
+        resize_tables(self, embeddings.num_embeddings)
         return embeddings
 
     def set_task(self, name: str | None) -> None:

@@ -21,7 +21,8 @@ from moebert_kernels.models.checkpoint import CheckedLoading
 from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
-from moebert_kernels.nn import HashRouter, MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn import MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn.hash_router import resize_tables
 
 _AUTO_CLASSES = (
     "AutoModel",
@@ -47,14 +48,15 @@ class MPOEMixin(CheckedLoading):
 
     def post_init(self) -> None:
         self._mpoe_layers = install(self, self.config)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, PreTrainedModel) and module is not self:  # the encoder inside is of a dense class
+                module.resize_token_embeddings = functools.partial(_resize_inside, module)  # type: ignore[method-assign]
         super().post_init()  # type: ignore[misc]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        for layer in self._mpoe_layers:
-            if isinstance(layer.router, HashRouter) and layer.router.vocab_size != embeddings.num_embeddings:
-                layer.router.resize(embeddings.num_embeddings)
+        resize_tables(self, embeddings.num_embeddings)  # type: ignore[arg-type]
         return embeddings
 
     def shared_fold(self) -> AbstractContextManager[SharedFold]:
@@ -72,6 +74,12 @@ class MPOEMixin(CheckedLoading):
         for layer in self._mpoe_layers:
             if isinstance(layer.experts, MPOExperts):
                 layer.experts.unfold()
+
+
+def _resize_inside(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Embedding:
+    embeddings = type(model).resize_token_embeddings(model, *args, **kwargs)
+    resize_tables(model, embeddings.num_embeddings)
+    return embeddings
 
 
 def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ class MPOEOptions:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        check_labels(getattr(self, "id2label", None), kwargs.get("num_labels"))
+        check_labels(getattr(self, "id2label", None), kwargs.get("num_labels", 1))
         if self.load_balance is None:
             self.load_balance = 0.0 if self.router in HASH_ROUTERS else 0.01
         super().__post_init__(**kwargs)  # type: ignore[misc]

@@ -65,6 +65,13 @@ class HashRouter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def resize_tables(module: nn.Module, vocab_size: int) -> None:
+    """Cut or extend the tables of all hash routers inside; see `HashRouter.resize`."""
+    for router in module.modules():
+        if isinstance(router, HashRouter) and router.vocab_size != vocab_size:
+            router.resize(vocab_size)
+
+
 def table_dtype(num_experts: int) -> torch.dtype:
     """uint8 where it is enough: all layers' tables are read in every forward. int16 cannot be broadcast by DDP."""
     return torch.uint8 if num_experts <= 256 else torch.int32

@@ -32,6 +32,22 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+class _Sites(nn.ParameterList):
+    """Parameters that are read by calling the module, around which accelerate loads them where they are offloaded."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> list[Tensor]:
+        return list(super().__iter__())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self())
+
+    @property
+    def are_offloaded(self) -> bool:
+        return any(site is not None and site.is_meta for site in self._parameters.values())
+
+
 class MPOWeight(nn.Module):
     """The (E, out, in) weights of E experts, folded from one central tensor and their own auxiliary tensors.
 
@@ -64,7 +80,7 @@ class MPOWeight(nn.Module):
         self.num_experts = num_experts
         self.shape = torch.Size((num_experts, math.prod(row_factors), math.prod(col_factors)))
         self.central = nn.Parameter(torch.empty(shapes[middle]))
-        self.aux = nn.ParameterList(
+        self.aux = _Sites(
             torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :])
         )
         # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
@@ -117,7 +133,7 @@ class MPOWeight(nn.Module):
         kept = self._folded
         if kept is not None and (torch.compiler.is_compiling() or kept[0] == self.cache_key()):
             return kept[1]
-        if opaque(self.central):
+        if opaque(self.central) or self.aux.are_offloaded:
             return self._fold(offsets)
         self.fold()
         assert self._folded is not None

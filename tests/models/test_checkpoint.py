@@ -112,6 +112,13 @@ def test_resized_vocabulary(tmp_path, head, size):
     assert_same_model(type(model).from_pretrained(tmp_path), model, lambda model: model(ids)[0])
 
 
+def test_tables_follow_the_vocabulary_of_the_encoder_inside():
+    model = tiny.model()
+    model.base_model.resize_token_embeddings(tiny.V + 7)
+    for layer in model.moebert.encoder.layer:
+        layer.router.validate(tiny.V + 7)
+
+
 def change_tensor(folder, key, value):
     """Replace a tensor in the saved model, or remove it if `value` is None."""
     tensors = load_file(folder / "model.safetensors") | {key: value}

@@ -208,6 +208,21 @@ def test_settings_for_generation_are_carried_over_and_back():
     assert model.generation_config is not dense.generation_config
 
 
+@pytest.mark.parametrize("again", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("size", [tiny.V + 7, tiny.V - 7])
+def test_tables_follow_the_vocabulary_of_the_encoder_inside(size, again, tmp_path):
+    model = again(moe("roberta", router="hash-random"))
+    tables = [slot.module.router.table.clone() for slot in slots(model)]
+    model.roberta.resize_token_embeddings(size)
+    for slot, table in zip(slots(model), tables, strict=True):
+        slot.module.router.validate(size)
+        kept = min(size, tiny.V)
+        assert torch.equal(slot.module.router.table[:kept], table[:kept])
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(2, size, (2, 9))
+    assert_same_model(type(model).from_pretrained(tmp_path), model, lambda model: model(ids).logits)
+
+
 @pytest.mark.parametrize("name", ["t5", "gpt2", "bert"])
 def test_models_and_outputs_can_be_pickled(name):
     model, batch = moe(name), tiny.inputs(name)
