@@ -1,8 +1,8 @@
 """T5, GPT-2, BERT and their families with experts in the place of each feed-forward, for transformers' Auto classes.
 
 The classes are transformers' own with another feed-forward: `MPOET5ForConditionalGeneration` is a
-`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; `outputs.balance_loss` is its sum
-over the layers.
+`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; see `moebert_kernels.models.outputs`
+for `outputs.balance_loss`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moebert_kernels.errors import UserError
@@ -24,6 +23,7 @@ from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
 from moebert_kernels.nn import HashRouter, MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn.context import current, entered
 
 _AUTO_CLASSES = (
     "AutoModel",
@@ -47,7 +47,7 @@ class MPOEMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
-        self._mpoe_layers = install(self, self.config)
+        install(self, self.config)
         super().post_init()  # type: ignore[misc]
 
     @classmethod
@@ -77,9 +77,9 @@ class MPOEMixin:
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        for layer in self._mpoe_layers:
-            if isinstance(layer.router, HashRouter) and layer.router.vocab_size != embeddings.num_embeddings:
-                layer.router.resize(embeddings.num_embeddings)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, HashRouter) and module.vocab_size != embeddings.num_embeddings:
+                module.resize(embeddings.num_embeddings)
         return embeddings
 
     def shared_fold(self) -> AbstractContextManager[SharedFold]:
@@ -88,15 +88,15 @@ class MPOEMixin:
 
     def fold(self, hot_experts: int | None = None) -> None:
         """Fold all experts' weights for inference, or those of `hot_experts` per layer; see `MPOExperts.fold`."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.fold(hot_experts)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.fold(hot_experts)
 
     def unfold(self) -> None:
         """Drop folded weights."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.unfold()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.unfold()
 
 
 def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,13 +104,9 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        trained = self.training and torch.is_grad_enabled()
-        for layer in self._mpoe_layers:
-            layer.trained, layer.balance_loss = trained, None
-        output = forward(self, *args, return_dict=True, **kwargs)
-        losses = [layer.balance_loss for layer in self._mpoe_layers if layer.balance_loss is not None]
-        for layer in self._mpoe_layers:
-            layer.balance_loss = None  # its graph would outlive the step
+        losses: list[Tensor] = []
+        with entered(current()._replace(losses=losses)):
+            output = forward(self, *args, return_dict=True, **kwargs)
         output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
