@@ -113,6 +113,7 @@ class MoEBertConfig(PreTrainedConfig):
     """
 
     model_type = "moebert"
+    keys_to_ignore_at_inference = ["balance_loss"]  # noqa: RUF012 - transformers reads it from the class
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -24,13 +24,13 @@ from moebert_kernels.models.checkpoint import CheckedLoading
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
-from moebert_kernels.nn.hash_router import resize_tables
+from moebert_kernels.nn.context import RecomputedLayer
+from moebert_kernels.nn.hash_router import group_by_hash, resize_tables
 from moebert_kernels.nn.mpo_weight import MPOWeight
-from moebert_kernels.nn.task_router import checked_task_ids, route_tasks
-from moebert_kernels.ops.group_tokens import group_tokens_by_hash
+from moebert_kernels.nn.task_router import checked_task_ids
 
 
-class MoEBertLayer(GradientCheckpointingLayer):
+class MoEBertLayer(RecomputedLayer, GradientCheckpointingLayer):
     """Self-attention as in BERT, then a router and experts."""
 
     def __init__(self, config: MoEBertConfig, layer_idx: int) -> None:
@@ -46,23 +46,31 @@ class MoEBertLayer(GradientCheckpointingLayer):
         )  # fmt: skip
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, routing: Grouping | Tensor | None = None,
-        routing_weights: Tensor | None = None, token_mask: Tensor | None = None, **attention_options: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, grouping: Grouping | None = None,
+        routed_by: Tensor | None = None, token_mask: Tensor | None = None, **attention_options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Returns hidden states (B, T, H), attention probabilities and balance loss, each None if there is none.
 
         Args:
             hidden_states: (B, T, H).
             attention_mask: in the form the attention implementation takes.
-            routing, routing_weights: what is known before the first layer. Hash routing: the grouping of all B * T
-                tokens, and None. Task routing: expert ids and probabilities, (B, T, top_k). A gate: None.
-            token_mask: (B, T), 0 where a token is padding; read by a gate.
+            grouping: of all B * T tokens, where it is known before the first layer; else None.
+            routed_by: what the router reads besides hidden states: token ids (B, T) or task ids (B,). A gate: None.
+            token_mask: (B, T), 0 where a token is padding.
         """
         hidden_states, attention = self.attention(hidden_states, attention_mask, **attention_options)
-        if routing is not None:
-            return self.experts(hidden_states, routing, routing_weights), attention, None
-        expert_ids, routing_weights, balance_loss = self.router(hidden_states, token_mask)
-        return self.experts(hidden_states, expert_ids, routing_weights), attention, balance_loss
+        routing: Any = None
+        router: Any = self.router
+        weights = balance_loss = None
+        if grouping is not None:
+            routing = grouping
+        elif isinstance(router, HashRouter):
+            routing = router(routed_by, token_mask)
+        elif isinstance(router, TaskRouter):
+            routing, weights = router(routed_by, hidden_states, token_mask, check=False)
+        else:
+            routing, weights, balance_loss = router(hidden_states, token_mask)
+        return self.experts(hidden_states, routing, weights), attention, balance_loss
 
 
 class MoEBertEncoder(nn.Module):
@@ -71,18 +79,10 @@ class MoEBertEncoder(nn.Module):
         self.config = config
         self.layer = nn.ModuleList([MoEBertLayer(config, i) for i in range(config.num_hidden_layers)])
 
-    def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping]:
-        """The grouping of every layer, under hash routing."""
-        tables: list[Any] = [layer.router.table for layer in self.layer]
-        mask = None if self.config.route_padding else token_mask
-        return group_tokens_by_hash(token_ids, torch.stack(tables), self.config.num_experts, mask)
-
-    def route_tasks(self, task_ids: Tensor, x: Tensor, token_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Expert ids and probabilities (B, T, top_k) of every layer, under task routing."""
-        logits: list[Any] = [layer.router.logits for layer in self.layer]
-        mask = None if self.config.route_padding else token_mask
-        expert_ids, weights = route_tasks(torch.stack(logits), task_ids, self.config.top_k or 1, x.shape[1], mask)
-        return list(zip(expert_ids, weights.to(x.dtype), strict=True))
+    def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping] | list[None]:
+        """The grouping of every layer, under hash routing; None where a layer has to route by itself."""
+        routers: list[Any] = [layer.router for layer in self.layer]
+        return group_by_hash(routers, token_ids, token_mask) or [None] * len(routers)
 
 
 class MoEBertPreTrainedModel(CheckedLoading, PreTrainedModel):
@@ -211,37 +211,35 @@ class MoEBertModel(MoEBertPreTrainedModel):
         attention_bias: Any = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        layers = self.encoder.layer
-        routings: list[tuple[Grouping | Tensor | None, Tensor | None]]
+        routed_by: Tensor | None = None
+        groupings: list[Any] = [None] * len(self.encoder.layer)
         if config.is_hash_routed:
-            routings = [(grouping, None) for grouping in self.encoder.group_tokens(input_ids, token_mask)]
+            token_mask = None if config.route_padding else token_mask
+            routed_by, groupings = input_ids, self.encoder.group_tokens(input_ids, token_mask)
         elif config.is_task_routed:
-            checked = self.checked_task_ids(task_ids, hidden_states)
-            routings = [*self.encoder.route_tasks(checked, hidden_states, token_mask)]
-        else:
-            routings = [(None, None)] * len(layers)
+            routed_by = self.checked_task_ids(task_ids, hidden_states)
         options = {"output_attentions": True} if output_attentions else {}
 
         all_hidden_states = [hidden_states]
         all_attentions = []
-        balance_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        for layer, (routing, weights) in zip(layers, routings, strict=True):
-            hidden_states, attention, layer_balance = layer(
-                hidden_states, attention_bias, routing, weights, token_mask, **options
+        balance_losses = []
+        for layer, grouping in zip(self.encoder.layer, groupings, strict=True):
+            hidden_states, attention, balance_loss = layer(
+                hidden_states, attention_bias, grouping, routed_by, token_mask, **options
             )
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and attention is not None:
                 all_attentions.append(attention)
-            if layer_balance is not None:
-                balance_loss = balance_loss + layer_balance
+            if balance_loss is not None:
+                balance_losses.append(balance_loss)
 
         output = MoEBertModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
-            balance_loss=balance_loss,
+            balance_loss=sum(balance_losses).expand(hidden_states.shape[0]) if balance_losses else None,
         )
         return output if return_dict else output.to_tuple()
 

@@ -1,8 +1,8 @@
 """T5, GPT-2, BERT and their families with experts in the place of each feed-forward, for transformers' Auto classes.
 
 The classes are transformers' own with another feed-forward: `MPOET5ForConditionalGeneration` is a
-`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; `outputs.balance_loss` is its sum
-over the layers.
+`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; see `moebert_kernels.models.outputs`
+for `outputs.balance_loss`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from moebert_kernels.models.checkpoint import CheckedLoading
@@ -22,6 +21,7 @@ from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
 from moebert_kernels.nn import MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn.context import current, entered
 from moebert_kernels.nn.hash_router import resize_tables
 
 _AUTO_CLASSES = (
@@ -47,10 +47,7 @@ class MPOEMixin(CheckedLoading):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
-        self._mpoe_layers = install(self, self.config)
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, PreTrainedModel) and module is not self:  # the encoder inside is of a dense class
-                module.resize_token_embeddings = functools.partial(_resize_inside, module)  # type: ignore[method-assign]
+        install(self, self.config)
         super().post_init()  # type: ignore[misc]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -65,21 +62,15 @@ class MPOEMixin(CheckedLoading):
 
     def fold(self, hot_experts: int | None = None) -> None:
         """Fold all experts' weights for inference, or those of `hot_experts` per layer; see `MPOExperts.fold`."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.fold(hot_experts)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.fold(hot_experts)
 
     def unfold(self) -> None:
         """Drop folded weights."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.unfold()
-
-
-def _resize_inside(model: PreTrainedModel, *args: Any, **kwargs: Any) -> nn.Embedding:
-    embeddings = type(model).resize_token_embeddings(model, *args, **kwargs)
-    resize_tables(model, embeddings.num_embeddings)
-    return embeddings
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.unfold()
 
 
 def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,13 +78,9 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        trained = self.training and torch.is_grad_enabled()
-        for layer in self._mpoe_layers:
-            layer.trained, layer.balance_loss = trained, None
-        output = forward(self, *args, return_dict=True, **kwargs)
-        losses = [layer.balance_loss for layer in self._mpoe_layers if layer.balance_loss is not None]
-        for layer in self._mpoe_layers:
-            layer.balance_loss = None  # its graph would outlive the step
+        losses: list[Tensor] = []
+        with entered(current()._replace(losses=losses)):
+            output = forward(self, *args, return_dict=True, **kwargs)
         output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -58,6 +58,9 @@ class MPOEOptions:
         format_version: of the checkpoint's keys.
     """
 
+    # what Trainer leaves out of predictions, beside the dense models'
+    keys_to_ignore_at_inference = ["past_key_values", "balance_loss"]  # noqa: RUF012 - transformers reads it
+
     num_experts: int = 8
     experts: str = "mpo"
     w1_factors: list | tuple | None = None

@@ -1,4 +1,9 @@
-"""Outputs of MoE models: transformers' own, with the routers' balance loss."""
+"""Outputs of MoE models: transformers' own, with the routers' balance loss.
+
+In all of them `balance_loss` is None where no learned gate routes, and else (B,): the sum over layers, the same number
+for every sequence of the batch. So it can be indexed, cut, concatenated and gathered as logits can, and the mean of what
+was gathered is that of the batches. loss = task loss + config.load_balance * balance loss.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +27,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-
-# In all of them balance_loss is a scalar, the sum over layers (0 under hash routing), and
-# loss = task loss + config.load_balance * balance_loss.
 
 
 @dataclass
@@ -81,9 +83,19 @@ MPOE_OUTPUTS: dict[type, Any] = {
 globals().update({made.__name__: made for made in MPOE_OUTPUTS.values()})  # where pickle looks for them
 
 
-def with_balance_loss(output: Any, balance_loss: Tensor | None, weight: float) -> Any:
-    """The output of a dense model's forward with the balance loss beside, and `weight` times it in `loss`, if any."""
+def with_balance_loss(output: Any, balance: Tensor | None, weight: float) -> Any:
+    """The output of a dense model's forward with the balance loss () beside, and `weight` times it in `loss`, if any."""
     values = {entry.name: getattr(output, entry.name) for entry in fields(output)}
-    if balance_loss is not None and weight and values.get("loss") is not None:
-        values["loss"] = values["loss"] + weight * balance_loss
-    return MPOE_OUTPUTS[type(output)](**values, balance_loss=balance_loss)
+    per_sequence = None
+    if balance is not None:
+        if weight and values.get("loss") is not None:
+            values["loss"] = values["loss"] + weight * balance
+        first = next(value for name, value in values.items() if name != "loss" and isinstance(value, Tensor))
+        per_sequence = balance.expand(first.shape[0])
+    return MPOE_OUTPUTS[type(output)](**values, balance_loss=per_sequence)
+
+
+def balance_term(output: Any) -> Tensor | None:
+    """The balance loss () of one forward's output, or None."""
+    balance = getattr(output, "balance_loss", None)
+    return None if balance is None else balance[:1].sum()  # a mean of equal numbers would round
