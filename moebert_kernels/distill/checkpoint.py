@@ -39,14 +39,15 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def align(module: nn.Module) -> None:
-    """Copy the parameters and buffers that do not begin where torch allocates, as those mapped from a file do not.
+def aligned(module: nn.Module) -> nn.Module:
+    """The module itself, its tensors copied that do not begin where torch allocates, as those mapped from a file do.
 
     Matrix products of some CPUs sum in another order there, and a run must not depend on where its models came from.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
+    return module
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.card import write_card
 from moebert_kernels.nn.hash_router import HashRouter, checked_table
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -27,8 +28,8 @@ _TABLE = ".router.table"
 _HEADS = ("lm_head", "pooler", "qa_outputs")
 
 
-class CheckedLoading:
-    """To be a base of a model class, before transformers': what `from_pretrained` loads is checked."""
+class SavedModel:
+    """To be a base of a model class, before transformers': what is loaded is checked, what is saved has a card."""
 
     config_class: Any
     _converter: str
@@ -58,6 +59,12 @@ class CheckedLoading:
             if isinstance(module, HashRouter):
                 module.validate(model.config.vocab_size, f"{name}.table")
         return loaded
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
+        """As in transformers, with a model card: see `moebert_kernels.models.card.write_card`."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)  # type: ignore[misc]
+        if is_main_process and os.path.isdir(save_directory):
+            write_card(self, save_directory)
 
     @staticmethod
     def _load_pretrained_model(

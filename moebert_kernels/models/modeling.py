@@ -20,7 +20,7 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.models.checkpoint import CheckedLoading
+from moebert_kernels.models.checkpoint import SavedModel
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
 from moebert_kernels.models.outputs import MoEBertModelOutput
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
@@ -85,7 +85,7 @@ class MoEBertEncoder(nn.Module):
         return group_by_hash(routers, token_ids, token_mask) or [None] * len(routers)
 
 
-class MoEBertPreTrainedModel(CheckedLoading, PreTrainedModel):
+class MoEBertPreTrainedModel(SavedModel, PreTrainedModel):
     config: MoEBertConfig
     config_class = MoEBertConfig
     base_model_prefix = "moebert"
@@ -105,7 +105,7 @@ class MoEBertPreTrainedModel(CheckedLoading, PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **options: Any
     ) -> Any:
-        """As in transformers; see `CheckedLoading.from_pretrained`."""
+        """As in transformers; see `SavedModel.from_pretrained`."""
         if "preset" in options:
             # Saved configurations hold what their own preset said.
             options.setdefault("route_padding", options["preset"] == "paper")

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moebert_kernels.models.checkpoint import CheckedLoading
+from moebert_kernels.models.checkpoint import SavedModel
 from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
@@ -36,7 +36,7 @@ _AUTO_CLASSES = (
 )
 
 
-class MPOEMixin(CheckedLoading):
+class MPOEMixin(SavedModel):
     """What every MPOE model adds to a model of transformers."""
 
     config: Any

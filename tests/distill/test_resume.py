@@ -157,3 +157,14 @@ def test_a_run_does_not_depend_on_where_its_models_lie(tmp_path):
         student, teacher = place(tiny_bert(0, dropout=0.1)), place(tiny_bert(1).eval())
         run(tmp_path / name, student=student, teacher=teacher, **options)
     assert_same_run(tmp_path / "new", tmp_path / "loaded")
+
+
+def test_a_saved_model_has_a_card_with_its_score(tmp_path):
+    result = run(tmp_path)
+    best = tmp_path / "best" / "README.md"
+    assert f"| accuracy on validation data | {result.best_metrics['accuracy']:.4f} |" in best.read_text()
+    best.write_text("# What I think of it\n")
+    (tmp_path / "state/finished.json").unlink()
+    run(tmp_path)
+    assert best.read_text() == "# What I think of it\n"
+    assert "BertForSequenceClassification" in (tmp_path / "final" / "README.md").read_text()
