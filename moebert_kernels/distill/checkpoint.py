@@ -39,7 +39,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def aligned(module: nn.Module) -> nn.Module:
+def aligned(module: Any) -> Any:
     """The module itself, its tensors copied that do not begin where torch allocates, as those mapped from a file do.
 
     Matrix products of some CPUs sum in another order there, and a run must not depend on where its models came from.

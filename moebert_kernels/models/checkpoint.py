@@ -60,9 +60,11 @@ class SavedModel:
                 module.validate(model.config.vocab_size, f"{name}.table")
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **options: Any
+    ) -> None:
         """As in transformers, with a model card: see `moebert_kernels.models.card.write_card`."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **options)  # type: ignore[misc]
+        super().save_pretrained(save_directory, is_main_process, *args, **options)  # type: ignore[misc]
         if is_main_process and os.path.isdir(save_directory):
             write_card(self, save_directory)
 
@@ -157,7 +159,7 @@ def _stored(state_dict: Mapping[str, Tensor] | None, files: Sequence[str], path:
                 with safe_open(file, framework="pt") as opened:
                     for key in list(opened.keys()):
                         yield key, opened.get_tensor(key) if key.endswith(_TABLE) else opened.get_slice(key)
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 raise UserError(
                     f"checkpoint: expected a whole safetensors file, got a damaged {file} ({error})"
                 ) from error
@@ -197,9 +199,12 @@ def read_config_dict(path: str | os.PathLike, options: dict[str, Any]) -> dict[s
     if not hub.get("subfolder"):
         _check_folder(path)
     try:
-        return PreTrainedConfig.get_config_dict(path, **hub)[0]
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint: expected a configuration in config.json of {path}, got none ({error})") from error
+        found = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"checkpoint: expected a configuration in config.json of {path}, got something else")
+    return found
 
 
 def _check_folder(path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -32,6 +33,7 @@ AUTO = {
     "mlm": AutoModelForMaskedLM,
 }
 TABLE = "moebert.encoder.layer.1.router.table"
+POOLER = "moebert.pooler.dense.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,7 @@ def test_same_logits_after_reload(tmp_path, head, router, style):
     assert_same_model(again, model, lambda model: model(**inputs)[0])
 
 
+@pytest.mark.slow
 def test_same_logits_in_a_new_process(tmp_path):
     model, inputs = tiny.model(), tiny.inputs()
     model.save_pretrained(tmp_path)
@@ -130,6 +133,28 @@ def change_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
+def leave_out(folder, key):
+    """Only a copy that transformers does not read has the tensor."""
+    shutil.copy(folder / "model.safetensors", folder / "model_old.safetensors")
+    change_tensor(folder, key, None)
+
+
+def change_index(folder, file):
+    """Say of one tensor that it lies in this file."""
+    (folder / "model.safetensors").unlink()
+    tiny.model().save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["moebert.encoder.layer.0.experts.w1"] = file
+    index.write_text(json.dumps(content))
+
+
+def cut_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    truncate(folder / "pytorch_model.bin")
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -162,6 +187,47 @@ DAMAGE = {
         lambda folder: truncate(folder / "model.safetensors"),
         "expected a whole safetensors file, got a damaged",
     ),
+    "no word embeddings": (
+        lambda folder: change_tensor(folder, "moebert.embeddings.word_embeddings.weight", None),
+        "expected a tensor moebert.embeddings.word_embeddings.weight, got none in ",
+    ),
+    "no attention": (
+        lambda folder: change_tensor(folder, "moebert.encoder.layer.1.attention.self.query.weight", None),
+        "expected a tensor moebert.encoder.layer.1.attention.self.query.weight, got none in ",
+    ),
+    "half a head": (lambda folder: change_tensor(folder, "classifier.weight", None), "a tensor classifier.weight, got"),
+    "half a pooler": (lambda folder: change_tensor(folder, POOLER, None), f"expected a tensor {POOLER}, got none in "),
+    "experts in a file that is not loaded": (
+        lambda folder: leave_out(folder, "moebert.encoder.layer.0.experts.w1"),
+        "expected a tensor moebert.encoder.layer.0.experts.w1, got none in ",
+    ),
+    "table of floats": (
+        lambda folder: change_tensor(folder, TABLE, torch.zeros(60)),
+        f"{TABLE}: expected integers, got torch.float32",
+    ),
+    "complex weights": (
+        lambda folder: change_tensor(folder, POOLER, torch.zeros(16, 16, dtype=torch.complex64)),
+        f"{POOLER}: expected floating-point numbers, got C64 in ",
+    ),
+    "integer weights": (
+        lambda folder: change_tensor(folder, POOLER, torch.zeros(16, 16, dtype=torch.int64)),
+        f"{POOLER}: expected floating-point numbers, got I64 in ",
+    ),
+    "index out of the folder": (
+        lambda folder: change_index(folder, "../other.safetensors"),
+        r"expected files inside .*, got .*\.\./other.safetensors in its index",
+    ),
+    "index to no file": (lambda folder: change_index(folder, "no.safetensors"), "checkpoint: expected a readable one"),
+    "cut pickle": (lambda folder: cut_pickle(folder), "checkpoint: expected a readable one, got "),
+    "JSON null": (
+        lambda folder: (folder / "config.json").write_text("null"),
+        "expected a configuration in config.json of .*, got something else",
+    ),
+    "JSON list": (lambda folder: (folder / "config.json").write_text("[]"), "expected a configuration in config.json"),
+    "deep JSON": (
+        lambda folder: (folder / "config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000),
+        "expected a configuration in config.json of .*, got something else",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "checkpoint: expected a readable one, got "),
     "no config": (lambda folder: (folder / "config.json").unlink(), "expected a folder with a config.json"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "checkpoint: expected a readable one, got "),
@@ -176,6 +242,42 @@ def test_rejects_a_damaged_checkpoint(tmp_path, damage):
     with pytest.raises(UserError, match=message) as error:
         MoEBertForSequenceClassification.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_backup.safetensors", "model.fp16.safetensors", "model-00001-of-00001.safetensors"]
+)
+def test_files_that_are_not_loaded_do_not_matter(tmp_path, name):
+    model, inputs = tiny.model(), tiny.inputs()
+    model.save_pretrained(tmp_path)
+    save_file(tiny.model(num_experts=2).state_dict(), tmp_path / name)
+    (tmp_path / "model_quantised.safetensors").write_bytes(b"not one")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert_same_model(again, model, lambda model: model(**inputs).logits)
+
+
+def test_what_a_checkpoint_has_nothing_of_is_new(tmp_path):
+    tiny.model("mlm").save_pretrained(tmp_path)
+    model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    wanted = {f"{name}.{kind}" for name in ("classifier", "moebert.pooler.dense") for kind in ("weight", "bias")}
+    assert info["missing_keys"] == wanted and torch.isfinite(model(**tiny.inputs()).logits).all()
+
+
+def test_a_given_state_is_loaded_and_checked():
+    model, inputs = tiny.model(), tiny.inputs()
+    state, options = model.state_dict(), {"config": model.config}
+    again = type(model).from_pretrained(None, state_dict=state, **options)
+    assert_same_model(again, model, lambda model: model(**inputs).logits)
+    with pytest.raises(UserError, match=rf"{TABLE}: expected experts in \[0, 4\), got values from 256 to 256"):
+        type(model).from_pretrained(None, state_dict=state | {TABLE: torch.full((60,), 256)}, **options)
+
+
+def test_sizes_that_do_not_fit_are_refused_before_memory_is_taken(tmp_path):
+    """A word embedding of 2^31 - 1 words would be 128 GiB."""
+    tiny.model(router="gate-token").save_pretrained(tmp_path)
+    change_config(tmp_path, vocab_size=2**31 - 1)
+    with pytest.raises(UserError, match=r"word_embeddings.weight: expected shape \(2147483647, 16\), got \(60, 16\)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_rejects_what_is_no_moe(tmp_path):

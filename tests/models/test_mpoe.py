@@ -293,6 +293,11 @@ def test_an_incomplete_or_foreign_checkpoint_is_one_clear_error(tmp_path):
         ({"expert_bias": "none"}, "expert_bias: expected one of expert, shared, got 'none'"),
         ({"activation_function": "tanh"}, "activation_function: expected one of .*relu.*, got 'tanh'"),
         ({"load_balance": -1.0}, "load_balance: expected a number of at least 0, got -1.0"),
+        ({"load_balance": "x"}, "load_balance: expected a number of at least 0, got 'x'"),
+        ({"num_experts": 10**9}, "num_experts: expected an integer of at most 1048576, got 1000000000"),
+        ({"num_experts": True}, "num_experts: expected an integer of at least 1, got True"),
+        ({"router_options": None}, "router_options: expected a mapping, got None"),
+        ({"route_padding": "no"}, "route_padding: expected True or False, got 'no'"),
         ({"num_experts": 1, "router": "top2"}, "num_experts: expected at least 2"),
     ],
 )
