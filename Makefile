@@ -15,13 +15,6 @@ OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# Where there is no NVIDIA GPU nothing could run the CUDA kernels, so installing does not wait for their compilation;
-# `make build` compiles them anywhere.
-WHEEL_MODE := $(or $(MOEBERT_KERNELS_BUILD_CUDA),auto)
-ifndef MOEBERT_KERNELS_BUILD_CUDA
-export MOEBERT_KERNELS_BUILD_CUDA := $(if $(shell nvidia-smi -L 2>/dev/null),auto,0)
-endif
-
 .PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
@@ -41,9 +34,9 @@ test-native:  ## the CUDA sources compiled for the CPU, on an emulated block; ne
 build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this tree; fails where nvcc is missing
 	MOEBERT_KERNELS_BUILD_CUDA=1 $(PIP) install --no-deps -e .
 
-wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc is found
+wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc and a GPU are found
 	rm -rf build/lib* build/bdist*  # setuptools would pack what was deleted since
-	MOEBERT_KERNELS_BUILD_CUDA=$(WHEEL_MODE) $(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'

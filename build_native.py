@@ -1,6 +1,9 @@
-"""The build backend: setuptools, and `moebert_kernels/_C` by CMake where nvcc is found. It imports no torch.
+"""The build backend: setuptools, and `moebert_kernels/_C` by CMake. It imports no torch.
 
-    MOEBERT_KERNELS_BUILD_CUDA=auto|0|1    auto: a failed build is one line, which `moebert doctor` repeats; 1: an error
+    MOEBERT_KERNELS_BUILD_CUDA=auto        build where there are nvcc and an NVIDIA GPU; a build that fails is one line,
+                                           which `moebert doctor` repeats
+    MOEBERT_KERNELS_BUILD_CUDA=1           build; a build that fails is an error
+    MOEBERT_KERNELS_BUILD_CUDA=0           do not build
     MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
     MOEBERT_KERNELS_CUDA_ARCHS=native      for the GPUs of this machine
     MOEBERT_KERNELS_CUTLASS=folder         with CUTLASS's headers, cutlass/ and cute/
@@ -13,6 +16,7 @@ Beside the module lies `_C.json`: what is in it, or why there is none.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -57,14 +61,30 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=Path(home, "bin")) if home else shutil.which("nvcc")
 
 
-def builds() -> bool:
-    """Whether a build of the module will be tried."""
-    return mode() == "1" or (mode() == "auto" and find_nvcc() is not None)
+def compute_capabilities() -> list[tuple[int, int]]:
+    """Those of this machine's NVIDIA GPUs, sorted; empty where there is none."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({(int(major), int(minor)) for major, minor in re.findall(r"^(\d+)\.(\d+)$", printed, re.MULTILINE)})
+
+
+def why_not_tried() -> str | None:
+    """Why no build of the module is tried; None: it is. Without a GPU nothing could run what takes minutes to build."""
+    if mode() == "0":
+        return f"{BUILD_CUDA} was 0"
+    if mode() == "auto" and find_nvcc() is None:
+        return "nvcc was not found, neither under CUDA_HOME nor on PATH"
+    if mode() == "auto" and not compute_capabilities():
+        return f"this machine has nvcc and no NVIDIA GPU; {BUILD_CUDA}=1 builds all the same"
+    return None
 
 
 def build_tools() -> list[str]:
     """What the build environment needs besides setuptools; pip fetches headers without their package's needs."""
-    if not builds():
+    if why_not_tried():
         return []
     tools = ["pybind11>=3", "pip"]
     try:
@@ -98,8 +118,17 @@ def run(*words: str | Path, log: list[str]) -> None:
         print(line, end="", flush=True)
         log.append(line.rstrip())
     if process.wait() != 0:
-        errors = [line.strip() for line in log if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
-        raise NotBuilt(f"the build failed: {errors[0] if errors else log[-1]}")
+        raise NotBuilt(f"the build failed: {first_error(log)}")
+
+
+def first_error(log: list[str]) -> str:
+    """The first line of a log that names an error; of one by CMake, the text under its heading."""
+    for index, line in enumerate(log):
+        if line.startswith("CMake Error at"):
+            return " ".join(line.strip() for line in itertools.takewhile(str.strip, log[index + 1 :]))
+        if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE):
+            return line.strip()
+    return log[-1]
 
 
 def cutlass_include() -> Path | None:
@@ -131,17 +160,26 @@ def cutlass_include() -> Path | None:
 
 
 def cuda_archs() -> str:
-    """What CMake gets as MBK_CUDA_ARCHS; empty: its own default."""
+    """What CMake gets as MBK_CUDA_ARCHS, such as 80;90a; empty: its own default.
+
+    torch's spelling ("8.0 9.0+PTX"), sm_90 and commas are understood. From 90 on an arch gets the letter a: the kernels
+    use instructions that only that GPU has.
+    """
     chosen = os.environ.get(CUDA_ARCHS, "")
-    if chosen != "native":
-        return chosen
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        printed = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        raise NotBuilt(f"{CUDA_ARCHS}=native: nvidia-smi names no GPU") from None
-    found = sorted({tuple(map(int, capability.split("."))) for capability in printed.split()})
-    return ";".join(f"{major}{minor}{'a' if major >= 9 else ''}" for major, minor in found)
+    if chosen == "native":
+        found = [f"{major}{minor}" for major, minor in compute_capabilities()]
+        if not found:
+            raise NotBuilt(f"{CUDA_ARCHS}=native: nvidia-smi names no GPU; give numbers such as 80;90a")
+    else:
+        found = [word for word in re.split(r"[;,\s]+", chosen) if word]
+    archs = []
+    for word in found:
+        match = re.fullmatch(r"(?:sm_|compute_)?(\d{1,2})\.?(\d)([af]?)(?:\+PTX)?", word)
+        if match is None:
+            raise NotBuilt(f"{CUDA_ARCHS}: expected numbers such as 80;90a or native, got {word!r} in {chosen!r}")
+        major, minor, letter = match.groups()
+        archs.append(f"{major}{minor}{letter or ('a' if int(major) >= 9 else '')}")
+    return ";".join(dict.fromkeys(archs))
 
 
 def configure_and_build(work: Path, log: list[str]) -> Path:
@@ -195,8 +233,8 @@ class BuildNative(Command):
             stale.unlink()
         work, log = ROOT / "build" / f"native-{sys.implementation.cache_tag}", []
         try:
-            if mode() == "0":
-                raise NotBuilt(f"{BUILD_CUDA} was 0")
+            if reason := why_not_tried():
+                raise NotBuilt(reason)
             module = configure_and_build(work, log)
         except NotBuilt as reason:
             if mode() == "1":
@@ -227,7 +265,7 @@ class Build(build):
 class NativeDistribution(Distribution):
     def has_ext_modules(self) -> bool:
         """Gives the wheel its platform; no Extension is declared, CMake knows the sources."""
-        return builds()
+        return why_not_tried() is None
 
 
 COMMANDS = {"build": Build, "build_native": BuildNative}

@@ -26,17 +26,25 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
-from moebert_kernels.convert import StudentShape, collapse, convert_to_moe, convert_to_task_moe, make_student
+from moebert_kernels.convert import (
+    StudentShape,
+    collapse,
+    convert_to_moe,
+    convert_to_task_moe,
+    make_student,
+    parameter_counts,
+)
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions, write_report
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.demo.timing import compare_models, parameter_counts, random_inputs
+from moebert_kernels.demo.timing import compare_models, random_inputs
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.held_out import hold_out
+from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_model, load_tokenizer
 from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
@@ -81,12 +89,13 @@ class Study:
 
     def __init__(self, work: Path, base: Path, data: Path, settings: Settings):
         self.work, self.base, self.settings, self._data = work, base, settings, data
-        wanted = asdict(settings) | {"data": str(data.resolve()), "base": str(base.resolve())}
+        files = {f"files of {name}": files_of(data / name) for name in FOLDERS.values()}
+        wanted = asdict(settings) | files | {"files of the model": files_of(base)}
         (work / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(work / "locks" / "settings"):
-            found = once(work / "settings.json", lambda: wanted)
-        if found != wanted:
-            raise SystemExit(f"work: expected a folder of these settings, got another's: {work}")
+            changes = changed(once(work / "settings.json", lambda: wanted), wanted)
+        if changes:
+            raise SystemExit(f"work: expected a new folder, got {work} with results of other {described(changes)}")
 
     def train(self, seeds: Sequence[int]) -> None:
         """Every student of the seeds. Another process with the same folder makes those that this one is not at."""
@@ -255,16 +264,12 @@ def states(recipe: str, teacher: Any, student: Any) -> list[int]:
 def speeds(study: Study, seed: int) -> Result:
     """Milliseconds of whole models on random ids: the routed teacher, its collapsed form, MoE student, student."""
     dense = load_model(study.teacher("mrpc", dense=True)["path"], TASKS["mrpc"])
-    width = dense.config.intermediate_size // 4
+    shape = (dense.config.num_hidden_layers, dense.config.intermediate_size)
     models = {
         "task-routed teacher": load_model(study.moe()["path"], TASKS["mrpc"]),
         "teacher, collapsed": load_model(study.teacher("mrpc")["path"], TASKS["mrpc"]),
         "dense teacher": dense,
-        # the demo's shape: experts of a quarter of the neurons, two thirds of them shared
-        "MoE student": convert_to_moe(
-            dense, torch.rand(dense.config.num_hidden_layers, 4 * width, generator=torch.Generator().manual_seed(0)),
-            num_experts=4, expert_size=width, shared=width * 2 // 3,
-        ),
+        "MoE student": convert_to_moe(dense, torch.rand(shape, generator=torch.Generator().manual_seed(0))),
         "student": load_model(study.student("mrpc", "full", seed)["path"], TASKS["mrpc"]),
     }  # fmt: skip
     vocabulary = dense.config.vocab_size

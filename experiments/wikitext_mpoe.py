@@ -30,14 +30,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_to_mpoe, parameter_counts
 from moebert_kernels.demo.report import millions
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.demo.timing import parameter_counts
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.data_files import find_split_files, read_text
 from moebert_kernels.distill.features import Batches, Features
+from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.language import PerplexityEvaluator, text_features
 from moebert_kernels.nn import GradientMask
 
@@ -147,11 +147,17 @@ class Study:
     ) -> None:  # fmt: skip
         self.work, self.runs, self.recipe, self.seed = work, runs, recipe, seed
         self.features, self.also_save = features, also_save
+        self.texts = {f"{name} text": part.fingerprint for name, part in features.items()}
 
     def run(self, name: str) -> None:
         """Train and test an arm (or "base"), and the base model before it, unless they are done."""
         place = name if name == "base" else f"seed-{self.seed}-{name}"
-        if (self.runs / f"{place}.json").exists():
+        file = self.runs / f"{place}.json"
+        if file.exists():
+            found = json.loads(file.read_text())
+            changes = changed(found["recipe"] | found.get("texts", {}), asdict(self.recipe) | self.texts)
+            if changes:
+                raise SystemExit(f"output: expected a new folder, got {file} of a run with other {described(changes)}")
             return
         recipe = self.recipe
         if name == "base":
@@ -172,7 +178,7 @@ class Study:
             greater_is_better=False, eval_steps=max(1, len(batches) // evaluations),
         )  # fmt: skip
         outcome = {"name": name, "seed": seed, **self._train(place, model, batches, config, arm.masked)}
-        write_text(self.runs / f"{place}.json", json.dumps(outcome) + "\n")
+        write_text(file, json.dumps(outcome) + "\n")
 
     def _train(self, place: str, model: Any, batches: Batches, config: FitConfig, masked: float) -> dict[str, Any]:
         """Train with early stopping, and test what validation chose."""
@@ -195,6 +201,7 @@ class Study:
             **parameter_counts(model),
             "history": [[entry["step"], entry["metrics"]["perplexity"]] for entry in result.history],
             "recipe": asdict(self.recipe),
+            "texts": self.texts,
         }
 
 

@@ -1,10 +1,11 @@
-"""Installations of a copy of this tree into fresh environments: with nvcc, without it, and with a broken source."""
+"""Installations of a source distribution into fresh environments: with nvcc, without it, and with a broken source."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,19 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 @pytest.fixture
 def tree(tmp_path):
-    """What a clone would hold."""
+    """The unpacked source distribution of what a clone would hold: it must have all that the build needs."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    clone = tmp_path / "clone"
     for name in filter(None, files):
         if (ROOT / name).exists():
-            (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / "tree" / name)
-    return tmp_path / "tree"
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    build = "import build_native; print(build_native.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, text=True, check=True)
+    archive = clone / "dist" / done.stdout.splitlines()[-1]
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    return tmp_path / archive.name.removesuffix(".tar.gz")
 
 
 @pytest.fixture
@@ -92,13 +99,18 @@ def test_without_nvcc(python, tree):
 
 
 @needs_nvcc
-def test_broken_source(python, tree):
+def test_broken_source(python, tree, tmp_path):
     with (tree / "csrc/device_error.cu").open("a") as source:
         source.write('#error "broken on purpose"\n')
     environment = {"MOEBERT_KERNELS_CUDA_ARCHS": "80", "CMAKE_BUILD_PARALLEL_LEVEL": "1"}
     status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", **environment)
     assert status != 0
     assert "MOEBERT_KERNELS_BUILD_CUDA=1: the build failed" in output
+    gpu = tmp_path / "bin/nvidia-smi"  # with a GPU, auto builds too
+    gpu.parent.mkdir()
+    gpu.write_text("#!/bin/sh\necho 9.0\n")
+    gpu.chmod(0o755)
+    environment["PATH"] = f"{gpu.parent}{os.pathsep}{os.environ['PATH']}"
     status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="auto", **environment)
     assert status == 0, output[-3000:]
     assert len(reasons(output)) == 1

@@ -89,6 +89,10 @@ def test_wikitext_mpoe_at_tiny_size(wikitext_mpoe, tmp_path, monkeypatch, capsys
     assert len([line for line in text.splitlines() if line.startswith("|")]) == 2 + len(wikitext_mpoe.NAMES)
     assert (tmp_path / "out/chart.png").stat().st_size > 1000
     assert wikitext_mpoe.spread([1.0, 3.0], "+") == "+2.00 ± 1.41"
+    with (tmp_path / "test.txt").open("a") as file:
+        file.write("one more line \n")
+    with pytest.raises(SystemExit, match=r"base.json of a run with other test text"):
+        run()
 
 
 def test_wikitext_mpoe_divides_the_text(wikitext_mpoe, tmp_path):
@@ -181,5 +185,8 @@ def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(microbert, "cache_speed", lambda *_: report["cache"])
     run("--report")
     assert {file: file.stat().st_mtime_ns for file in trained} == trained
-    with pytest.raises(SystemExit, match="work: expected a folder of these settings"):
+    with pytest.raises(SystemExit, match=r"got .*work with results of other epochs \(it was 1 and is 2 now\)"):
         run("--epochs", 2)
+    (data / "CoLA/dev.tsv").write_text((data / "CoLA/dev.tsv").read_text().replace("x\t1", "x\t0", 1))
+    with pytest.raises(SystemExit, match=r"got .*work with results of other files of CoLA"):
+        run("--report")

@@ -1,6 +1,7 @@
 """The rules that no reviewer should have to remember: layers, the weight of the import, file sizes, true documents."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -8,8 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import moebert_kernels
 from moebert_kernels import reference
@@ -79,14 +78,18 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
     return [(line, name) for line, name in found if name.split(".")[0] == PACKAGE]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_point_down(path):
-    mine = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    assert mine in RANK, f"{name_of(path)}: {mine} has no place in LAYERS"
-    for line, module in imports_of(path):
-        theirs = layer_of(module)
-        assert theirs in RANK, f"{name_of(path)}:{line} imports {module}, which has no place in LAYERS"
-        assert theirs == mine or RANK[theirs] < RANK[mine], f"{name_of(path)}:{line}: {mine} must not import {module}"
+def test_imports_point_down():
+    offenders = []
+    for path in MODULES:
+        own = layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if own not in RANK:
+            offenders.append(f"{name_of(path)}: {own} has no place in LAYERS")
+            continue
+        for line, module in imports_of(path):
+            other = layer_of(module)
+            if other not in RANK or (other != own and RANK[other] >= RANK[own]):
+                offenders.append(f"{name_of(path)}:{line}: {own} must not import {module}")
+    assert not offenders
 
 
 def new_modules(statement: str) -> set[str]:
@@ -100,21 +103,26 @@ def test_import_loads_torch_and_nothing_heavier():
     assert new_modules(f"import {PACKAGE}") == {PACKAGE}
 
 
-@pytest.mark.parametrize("path", CODE, ids=name_of)
-def test_files_stay_readable(path):
-    lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines; split what it does in two"
+def test_files_stay_readable():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in CODE}
+    assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
 
 
-@pytest.mark.parametrize("op", sorted(set(moebert_kernels.__all__) - {"Grouping"}))
-def test_every_op_has_its_five_places(op):
+def test_every_op_has_its_five_places():
     """One name through every layer: the op's file, its reference, its tests, its benchmark, its row in the docs."""
-    assert callable(getattr(reference, op))
-    ops = "\n".join(path.read_text() for path in (ROOT / PACKAGE / "ops").glob("*.py"))
-    assert re.search(rf"^def {op}\(", ops, re.MULTILINE)
-    assert any(f"{op}(" in path.read_text() for path in (ROOT / "tests" / "ops").glob("test_*.py"))
-    assert any(re.search(rf"\b{op}\b", path.read_text()) for path in (ROOT / "benchmarks").glob("*.py"))
-    assert re.search(rf"^\| `{op}`", (ROOT / "ARCHITECTURE.md").read_text(), re.MULTILINE)
+    ops = read_all(ROOT / PACKAGE / "ops", "*.py")
+    tests, benchmarks = read_all(ROOT / "tests/ops", "test_*.py"), read_all(ROOT / "benchmarks", "*.py")
+    architecture = (ROOT / "ARCHITECTURE.md").read_text()
+    for op in set(moebert_kernels.__all__) - {"Grouping"}:
+        assert callable(getattr(reference, op))
+        assert re.search(rf"^def {op}\(", ops, re.MULTILINE), op
+        assert f"{op}(" in tests, op
+        assert re.search(rf"\b{op}\b", benchmarks), op
+        assert re.search(rf"^\| `{op}`", architecture, re.MULTILINE), op
+
+
+def read_all(folder: Path, pattern: str) -> str:
+    return "\n".join(path.read_text() for path in folder.glob(pattern))
 
 
 def makefile_targets() -> set[str]:
@@ -154,11 +162,14 @@ def paths_in(text: str) -> set[str]:
     return {path for path in named | links if path and not path.startswith(("demo/", ".venv/", "build/"))}
 
 
-@pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_paths_in_documents_exist(path):
-    for name in paths_in(path.read_text()):
-        places = [ROOT / name, path.parent / name, *ROOT.glob(f"{PACKAGE}/{name}")]
-        assert any(place.exists() for place in places), f"{name_of(path)} names {name}, which does not exist"
+def test_paths_in_documents_exist():
+    offenders = []
+    for path in DOCS:
+        for name in paths_in(path.read_text()):
+            places = [ROOT / name, path.parent / name, *ROOT.glob(f"{PACKAGE}/{name}")]
+            if not any(place.exists() for place in places):
+                offenders.append(f"{name_of(path)} names {name}, which does not exist")
+    assert not offenders
 
 
 def test_paths_in_the_makefile_and_ci_exist():
@@ -187,36 +198,46 @@ def cli_options() -> dict[str, set[str]]:
     return {name: of | (of_recipes if "--recipe" in of else set()) for name, of in options.items()}
 
 
-@pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_commands_in_documents_exist(path):
-    spans = spans_of(path.read_text())
-    targets = makefile_targets()
-    for span in spans:
-        if match := re.match(r"make ([a-z-]+)", span):
-            assert match[1] in targets, f"{name_of(path)}: `{span}`: no such target"
-        for module in re.findall(r"python -m ([\w.]+)", span):
-            assert importlib.util.find_spec(module), f"{name_of(path)}: `{span}`: no such module"
-    commands = [shlex.split(span, comments=True) for span in spans if re.match(r"moebert [a-z-]", span)]
-    options = cli_options() if commands else {}
-    for words in commands:
-        if words[1].startswith("-"):
+def test_commands_in_documents_exist():
+    targets, options, offenders = makefile_targets(), cli_options(), []
+    for path in DOCS:
+        for span in spans_of(path.read_text()):
+            for problem in problems_of(span, targets, options):
+                offenders.append(f"{name_of(path)}: `{span}`: {problem}")
+    assert not offenders
+
+
+def problems_of(span: str, targets: set[str], options: dict[str, set[str]]) -> list[str]:
+    """What a command that a document shows names and the project does not have."""
+    found = []
+    if (match := re.match(r"make ([a-z-]+)", span)) and match[1] not in targets:
+        found.append(f"no target {match[1]}")
+    found += [f"no module {name}" for name in re.findall(r"python -m ([\w.]+)", span) if not find_module(name)]
+    if not re.match(r"moebert [a-z]", span):
+        return found
+    words = shlex.split(span, comments=True)
+    for name in words[1].split("|"):
+        if name not in options:
+            found.append(f"no command {name}")
             continue
-        for name in words[1].split("|"):
-            assert name in options, f"{name_of(path)}: `{' '.join(words)}`: no command {name}"
-            for word in words[2:]:
-                option = word.partition("=")[0]
-                assert not option.startswith("--") or option in options[name], (
-                    f"{name_of(path)}: `{' '.join(words)}`: {name} has no option {option}"
-                )
+        given = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
+        found += [f"{name} has no option {option}" for option in given if option not in options[name]]
+    return found
 
 
-@pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_names_of_the_package_in_documents_exist(path):
-    for span in spans_of(path.read_text()):
-        for dotted in re.findall(rf"\b{PACKAGE}(?:\.\w+)+", span):
-            if dotted.endswith((".egg", "._C")):
-                continue
-            assert resolves(dotted), f"{name_of(path)} names {dotted}, which does not exist"
+@functools.cache
+def find_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def test_names_of_the_package_in_documents_exist():
+    offenders = []
+    for path in DOCS:
+        for span in spans_of(path.read_text()):
+            for dotted in re.findall(rf"\b{PACKAGE}(?:\.\w+)+", span):
+                if not dotted.endswith((".egg", "._C")) and not resolves(dotted):
+                    offenders.append(f"{name_of(path)} names {dotted}, which does not exist")
+    assert not offenders
 
 
 def resolves(dotted: str) -> bool:

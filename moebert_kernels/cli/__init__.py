@@ -8,6 +8,7 @@ from moebert_kernels.cli.ablate import ablate
 from moebert_kernels.cli.convert import convert, importance
 from moebert_kernels.cli.dense import collapse, student
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
+from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
 
@@ -34,7 +35,11 @@ for _name, _function in (
     ("bench", bench),
     ("demo", demo),
 ):
-    app.command(_name, context_settings=_OPEN if _name in ("distill", "ablate") else None)(command(_function))
+    app.command(
+        _name,
+        context_settings=_OPEN if _name in ("distill", "ablate") else None,
+        epilog=DEFAULTS_BY_TASK if _name in ("finetune", "distill") else None,
+    )(command(_function))
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,10 +13,10 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
+from moebert_kernels.cli.outputs import check_output, claim
 from moebert_kernels.cli.recipe import load_teacher, recipe_of, train_by_recipe
-from moebert_kernels.cli.running import check_writable
 from moebert_kernels.cli.tasks import data_by_task, known_tasks
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.recipe import Recipe
@@ -31,16 +32,21 @@ def ablate(
     teacher: Annotated[
         list[str], typer.Option("--teacher", help=f"A task-routed MoE, or fine-tuned models; {_FOR_TASKS}")
     ],
-    task: Annotated[list[str], typer.Option("--task", help="A task of GLUE; once for each.")],
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task", help="A task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli); once for each."
+        ),
+    ],
     output: o.OutputFolder,
     data: o.Data = None,
     dense_teacher: Annotated[
         list[str] | None,
-        typer.Option("--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS}"),
+        typer.Option(
+            "--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS} Default: none."
+        ),
     ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="As for distill; any value of it as --KEY VALUE.")] = (
-        "microbert"
-    ),
+    recipe: o.AblationRecipe = "microbert",
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,10 +66,10 @@ def ablate(
     """
     from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, repeated_arms, summary, table
-    from moebert_kernels.distill.checkpoint import differences, model_fingerprint, write_text
-    from moebert_kernels.distill.loading import load_as_saved
+    from moebert_kernels.distill.checkpoint import write_text
+    from moebert_kernels.distill.identity import changed, described
 
-    check_writable(output)
+    require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
     tasks = known_tasks(task)
     arms = arm or [name for name in DEFAULT_ARMS if dense_teacher or not ARMS[name].dense_teacher]
     unknown = [name for name in arms if name not in ARMS]
@@ -76,6 +82,11 @@ def ablate(
         _by_task(name, values, task)
         for name, values in (("model", model), ("teacher", teacher), ("dense-teacher", dense_teacher))
     )
+    models = sorted({*students.values(), *teachers.values(), *dense.values()})
+    check_output(output, "ablate", *models)
+    for option, named in (("model", students), ("teacher", teachers), ("dense-teacher", dense)):
+        for one in sorted(set(named.values())):
+            inputs.check_models(**{option: one})
     files = data_by_task(data, task)
     chosen = recipe_of(ctx, recipe)
     repeated = repeated_arms(chosen, arms)
@@ -86,17 +97,14 @@ def ablate(
         )
     arms = [name for name in arms if name not in repeated]
     data_of = {name: inputs.load_data(known, files.get(name), "train", hold_out) for name, known in tasks.items()}
-    models = sorted({*students.values(), *teachers.values(), *dense.values()})
-    identity = {
-        "recipe": recipe, "stages": repr(chosen.stages), "model": model, "teacher": teacher, "data": data,
-        "dense_teacher": dense_teacher, "hold_out": hold_out,
-        **{f"weights of {name}": model_fingerprint(load_as_saved(name)) for name in models},
-        **{f"rows of {name}": loaded.fingerprint for name, loaded in data_of.items()},
-    }  # fmt: skip
-    changes = differences(identity, once(output / "identity.json", lambda: identity))
+    by_task = {"student": students, "teacher": teachers, "dense teacher": dense}
+    identity = {"recipe": recipe, "hold_out": hold_out} | _facts(chosen, by_task, data_of)
+    claim(output, "ablate")
+    changes = changed(once(output / "identity.json", lambda: identity), identity)
     if changes:
         raise UserError(
-            f"output: expected a folder of the same recipe, models and data, got another's: {output} ({changes[0]})"
+            f"output: expected a new folder, or one of the same recipe, models and data, got {output} with results of"
+            f" other {described(changes)} (use another --output)"
         )
 
     length = chosen.active[0].max_length
@@ -118,6 +126,26 @@ def ablate(
     write_text(output / "table.md", table(report))
     draw(report, output / "chart.png", f"Students by the recipe {recipe}, {seeds} seeds")
     print(table(report))
+
+
+def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results of a comparison depend on."""
+    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    names = sorted({name for by_task in models.values() for name in by_task.values()})
+    weights = {name: model_fingerprint(load_as_saved(name)) for name in names}
+    tokens = {name: tokenizer_digest(load_tokenizer(name)) for name in names}
+    facts: dict[str, Any] = {}
+    for stage in recipe.stages:
+        facts |= {f"{stage.name}.{key}": value for key, value in asdict(stage).items() if key != "name"}
+    for kind, by_task in models.items():
+        facts |= {f"{kind} weights for {task}": weights[name] for task, name in by_task.items()}
+        facts |= {f"{kind} tokenizer for {task}": tokens[name] for task, name in by_task.items()}
+    for task, loaded in data.items():
+        facts |= row_facts(loaded, of=task)
+    return facts
 
 
 def _run(
@@ -148,7 +176,7 @@ def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict
 
     split = "test" if "test" in loaded.splits else "validation"
     loaded = inputs.labels_as_in(loaded, model.config)
-    length = inputs.max_length_for(model.config, loaded.task, length)
+    length, _ = inputs.lengths_for(model.config, loaded.task, tokenizer, length)
     features = inputs.tokenized(loaded, split, tokenizer, length, None, model.config)
     evaluator = Evaluator(loaded.task, loaded.split(split), features, progress=True)
     predictions, references = evaluator.predict(model), evaluator.references

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.running import already_written, check_writable, write_model
+from moebert_kernels.cli.outputs import already_written, check_output_file, write_model
+from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes
 from moebert_kernels.cli.tasks import convert_for_tasks
 from moebert_kernels.errors import UserError
 
@@ -28,14 +30,16 @@ def importance(
         str, typer.Option("--split", help="The split to score on. validation is what the original code does.")
     ] = "train",
     max_examples: Annotated[
-        int | None, typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed.")
+        int | None,
+        typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed. Default: all."),
     ] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
+    hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
-    batch_size: o.BatchSize = 32,
+    batch_size: o.ScoringBatchSize = 32,
     force: o.Force = False,
 ) -> None:
     """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
@@ -44,37 +48,48 @@ def importance(
     from moebert_kernels.distill.scoring import score_split
     from moebert_kernels.distill.tasks import TaskData
 
-    if output.is_dir():
-        raise UserError(f"output: expected a file, such as importance.safetensors, got the folder {output}")
-    check_writable(output.absolute().parent)
+    check_output_file(output, holds_scores, "importance.safetensors")
+    split = inputs.split_called(split)
+    inputs.check_models(model=model)
     _check_dense(model)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, regression, model), data, split)
+    wanted = inputs.make_task(task, text_column, label_column, regression, model)
+    loaded = inputs.load_data(wanted, data, split, hold_out)
     teacher = load_model(model, loaded.task)
     dense_ffns(teacher)
     loaded = inputs.labels_as_in(loaded, teacher.config)
-    length = inputs.max_length_for(teacher.config, loaded.task, max_length)
+    tokenizer = load_tokenizer(model)
+    length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
     rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
     if max_examples is not None and max_examples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_examples))
-    tokenizer = load_tokenizer(model)
     features = inputs.tokenized(
         TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
     )
+    facts = {
+        "split": split, "task": loaded.task.name, "max_length": length, "doc_stride": doc_stride,
+        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
+    }  # fmt: skip
     if output.exists() and not force:
-        _check_same_scores(output, teacher, split, features)
+        check_same_scores(output, teacher, facts, features)
+        say_scores(output)
         print(f"{output} is there already")
         return
     score_split(
-        teacher.to(inputs.device()), features, output, batch_size=batch_size or 32,
-        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name,
+        teacher.to(inputs.device()), features, output, batch_size=batch_size,
+        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
     )  # fmt: skip
+    say_scores(output)
     print(f"saved in {output}")
 
 
 def convert(
     output: o.OutputFolder,
     model: Annotated[
-        str | None, typer.Option("--model", help="The fine-tuned dense model: a folder or a name on the Hub.")
+        str | None,
+        typer.Option(
+            "--model",
+            help="The fine-tuned dense model: a folder or a name on the Hub. Default: none; see --from-original.",
+        ),
     ] = None,
     importance: Annotated[
         Path | None, typer.Option("--importance", help="What moebert importance wrote. Without it: a random ranking.")
@@ -86,56 +101,82 @@ def convert(
         str | None,
         typer.Option(
             "--method",
-            help="moebert (default): experts out of a BERT's neurons; dense: its top --expert-size neurons, for"
-            " comparison; mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
+            help="Default: moebert, experts out of a BERT's neurons. Or dense: its top --expert-size neurons, for"
+            " comparison; or mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
             " tensor.",
         ),
     ] = None,
-    num_experts: Annotated[int | None, typer.Option("--num-experts", min=1, help="Default: 4.")] = None,
+    num_experts: Annotated[
+        int | None, typer.Option("--num-experts", min=1, help="Experts of a layer. Default: 4.")
+    ] = None,
     expert_size: Annotated[
         int | None,
-        typer.Option("--expert-size", min=1, help="Neurons of an expert. Default: 768; with task all, divided up."),
+        typer.Option(
+            "--expert-size",
+            min=1,
+            help="Neurons of an expert. Default: a quarter of the dense layer's, 768 of BERT-base's"
+            " 3,072; with --router task all of them, divided up. With --method dense: the neurons that are kept.",
+        ),
     ] = None,
     shared: Annotated[
         int | None,
-        typer.Option("--shared", min=0, help="Most important neurons, in every expert. Default: 512; with task 0."),
+        typer.Option(
+            "--shared",
+            min=0,
+            help="Most important neurons, in every expert. Default: two thirds of an expert's,"
+            " 512 of 768; with --router task 0.",
+        ),
     ] = None,
     router: Annotated[
         str | None,
         typer.Option(
             "--router",
-            help="hash-random (the default), hash-balance (counts --data), gate-token, gate-sentence or task (with a"
-            " head for each --task); with mpoe switch (the default), top2, gate-token, hash-random or hash-balance.",
+            help="Default: hash-random. Or hash-balance (counts --data), gate-token, gate-sentence or task (with a"
+            " head for each --task); with --method mpoe switch (its default), top2, gate-token, hash-random or"
+            " hash-balance.",
         ),
     ] = None,
     load_balance: Annotated[
         float | None,
-        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, and 0.01 with mpoe."),
+        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, with --method mpoe 0.01."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="default skips padding; paper routes it, as the original code does.")
+        str | None,
+        typer.Option(
+            "--preset", help="Default: default, which skips padding; paper routes it, as the original code does."
+        ),
     ] = None,
     from_original: Annotated[
         Path | None,
-        typer.Option("--from-original", help="A checkpoint of the original MoEBERT code, in place of --model."),
+        typer.Option(
+            "--from-original", help="A checkpoint of the original MoEBERT code, in place of --model. Default: none."
+        ),
     ] = None,
     hash_tables: Annotated[
-        Path | None, typer.Option("--hash-tables", help="Tables to use: the original's .pkl, or JSON, (V) or (L, V).")
+        Path | None,
+        typer.Option(
+            "--hash-tables",
+            help="Tables to use: the original's .pkl, or JSON, with an expert's number for each token of the"
+            " vocabulary, or a list of them for each layer. Default: made by --router.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, help="Experts of a task. Default: 2.", rich_help_panel=_TASKS)
+        int | None,
+        typer.Option(
+            "--top-k", min=1, help="Experts of a task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
+        ),
     ] = None,
     norm: Annotated[
         str | None,
         typer.Option(
-            "--norm", help="layer (default): around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
+            "--norm", help="Default: layer, around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
         ),
     ] = None,
     experts: Annotated[
         str | None,
         typer.Option(
             "--experts",
-            help="mpo (default), or dense: whole copies, as in Switch. With --router task importance (default), copy"
+            help="Default: mpo; or dense: whole copies, as in Switch. With --router task importance (its default), copy"
             " (whole copies) or mpo.",
             rich_help_panel=_MPOE,
         ),
@@ -148,11 +189,16 @@ def convert(
         int | None, typer.Option("--max-bond", min=1, help="Cut the bonds. Default: exact.", rich_help_panel=_MPOE)
     ] = None,
     low_bonds: Annotated[
-        bool | None, typer.Option("--low-bonds", help="Take bonds at which experts are slow.", rich_help_panel=_MPOE)
+        bool | None,
+        typer.Option(
+            "--low-bonds", help="Take bonds at which experts are slow. Default: refuse them.", rich_help_panel=_MPOE
+        ),
     ] = None,
     noise: Annotated[
         float | None,
-        typer.Option("--noise", min=0.0, help="On auxiliary tensors, relative to their size.", rich_help_panel=_MPOE),
+        typer.Option(
+            "--noise", min=0.0, help="On auxiliary tensors, relative to their size. Default: 0.", rich_help_panel=_MPOE
+        ),
     ] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
@@ -160,6 +206,8 @@ def convert(
     force: o.Force = False,
 ) -> None:
     """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
+    from moebert_kernels.distill.identity import file_digest, model_files
+
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -201,7 +249,15 @@ def convert(
     by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
     if by_task:
         identity |= by_task_options
-    if already_written(output, identity, force):
+    inputs.check_models(model=model)
+    counted = method != "dense" and router == "hash-balance" and hash_tables is None and model is not None
+    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
+    identity |= {
+        "training texts": None if counts is None else sha256(repr(counts.tolist()).encode()).hexdigest()[:16],
+        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
+        "file of hash tables": file_digest(hash_tables),
+    }  # fmt: skip
+    if already_written(output, identity, force, model, from_original):
         print(f"{output} is there already")
         return
     if from_original is not None:
@@ -213,7 +269,7 @@ def convert(
         if hash_tables is not None:
             options["tables"] = _read_tables(hash_tables)
         elif router == "hash-balance":
-            options["token_counts"] = _count(model, task, data, text_column, label_column, max_length)
+            options["token_counts"] = counts
         if method == "mpoe":
             converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
         elif by_task:
@@ -223,15 +279,14 @@ def convert(
         else:
             assert router is not None
             converted, tokenizer = _convert(
-                model, importance, method, num_experts, 768 if expert_size is None else expert_size,
-                512 if shared is None else shared, router, seed, options | {"preset": preset},
-            )  # fmt: skip
+                model, importance, method, num_experts, expert_size, shared, router, seed, options | {"preset": preset}
+            )
     write_model(output, converted, tokenizer, identity)
 
 
 def _convert(
-    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int, shared: int, router: str,
-    seed: int, options: dict[str, Any],
+    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int | None, shared: int | None,
+    router: str, seed: int, options: dict[str, Any],
 ) -> tuple[Any, Any]:  # fmt: skip
     from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
@@ -240,7 +295,10 @@ def _convert(
     dense, tokenizer = load_as_saved(name), load_tokenizer(name)
     scores = None if importance is None else load_importance(importance, dense).scores
     if method == "dense":
-        return dense_student(dense, scores, expert_size, seed), tokenizer
+        student = dense_student(dense, scores, expert_size, seed)
+        say_sizes(student, dense)
+        say_kept(scores, student.config)
+        return student, tokenizer
     moe = convert_to_moe(
         dense,
         scores,
@@ -251,6 +309,8 @@ def _convert(
         seed=seed,
         **options,
     )
+    say_sizes(moe, dense)
+    say_kept(scores, moe.config)
     return moe, tokenizer
 
 
@@ -285,6 +345,7 @@ def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any
     from moebert_kernels.distill.loading import load_tokenizer
 
     converted = from_original(checkpoint, hash_tables=tables, seed=seed)
+    say_sizes(converted)
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     try:
         return converted, load_tokenizer(folder)
@@ -320,8 +381,9 @@ def _count(
     task = tasks[0]
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
-    length = inputs.max_length_for(config, loaded.task, max_length)
-    features = inputs.tokenized(loaded, "train", load_tokenizer(model), length, None, config)
+    tokenizer = load_tokenizer(model)
+    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
+    features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
     return count_tokens(features.input_ids, config.vocab_size)
 
 
@@ -329,17 +391,6 @@ def _joined(parts: list[Any]) -> Any:
     """Splits one after another, with rows numbered anew."""
     from datasets import concatenate_datasets
 
-    if len(parts) == 1:
-        return parts[0]
-    rows = concatenate_datasets(parts).remove_columns("example_id")
-    return rows.add_column("example_id", list(range(len(rows))))
+    from moebert_kernels.distill.held_out import numbered
 
-
-def _check_same_scores(path: Path, model: Any, split: str, features: Any) -> None:
-    """Raise UserError unless the file holds the scores that were asked for."""
-    from moebert_kernels.convert import load_importance, model_fingerprint
-
-    found = load_importance(path).metadata
-    wanted = {"fingerprint": model_fingerprint(model), "split": split, "features": features.fingerprint}
-    if any(found.get(name) != value for name, value in wanted.items()):
-        raise UserError(f"output: expected a new file, got {path} with other scores (--force replaces it)")
+    return parts[0] if len(parts) == 1 else numbered(concatenate_datasets(parts))

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.running import already_written, write_model
+from moebert_kernels.cli.outputs import already_written, write_model
 from moebert_kernels.errors import UserError
 
 
@@ -21,10 +22,14 @@ def collapse(
 ) -> None:
     """Turn a task-routed MoE into the plain BERT that it is for one task: transformers alone can serve it."""
     from moebert_kernels.convert import collapse as collapsed
+    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 
-    identity = {"command": "collapse", "model": str(Path(model)), "task": task}
-    if already_written(output, identity, force):
+    inputs.check_models(model=model)
+    identity = {
+        "command": "collapse", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
+    }  # fmt: skip
+    if already_written(output, identity, force, model):
         print(f"{output} is there already")
         return
     tokenizer = load_tokenizer(model)
@@ -36,16 +41,22 @@ def student(
         str, typer.Option("--model", help="The teacher: a dense model, or a task-routed MoE together with --task.")
     ],
     output: o.OutputFolder,
-    task: Annotated[str | None, typer.Option("--task", help="Of a task-routed MoE: the task.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Of a task-routed MoE: the task. Default: none.")] = None,
     shape: Annotated[
         str | None, typer.Option("--shape", help="4l-312, 6l-384, 6l-768 or 3l-384. Without it the teacher's sizes.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Over the shape's own.")] = None,
-    hidden_size: Annotated[int | None, typer.Option("--hidden-size", min=1, help="Over the shape's own.")] = None,
-    intermediate_size: Annotated[
-        int | None, typer.Option("--intermediate-size", min=1, help="Over the shape's own.")
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Number of layers. Default: the shape's.")
     ] = None,
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Over the shape's own.")] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option("--hidden-size", min=1, help="Width of its states. Default: the shape's.")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option("--intermediate-size", min=1, help="Feed-forward neurons. Default: the shape's.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", min=1, help="Heads of attention. Default: the shape's.")
+    ] = None,
     init: Annotated[
         str,
         typer.Option(
@@ -54,21 +65,27 @@ def student(
     ] = "layers",
     teacher_layer: Annotated[
         list[int] | None,
-        typer.Option("--teacher-layer", help="With --init layers: which of them, once for each, counted from 1."),
+        typer.Option(
+            "--teacher-layer",
+            help="With --init layers: which of them, once for each, counted from 1. Default: every k-th.",
+        ),
     ] = None,
     seed: o.Seed = 0,
     force: o.Force = False,
 ) -> None:
     """Make a small dense model with a teacher's head and labels, to be distilled or fine-tuned."""
     from moebert_kernels.convert import describe_layer_map, layer_map, make_student
+    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
 
+    inputs.check_models(model=model, init=None if init in ("layers", "random") else init)
     identity = {
         "command": "student", "model": str(Path(model)), "task": task, "shape": shape, "layers": layers,
         "hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "init": init,
-        "teacher_layer": teacher_layer, "seed": seed,
+        "teacher_layer": teacher_layer, "seed": seed, "files of the model": model_files(model),
+        "files of init": model_files(init) if init not in ("layers", "random") else None,
     }  # fmt: skip
-    if already_written(output, identity, force):
+    if already_written(output, identity, force, model, init):
         print(f"{output} is there already")
         return
     teacher, tokenizer = _dense_teacher(load_as_saved(model), task), load_tokenizer(model)

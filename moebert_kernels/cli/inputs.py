@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -18,6 +22,52 @@ if TYPE_CHECKING:
     from moebert_kernels.distill.tasks import Task, TaskData
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
+_SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
+
+
+def check_models(**models: str | None) -> None:
+    """Look at the models that a command's options name, before it fetches or reads anything else; local ones first.
+
+    Args:
+        models: option -> folder or name on the Hub; None: not given.
+
+    Raises:
+        UserError: the first that is none, by its option.
+    """
+    given = [(option.replace("_", "-"), name) for option, name in models.items() if name is not None]
+    for option, name in sorted(given, key=lambda entry: not Path(entry[1]).exists()):
+        _check_model(option, name)
+
+
+def _check_model(option: str, name: str) -> None:
+    from moebert_kernels.distill.loading import load_config
+
+    path = Path(name)
+    if not name.strip():
+        raise UserError(f"{option}: expected a folder or a model's name on the Hub, got an empty one")
+    if path.is_dir() and not (path / "config.json").exists() and _is_run(path) and not is_finished(path):
+        if not any((path / model / "config.json").exists() for model in ("best", "final")):
+            raise UserError(
+                f"{option}: expected a finished run, got {name}, whose run is unfinished and has no model yet; its"
+                " command goes on with it when it is run again"
+            )
+        warnings.warn(f"{option}: the run in {name} is unfinished: its best model so far is taken", stacklevel=2)
+    try:
+        load_config(name)
+    except UserError as error:
+        reason = str(error).partition(": ")[2]
+        if not path.exists() and "which does not exist" not in reason:
+            first = reason.partition("(")[2].split(". ")[0].rstrip(".)")
+            reason = (
+                f"expected a folder or a model's name on the Hub, got {name}: no such folder, and not a Hub name that"
+                f" can be read ({first})"
+            )
+        raise UserError(f"{option}: {reason}") from error
+
+
+def _is_run(folder: Path) -> bool:
+    note = read_note(folder)
+    return (folder / "state").is_dir() or (note is not None and note["command"] in ("finetune", "distill"))
 
 
 def make_task(
@@ -44,11 +94,30 @@ def make_task(
 
 
 def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str | None = None) -> TaskData:
-    """The data that --data names; a single file is `file_split`. `hold_out`: the way a test split is made, if it is."""
-    from moebert_kernels.distill.held_out import hold_out as held_out
+    """The data that --data names, with a word on it; a single file is `file_split`.
 
-    loaded = _load_data(task, data, file_split)
-    return loaded if hold_out is None else held_out(loaded, hold_out)
+    `hold_out`: the way a validation or test split is made, if one is; a validation split is a part of the training
+    rows, which a single file then holds.
+    """
+    from moebert_kernels.distill.data_summary import summary
+    from moebert_kernels.distill.held_out import hold_out as held_out
+    from moebert_kernels.distill.held_out import share_of
+
+    share = None if hold_out is None else share_of(hold_out)
+    loaded = _load_data(task, data, file_split if share is None else "train")
+    if hold_out is not None:
+        loaded = held_out(loaded, hold_out)
+    if share is not None:
+        say(f"--hold-out {hold_out}: {len(loaded.validation)} of the {len(loaded.train) + len(loaded.validation)}"
+            " training rows are the validation split")  # fmt: skip
+    for line in summary(loaded):
+        say(f"{task.name}: {line}")
+    return loaded
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not the command's result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
@@ -56,12 +125,48 @@ def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
 
     if not data:
         return load_task(task)
-    parts = [entry.partition("=") for entry in data]
-    if all(equals and split in SPLITS for split, equals, _ in parts):
-        return load_task(task, {split: file for split, _, file in parts})
-    if len(data) > 1:
-        raise UserError(f"data: expected SPLIT=FILE with SPLIT one of {', '.join(SPLITS)}, got {data[0]}")
-    return load_task(task, data[0], file_split=file_split)
+    if len(data) == 1 and (Path(data[0]).exists() or data[0].partition("=")[0] not in _SPLIT_NAMES):
+        if "=" in data[0] and not Path(data[0]).exists():
+            raise UserError(_SPLIT_FILE.format(data[0]))
+        return load_task(task, data[0], file_split=file_split)
+    files: dict[str, str] = {}
+    for entry in data:
+        name, equals, file = entry.partition("=")
+        split = _SPLIT_NAMES.get(name)
+        if not equals or split is None or not file:
+            raise UserError(_SPLIT_FILE.format(entry))
+        if split in files:
+            raise UserError(f"data: expected one file for each split, got {files[split]} and {file} for {split}")
+        files[split] = file
+    return load_task(task, files)
+
+
+_SPLIT_FILE = f"data: expected SPLIT=FILE with SPLIT one of {', '.join(_SPLIT_NAMES)}, got {{}}"
+
+
+def split_called(name: str) -> str:
+    """The split that --split names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in _SPLIT_NAMES:
+        raise UserError(f"split: expected one of {', '.join(SPLITS)}, got {name}")
+    return _SPLIT_NAMES[name]
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the bars of `datasets` for steps that take no time ("Flattening the indices")."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def labels_as_in(data: TaskData, config: Any) -> TaskData:
@@ -69,24 +174,35 @@ def labels_as_in(data: TaskData, config: Any) -> TaskData:
     from moebert_kernels.distill.loading import check_labels, label_names
 
     check_labels(data.task, config)
-    return data.with_label_order(label_names(config, data.task.name)) if data.task.kind == "classification" else data
+    if data.task.kind != "classification":
+        return data
+    with quiet_datasets():
+        return data.with_label_order(label_names(config, data.task.name))
 
 
-def max_length_for(config: Any, task: Task, wanted: int | None) -> int:
-    """The length to cut texts at: the one asked for, or the preset's as far as the model reaches.
+def lengths_for(
+    config: Any, task: Task, tokenizer: Any, max_length: int | None, doc_stride: int | None = None
+) -> tuple[int, int | None]:
+    """The length to cut texts at and the stride of their windows: those asked for, else those of the model's training.
+
+    Without either, the length is the preset's as far as the model reaches. What is asked for and was not so in training
+    is said.
 
     Raises:
         UserError: longer than the model has positions for.
     """
-    from moebert_kernels.distill.loading import longest_input
+    from moebert_kernels.distill.loading import longest_input, trained_lengths
     from moebert_kernels.distill.presets import preset_for
 
-    longest, positions = preset_for(task.name).max_length, longest_input(config)
-    if positions is None:
-        return wanted or longest
-    if wanted is not None and wanted > positions:
-        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {wanted}")
-    return wanted or min(longest, positions)
+    trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
+    for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
+        if wanted is not None and trained.get(name, wanted) != wanted:
+            say(f"--{name.replace('_', '-')} {wanted}: the model was trained with {trained[name]}")
+    if max_length is not None and positions is not None and max_length > positions:
+        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {max_length}")
+    longest = max_length or trained.get("max_length") or preset_for(task.name).max_length
+    stride = trained.get("doc_stride") if doc_stride is None else doc_stride
+    return longest if positions is None else min(longest, positions), stride
 
 
 def padding_for(config: Any, max_length: int) -> int | None:
@@ -111,7 +227,21 @@ def tokenized(
 
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for.
+
+    Says how many texts are cut.
     """
+    features = _tokenized(data, split, tokenizer, max_length, doc_stride, model_config)
+    from moebert_kernels.distill.data_summary import cut_texts
+
+    cut = cut_texts(split, features, max_length)
+    if cut is not None:
+        say(f"{data.task.name}: {cut}")
+    return features
+
+
+def _tokenized(
+    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
+) -> Features:
     from moebert_kernels.distill.features import tokenize
     from moebert_kernels.distill.language import text_features
     from moebert_kernels.distill.text_to_text import text_to_text_features
@@ -128,6 +258,24 @@ def tokenized(
         return text_to_text_features(rows, task, tokenizer, max_length, progress=True)
     stride = 128 if doc_stride is None else doc_stride
     return tokenize(rows, task, tokenizer, max_length, stride, progress=True)
+
+
+def run_facts(
+    data: TaskData, tokenizer: Any, student: Any, max_length: int, doc_stride: int | None, **options: Any
+) -> dict[str, Any]:
+    """What a training run's result depends on beside what `fit` knows: rows, tokenizer, first weights and options."""
+    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
+
+    return {
+        "task": data.task.name,
+        "max_length": max_length,
+        "doc_stride": doc_stride,
+        "model weights": model_fingerprint(student),
+        "tokens of the tokenizer": tokenizer_digest(tokenizer),
+        **row_facts(data, ("train", "validation")),
+        **options,
+    }
 
 
 def evaluator(

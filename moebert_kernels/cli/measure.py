@@ -11,8 +11,9 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.running import check_writable, print_metrics
-from moebert_kernels.errors import UserError
+from moebert_kernels.cli.outputs import check_output, check_output_file, claim, is_result
+from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.tasks import TaskData
@@ -30,19 +31,21 @@ def evaluate(
     regression: o.Regression = False,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
-    batch_size: o.BatchSize = None,
+    batch_size: o.EvaluationBatchSize = None,
     hold_out: o.HoldOut = None,
 ) -> None:
     """Evaluate a model, dense or MoE, with the task's metrics. Nothing in it is random."""
     from moebert_kernels.distill.loading import load_model, load_tokenizer
 
     if output is not None:
-        check_writable(output.absolute().parent)
+        check_output_file(output, is_result("splits"), "result.json")
+    split = inputs.split_called(split)
+    inputs.check_models(model=model)
     wanted = inputs.make_task(task, text_column, label_column, regression, model)
     loaded = inputs.load_data(wanted, data, split, hold_out)
     judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
     loaded = inputs.labels_as_in(loaded, judged.config)
-    length = inputs.max_length_for(judged.config, loaded.task, max_length)
+    length, doc_stride = inputs.lengths_for(judged.config, loaded.task, tokenizer, max_length, doc_stride)
     pad_to = inputs.padding_for(judged.config, length)
     result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
     for name in inputs.splits_named(loaded, split):
@@ -93,7 +96,9 @@ def bench(
     from moebert_kernels.models import MPOE_CLASSES
 
     if output is not None:
-        check_writable(output.absolute().parent)
+        check_output_file(output, is_result("cases"), "bench.json")
+    split = inputs.split_called(split)
+    inputs.check_models(model=model, against=against)
     device = inputs.device()
     wanted = chosen_dtype(dtype, device)
     broken = [op for op, result in self_test().items() if not result["ok"]]
@@ -140,7 +145,9 @@ def demo(
     """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
     from moebert_kernels.demo import run_demo
 
-    check_writable(output)
+    require_extra("demo", "matplotlib")
+    check_output(output, "demo")
+    claim(output, "demo")
     run_demo(output, quick=quick, seed=seed)
 
 
@@ -170,13 +177,13 @@ def _task_batches(
     config, tokenizer = load_config(model), load_tokenizer(model)
     batches = []
     for length in lengths:
-        at_most = inputs.max_length_for(config, loaded.task, length)
+        at_most, _ = inputs.lengths_for(config, loaded.task, tokenizer, length)
         features = inputs.tokenized(
             _first_rows(loaded, split, max(batch_sizes)), split, tokenizer, at_most, None, config
         )
         for B in batch_sizes:
             if len(features) < B:
-                raise UserError(f"batch_size: expected at most {len(features)}, the rows of {split}, got {B}")
+                raise UserError(f"batch-size: expected at most {len(features)}, the rows of {split}, got {B}")
             batch = features.collate(range(B))
             batches.append((batch["input_ids"], batch["attention_mask"]))
     return batches

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
 from moebert_kernels.cli import inputs
+from moebert_kernels.cli.outputs import claim
+from moebert_kernels.cli.running import print_settings, run_settings
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +73,21 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
+def print_recipe(recipe: Recipe, max_length: int, seed: int) -> None:
+    """Print what each stage does, in the recipe's keys, as they would be typed."""
+    from moebert_kernels.distill.microbert import TERMS
+
+    for stage in recipe.active:
+        terms = {name: getattr(stage, name) for name in ("labels", "balance", *stage.terms)}
+        more = {
+            field.name: getattr(stage, field.name)
+            for field in fields(stage)
+            if field.name not in ("name", *TERMS) and getattr(stage, field.name) != field.default
+        }
+        prefix = f"{stage.name}." if len(recipe.active) > 1 else ""
+        print_settings(terms | more | run_settings(stage) | {"max_length": max_length, "seed": seed}, prefix)
+
+
 def load_teacher(name: str, task: Task) -> Any:
     """A teacher for one task: as it is, or of a task-routed MoE the dense model that it is for the task.
 
@@ -88,12 +106,12 @@ def load_teacher(name: str, task: Task) -> Any:
 
 def train_by_recipe(
     recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, seed: int, cache: Path | None = None,
-    cache_dtype: str | None = None, extra_text: Path | None = None, resume: bool = True,
+    cache_dtype: str | None = None, extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
 ) -> Trained:  # fmt: skip
     """Train a student on a task."""
     import torch
 
-    from moebert_kernels.distill.loading import load_model, load_tokenizer
+    from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
     from moebert_kernels.distill.student import (
         check_vocabularies,
         fit_recipe,
@@ -117,16 +135,20 @@ def train_by_recipe(
         guide = load_teacher(teacher, loaded.task)
     lengths = {stage.max_length for stage in recipe.active}
     if len(lengths) > 1:
-        raise UserError(f"max_length: expected the same in every stage, got {sorted(map(str, lengths))}")
-    length = inputs.max_length_for(student.config, loaded.task, lengths.pop())
+        raise UserError(f"max_length: expected the same in every stage, got {' and '.join(sorted(map(str, lengths)))}")
+    length, _ = inputs.lengths_for(student.config, loaded.task, tokenizer, lengths.pop())
+    keep_lengths(tokenizer, loaded.task.name, length)
     train, validation = (
         inputs.tokenized(loaded, split, tokenizer, length, None, student.config) for split in ("train", "validation")
     )
-    facts = {"task": loaded.task.name, "student": model, "teacher": teacher}
+    print_recipe(recipe, length, seed)
+    facts = inputs.run_facts(loaded, tokenizer, student, length, None, hold_out=hold_out, recipe=recipe.name)
     if extra_text is not None:
         if not any("soft" in stage.terms for stage in recipe.active):
             raise UserError("extra-text: expected a recipe with soft targets, as texts without labels need, got none")
         train = with_extra_text(train, read_extra_text(loaded.task, extra_text), loaded.task, tokenizer, length)
+        facts["texts without labels"] = train.fingerprint
+    claim(output, "distill")
     result = fit_recipe(
         student,
         recipe,

@@ -1,4 +1,4 @@
-"""What all commands share: errors of one line, exit statuses, and outputs that are never overwritten by accident.
+"""What all commands share: errors of one line in the words of the command line, exit statuses, and what they print.
 
 Exit statuses: 0 done; 1 the doctor found something wrong; 2 wrong input or an output that cannot be written; 130
 interrupted.
@@ -7,23 +7,34 @@ interrupted.
 from __future__ import annotations
 
 import functools
-import json
+import inspect
+import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import typer
 
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import MissingExtra, OtherRun, UserError
 
-MARKER = "moebert.json"  # in an output folder: which call wrote it
+# what the package calls a value, where a command's option for it has another name
+_OPTION_OF = {
+    "text_columns": "text_column", "output_dir": "output", "tables": "hash_tables", "width": "expert_size",
+    "num_hidden_layers": "layers", "num_attention_heads": "heads", "gradient_mask.probability": "gradient_mask",
+    "objective.preset": "preset",
+}  # fmt: skip
+# of a run, the settings that a command prints before it starts, where they are set
+_SETTINGS = (
+    "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "router_learning_rate", "weight_decay",
+    "warmup_ratio", "mixed_precision", "label_smoothing", "eval_steps", "save_steps", "patience", "shared_fold",
+    "teacher_dropout", "seed",
+)  # fmt: skip
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as a command: what a user did wrong is one line on standard error, without a traceback."""
+    options = {name for name in inspect.signature(function).parameters if name != "ctx"}
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +42,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             warnings.showwarning = _one_line_warning
             try:
                 return function(*args, **kwargs)
+            except OtherRun as error:
+                _fail(_of_other_run(error, options), 2)
             except UserError as error:
+                _fail(as_typed(" ".join(str(error).split()), options), 2)
+            except MissingExtra as error:
                 _fail(" ".join(str(error).split()), 2)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
@@ -47,63 +62,83 @@ def _fail(message: str, status: int) -> None:
     raise typer.Exit(status)
 
 
+def as_typed(message: str, options: Collection[str]) -> str:
+    """A message with the names of a command's options as they stand on the command line: --batch-size for batch_size.
+
+    Args:
+        message: "name: expected .., got ..". What came is the user's and stays as it is.
+        options: parameter names of the command.
+    """
+    name, colon, rest = message.partition(": ")
+    option = _option(name, options)
+    if colon and option is not None:
+        message = f"{option}: {rest}"
+    wanted, got, came = message.rpartition(", got ") if ", got " in message else (message, "", "")
+    if options:
+        # a word may be a word: it is an option where it has a value, or could be nothing else
+        names = "|".join(name if "_" in name else f"{name}(?= ?>?=)" for name in options)
+        wanted = re.sub(rf"(?<![\w./-])({names})(?![\w./-])", lambda match: _typed(match[1]), wanted)
+    return wanted + got + came
+
+
+def _option(name: str, options: Collection[str]) -> str | None:
+    """The option that a value of this name is given by, as it is typed."""
+    for candidate in (name.replace("-", "_"), _OPTION_OF.get(name)):
+        if candidate in options:
+            return _typed(candidate)
+    return None
+
+
+def _typed(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _of_other_run(error: OtherRun, options: Collection[str]) -> str:
+    """What is different from the run in the output folder, by option, and what to do."""
+    given: list[str] = []
+    others: list[str] = []
+    for name, (wanted, got) in error.changes.items():
+        if " " in name or isinstance(wanted, dict | list) or isinstance(got, dict | list):
+            others.append(name)  # a name of contents, whose values say nothing to a person
+        else:
+            given.append(f"{_option(name, options) or name} was {_said(got)} and is {_said(wanted)} now")
+    # contents follow from options, as the order of the training data from the batch size
+    changes = "; ".join(given[:3]) if given else f"other {', '.join(others[:3])}"
+    if "restart" not in options:
+        advice = "use another --output"
+    elif error.finished:
+        advice = "use another --output, or --restart --force to replace the model there"
+    else:
+        advice = "use another --output, or --restart to drop that run"
+    kind = "a finished" if error.finished else "an unfinished"
+    return f"--output: {error.folder} holds {kind} run with other settings: {changes} ({advice})"
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else str(value)
+
+
+def print_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """One line with what a run was told or takes for granted, as it would be typed; what is off is left out."""
+    words = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            value = ",".join(f"{one}:{other}" for one, other in value.items())
+        elif isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        if value is not None and value is not False:
+            words.append(_typed(prefix + name) if value is True else f"{_typed(prefix + name)} {value}")
+    print(f"settings: {' '.join(words)}", flush=True)
+
+
+def run_settings(config: Any) -> dict[str, Any]:
+    """The settings of a FitConfig, or of a recipe's stage, that options give, by name."""
+    return {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+
+
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):  # the others are for developers
         print(f"moebert: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written into `folder`, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output: expected a folder that can be written, got {folder} ({error.strerror})") from None
-
-
-def already_written(folder: Path, identity: Mapping[str, Any], force: bool) -> bool:
-    """Whether an earlier call of the same `identity` has written `folder`.
-
-    Raises:
-        UserError: the folder holds something else. `force` allows to replace a model, and never anything else.
-    """
-    if folder.is_file():
-        raise UserError(f"output: expected a folder, got the file {folder}")
-    if not folder.exists() or not any(folder.iterdir()):
-        check_writable(folder.absolute().parent)
-        return False
-    marker = folder / MARKER
-    if marker.exists() and not force:
-        try:
-            if json.loads(marker.read_text(encoding="utf-8")) == json.loads(json.dumps(identity)):
-                return True
-        except ValueError:
-            pass
-    if not force:
-        raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
-    if not (marker.exists() or (folder / "config.json").exists()):
-        raise UserError(f"output: expected a new folder or one with a model, got {folder}, which holds other things")
-    return False
-
-
-def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
-    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
-    from moebert_kernels.distill.checkpoint import write_folder
-    from moebert_kernels.distill.progress import quiet_transformers
-    from moebert_kernels.models.card import save_with_card
-
-    output = folder
-
-    def write(folder: Path) -> None:
-        with quiet_transformers():
-            save_with_card(model, folder, previous=output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / MARKER).write_text(json.dumps(identity), encoding="utf-8")
-
-    write_folder(folder, write)
-    print(f"saved in {folder}")
 
 
 def print_metrics(metrics: Mapping[str, float], title: str = "") -> None:

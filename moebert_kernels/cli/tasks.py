@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from moebert_kernels.cli import inputs
-from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.cli.outputs import claim
+from moebert_kernels.cli.running import print_metrics, print_settings, run_settings
+from moebert_kernels.cli.sizes import say_sizes
 from moebert_kernels.errors import UserError
 
 _DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
@@ -43,6 +45,7 @@ def convert_for_tasks(
     dense = load_for_new_heads(name)
     scores = None if importance is None else load_importance(importance, dense).scores
     moe = convert_to_task_moe(dense, labels, importance=scores, expert_size=expert_size, shared=shared or 0, **options)
+    say_sizes(moe, dense)
     return moe, load_tokenizer(name)
 
 
@@ -61,7 +64,8 @@ def finetune_tasks(
     from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.evaluation import Evaluator
     from moebert_kernels.distill.features import Batches
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
+    from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 
@@ -74,12 +78,20 @@ def finetune_tasks(
         )
     for task_name in known:
         student.config.task_id(task_name)  # which refuses others
+    facts: dict[str, Any] = {
+        "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature, "max_length": max_length,
+        "model weights": model_fingerprint(student), "tokens of the tokenizer": tokenizer_digest(tokenizer),
+    }  # fmt: skip
+    print_settings(run_settings(config) | {"max_length": max_length, "task_temperature": temperature})
     batches: dict[str, Batches] = {}
     evaluators: dict[str, Evaluator] = {}
     for task_name, task in known.items():
         loaded = inputs.load_data(task, files.get(task_name), "train", hold_out)
         loaded = inputs.labels_as_in(loaded, student.config)
-        length = inputs.max_length_for(student.config, task, max_length)
+        length, _ = inputs.lengths_for(student.config, task, tokenizer, max_length)
+        keep_lengths(tokenizer, task_name, length)
+        facts[f"max_length of {task_name}"] = length
+        facts |= row_facts(loaded, ("train", "validation"), task_name)
         pad_to = inputs.padding_for(student.config, length)
         train, validation = (
             inputs.tokenized(loaded, split, tokenizer, length, None, student.config)
@@ -88,13 +100,14 @@ def finetune_tasks(
         batches[task_name] = Batches(train, config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
         evaluators[task_name] = Evaluator(loaded.task, loaded.validation, validation, 64, pad_to, progress=True)
     main = {task_name: task.main_metric for task_name, task in known.items()}
+    claim(output, "finetune")
     result = fit(
         student,
         MultiTaskBatches(batches, student.config.tasks, config.seed, temperature=temperature),
         config=config,
         output_dir=output,
         evaluate=MultiTaskEvaluator(evaluators, main),
-        identity={"tasks": list(tasks), "hold out": hold_out, "started from": f"{name} {model_fingerprint(student)}"},
+        identity=facts,
         also_save=tokenizer.save_pretrained,
         resume=resume,
     )

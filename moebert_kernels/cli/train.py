@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,8 +11,9 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
+from moebert_kernels.cli.outputs import check_run, claim
 from moebert_kernels.cli.recipe import no_further_options, recipe_of, train_by_recipe
-from moebert_kernels.cli.running import check_writable, print_metrics
+from moebert_kernels.cli.running import print_metrics, print_settings, run_settings
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
 
@@ -48,13 +50,15 @@ def finetune(
     shared_fold: o.SharedFold = False,
     task_temperature: o.TaskTemperature = 1.0,
     restart: o.Restart = False,
+    force: o.ForceRestart = False,
 ) -> None:
     """Fine-tune a pretrained model on a task, or on several: the teacher. Writes OUTPUT/best, judged on validation."""
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.multi_task import MEAN
     from moebert_kernels.distill.presets import DEFAULT, preset_for
 
-    check_writable(output)
+    check_run(output, "finetune", restart, force, model)
+    inputs.check_models(model=model)
     if len(task) > 1:
         refuse_for_tasks(
             text_column=text_column, label_column=None if label_column == "label" else label_column,
@@ -85,7 +89,8 @@ def finetune(
         shared_fold=shared_fold, router_learning_rate=router_learning_rate,
     )  # fmt: skip
     result = _train(
-        student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model, gradient_mask
+        "finetune", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, gradient_mask,
+        {"hold_out": hold_out},
     )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
@@ -96,7 +101,12 @@ def distill(
     task: o.TaskName,
     output: o.OutputFolder,
     teacher: Annotated[
-        str | None, typer.Option("--teacher", help="The fine-tuned dense model; with --recipe also a task-routed MoE.")
+        str | None,
+        typer.Option(
+            "--teacher",
+            help="The fine-tuned dense model; with --recipe also a task-routed MoE. Default: none, which a few recipes"
+            " allow.",
+        ),
     ] = None,
     recipe: o.RecipeName = None,
     extra_text: o.ExtraText = None,
@@ -104,7 +114,11 @@ def distill(
     seed: o.Seed = 0,
     distill_weight: Annotated[
         float | None,
-        typer.Option("--distill-weight", min=0.0, help="Of the distillation terms; the task's loss has 1."),
+        typer.Option(
+            "--distill-weight",
+            min=0.0,
+            help="Of the distillation terms; the task's loss has 1. Default: by task, see below.",
+        ),
     ] = None,
     preset: Annotated[
         str,
@@ -112,7 +126,10 @@ def distill(
     ] = "default",
     cache: Annotated[
         Path | None,
-        typer.Option("--cache", help="Keep the teacher's outputs in this folder: computed once for several students."),
+        typer.Option(
+            "--cache",
+            help="Keep the teacher's outputs in this folder: computed once for several students. Default: not kept.",
+        ),
     ] = None,
     cache_dtype: Annotated[
         str | None,
@@ -146,6 +163,7 @@ def distill(
     gradient_mask: o.GradientMask = 0.0,
     shared_fold: o.SharedFold = False,
     restart: o.Restart = False,
+    force: o.ForceRestart = False,
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer, or a small dense student by a --recipe, whose
     values any further --KEY VALUE overrides. Writes OUTPUT/best."""
@@ -154,13 +172,16 @@ def distill(
     from moebert_kernels.distill.teacher_cache import TeacherCache
     from moebert_kernels.distill.token_objective import TokenObjective
 
-    check_writable(output)
+    check_run(output, "distill", restart, force, model, teacher)
+    inputs.check_models(model=model, teacher=teacher)
+    if distill_weight is not None and not math.isfinite(distill_weight):
+        raise UserError(f"distill-weight: expected a number of at least 0, got {distill_weight}")
     if recipe is not None:
         chosen = recipe_of(ctx, recipe)
         wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
         trained = train_by_recipe(
             chosen, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output, seed=seed, cache=cache,
-            cache_dtype=cache_dtype, extra_text=extra_text, resume=not restart,
+            cache_dtype=cache_dtype, extra_text=extra_text, hold_out=hold_out, resume=not restart,
         )  # fmt: skip
         _say(trained.result, wanted.main_metric)
         return
@@ -193,8 +214,12 @@ def distill(
         )  # fmt: skip
 
     result = _train(
-        student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, model,
-        gradient_mask, objective=objective, teacher_for=teacher_for,
+        "distill", student, tokenizer, loaded, config, output, max_length, doc_stride, not restart, gradient_mask,
+        {
+            "hold_out": hold_out, "distill_weight": weight, "preset": preset,
+            "cache_dtype": cache and (cache_dtype or "float16"),
+        },
+        objective, teacher_for,
     )  # fmt: skip
     _say(result, loaded.task.main_metric)
 
@@ -254,23 +279,27 @@ def _fit_config(
 
 
 def _train(
-    student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
-    doc_stride: int | None, resume: bool, source: str, gradient_mask: float, objective: Any = None,
+    command: str, student: Any, tokenizer: Any, loaded: Any, config: FitConfig, output: Path, max_length: int | None,
+    doc_stride: int | None, resume: bool, gradient_mask: float, options: dict[str, Any], objective: Any = None,
     teacher_for: Any = None,
 ) -> FitResult:  # fmt: skip
-    from moebert_kernels.distill.checkpoint import model_fingerprint
     from moebert_kernels.distill.features import Batches
+    from moebert_kernels.distill.loading import keep_lengths
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.nn import GradientMask
 
     loaded = inputs.labels_as_in(loaded, student.config)
-    length = inputs.max_length_for(student.config, loaded.task, max_length)
+    length, doc_stride = inputs.lengths_for(student.config, loaded.task, tokenizer, max_length, doc_stride)
+    keep_lengths(tokenizer, loaded.task.name, length, doc_stride)
     pad_to = inputs.padding_for(student.config, length)
+    lengths = {"max_length": length, "doc_stride": doc_stride, "gradient_mask": gradient_mask or None}
+    print_settings(run_settings(config) | lengths | options)
     features = {
         split: inputs.tokenized(loaded, split, tokenizer, length, doc_stride, student.config)
         for split in ("train", "validation")
     }
     batches = Batches(features["train"], config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
+    claim(output, command)
     return fit(
         student,
         batches,
@@ -281,7 +310,7 @@ def _train(
         evaluate=inputs.evaluator(
             loaded, "validation", features["validation"], tokenizer, None, pad_to, student.config
         ),
-        identity={"task": loaded.task.name, "started from": f"{source} {model_fingerprint(student)}"},
+        identity=inputs.run_facts(loaded, tokenizer, student, length, doc_stride, **options),
         also_save=tokenizer.save_pretrained,
         gradient_mask=GradientMask(student, gradient_mask, seed=config.seed) if gradient_mask else None,
         resume=resume,

@@ -1,5 +1,10 @@
 """Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, collapse, students."""
 
+# ruff: noqa: E402  what is missing is named before the imports that need it
+from moebert_kernels.errors import require_extra
+
+require_extra("train", "transformers")
+
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
@@ -8,7 +13,8 @@ from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factor
 from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
 from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
 from moebert_kernels.convert.original import from_original
-from moebert_kernels.convert.split import expert_indices
+from moebert_kernels.convert.sizes import Share, importance_kept, parameter_counts
+from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
 from moebert_kernels.convert.task_moe import convert_to_task_moe
@@ -20,6 +26,7 @@ __all__ = [
     "Importance",
     "MPODecomposition",
     "MPOEReport",
+    "Share",
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
@@ -28,10 +35,12 @@ __all__ = [
     "convert_to_mpoe",
     "convert_to_task_moe",
     "count_tokens",
+    "default_split",
     "dense_student",
     "describe_layer_map",
     "expert_indices",
     "from_original",
+    "importance_kept",
     "importance_scores",
     "layer_map",
     "load_importance",
@@ -40,6 +49,7 @@ __all__ = [
     "mpo_decompose",
     "mpo_reconstruct",
     "mpoe_report",
+    "parameter_counts",
     "plan_factors",
     "random_hash_table",
     "save_importance",

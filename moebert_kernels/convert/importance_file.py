@@ -103,7 +103,8 @@ def check_scores(scores: Tensor, model: nn.Module) -> None:
     ffns = dense_ffns(model)
     L, D = len(ffns), ffns[0].first.out_features
     if scores.shape != (L, D):
-        raise UserError(f"importance: expected shape (L={L}, D={D}) of the model, got {tuple(scores.shape)}")
+        got = " x ".join(str(size) for size in scores.shape)
+        raise UserError(f"importance: expected scores of the model's {L} layers x {D} neurons, got {got}")
 
 
 def _read_safetensors(path: Path) -> tuple[Tensor, dict[str, str]]:

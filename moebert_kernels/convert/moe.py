@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from moebert_kernels import models
 from moebert_kernels.convert.encoders import dense_ffns, encoder_style
 from moebert_kernels.convert.importance_file import check_scores
-from moebert_kernels.convert.split import check_split, expert_indices
+from moebert_kernels.convert.split import check_split, default_split, expert_indices
 from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import TASK_ROUTER
@@ -27,8 +27,8 @@ def convert_to_moe(
     model: nn.Module,
     importance: Tensor | None = None,
     num_experts: int = 4,
-    expert_size: int = 768,
-    shared: int = 512,
+    expert_size: int | None = None,
+    shared: int | None = None,
     router: str = "hash-random",
     seed: int = 0,
     *,
@@ -46,7 +46,7 @@ def convert_to_moe(
         model: a transformers model of the families bert, roberta, xlm-roberta or camembert: the bare encoder, or with
             a head for sequence or token classification, question answering or masked words.
         importance: (L, D) scores from `importance_scores`. None: a random ranking, with a warning.
-        num_experts, expert_size, shared: the split; see `expert_indices`.
+        num_experts, expert_size, shared: the split; see `expert_indices`, and `default_split` for None.
         router: "hash-random", "hash-balance", "gate-token" or "gate-sentence".
         seed: of everything random here.
         token_counts: (V,) integers, for "hash-balance"; see `count_tokens`.
@@ -65,6 +65,7 @@ def convert_to_moe(
     if router == TASK_ROUTER:
         raise UserError("router: expected one by tokens or gates, got 'task', which convert_to_task_moe makes")
     D = ffns[0].first.out_features
+    expert_size, shared = default_split(D, expert_size, shared)
     check_split(D, num_experts, expert_size, shared)
     indices = expert_indices(ranking(model, importance, seed), num_experts, expert_size, shared)
 
@@ -83,13 +84,13 @@ def convert_to_moe(
     return build_model(moe_class, config, state, like=source, **options)
 
 
-def dense_student(model: nn.Module, importance: Tensor | None, width: int, seed: int = 0) -> Any:
+def dense_student(model: nn.Module, importance: Tensor | None, width: int | None = None, seed: int = 0) -> Any:
     """Return a dense model of the same class whose feed-forward layers keep their `width` most important neurons.
 
     Args:
         model: as for `convert_to_moe`; not changed.
         importance: (L, D) scores. None: a random ranking by `seed`, with a warning.
-        width: neurons kept, 1 to D.
+        width: neurons kept, 1 to D. None: a quarter of them, as many as an expert of `convert_to_moe` has.
 
     Raises:
         UserError: as `convert_to_moe`.
@@ -97,8 +98,9 @@ def dense_student(model: nn.Module, importance: Tensor | None, width: int, seed:
     ffns = dense_ffns(model)
     source: Any = model
     D = ffns[0].first.out_features
+    width = default_split(D)[0] if width is None else width
     if not 1 <= width <= D:
-        raise UserError(f"width: expected 1 to D={D}, got {width}")
+        raise UserError(f"width: expected 1 to the dense layer's {D} neurons, got {width}")
     kept = expert_indices(ranking(model, importance, seed), 1, width, width)[:, 0]
     config = type(source.config)(
         **{k: v for k, v in source.config.to_dict().items() if k not in ("model_type", "transformers_version")}

@@ -39,18 +39,28 @@ def expert_indices(scores: Tensor, num_experts: int, expert_size: int, shared: i
     return torch.cat([everyone, dealt], dim=-1).contiguous()
 
 
+def default_split(D: int, expert_size: int | None = None, shared: int | None = None) -> tuple[int, int]:
+    """Neurons of an expert and how many of them are shared, where they are not given (None).
+
+    An expert gets a quarter of the dense layer's D neurons and shares two thirds of its own, which is a sixth of D: the
+    768 and 512 of 3,072 that MoEBERT (2204.07675) takes for BERT-base.
+    """
+    expert_size = max(1, D // 4) if expert_size is None else expert_size
+    return expert_size, 2 * expert_size // 3 if shared is None else shared
+
+
 def check_split(D: int, num_experts: int, expert_size: int, shared: int) -> None:
     """Raise UserError unless experts of `expert_size`, `shared` of it shared, can be filled from D neurons."""
     if num_experts < 1:
         raise UserError(f"num_experts: expected at least 1, got {num_experts}")
     if not 1 <= expert_size <= D:
-        raise UserError(f"expert_size: expected 1 to D={D}, got {expert_size}")
+        raise UserError(f"expert_size: expected 1 to the dense layer's {D} neurons, got {expert_size}")
     if not 0 <= shared <= expert_size:
         raise UserError(f"shared: expected 0 to expert_size={expert_size}, got {shared}")
     most = shared + (D - shared) // num_experts
     if expert_size > most:
         fills = next(s for s in range(shared, expert_size + 1) if s + (D - s) // num_experts >= expert_size)
         raise UserError(
-            f"expert_size: expected at most {most} for {num_experts} experts with {shared} shared of D={D} neurons "
-            f"(or shared >= {fills}), got {expert_size}"
+            f"expert_size: expected at most {most} for {num_experts} experts with {shared} shared of the dense layer's"
+            f" {D} neurons (or shared >= {fills}), got {expert_size}"
         )

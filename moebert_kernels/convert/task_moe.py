@@ -85,7 +85,10 @@ def convert_to_task_moe(
             raise UserError(f"{name}: expected none with experts={experts!r}, got {config_options[name]}")
     if experts != "importance":
         if expert_size not in (None, D):
-            raise UserError(f"expert_size: expected none, or D={D}, with experts={experts!r}, got {expert_size}")
+            raise UserError(
+                f"expert_size: expected none, or the dense layer's {D} neurons, with experts={experts!r},"
+                f" got {expert_size}"
+            )
         expert_size, shared, scores = D, D, torch.zeros(len(ffns), D)
     else:
         expert_size = D // max(E, 1) if expert_size is None else expert_size

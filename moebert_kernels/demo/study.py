@@ -6,7 +6,6 @@ The teacher's outputs are computed once for all students.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -18,19 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
+from moebert_kernels.convert import convert_to_moe, dense_student, load_importance, parameter_counts
 from moebert_kernels.demo.data import REVIEWS
-from moebert_kernels.demo.timing import parameter_counts
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.ablation import once
 from moebert_kernels.distill.config import FitConfig
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
-from moebert_kernels.distill.loading import load_model, load_tokenizer
+from moebert_kernels.distill.identity import changed, described, model_files, row_facts
+from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.loop import fit
 from moebert_kernels.distill.metrics import standard_error
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.scoring import score_split
-from moebert_kernels.distill.tasks import load_task
+from moebert_kernels.distill.tasks import TaskData, load_task
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
@@ -71,21 +70,20 @@ class Study:
         seed: of the new head, the order of the data, dropout and hash tables.
 
     Raises:
-        UserError: the folder belongs to another recipe, or cannot be written.
+        UserError: the folder belongs to another recipe, seed, model or data, or cannot be written.
     """
 
     def __init__(self, folder: Path, base_model: Path, data: Path, recipe: Recipe = FULL, seed: int = 0):
         self.folder, self.base_model, self.recipe, self.seed = folder, base_model, recipe, seed
         self._data = data
-        wanted = asdict(recipe) | {"seed": seed}
-        described = folder / "recipe.json"
-        if described.exists():
-            found = json.loads(described.read_text(encoding="utf-8"))
-            if found != wanted:
-                raise UserError(f"output: expected a folder of this recipe and seed, got another's: {folder}")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(described, json.dumps(wanted, indent=1))
+        rows = row_facts(TaskData(REVIEWS, self._splits))
+        wanted = asdict(recipe) | {"seed": seed, "files of the model": model_files(base_model), **rows}
+        changes = changed(once(folder / "recipe.json", lambda: wanted), wanted)
+        if changes:
+            raise UserError(
+                f"output: expected a new folder or one of this recipe, seed and data, got {folder} with results of"
+                f" other {described(changes)} (use another --output)"
+            )
 
     def teacher(self) -> Result:
         """Fine-tune the pretrained model; see `student` for the result."""
@@ -115,12 +113,7 @@ class Study:
         shutil.rmtree(self.folder / "teacher-outputs", ignore_errors=True)
 
     def _once(self, name: str, make: Callable[[str], Result]) -> Result:
-        file = self.folder / "results" / f"{name}.json"
-        if not file.exists():
-            result = make(name)
-            file.parent.mkdir(exist_ok=True)
-            write_text(file, json.dumps(result, indent=1))
-        return json.loads(file.read_text(encoding="utf-8"))
+        return once(self.folder / "results" / f"{name}.json", lambda: make(name))
 
     def _make_teacher(self, name: str) -> Result:
         torch.manual_seed(self.seed)
@@ -193,7 +186,9 @@ class Study:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.base_model)
+        tokenizer = load_tokenizer(self.base_model)
+        keep_lengths(tokenizer, REVIEWS.name, self.recipe.max_length)
+        return tokenizer
 
     @cached_property
     def _splits(self) -> dict[str, Dataset]:

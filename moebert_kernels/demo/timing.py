@@ -76,23 +76,6 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"q1": q1, "median": median, "q3": q3}
 
 
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: of every layer `top_k` experts, or one.
-
-    A central tensor that experts share is met whole.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    config: Any = model.config
-    E, top_k = getattr(config, "num_experts", 1), getattr(config, "experts_per_token", getattr(config, "top_k", 1))
-    # a norm around all experts is no expert's own
-    experts = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if ".experts." in name and p.ndim > 1 and not name.endswith(".central")
-    )
-    return {"total_parameters": total, "active_parameters": total - experts * (E - top_k) // E}
-
-
 def random_inputs(vocab_size: int, B: int, T: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """B sequences of T random token ids, without padding."""
     generator = torch.Generator().manual_seed(seed)

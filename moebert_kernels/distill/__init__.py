@@ -1,5 +1,10 @@
 """Fine-tuning and distillation: objectives, the training loop, tasks, metrics."""
 
+# ruff: noqa: E402  what is missing is named before the imports that need it
+from moebert_kernels.errors import require_extra
+
+require_extra("train", "transformers", "accelerate", "datasets")
+
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
 from moebert_kernels.distill.loop import fit
 from moebert_kernels.distill.objectives import LayerwiseObjective

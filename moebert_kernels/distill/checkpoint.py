@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from moebert_kernels.distill.identity import check_run
 from moebert_kernels.errors import UserError
 
 FORMAT_VERSION = 1
@@ -97,24 +98,6 @@ def recover_folder(path: Path) -> None:
             previous.rename(path)
 
 
-def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """ "name: expected .., got .." for each entry in which two JSON-like mappings differ."""
-    absent = "nothing"
-    return [
-        f"{name}: expected {expected.get(name, absent)!r}, got {got.get(name, absent)!r}"
-        for name in sorted({*expected, *got})
-        if expected.get(name, absent) != got.get(name, absent)
-    ]
-
-
-def check_identity(where: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError if what lies at `where` belongs to a run with another identity, naming the first differences."""
-    found = differences(identity, saved)
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(f"{where}: belongs to another run: {'; '.join(found[:3])}{more} (use another output folder)")
-
-
 @dataclass(frozen=True)
 class Part:
     """One trained module with its optimizer and schedule, not wrapped by anything."""
@@ -182,7 +165,7 @@ class Checkpoints:
                 identity = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]
             except (OSError, ValueError, KeyError):
                 return
-            check_identity(path, identity, self._identity)
+            self._check(identity)
 
     def load(self, parts: Mapping[str, Part]) -> dict[str, Any] | None:
         """Load the newest checkpoint that is whole into `parts`; returns its progress, or None if there is none.
@@ -208,7 +191,7 @@ class Checkpoints:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: expected format_version {FORMAT_VERSION}, got {state['format_version']}")
-        check_identity(path, state["identity"], self._identity)
+        self._check(state["identity"])
         for name, part in parts.items():
             load_model(part.module, str(path / f"{name}.safetensors"))
             _load_optimizer_state(part, load_file(path / f"{name}.optimizer.safetensors"))
@@ -217,6 +200,9 @@ class Checkpoints:
                 group["lr"] = rate
         self._rng = load_file(path / f"rng-{self._rank}.safetensors")
         return state["progress"]
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        check_run(self.folder.parent, False, saved, self._identity)
 
     def restore_rng(self) -> None:
         """Set this process's random generators to what they were at the checkpoint that was loaded."""

@@ -115,7 +115,8 @@ class FitConfig:
 
     def identity(self) -> dict[str, object]:
         """The settings that decide where a run ends, for comparison with those of a checkpoint."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE_ON_RESUME}
+        settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE_ON_RESUME}
+        return settings | {f"weights.{term}": weight for term, weight in settings.pop("weights").items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """Rows of local data files: csv, tsv, jsonl and SQuAD's json, plain or gzipped, found by GLUE's and SQuAD's names.
 
 A reader gives plain dicts and does not know about tasks. GLUE's tsv files have no quoting: a tab always separates and a
-quotation mark is text. csv files are quoted as Python's csv module reads them.
+quotation mark is text. csv files are quoted as Python's csv module reads them, strictly: a quotation mark that is never
+closed would swallow the rows behind it. A csv row that does not have the header's number of fields is an error, since
+its text was cut at a comma; of tsv files, in which GLUE has damaged lines, a few are left out with a warning.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import io
 import json
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,9 @@ SPLIT_STEMS = {
     "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
     "test": ("test_labeled", "test"),
 }
-_FEW_MALFORMED = 0.01  # a larger share of rows with too few columns means another format, not damage
+_FEW_MALFORMED = 0.01  # of a tsv file; a larger share of lines with other columns means another format, not damage
+
+Lines = Iterator[tuple[int, list[str]]]  # the number of each line, from 1, and its fields
 
 
 def split_name(file: Path) -> tuple[str, str]:
@@ -56,7 +61,8 @@ def find_split_files(folder: Path) -> dict[str, Path]:
             for file, name in files.items()
             if name.startswith((f"{stem}_", f"{stem}-", f"{stem}.")) and not _is_of_another_split(name, split)
         ]
-        candidates = exact[:1] or sorted(set(longer))
+        same = [file for file in exact if files[file] == files[exact[0]]]  # train.csv and train.tsv
+        candidates = same or sorted(set(longer))
         if len(candidates) > 1:
             names = ", ".join(file.name for file in candidates)
             raise UserError(f"data: expected one {split} file in {folder}, got {names}; name one with {split}=FILE")
@@ -78,7 +84,8 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Ro
         columns: names of the columns of a tsv or csv file that has no header line. None: its first line is the header.
 
     Raises:
-        UserError: the file is missing, not a known format, damaged, or not text.
+        UserError: the file is missing, not a known format, damaged, or not text; a csv row has other columns than the
+            header.
     """
     _, suffix = split_name(file)
     if suffix not in FORMATS:
@@ -108,7 +115,11 @@ def peek(file: Path, count: int = 20) -> list[list[str]]:
             text = "".join(islice(lines, count))
     except (EOFError, zlib.error, UnicodeDecodeError, OSError):
         return []
-    return list(_lines(text, "," if suffix == ".csv" else "\t"))
+    first = _lines(text, "," if suffix == ".csv" else "\t")
+    found = []
+    with suppress(csv.Error):  # the last of these lines may end inside quotation marks
+        found += [fields for _, fields in first]
+    return found
 
 
 def _opened(file: Path) -> io.TextIOBase:
@@ -171,37 +182,49 @@ def _json_rows(content: Any, file: Path) -> list[Row]:
         raise UserError(f"data: expected SQuAD's articles, paragraphs and qas in {file}, got none of {error}") from None
 
 
-def _lines(text: str, separator: str) -> Iterable[list[str]]:
+def _lines(text: str, separator: str) -> Lines:
     if separator == ",":
-        return (fields for fields in csv.reader(io.StringIO(text, newline="")) if fields)
-    return (line.rstrip("\r").split(separator) for line in text.split("\n") if line.strip("\r"))
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return ((reader.line_num, fields) for fields in reader if fields)
+    lines = enumerate(text.split("\n"), 1)
+    return ((number, line.rstrip("\r").split(separator)) for number, line in lines if line.strip("\r"))
 
 
-def _table_rows(file: Path, lines: Iterable[list[str]], columns: Sequence[str] | None) -> tuple[list[Row], list[str]]:
-    lines = iter(lines)
-    header = list(columns) if columns is not None else [name.strip() for name in next(lines, [])]
+def _table_rows(file: Path, lines: Lines, columns: Sequence[str] | None) -> tuple[list[Row], list[str]]:
+    is_csv = split_name(file)[1] == ".csv"
+    header = None if columns is None else list(columns)
     rows: list[Row] = []
-    malformed: list[int] = []
-    for number, fields in enumerate(lines, 1 if columns is not None else 2):
-        if len(fields) < len(header):
-            malformed.append(number)
-        else:
-            rows.append(dict(zip(header, fields, strict=False)))
-    if malformed and len(malformed) > max(1, _FEW_MALFORMED * len(rows)):
-        raise UserError(
-            f"data: expected {len(header)} columns in each line of {file}, got fewer in {len(malformed)}, the first of"
-            f" them line {malformed[0]}"
-        )
+    malformed: list[tuple[int, int]] = []
+    number = 0
+    try:
+        for number, fields in lines:
+            if header is None:
+                header = [name.strip() for name in fields]
+                continue
+            width = len(header)
+            if len(fields) > width and not any(map(str.strip, fields[width:])):
+                fields = fields[:width]  # a spreadsheet's empty columns
+            if len(fields) != width:
+                malformed.append((number, len(fields)))
+            else:
+                rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"data: expected quoted csv in {file}, got {error} at line {number + 1} or behind it") from None
     if malformed:
-        warnings.warn(f"{file}: left out {len(malformed)} lines with too few columns", stacklevel=2)
-    return rows, header
+        number, count = malformed[0]
+        where = f"line {number} with {count}" + f" and {len(malformed) - 1} more" * (len(malformed) > 1)
+        if is_csv or len(malformed) > max(1, _FEW_MALFORMED * len(rows)):
+            quoting = "; a text with a comma stands in double quotes" if is_csv else ""
+            raise UserError(f"data: expected {len(header or ())} columns in each line of {file}, got {where}{quoting}")
+        warnings.warn(f"{file}: left out lines without {len(header or ())} columns: {where}", stacklevel=2)
+    return rows, header or []
 
 
 def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, str]:
     """Which of the found columns is each wanted one; the wanted names are tried in order.
 
     Raises:
-        UserError: none of the names of a wanted column is there.
+        UserError: none of the names of a wanted column is there, or the first that is there is so twice.
     """
     found = list(found)
     chosen = {}
@@ -210,5 +233,7 @@ def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], w
         if match is None:
             names_text = " or ".join(dict.fromkeys(names))
             raise UserError(f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}")
+        if found.count(match) > 1:
+            raise UserError(f"data: expected one column {match} in {where}, got {found.count(match)}")
         chosen[ours] = match
     return chosen

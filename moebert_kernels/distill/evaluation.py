@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Evaluator:
-    """Judges models on one split; calling it with a model gives the task's metrics.
+    """Judges models on one split; calling it with a model gives the task's metrics. `fingerprint` names the split.
 
     Args:
         task: what the predictions are.
@@ -42,11 +43,14 @@ class Evaluator:
     ):
         self.task, self.features, self.batch_size, self.pad_to = task, features, batch_size, pad_to
         self.progress = progress
+        contexts: list[str] = []
         if task.kind == "qa":
-            self.contexts = list(data["context"])
+            contexts = self.contexts = list(data["context"])
             self.references: list[Any] = [answers["text"] for answers in data["answers"]]
         else:
             self.references = list(data["label"])
+        facts = (task.kind, task.metrics, features.fingerprint, pad_to, self.references, contexts)
+        self.fingerprint = sha256(repr(facts).encode()).hexdigest()[:32]
 
     def __call__(self, model: nn.Module) -> Metrics:
         return compute_metrics(self.task, self.predict(model), self.references)

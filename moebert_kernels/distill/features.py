@@ -41,7 +41,8 @@ class Window:
 class Features:
     """What a model is fed for a split, in the order of its rows.
 
-    `example_ids` (N,) int64 are 0..N-1: a row's number in its split or, for questions, a window's.
+    `example_ids` (N,) int64 are 0..N-1: a row's number in its split or, for questions, a window's. `cut` counts the
+    texts that were longer than the model is fed, `longest` are the tokens of the longest of these.
     """
 
     input_ids: list[np.ndarray]  # N of (tokens,) int32
@@ -50,6 +51,8 @@ class Features:
     token_type_ids: list[np.ndarray] | None = None
     windows: list[Window] | None = None  # questions only
     token_targets: dict[str, list[np.ndarray]] = field(default_factory=dict)  # each N of (target tokens,) int32
+    cut: int = 0
+    longest: int = 0
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,14 +183,34 @@ def tokenize(
         return _question_features(parts, tokenizer, max_length, doc_stride)
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
+    whole: list[int] = []
     for part in parts:
         texts = [part[name] for name in task.text_columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        whole += cut_lengths(tokenizer, texts, encoded["input_ids"], max_length)
         ids += _arrays(encoded["input_ids"])
         types += _arrays(encoded.get("token_type_ids", []))
     dtype = np.float32 if task.kind == "regression" else np.int64
     targets = {"labels": np.array(data["label"], dtype=dtype)}
-    return Features(ids, targets, _padding_id(tokenizer), types or None)
+    return Features(
+        ids, targets, _padding_id(tokenizer), types or None, cut=len(whole), longest=max(whole, default=0)
+    )  # fmt: skip
+
+
+def cut_lengths(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], ids: Sequence[Sequence[int]], max_length: int
+) -> list[int]:
+    """The whole lengths, in tokens, of those texts that were cut.
+
+    Args:
+        texts: one or two columns of N texts.
+        ids: N of token ids, cut at `max_length`.
+    """
+    full = [row for row, tokens in enumerate(ids) if len(tokens) >= max_length]  # the others are whole
+    if not full:
+        return []
+    encoded = tokenizer(*([column[row] for row in full] for column in texts), verbose=False)
+    return [length for tokens in encoded["input_ids"] if (length := len(tokens)) > max_length]
 
 
 def _arrays(rows: Sequence[Sequence[int]]) -> list[np.ndarray]:

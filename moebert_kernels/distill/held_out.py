@@ -1,13 +1,15 @@
-"""Test data of one's own where a task's labelled test set is not public, apart from what checkpoints are chosen by.
+"""Splits of one's own: validation rows out of one file, or test rows where a task's labelled test set is not public.
 
-The two ways that text-to-text studies of GLUE use (HyperFormer, MPOE): small sets halve the validation split, large
-ones (QQP, QNLI, SST-2) take 1,000 training rows as validation and test on the whole validation split. The choice of
-rows is fixed, not seeded by the run: fine-tuning, distillation and evaluation must agree on it.
+For test rows there are the two ways that text-to-text studies of GLUE use (HyperFormer, MPOE): small sets halve the
+validation split, large ones (QQP, QNLI, SST-2) take 1,000 training rows as validation and test on the whole validation
+split. The choice of rows is fixed, not seeded by the run: fine-tuning, distillation and evaluation must agree on it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moebert_kernels.distill.tasks import TaskData
 from moebert_kernels.errors import UserError
@@ -21,19 +23,30 @@ _SEED = 42
 
 
 def hold_out(data: TaskData, way: str) -> TaskData:
-    """The data with a test split made of its own.
+    """The data with a validation or a test split made of its own.
 
     Args:
-        way: "halves" (half of validation becomes test) or "train-rows" (1,000 training rows become validation, and
-            validation becomes test).
+        way: a share such as "0.1" (of the training rows, which becomes validation: of each class that share, of
+            questions those of whole contexts), "halves" (half of validation becomes test) or "train-rows" (1,000
+            training rows become validation, and validation becomes test).
 
     Raises:
-        UserError: an unknown way, running text, a test split that is there, one to divide that is not, or too few rows.
+        UserError: an unknown way, running text, a split to be made that is there, one to divide that is not, or too few
+            rows.
     """
-    if way not in WAYS:
-        raise UserError(f"hold-out: expected one of {', '.join(WAYS)}, got {way!r}")
+    share = share_of(way)
+    if way not in WAYS and share is None:
+        raise UserError(f"hold-out: expected a share between 0 and 1, or one of {', '.join(WAYS)}, got {way!r}")
     if data.task.kind == "lm":
         raise UserError("hold-out: expected rows to divide, got running text; divide its files")
+    if share is not None:
+        if "validation" in data.splits:
+            raise UserError(f"hold-out: expected {', '.join(WAYS)} for data with a validation split, got {way}")
+        chosen = _drawn(data, share)
+        if not 0 < chosen.sum() < len(chosen):
+            raise UserError(f"hold-out: expected enough training rows for both splits, got {len(chosen)}")
+        held, train = (numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
+        return TaskData(data.task, {"train": train, "validation": held, **_others(data)})
     if "test" in data.splits:
         raise UserError("hold-out: expected data without a test split, got one")
     validation = data.validation
@@ -44,12 +57,48 @@ def hold_out(data: TaskData, way: str) -> TaskData:
     return TaskData(data.task, data.splits | {"train": train, "validation": held, "test": validation})
 
 
+def share_of(way: str) -> float | None:
+    """The share of the training rows that a way makes validation; None for the ways that make a test split."""
+    try:
+        share = float(way)
+    except ValueError:
+        return None
+    return share if 0.0 < share < 1.0 else None
+
+
+def _drawn(data: TaskData, share: float) -> np.ndarray:
+    """(training rows,) bool: which are drawn."""
+    rows, generator = data.train, np.random.default_rng(_SEED)
+    chosen = np.zeros(len(rows), dtype=bool)
+    if data.task.kind == "qa":
+        known: dict[str, int] = {}
+        contexts = np.array([known.setdefault(context, len(known)) for context in rows["context"]])
+        order = generator.permutation(len(known))
+        taken = np.cumsum(np.bincount(contexts)[order]) <= share * len(rows)
+        return np.isin(contexts, order[: max(1, taken.sum())])
+    classes: Any = np.array(rows["label"]) if data.task.kind == "classification" else np.zeros(len(rows), dtype=int)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        count = round(share * len(members)) if len(members) > 1 else 0
+        chosen[generator.permutation(members)[: min(max(count, 1), len(members) - 1)]] = True
+    return chosen
+
+
+def _others(data: TaskData) -> dict[str, Dataset]:
+    return {name: rows for name, rows in data.splits.items() if name != "train"}
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """Rows with `example_id` from 0 on."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(rows.to_dict() | {"example_id": list(range(len(rows)))})
+
+
 def _divided(rows: Dataset, count: int, name: str) -> tuple[Dataset, Dataset]:
     """The first `count` rows of a fixed shuffle and the others, numbered anew."""
     if not 0 < count < len(rows):
         least = 2 if name == "validation" else TRAIN_ROWS + 1
         raise UserError(f"hold-out: expected at least {least} rows in {name}, got {len(rows)}")
-    shuffled = rows.shuffle(seed=_SEED).remove_columns("example_id")
-    parts = (shuffled.select(range(count)), shuffled.select(range(count, len(rows))))
-    first, second = (part.add_column("example_id", list(range(len(part)))) for part in parts)
-    return first, second
+    shuffled = rows.shuffle(seed=_SEED)
+    return numbered(shuffled.select(range(count))), numbered(shuffled.select(range(count, len(rows))))

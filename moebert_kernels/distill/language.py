@@ -84,7 +84,8 @@ def _windows(stream: np.ndarray, length: int, overlap: int) -> tuple[list[np.nda
 class PerplexityEvaluator:
     """Judges causal language models on one split: {"perplexity", "loss"}, over all its labels together.
 
-    The loss is the mean over labels in nats, the perplexity its exponential. Sums are float64.
+    The loss is the mean over labels in nats, the perplexity its exponential. Sums are float64. `fingerprint` names the
+    split.
 
     Args:
         features: the split as `text_features` gives it.
@@ -94,6 +95,7 @@ class PerplexityEvaluator:
 
     def __init__(self, features: Features, batch_size: int = 16, progress: bool = False):
         self.features, self.batch_size, self.progress = features, batch_size, progress
+        self.fingerprint = features.fingerprint
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Metrics:

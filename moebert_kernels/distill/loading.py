@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,6 +30,9 @@ from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_LENGTHS = "moebert_lengths"  # in tokenizer_config.json: by task
 
 
 def resolve_model(name: str | Path) -> str:
@@ -58,9 +62,26 @@ def _one_line(what: str, name: str):
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300] or repr(error)
+        damaged = _damaged_file(Path(name))
+        if damaged is not None:
+            raise UserError(f"{what}: expected a whole file, got a damaged {damaged} ({reason})") from error
         raise UserError(f"{what}: expected a readable one, got {name} ({reason})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _damaged_file(folder: Path) -> Path | None:
+    """The first file of a model's folder that is not what its name says; libraries name the folder at best."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
+            return file
+    return None
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -76,6 +97,21 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"tokenizer: expected its files beside the model, got none in {name}")
     return tokenizer
+
+
+def trained_lengths(tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, int]:
+    """`max_length` and `doc_stride`, as far as known, that the model beside this tokenizer was trained with on a task.
+
+    Of a model that was trained on one other task alone, those of that task.
+    """
+    kept = tokenizer.init_kwargs.get(_LENGTHS, {})
+    return kept.get(task) or (dict(*kept.values()) if len(kept) == 1 else {})
+
+
+def keep_lengths(tokenizer: PreTrainedTokenizerBase, task: str, max_length: int, doc_stride: int | None = None) -> None:
+    """Have the tokenizer say, wherever it is saved, how texts of a task were cut in training."""
+    lengths = {"max_length": max_length} | ({} if doc_stride is None else {"doc_stride": doc_stride})
+    tokenizer.init_kwargs[_LENGTHS] = {**tokenizer.init_kwargs.get(_LENGTHS, {}), task: lengths}
 
 
 def load_config(name: str | Path) -> Any:

@@ -29,12 +29,12 @@ from moebert_kernels.distill.checkpoint import (
     Checkpoints,
     Part,
     aligned,
-    check_identity,
     write_folder,
     write_tensors,
     write_text,
 )
 from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
+from moebert_kernels.distill.identity import check_run
 from moebert_kernels.distill.loss import Loss
 from moebert_kernels.distill.objectives import Objective, batch_weight
 from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, quiet_transformers
@@ -74,11 +74,12 @@ def fit(
             `config.weights`.
         objective: distils from `teacher`; None trains on the labels alone.
         teacher: a transformers model, never changed, or its cached outputs.
-        evaluate: called with the model in eval mode and without gradients; `config.best_metric` names the judge.
+        evaluate: called with the model in eval mode and without gradients; `config.best_metric` names the judge. Its
+            `fingerprint`, if it has one, names the data that it judges on: a run is not resumed with another one.
         identity: further JSON-able facts (a task's name, a file) that must agree when the run is resumed.
         also_save: called with each model folder that is written, e.g. `tokenizer.save_pretrained`.
         gradient_mask: of the model's central tensors; draws for each optimizer step.
-        resume: False starts again, dropping the unfinished run in `output_dir`.
+        resume: False starts again, dropping the run in `output_dir`, finished or not, and its models.
 
     Raises:
         UserError: models, objective, cache, routing or data do not fit; `output_dir` cannot be written or belongs to
@@ -104,11 +105,12 @@ def check_fit(
     output_dir: str | Path,
     objective: Objective | None = None,
     teacher: nn.Module | TeacherCache | None = None,
+    evaluate: Callable[[nn.Module], Metrics] | None = None,
     identity: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> None:
     """Raise UserError for what `fit` would refuse before its first step; for a run that waits for another to end."""
-    run = _Run(model, train, config, Path(output_dir), objective, teacher, None, identity or {}, None, None)
+    run = _Run(model, train, config, Path(output_dir), objective, teacher, evaluate, identity or {}, None, None)
     try:
         if resume and run.finished_progress() is None:
             run.checkpoints.check()
@@ -164,7 +166,8 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
         masked = {} if mask is None else {f"gradient_mask.{name}": value for name, value in mask.identity().items()}
-        identity = {**masked, **identity}
+        judged_on = {"validation data": getattr(evaluate, "fingerprint", None)}
+        identity = {**judged_on, **masked, **identity}
         self.identity = run_identity(model, train, config, objective, self.loss.teacher, self.world, identity)
         state_dir = output_dir / "state"
         self.finished = state_dir / "finished.json"
@@ -186,7 +189,7 @@ class _Run:
         if not self.finished.exists():
             return None
         saved = json.loads(self.finished.read_text(encoding="utf-8"))
-        check_identity(self.output_dir, saved["identity"], self.identity)
+        check_run(self.output_dir, True, saved["identity"], self.identity)
         return saved["progress"]
 
     def _sum(self, values: Tensor) -> Tensor:

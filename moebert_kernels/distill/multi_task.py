@@ -86,6 +86,8 @@ def _stream(batches: Batches, start: int) -> Iterator[Batch]:
 class MultiTaskEvaluator:
     """Judges a task-routed model on each task; calling it gives "<task>.<metric>" and "mean", that of the main metrics.
 
+    `fingerprint` names the data of all tasks.
+
     Args:
         evaluators: name of a task -> what gives its metrics for a model that is set to the task.
         main_metrics: name of a task -> its metric that enters the mean.
@@ -93,6 +95,8 @@ class MultiTaskEvaluator:
 
     def __init__(self, evaluators: Mapping[str, Callable[[nn.Module], Metrics]], main_metrics: Mapping[str, str]):
         self.evaluators, self.main_metrics = dict(evaluators), dict(main_metrics)
+        parts = {name: getattr(evaluate, "fingerprint", None) for name, evaluate in self.evaluators.items()}
+        self.fingerprint = sha256(repr((parts, self.main_metrics)).encode()).hexdigest()[:32]
 
     def __call__(self, model: nn.Module) -> Metrics:
         metrics: Metrics = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def score_split(
     split: str,
     task: str,
     pad_to: int | None = None,
+    call: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Score every FFN neuron on all examples, show a bar, and write `path`.
 
@@ -41,6 +42,7 @@ def score_split(
         model: the fine-tuned dense model.
         features: of the split.
         data, split, task: kept in the file; see `save_importance`.
+        call: further JSON-able facts of what was asked for, kept as JSON under this name.
         pad_to: pad to this length instead of the longest of a batch. It does not change the scores.
 
     Returns:
@@ -72,7 +74,7 @@ def score_split(
         if latest["totals"] is not None:
             _save(unfinished, identity, latest)
         raise
-    facts = {"samples": len(features), "features": features.fingerprint}
+    facts = {"samples": len(features), "features": features.fingerprint, "call": dict(call or {})}
     save_importance(path, scores, model=model, data=data, split=split, task=task, **facts)
     unfinished.unlink(missing_ok=True)
     return scores

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from moebert_kernels.distill.checkpoint import recover_folder
-from moebert_kernels.distill.config import Batches, FitConfig
+from moebert_kernels.distill.config import RUN_FOLDERS, Batches, FitConfig
 from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher, check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
@@ -65,7 +65,7 @@ def has_balance_loss(config: Any) -> bool:
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    """Make `folder`, and put right what an interruption left in it; without `resume` drop its unfinished run.
+    """Make `folder`, and put right what an interruption left in it; without `resume` drop its run and the models of it.
 
     Raises:
         UserError: it cannot be made or written.
@@ -79,7 +79,8 @@ def prepare_folder(folder: Path, resume: bool) -> None:
     recover_folder(folder / "best")
     recover_folder(folder / "final")
     if not resume:
-        shutil.rmtree(folder / "state", ignore_errors=True)
+        for name in reversed(RUN_FOLDERS):  # a model of the old run must not be taken for the new one's
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def parameter_groups(
@@ -156,15 +157,15 @@ def run_identity(
     identity = {
         **settings,
         **config.identity(),
-        "model": type(model).__name__,
+        "model_class": type(model).__name__,
         "weight shapes": sha256(json.dumps(shapes).encode()).hexdigest()[:16],
         "training data": train.fingerprint,
         "batches per epoch": len(train),
         "processes": processes,
         "objective": None if objective is None else type(objective).__name__,
         **({} if objective is None else {f"objective.{name}": value for name, value in objective.identity().items()}),
-        "teacher": teacher.info.fingerprint if teacher is not None else None,
-        "teacher outputs stored as": teacher.info.stored_as if teacher is not None else None,
+        "teacher weights": teacher.info.fingerprint if teacher is not None else None,
+        "cache_dtype": teacher.info.stored_as if teacher is not None else None,
         **further,
     }
     return json.loads(json.dumps(identity, default=str))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import FitResult, Metrics
 from moebert_kernels.distill.data_files import split_name
 from moebert_kernels.distill.features import Batches, Features, tokenize
+from moebert_kernels.distill.identity import tokenizer_digest
 from moebert_kernels.distill.loading import check_reach
 from moebert_kernels.distill.loop import MAPS, check_fit, fit
 from moebert_kernels.distill.microbert import MicroBertObjective
@@ -86,7 +86,7 @@ def fit_recipe(
         info = _to_be_cached(student, objectives, teacher, cache_dtype, pooled=all(stage.is_lean for stage in stages))
         batches = Batches(train, stages[0].batch_size, seed)
         source = _cached(teacher, info, batches, cache, cache_dtype, cache_inputs)
-    facts = {**(identity or {}), "started from": model_fingerprint(student)}
+    facts = {**(identity or {}), "model weights": model_fingerprint(student)}
     runs: list[dict[str, Any]] = [
         {
             "train": Batches(train, stage.batch_size, seed),
@@ -94,6 +94,7 @@ def fit_recipe(
             "output_dir": output_dir if stage is stages[-1] else output_dir / stage.name,
             "objective": objective,
             "teacher": None if objective is None else source,
+            "evaluate": evaluate if stage is stages[-1] else None,
             "identity": {**facts, "stage": stage.name},
             "resume": resume,
         }
@@ -105,9 +106,8 @@ def fit_recipe(
     for run, objective in zip(runs, objectives, strict=True):
         if objective is not None:
             objective.first_maps = carried
-        last = run is runs[-1]
-        result = fit(student, **run, evaluate=evaluate if last else None, also_save=also_save)
-        if objective is not None and objective.maps is not None and not last:
+        result = fit(student, **run, also_save=also_save)
+        if objective is not None and objective.maps is not None and run is not runs[-1]:
             carried = carried | _trained_maps(objective, run["output_dir"])
     return result
 
@@ -158,9 +158,7 @@ def _cached(
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
     """What decides how texts become token ids, for `TeacherCache.build`."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    digest = sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
-    return {"tokenizer": digest, "max_length": max_length}
+    return {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": max_length}
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -205,4 +203,6 @@ def with_extra_text(
         },
         train.padding_id,
         types,
+        cut=train.cut + more.cut,
+        longest=max(train.longest, more.longest),
     )

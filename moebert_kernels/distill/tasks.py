@@ -8,10 +8,10 @@ and `example_id`, the row's number in its split.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from moebert_kernels.distill.data_files import (
     require_columns,
     split_name,
 )
+from moebert_kernels.distill.labels import class_names, label_text, score_of
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "regression", "qa", "lm"]
 
 LOWER_IS_BETTER = ("perplexity", "loss")
+_NAMED = 20  # classes that a message names
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,9 @@ class TaskData:
         """
         if name not in self.splits:
             have = ", ".join(self.splits) or "none"
-            raise UserError(f"data: expected a {name} split, got {have}; name a file with {name}=FILE")
+            held = " or hold out training rows with --hold-out 0.1" * (name == "validation" and have == "train")
+            raise UserError(f"data: expected a {name} split, got {have}; name a file with {name}=FILE{held}")
         return self.splits[name]
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that name the rows of all splits."""
-        rows = [(name, data.to_dict()) for name, data in sorted(self.splits.items())]
-        return sha256(repr(rows).encode()).hexdigest()[:16]
 
     def with_label_order(self, names: Sequence[str]) -> TaskData:
         """The same data with classes numbered as `names`, a model's, are; see `label_order`."""
@@ -218,7 +215,10 @@ def load_task(
         file_split: the split that a single file is.
 
     Raises:
-        UserError: unknown task, missing file or column, a label that the task does not have, an unreachable dataset.
+        UserError: unknown task, missing file or column, one file for two splits, a label that is missing or that the
+            task does not have, a text that is none, an answer that is not where it should be, an unreachable dataset.
+
+    Warns of empty texts.
     """
     task = get_task(task) if isinstance(task, str) else task
     files = _local_files(data, file_split)
@@ -235,7 +235,9 @@ def load_task(
                 names = dict.fromkeys((task.file_columns.get("label", task.label_column), task.label_column))
                 raise UserError(f"data: expected a column {' or '.join(names)} in {file}, got {', '.join(rows[0])}")
     if task.kind == "classification" and not task.label_names:
-        task = replace(task, label_names=_label_names(task, tables))
+        rows, where = tables.get("train") or next(iter(tables.values()))
+        classes = class_names(task.label_column, [row[task.label_column] for row in rows], where)
+        task = replace(task, label_names=classes)
     return TaskData(task, {split: _dataset(task, rows, where) for split, (rows, where) in tables.items()})
 
 
@@ -243,6 +245,14 @@ def _local_files(data: Any, file_split: str) -> dict[str, Path] | None:
     if data is None:
         return None
     if isinstance(data, Mapping):
+        splits: dict[Path, str] = {}
+        for split, file in data.items():
+            other = splits.setdefault(Path(file).resolve(), split)
+            if other != split:
+                raise UserError(
+                    f"data: expected different files for {other} and {split}, got {file} for both (--hold-out 0.1 takes"
+                    " a tenth of the training rows for validation)"
+                )
         return {split: Path(file) for split, file in data.items()}
     path = Path(data)
     if path.is_dir():
@@ -260,10 +270,10 @@ def _read(task: Task, file: Path) -> list[Row]:
         raise UserError(f"data: expected a file, got {file}, which does not exist")
     if task.kind == "lm" and split_name(file)[1] == ".txt":
         text = read_text(file)
-        return [{task.text_columns[0]: text}] if text else _no_rows(file, ())
+        return [{task.text_columns[0]: text}] if text else _no_rows(file)
     if task.kind == "qa":
-        rows, found = read_rows(file)
-        return [_question(row, file) for row in rows] if rows else _no_rows(file, found)
+        rows, _ = read_rows(file)
+        return [_question(task, row, f"{file}, row {n}") for n, row in enumerate(rows, 1)] or _no_rows(file)
     wanted = {name: (task.file_columns.get(name, name), name) for name in task.text_columns}
     first = peek(file)
     header = [name.strip() for name in first[0]] if first else []
@@ -272,49 +282,53 @@ def _read(task: Task, file: Path) -> list[Row]:
     columns = None if headed or not first else task.without_header.get(widths.most_common(1)[0][0])
     rows, found = read_rows(file, columns)
     if not rows:
-        return _no_rows(file, found)
+        return _no_rows(file)
     chosen = require_columns(found, wanted, str(file))
     label = next((n for n in (task.file_columns.get("label"), task.label_column) if n and n in found), None)
     if label is not None:
-        chosen[task.label_column] = label
-    try:
-        return [{ours: row[theirs] for ours, theirs in chosen.items()} for row in rows]
-    except KeyError as error:
-        raise UserError(
-            f"data: expected a column {error.args[0]} in each row of {file}, got a row without it"
-        ) from None
+        chosen |= require_columns(found, {task.label_column: (label,)}, str(file))
+    for number, row in enumerate(rows, 1):
+        missing = [theirs for theirs in chosen.values() if theirs not in row]
+        if missing:
+            raise UserError(f"data: expected a column {missing[0]} in each row of {file}, got none in row {number}")
+    return [{ours: row[theirs] for ours, theirs in chosen.items()} for row in rows]
 
 
-def _no_rows(file: Path, columns: Sequence[str]) -> list[Row]:
+def _no_rows(file: Path) -> list[Row]:
     raise UserError(f"data: expected rows in {file}, got none")
 
 
-def _question(row: Row, file: Path) -> Row:
+def _question(task: Task, row: Row, where: str) -> Row:
     missing = [name for name in ("question", "context", "answers") if name not in row]
     if missing:
-        raise UserError(f"data: expected a column {missing[0]} in {file}, got {', '.join(sorted(row))}")
-    answers = row["answers"]
-    if not isinstance(answers, dict) or len(answers.get("text", ())) != len(answers.get("answer_start", (None,))):
-        raise UserError(f"data: expected answers with as many text as answer_start in {file}, got {answers!r}"[:300])
-    return {"question": row["question"], "context": row["context"], "answers": answers}
+        raise UserError(f"data: expected a column {missing[0]} in {where}, got {', '.join(sorted(row))}")
+    context, answers = row["context"], row["answers"]
+    held: dict[str, Any] = answers if isinstance(answers, dict) else {}
+    texts, starts = held.get("text", ()), held.get("answer_start", ())
+    if not _are(str, texts) or not _are(int, starts) or len(texts) != len(starts):
+        raise UserError(f"data: expected answers with as many text as answer_start in {where}, got {answers!r}"[:300])
+    if not texts and task.name == "squad":
+        raise UserError(f"answers: expected one in {where}, got none (--task squad_v2 has questions without answers)")
+    if texts and isinstance(context, str):  # a context that is no text is named later
+        text, start = texts[0], starts[0]
+        if context[start : start + len(text)] != text:
+            raise UserError(f"answers: expected {text!r} at character {start} of the context in {where}, got another")
+    return {"question": row["question"], "context": context, "answers": answers}
 
 
-def _label_names(task: Task, tables: Mapping[str, tuple[list[Row], str]]) -> tuple[str, ...]:
-    rows, where = tables.get("train") or next(iter(tables.values()))
-    names = {str(row[task.label_column]) for row in rows if row[task.label_column] is not None}
-    if not 2 <= len(names) <= 1000:
-        raise UserError(f"labels: expected between 2 and 1000 classes in {where}, got {len(names)}")
-    return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name)))
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def _class_number(task: Task, value: Any, numbers: Mapping[str, int]) -> int | None:
     """The class of a label given by name or, as GLUE's own files do, by number."""
-    if str(value) in numbers:
-        return numbers[str(value)]
-    if task.name not in TASKS:  # the names of a table's own classes may be numbers themselves
+    name = label_text(value)
+    if name in numbers:
+        return numbers[name]
+    if name is None or task.name not in TASKS:  # the names of a table's own classes may be numbers themselves
         return None
     try:
-        number = int(str(value))
+        number = int(name)
     except ValueError:
         return None
     return number if 0 <= number < len(task.label_names) else None
@@ -326,33 +340,31 @@ def _dataset(task: Task, rows: list[Row], where: str) -> Dataset:
     columns: dict[str, list[Any]] = {}
     for name in task.text_columns:
         columns[name] = [row[name] for row in rows]
+        empty = []
         for number, text in enumerate(columns[name], 1):
             if not isinstance(text, str):
                 raise UserError(f"{name}: expected text in {where}, row {number}, got {text!r}")
+            if not text.strip():
+                empty.append(number)
+        if empty and task.kind != "lm":
+            warnings.warn(f"{name}: {len(empty)} rows of {where} are empty, the first is row {empty[0]}", stacklevel=3)
     if task.kind == "qa":
         columns["answers"] = [row["answers"] for row in rows]
     elif task.has_label:
         numbers = {name: number for number, name in enumerate(task.label_names)}
-        convert = _score if task.kind == "regression" else _class_number
         columns["label"] = []
         for number, row in enumerate(rows, 1):
-            label = convert(task, row[task.label_column], numbers)
+            value = row[task.label_column]
+            label = score_of(value) if task.kind == "regression" else _class_number(task, value, numbers)
             if label is None:
-                wanted = f"one of {', '.join(task.label_names)}" if task.label_names else "a number"
+                more = f" and {len(task.label_names) - _NAMED} more" * (len(task.label_names) > _NAMED)
+                wanted = f"one of {', '.join(task.label_names[:_NAMED])}{more}" if task.label_names else "a number"
                 raise UserError(
                     f"{task.label_column}: expected {wanted} in {where}, row {number}, got {row[task.label_column]!r}"
                 )
             columns["label"].append(label)
     columns["example_id"] = list(range(len(rows)))
     return Dataset.from_dict(columns)
-
-
-def _score(task: Task, value: Any, numbers: Mapping[str, int]) -> float | None:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        return None
-    return score if abs(score) < float("inf") else None
 
 
 def _from_hub(task: Task, name: tuple[str, ...]) -> dict[str, tuple[list[Row], str]]:

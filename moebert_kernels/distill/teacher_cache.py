@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from moebert_kernels.distill.alignment import pool
-from moebert_kernels.distill.checkpoint import differences, file_damage, size_and_crc32, write_text
+from moebert_kernels.distill.checkpoint import file_damage, size_and_crc32, write_text
 from moebert_kernels.distill.config import Batch, Batches
+from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 
 FORMAT_VERSION = 3
 _PER_TOKEN = ("start_logits", "end_logits")
+_WORDS = {"fingerprint": "teacher weights", "stored_as": "cache_dtype"}  # for a person
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -175,14 +177,18 @@ class _Builder:
 
     def __init__(self, folder: Path, info: TeacherInfo, inputs: dict[str, Any], shard_mib: int):
         self._folder, self._info, self._limit = folder, info, shard_mib * 2**20
-        facts = {"format_version": FORMAT_VERSION, **asdict(info)} | {f"inputs.{n}": v for n, v in inputs.items()}
+        facts = {"format_version": FORMAT_VERSION, **asdict(info), **inputs}
         wanted = json.loads(json.dumps(facts))
         found = _read_description(folder)
         compared = {name: value for name, value in (found or {}).items() if name not in ("complete", "shards")}
-        changes = [] if found is None else differences(wanted, compared)
-        if changes:
-            what = "other inputs" if all(change.startswith("inputs.") for change in changes) else "another teacher"
-            raise UserError(f"teacher cache: {folder} belongs to {what}: {'; '.join(changes)} (use another folder)")
+        if found is not None:
+            pair = ({_WORDS.get(name, name): value for name, value in facts.items()} for facts in (compared, wanted))
+            changes = changed(*pair)
+            if changes:
+                raise UserError(
+                    f"teacher cache: expected an empty folder or one with the same outputs, got {folder} with those of"
+                    f" other {described(changes)} (use another folder)"
+                )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moebert_kernels.distill.config import Metrics
-from moebert_kernels.distill.features import Features, ordered_batches
+from moebert_kernels.distill.features import Features, cut_lengths, ordered_batches
 from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
@@ -57,15 +58,19 @@ def text_to_text_features(
         raise UserError("tokenizer: expected one with a padding token, got none")
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
+    whole: list[int] = []
     for row in tqdm(data, desc="tokenizing", disable=not progress, leave=False):
         source = " ".join([task.name, *(f"{column}: {row[column]}" for column in task.text_columns)])
-        ids.append(np.array(tokenizer(source, truncation=True, max_length=max_length)["input_ids"], dtype=np.int32))
+        tokens = tokenizer(source, truncation=True, max_length=max_length)["input_ids"]
+        whole += cut_lengths(tokenizer, [[source]], [tokens], max_length)
+        ids.append(np.array(tokens, dtype=np.int32))
         labels.append(np.array(tokenizer(target_text(task, row["label"]))["input_ids"], dtype=np.int32))
-    return Features(ids, {}, int(tokenizer.pad_token_id), token_targets={"labels": labels})
+    padding, longest = int(tokenizer.pad_token_id), max(whole, default=0)
+    return Features(ids, {}, padding, token_targets={"labels": labels}, cut=len(whole), longest=longest)
 
 
 class TextToTextEvaluator:
-    """Judges encoder-decoder models on one split with the task's metrics.
+    """Judges encoder-decoder models on one split with the task's metrics. `fingerprint` names the split.
 
     Args:
         task, data, features: the split, its rows and what `text_to_text_features` made of them.
@@ -86,6 +91,8 @@ class TextToTextEvaluator:
         self.task, self.features, self.tokenizer = task, features, tokenizer
         self.batch_size, self.progress = batch_size, progress
         self.references = list(data["label"])
+        facts = (task.kind, task.metrics, task.label_names, features.fingerprint, self.references)
+        self.fingerprint = sha256(repr(facts).encode()).hexdigest()[:32]
         texts = [target_text(task, number) for number in range(len(task.label_names))]
         self.targets = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
 

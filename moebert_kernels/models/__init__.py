@@ -1,5 +1,10 @@
 """MoEBERT and MPOE models for transformers. Importing this module makes `AutoConfig` and `AutoModel*` know them."""
 
+# ruff: noqa: E402  what is missing is named before the imports that need it
+from moebert_kernels.errors import require_extra
+
+require_extra("train", "transformers")
+
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -70,17 +70,17 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     again = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
     assert {file.name for file in again if again[file] != results[file]} == {"sst2-kd-0.json"}
     line = refused(*words(setting, tmp_path, *dense, "--seeds", "1"))
-    assert line.startswith("output: expected a folder of the same recipe, models and data, got another's")
+    assert f"got {tmp_path} with results of other student.temperature (it was 3.0 and is 2.0 now) (use another" in line
 
     same = words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")
     table, rows = root / "sst2/train.tsv", (root / "sst2/train.tsv").read_text()
     table.write_text(rows.replace("\t1", "\t0", 1))
-    assert "(rows of sst2: expected '" in refused(*same)
+    assert "with results of other sst2 training rows (use another" in refused(*same)
     table.write_text(rows)
     model = BertModel.from_pretrained(root / "small")
     torch.nn.init.constant_(model.pooler.dense.bias, 0.5)
     model.save_pretrained(root / "small")
-    assert f"(weights of {root / 'small'}: expected '" in refused(*same)
+    assert "with results of other student weights for sst2, student weights for stsb (use" in refused(*same)
     write_base(root / "small", hidden_size=16, num_hidden_layers=1)
     assert done(*same).count("KD only\n") == 0
 

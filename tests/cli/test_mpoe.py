@@ -50,7 +50,7 @@ def test_gpt2_with_hash_routing_and_dense_experts(gpt2, tmp_path):
 def test_refusals(base, gpt2, tmp_path):
     words = ("convert", "--method", "mpoe", "--output", tmp_path / "out", "--model")
     line = refused(*words, base, "--max-bond", 1)
-    assert line.startswith("max_bond: expected caps at which building the weight pays")
+    assert line.startswith("max-bond: expected caps at which building the weight pays")
     line = refused(*words, base, "--importance", tmp_path / "scores.safetensors")
     assert line.startswith("importance: expected none with --method mpoe")
     assert refused(*words, base, "--router", "gate-sentence").startswith("router: expected one of switch, top2,")

@@ -68,12 +68,12 @@ def test_lean_with_the_cache_equals_without_and_takes_extra_text(small, teacher,
     for one, other in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     described = json.loads((tmp_path / "cache/cache.json").read_text())
-    assert described["pooled"] and described["stored_as"] == "float32" and described["inputs.max_length"] == 12
+    assert described["pooled"] and described["stored_as"] == "float32" and described["max_length"] == 12
     assert len(losses(tmp_path / "a")) == 2 * 11  # 64 + 18 texts in eights
     line = refused("distill", "--recipe", "microbert-lean", "--model", small, "--teacher", teacher, *TABLE,
                    "--data", data, "--output", tmp_path / "c", *SHORT, "--max-length", "10", *words,
                    "--cache", tmp_path / "cache")  # fmt: skip
-    assert "belongs to other inputs: inputs.max_length: expected 10, got 12" in line
+    assert "with those of other max_length (it was 12 and is 10 now) (use another folder)" in line
 
 
 def test_refusals(small, teacher, moe, data, tmp_path):
@@ -89,7 +89,7 @@ def test_refusals(small, teacher, moe, data, tmp_path):
         (("--recipe", "bert"), "recipe: expected one of finetune, kd, microbert, microbert-lean, "),
         ((*kd, "--preset", "paper"), "preset: expected it without --recipe, got paper"),
         ((*kd, "--a.soft", "1"), "a.soft: expected one of the stages student, got 'a'"),
-        (("--epoch", "3"), "--epoch: expected an option of moebert distill, got none (the nearest is '--epochs')"),
+        (("--epoch", "3"), "epoch: expected an option of moebert distill, got none (the nearest is '--epochs')"),
         (("--extra-text", "x.tsv"), "extra-text: expected it with --recipe alone, got x.tsv"),
         (("--recipe", "finetune", "--extra-text", "x.tsv"), "extra-text: expected a recipe with soft targets"),
         ((*kd, "--extra-text", "x.txt"), "extra-text: expected a tsv, csv or jsonl file with text, got x.txt"),

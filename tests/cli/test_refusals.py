@@ -127,13 +127,15 @@ def test_tables_for_another_vocabulary(teacher, importance, tmp_path):
     (tmp_path / "tables.json").write_text(json.dumps([0, 1, 2, 3]))
     line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4,
                    "--hash-tables", tmp_path / "tables.json", "--output", tmp_path / "out")  # fmt: skip
-    assert line.startswith("tables: expected shape ") and "got (4,)" in line
+    assert line.startswith("hash-tables: expected shape ") and "got (4,)" in line
 
 
 def test_an_expert_size_that_cannot_be_filled(teacher, importance, tmp_path):
     line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 30, "--shared", 4,
                    "--output", tmp_path / "out")  # fmt: skip
-    assert line.startswith("expert_size: expected at most 11 for 4 experts with 4 shared of D=32 neurons")
+    assert line.startswith(
+        "expert-size: expected at most 11 for 4 experts with 4 shared of the dense layer's 32 neurons (or --shared >= "
+    )
 
 
 def test_importance_of_another_model(teacher, tmp_path):
@@ -215,7 +217,10 @@ def test_outputs_that_cannot_be_written(base, teacher, data, tmp_path):
 
 def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
     words = ("--model", base, *TABLE, "--data", data, "--output", teacher, *TRAINING)
-    assert "belongs to another run" in refused("finetune", *words, "--seed", 5)
+    assert refused("finetune", *words, "--seed", 5) == (
+        f"output: {teacher} holds a finished run with other settings: --seed was 0 and is 5 now (use another --output,"
+        " or --restart --force to replace the model there)"
+    )
 
 
 def test_a_half_written_importance_file_is_done_again(teacher, importance, data, tmp_path):
@@ -250,7 +255,7 @@ def test_a_tokenizer_of_a_larger_vocabulary(teacher, data, tmp_path):
 def test_bad_options(base, data, tmp_path):
     words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
     line = refused("finetune", *words, "--mixed-precision", "int8")
-    assert line == "mixed_precision: expected 'no', 'fp16' or 'bf16', got 'int8'"
+    assert line == "mixed-precision: expected 'no', 'fp16' or 'bf16', got 'int8'"
     assert refused("eval", "--model", base, "--task", "sst2", "--text-column", "t").startswith("text-column: expected")
     assert CliRunner().invoke(app, ["eval", "--model", str(base)]).exit_code == 2  # typer's own: --task is missing
     write_base(tmp_path / "wide", hidden_act="gelu_new")
@@ -265,4 +270,4 @@ def test_bench(base, data):
         "dtype: expected one of float32, bfloat16, float16, got bf16"
     )  # fmt: skip
     line = refused("bench", *both, *TABLE, "--data", data, "--batch-size", 65)
-    assert line == "batch_size: expected at most 64, the rows of validation, got 65"
+    assert line == "batch-size: expected at most 64, the rows of validation, got 65"

@@ -151,4 +151,4 @@ def test_mpoe_options_are_refused_for_other_models(gpt2, texts, tmp_path):
     words = ("finetune", "--model", gpt2, "--task", "lm", "--data", texts, "--output", tmp_path / "out", *QUICK)
     line = refused(*words, "--gradient-mask", 0.5)
     assert line == "model: expected experts with central tensors, got none in a GPT2LMHeadModel"
-    assert refused(*words, "--shared-fold").startswith("shared_fold: expected False for a model that folds no weights")
+    assert refused(*words, "--shared-fold").startswith("shared-fold: expected False for a model that folds no weights")

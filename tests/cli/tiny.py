@@ -57,9 +57,9 @@ def done(*words):
 
 
 def refused(*words):
-    """Run the command line, which must refuse in one line with status 2; the line."""
+    """Run the command line, which must refuse in one line with status 2; the line, from the option's name on."""
     result = moebert(*words)
     lines = [line for line in result.stderr.splitlines() if line.startswith("moebert: ")]
     assert result.exit_code == 2, f"{result.output}\n{result.exception!r}"
     assert "Traceback" not in result.output
-    return lines[-1].removeprefix("moebert: ")
+    return lines[-1].removeprefix("moebert: ").removeprefix("--")

@@ -192,6 +192,17 @@ def test_dense_student_keeps_the_top_neurons():
     assert_golden(outputs(whole, batch)["logits"], outputs(dense, batch)["logits"], 1e-6)
 
 
+def test_without_sizes_experts_are_a_quarter_and_share_two_thirds():
+    """As MoEBERT's 768 and 512 of 3,072; a model of any width becomes smaller per token."""
+    dense, importance = dense_model("bert-cls"), torch.rand(L, D)
+    config = convert_to_moe(dense, importance).config
+    assert (config.expert_size, config.shared) == (D // 4, D // 6)
+    config = convert_to_moe(dense, importance, expert_size=6).config
+    assert (config.expert_size, config.shared) == (6, 4)
+    assert convert_to_moe(dense, importance, shared=2).config.expert_size == D // 4
+    assert dense_student(dense, importance).config.intermediate_size == D // 4
+
+
 def test_dense_student_equals_one_expert_with_those_neurons():
     dense, importance = dense_model("roberta-cls"), torch.rand(L, D)
     moe = convert_to_moe(dense, importance, 1, expert_size=20, shared=20)
@@ -215,8 +226,14 @@ def test_rejects_models():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"importance": torch.rand(L, D + 1)}, r"importance: expected shape \(L=2, D=48\) of the model, got \(2, 49\)"),
-        ({"importance": torch.rand(D)}, r"importance: expected shape \(L=2, D=48\) of the model, got \(48,\)"),
+        (
+            {"importance": torch.rand(L, D + 1)},
+            "importance: expected scores of the model's 2 layers x 48 neurons, got 2 x 49",
+        ),
+        (
+            {"importance": torch.rand(D)},
+            "importance: expected scores of the model's 2 layers x 48 neurons, got 48",
+        ),
         ({"expert_size": 20}, r"expert_size: expected at most 18 .* got 20"),
         (
             {"router": "hash-balance"},
@@ -238,7 +255,7 @@ def test_rejects(options, message):
 
 
 def test_rejects_width():
-    with pytest.raises(UserError, match=r"width: expected 1 to D=48, got 49"):
+    with pytest.raises(UserError, match="width: expected 1 to the dense layer's 48 neurons, got 49"):
         dense_student(dense_model("bert-cls"), torch.rand(L, D), 49)
 
 

@@ -3,9 +3,8 @@ import copy
 import pytest
 import torch
 
-from moebert_kernels.convert import convert_to_mpoe, mpoe_report, to_dense_experts
+from moebert_kernels.convert import convert_to_mpoe, mpoe_report, parameter_counts, to_dense_experts
 from moebert_kernels.convert.mpo_plan import PUBLISHED
-from moebert_kernels.demo.timing import parameter_counts
 from moebert_kernels.errors import UserError
 from moebert_kernels.models import MPOE_CLASSES, MPOET5Config
 from moebert_kernels.models.mpoe_layers import slots

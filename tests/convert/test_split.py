@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moebert_kernels.convert import expert_indices, load_importance
+from moebert_kernels.convert import default_split, expert_indices, load_importance
 from moebert_kernels.convert.moe import expert_weights
 from moebert_kernels.errors import UserError
 from tests.golden_arrays import golden
@@ -33,7 +33,9 @@ def test_weights_equal_the_original(case):
 def test_an_expert_that_cannot_be_filled_says_what_could_be():
     arrays = golden("a_split", "short.")
     D, E, F, S, _ = arrays["params"].tolist()
-    with pytest.raises(UserError, match=rf"expert_size: expected at most 36 .* D={D} .*shared >= 22\), got {F}"):
+    with pytest.raises(
+        UserError, match=rf"expert_size: expected at most 36 .* the dense layer's {D} neurons .*shared >= 22\), got {F}"
+    ):
         expert_indices(arrays["scores"], E, F, S)
     assert torch.equal(expert_indices(arrays["scores"], E, 36, S), arrays["expert_idx"])
     assert expert_indices(arrays["scores"], E, F, 22).shape == (E, F)
@@ -52,6 +54,12 @@ def test_layers_are_split_one_by_one():
     scores = torch.rand(3, 50)
     together = expert_indices(scores, 4, 12, 7)
     assert torch.equal(together, torch.stack([expert_indices(row, 4, 12, 7) for row in scores]))
+
+
+@pytest.mark.parametrize("D,wanted", [(3072, (768, 512)), (1536, (384, 256)), (256, (64, 42)), (4, (1, 0))])
+def test_default_split_can_be_filled_by_four_experts(D, wanted):
+    assert default_split(D) == wanted
+    assert expert_indices(torch.rand(D), 4, *wanted).shape == (4, wanted[0])
 
 
 def test_experts_share_the_top_and_nothing_else():
@@ -73,7 +81,7 @@ def test_equal_scores_go_by_neuron_number():
         ((torch.rand(2, 3, 4), 1, 1, 0), r"scores: expected shape \(D,\) or \(L, D\), got \(2, 3, 4\)"),
         ((torch.tensor([1.0, float("nan")]), 1, 1, 0), "scores: expected finite numbers"),
         ((torch.rand(8), 0, 4, 0), "num_experts: expected at least 1, got 0"),
-        ((torch.rand(8), 2, 9, 0), "expert_size: expected 1 to D=8, got 9"),
+        ((torch.rand(8), 2, 9, 0), "expert_size: expected 1 to the dense layer's 8 neurons, got 9"),
         ((torch.rand(8), 2, 4, 5), "shared: expected 0 to expert_size=4, got 5"),
         ((torch.rand(8), 2, 4, -1), "shared: expected 0 to expert_size=4, got -1"),
     ],

@@ -116,7 +116,10 @@ def test_the_dense_model_is_not_changed():
     ("options", "message"),
     [
         ({"experts": "clone"}, "experts: expected one of importance, copy, mpo, got 'clone'"),
-        ({"experts": "copy", "expert_size": 12}, "expert_size: expected none, or D=48, with experts='copy', got 12"),
+        (
+            {"experts": "copy", "expert_size": 12},
+            "expert_size: expected none, or the dense layer's 48 neurons, with experts='copy', got 12",
+        ),
         ({"experts": "mpo", "max_bond": 1}, "max_bond: expected caps at which building the weight pays, got bonds 1,"),
         ({"experts": "mpo", "w1_factors": [[2, 12], [4, 4]]}, "row_factors: expected a product of 48, got 2 x 12"),
         ({"experts": "copy", "max_bond": 5}, "max_bond: expected none with experts='copy', got 5"),

@@ -104,8 +104,15 @@ def test_an_interrupted_demo_goes_on(tiny_demo, tmp_path, monkeypatch):
 def test_a_folder_of_another_recipe_is_refused(base, tmp_path):
     data = write_reviews(tmp_path / "data")
     Study(tmp_path / "study", base, data, RECIPE, seed=0)
-    with pytest.raises(UserError, match="output: expected a folder of this recipe and seed, got another's"):
+    with pytest.raises(UserError, match=r"got .*study with results of other seed \(it was 0 and is 1 now\) \(use"):
         Study(tmp_path / "study", base, data, RECIPE, seed=1)
+    for split in ("validation", "test"):
+        file = data / f"{split}.tsv"
+        rows = file.read_text()
+        file.write_text(rows[: rows.rstrip("\n").rindex("\n") + 1])
+        with pytest.raises(UserError, match=f"with results of other {split} rows"):
+            Study(tmp_path / "study", base, data, RECIPE, seed=0)
+        file.write_text(rows)
 
 
 def test_difference_is_paired():

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from moebert_kernels.convert import parameter_counts
 from moebert_kernels.demo import timing
 from moebert_kernels.demo.benchmark import sizes_of
-from moebert_kernels.demo.timing import compare_models, feed_forwards, parameter_counts, quartiles, random_inputs
+from moebert_kernels.demo.timing import compare_models, feed_forwards, quartiles, random_inputs
 from moebert_kernels.models import MoEBertConfig, MoEBertModel
 
 SIZES = {

@@ -9,7 +9,7 @@ import pytest
 
 from moebert_kernels.distill import FitConfig, LayerwiseObjective
 from moebert_kernels.distill.checkpoint import recover_folder, write_folder
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import OtherRun, UserError
 from tests.distill.tiny import CONFIG, Interrupting, TinyBatches, assert_same_weights, run, tiny_bert, weights
 from tests.helpers import ROOT, misaligned
 
@@ -90,6 +90,27 @@ def test_no_whole_checkpoint_is_an_error_that_loses_nothing(tmp_path):
     run(tmp_path, resume=False)
 
 
+class Judge:
+    """A judge that says what data it judges on, as evaluators do."""
+
+    def __init__(self, fingerprint="one"):
+        self.fingerprint = fingerprint
+
+    def __call__(self, model):
+        return {"accuracy": 1.0}
+
+
+def test_a_judge_of_the_same_data_goes_on(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, InterruptedBatches(11), evaluate=Judge())
+    with pytest.raises(OtherRun, match="an unfinished run of other validation data"):
+        run(tmp_path, evaluate=Judge("another"))
+    result = run(tmp_path, evaluate=Judge())
+    with pytest.raises(OtherRun, match="a finished run of other validation data"):
+        run(tmp_path, evaluate=Judge("another"))
+    assert run(tmp_path, evaluate=Judge()) == result
+
+
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -101,19 +122,30 @@ def two_runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"config": FitConfig(epochs=5, learning_rate=3e-3)}, "epochs: expected 5, got 4"),
-        ({"data": TinyBatches(seed=1)}, r"training data: expected 'tiny-.*-1', got 'tiny-.*-0'"),
-        ({"student": tiny_bert(dropout=0.1, hidden=32)}, "model.hidden_size: expected 32, got 16"),
-        ({"identity": {"task": "rte"}}, "task: expected 'rte', got 'nothing'"),
+        ({"config": FitConfig(epochs=5, learning_rate=3e-3)}, r"epochs \(it was 4 and is 5 now\)"),
+        (
+            {"config": FitConfig(epochs=4, learning_rate=3e-3, weights={"task": 2.0})},
+            r"weights.task \(it was not given and is 2.0 now\)",
+        ),
+        ({"data": TinyBatches(seed=1)}, "training data"),
+        ({"data": TinyBatches(examples=26), "identity": {"training rows": "x"}}, "training rows"),
+        ({"evaluate": Judge("another")}, "validation data"),
+        (
+            {"student": tiny_bert(dropout=0.1, hidden=32)},
+            r"model.hidden_size \(it was 16 and is 32 now\), .*weight shapes",
+        ),
+        ({"identity": {"task": "rte"}}, r"task \(it was not given and is rte now\)"),
         (
             {"objective": LayerwiseObjective("classification"), "teacher": tiny_bert(1)},
-            "objective: expected 'LayerwiseObjective', got None; .* and 2 more",
+            r"objective \(it was not given and is LayerwiseObjective now\), .*, teacher weights",
         ),
     ],
 )
 @pytest.mark.parametrize("state", ["stopped", "finished"])
 def test_another_run_in_the_folder(two_runs, state, change, message):
-    with pytest.raises(UserError, match=f"belongs to another run: .*{message}"):
+    kind = {"stopped": "an unfinished", "finished": "a finished"}[state]
+    begin = f"output_dir: expected a new folder or one of the same run, got .*{state} with {kind} run of other "
+    with pytest.raises(OtherRun, match=begin + message + r" \(resume=False replaces it, another output_dir keeps it\)"):
         run(two_runs / state, **change)
 
 

@@ -155,7 +155,7 @@ def test_what_cannot_be_held_out():
         hold_out(data, "halves")
     with pytest.raises(UserError, match="hold-out: expected at least 1001 rows in train, got 1"):
         hold_out(data, "train-rows")
-    with pytest.raises(UserError, match="hold-out: expected one of halves, train-rows, got 'half'"):
+    with pytest.raises(UserError, match="or one of halves, train-rows, got 'half'"):
         hold_out(data, "half")
     with pytest.raises(UserError, match="hold-out: expected rows to divide, got running text"):
         hold_out(TaskData(get_task("lm"), {"validation": one}), "halves")

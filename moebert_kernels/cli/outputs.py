@@ -1,0 +1,168 @@
+"""What --output may be: a command replaces what it wrote itself, and never anything else.
+
+A note in each folder says which command wrote it. Of a model it also says with which options and which files, of a
+training run nothing more: its own files say the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels.errors import UserError
+
+NOTE = "moebert.json"
+_MODELS = ("convert", "collapse", "student")  # these replace a folder whole
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError unless files can be written into `folder`, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output: expected a folder that can be written, got {folder} ({error.strerror})") from None
+
+
+def check_output(folder: Path, command: str, *models: str | Path | None) -> dict[str, Any] | None:
+    """The note of the call that wrote `folder`, or None where there is no such folder, or nothing in it.
+
+    Args:
+        command: which is to write it; one that trains goes on with its own runs alone.
+        models: which the command reads.
+
+    Raises:
+        UserError: a file, a folder that cannot be written, that of one of the models, or one with other things.
+    """
+    if folder.is_file():
+        raise UserError(f"output: expected a folder, got the file {folder}")
+    for model in models:
+        if model is not None and _holds(folder.resolve(), Path(model)):
+            raise UserError(f"output: expected another folder than that of a model which is read, got {folder}")
+    check_writable(folder if folder.exists() else folder.absolute().parent)
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    note = read_note(folder)
+    if note is None:
+        some = min(path.name for path in folder.iterdir())
+        raise UserError(
+            f"output: expected a new or empty folder, got {folder}, which holds things that moebert did not write"
+            f" ({some})"
+        )
+    if note["command"] != command and not {note["command"], command} <= {*_MODELS}:
+        raise UserError(f"output: expected a new or empty folder, got {folder}, which moebert {note['command']} wrote")
+    return note
+
+
+def _holds(folder: Path, model: Path) -> bool:
+    """Whether writing into `folder`, an absolute path, would touch a local model."""
+    if not model.exists():  # a name on the Hub
+        return False
+    model = model.resolve()
+    return folder in (model, *model.parents, model / "best", model / "final")
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """What a command noted in a folder that it wrote, or None."""
+    try:
+        note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and isinstance(note.get("command"), str) else None
+
+
+def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
+    """Whether an earlier call of the same `identity`, which names its command, has written the model in `folder`.
+
+    Raises:
+        UserError: as `check_output`; the folder holds another model. `force` allows to replace that, and never files
+            that were put beside it.
+    """
+    note = check_output(folder, identity["command"], *models)
+    if note is None:
+        return False
+    files = note.pop("files", [])
+    if not force:
+        if note == json.loads(json.dumps(identity)):
+            return True
+        raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
+    others = sorted({path.name for path in folder.iterdir()} - {NOTE, *files})
+    if others:
+        raise UserError(
+            f"output: expected a folder with a model alone, got {folder}, which holds {others[0]} beside it"
+        )
+    return False
+
+
+def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
+    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
+    from moebert_kernels.distill.checkpoint import write_folder
+    from moebert_kernels.distill.progress import quiet_transformers
+    from moebert_kernels.models.card import save_with_card
+
+    output = folder
+
+    def write(folder: Path) -> None:
+        with quiet_transformers():
+            save_with_card(model, folder, previous=output)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        files = sorted(path.name for path in folder.iterdir())
+        (folder / NOTE).write_text(json.dumps({**identity, "files": files}), encoding="utf-8")
+
+    write_folder(folder, write)
+    print(f"saved in {folder}")
+
+
+def check_run(folder: Path, command: str, restart: bool, force: bool, *models: str | Path | None) -> None:
+    """Raise UserError unless `command` may train in `folder`.
+
+    `restart` drops an unfinished run, and a finished one, with its model, only with `force`.
+    """
+    if force and not restart:
+        raise UserError("force: expected it together with --restart, got it alone")
+    check_output(folder, command, *models)
+    if restart and not force and is_finished(folder):
+        raise UserError(
+            f"output: expected an unfinished run to drop, got {folder} with a finished model; --restart --force"
+            " replaces it, another --output keeps it"
+        )
+
+
+def claim(folder: Path, command: str) -> None:
+    """Note in the folder of a training run, which `check_output` has allowed, which command writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), (folder / NOTE).open("x", encoding="utf-8") as file:
+        json.dump({"command": command}, file)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a training run in `folder` has come to its end."""
+    return (folder / "state" / "finished.json").exists()
+
+
+def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str) -> None:
+    """Raise UserError unless a command may write `file`: there is none, or `is_ours` knows it as an earlier result."""
+    if file.is_dir():
+        raise UserError(f"output: expected a file, such as {example}, got the folder {file}")
+    check_writable(file.absolute().parent)
+    if file.exists() and not is_ours(file):
+        raise UserError(f"output: expected a new file, got {file}, which moebert did not write")
+
+
+def is_result(key: str) -> Callable[[Path], bool]:
+    """What tells a JSON file with a result, which has `key`, from any other file."""
+
+    def check(file: Path) -> bool:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and key in content
+
+    return check

@@ -1,0 +1,119 @@
+"""What decides a result, as flat JSON-able facts by name, and what differs between two such sets of facts.
+
+A name of one word is a setting (`learning_rate`, `objective.temperature`), whose values are said. A name of several
+words (`validation rows`) is a digest of something large, which says nothing to a person: only its name is said.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebert_kernels.errors import OtherRun
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moebert_kernels.distill.tasks import TaskData
+
+_SHOWN = 4  # differences that a message names
+# These differ because something else does, which is named in their place where it is known.
+_FOLLOWING = (
+    "training data", "validation data", "batches per epoch", "weight shapes", "best_metric", "greater_is_better",
+    "model_class",
+)  # fmt: skip
+SPLIT_WORDS = {"train": "training"}  # what a person calls the rows of a split
+_MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
+
+
+def changed(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The facts that differ, each with what is wanted now and what was saved; None for one that is not there.
+
+    Facts that follow from others are left out where those others differ too.
+    """
+    identity = json.loads(json.dumps(identity, default=str))
+    pairs = {name: (identity.get(name), saved.get(name)) for name in sorted({*saved, *identity})}
+    changes = {name: (now, then) for name, (now, then) in pairs.items() if now != then}
+    first = {name: pair for name, pair in changes.items() if name not in _FOLLOWING and not name.startswith("model.")}
+    if "seed" in first:
+        first.pop("model weights", None)  # a new head is drawn by the seed
+    return first or changes
+
+
+def described(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What differs: settings with their values, then the names of the others."""
+    names = sorted(changes, key=lambda name: " " in name)
+    parts = []
+    for name in names[:_SHOWN]:
+        now, then = map(_value, changes[name])
+        parts.append(name if " " in name else f"{name} (it was {then} and is {now} now)")
+    more = [f"{len(names) - _SHOWN} more"] * (len(names) > _SHOWN)
+    return ", ".join([*parts, *more])
+
+
+def _value(value: Any) -> str:
+    text = "not given" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise OtherRun if the run whose output `folder` is has other facts than a present one."""
+    changes = changed(saved, identity)
+    if changes:
+        kind = "a finished" if finished else "an unfinished"
+        message = (
+            f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
+            f" {described(changes)} (resume=False replaces it, another output_dir keeps it)"
+        )
+        raise OtherRun(message, folder, finished, changes)
+
+
+def row_facts(data: TaskData, splits: Sequence[str] | None = None, of: str = "") -> dict[str, str]:
+    """ "training rows", "validation rows" and so on: digests of texts and labels, the classes by name.
+
+    Args:
+        splits: of these splits. None: of all.
+        of: a word before each name, for data of several tasks.
+    """
+    task, facts = data.task, {}
+    for split in data.splits if splits is None else splits:
+        digest = sha256(repr((task.kind, task.label_names)).encode())
+        for part in data.split(split).iter(1000):
+            digest.update(repr(sorted(part.items())).encode())
+        facts[f"{of} {SPLIT_WORDS.get(split, split)} rows".strip()] = digest.hexdigest()[:16]
+    return facts
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that name the tokens that a tokenizer knows, and its kind."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path | None) -> list[int] | None:
+    """Size and CRC-32 of a file; None where there is none."""
+    from moebert_kernels.distill.checkpoint import size_and_crc32
+
+    return size_and_crc32(path) if path is not None and path.is_file() else None
+
+
+def files_of(folder: Path) -> dict[str, list[int] | None]:
+    """Sizes and CRC-32 of a folder's files by name."""
+    return {file.name: file_digest(file) for file in sorted(folder.glob("*")) if file.is_file()}
+
+
+def model_files(name: str | Path) -> dict[str, list[int] | None]:
+    """Sizes and CRC-32 of the files that a local model is loaded from; none for a name on the Hub.
+
+    Raises:
+        UserError: no such model.
+    """
+    from moebert_kernels.distill.loading import resolve_model
+
+    path = Path(name)
+    if path.is_file():
+        return {path.name: file_digest(path)}
+    return {file: digest for file, digest in files_of(Path(resolve_model(name))).items() if file.endswith(_MODEL_FILES)}

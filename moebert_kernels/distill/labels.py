@@ -1,0 +1,65 @@
+"""Labels as files hold them: which are missing, which are scores, and which are one class written in two ways."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from moebert_kernels.errors import UserError
+
+_MISSING = ("", "nan", "<na>", "nat")  # what table libraries write where there is no value
+
+
+def label_text(value: Any) -> str | None:
+    """A label without the white space around it; None where there is none."""
+    text = "" if value is None else str(value).strip()
+    return None if text.casefold() in _MISSING else text
+
+
+def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ...]:
+    """The classes of a column, in the order of their sorted names, numbers first and by size.
+
+    Warns of two names that differ in upper and lower case, or in the way that a number is written, alone.
+
+    Raises:
+        UserError: a missing label, scores in place of classes, or a number of classes below 2 or above 1,000.
+    """
+    rows: dict[str, int] = {}  # the first row of each class
+    for row, value in enumerate(values, 1):
+        name = label_text(value)
+        if name is None:
+            raise UserError(f"{column}: expected a label in {where}, row {row}, got {value!r}")
+        rows.setdefault(name, row)
+    numbers = {name: number for name in rows if (number := _number(name)) is not None}
+    score = next((name for name, number in numbers.items() if number != int(number)), None)
+    if score is not None and len(numbers) == len(rows):
+        raise UserError(
+            f"{column}: expected classes in {where}, got scores such as {score} in row {rows[score]}"
+            " (--regression, or custom_task(regression=True), reads them as scores)"
+        )
+    if not 2 <= len(rows) <= 1000:
+        raise UserError(f"labels: expected between 2 and 1000 classes in {where}, got {len(rows)}")
+    alike: dict[Any, str] = {}
+    for name in rows:
+        other = alike.setdefault(numbers.get(name, name.casefold()), name)
+        if other != name:
+            warnings.warn(f"{column}: {other!r} and {name!r} are two classes in {where}", stacklevel=2)
+    return tuple(sorted(rows, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name)))
+
+
+def _number(name: str) -> float | None:
+    try:
+        number = float(name)
+    except ValueError:
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+def score_of(value: Any) -> float | None:
+    """A score, or None where there is no finite number."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if abs(score) < float("inf") else None

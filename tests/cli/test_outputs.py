@@ -1,0 +1,183 @@
+"""What --output may be, in every command that writes: nothing that moebert did not write itself is touched."""
+
+import json
+import shutil
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from moebert_kernels.cli import app
+from moebert_kernels.cli.outputs import NOTE, already_written, check_output, check_run, claim, write_model
+from moebert_kernels.errors import UserError
+from tests.cli.tiny import TABLE, TRAINING, done, moebert, refused
+
+
+def command_words(name, model, data):
+    """The command as it would be typed with this model and data, but for --output."""
+    trained = ("--task", "sst2", "--data", data)
+    return {
+        "finetune": ("finetune", "--model", model, *TABLE, "--data", data),
+        "distill": ("distill", "--model", model, "--teacher", model, *TABLE, "--data", data),
+        "ablate": ("ablate", "--model", model, "--teacher", model, "--arm", "full", *trained[:2]),
+        "convert": ("convert", "--model", model),
+        "collapse": ("collapse", "--model", model, "--task", "sst2"),
+        "student": ("student", "--model", model),
+        "demo": ("demo", "--quick"),
+    }[name]
+
+
+def test_every_command_that_writes_a_folder_is_looked_at():
+    """A new command that writes a folder must be added above, and so to the tests below."""
+    for name, command in get_command(app).commands.items():
+        output = next((parameter for parameter in command.params if "--output" in parameter.opts), None)
+        if output is not None and output.metavar == "FOLDER":
+            assert command_words(name, "model", "data")[0] == name
+
+
+FOLDER_COMMANDS = ("finetune", "distill", "ablate", "convert", "collapse", "student", "demo")
+
+
+@pytest.mark.parametrize("name", FOLDER_COMMANDS)
+def test_a_folder_with_other_things_is_refused(name, base, data, tmp_path):
+    (tmp_path / "best").write_text("my notes")
+    line = refused(*command_words(name, base, data), "--output", tmp_path)
+    assert line == (
+        f"output: expected a new or empty folder, got {tmp_path}, which holds things that moebert did not write (best)"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("name", FOLDER_COMMANDS[:-1])
+@pytest.mark.parametrize("place", ["itself", "above", "best of a run"])
+def test_the_folder_of_a_model_that_is_read_is_refused(name, place, base, data, tmp_path):
+    model = tmp_path / "run" / "best"
+    shutil.copytree(base, model)
+    before = sorted(path.name for path in model.iterdir())
+    read, output = {
+        "itself": (model, model / "." / ".." / "best"),
+        "above": (model, tmp_path / "run"),
+        "best of a run": (tmp_path / "run", model),
+    }[place]
+    line = refused(*command_words(name, read, data), "--output", output)
+    assert line == f"output: expected another folder than that of a model which is read, got {output}"
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [*FOLDER_COMMANDS, "importance", "eval", "bench"])
+def test_an_empty_name_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = {
+        "importance": ("importance", "--model", "m", "--task", "sst2"),
+        "eval": ("eval", "--model", "m", "--task", "sst2"),
+        "bench": ("bench", "--model", "m", "--against", "m"),
+    }.get(name) or command_words(name, "m", "d")
+    result = moebert(*words, "--output", "")
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert "expected a path, got an empty one" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("eval", "splits"), ("bench", "cases"), ("importance", None)], ids=lambda value: str(value)
+)
+def test_a_file_of_somebody_else_is_refused(name, key, base, data, tmp_path):
+    words = {
+        "importance": ("importance", "--model", base, *TABLE, "--data", data, "--force"),
+        "eval": ("eval", "--model", base, *TABLE, "--data", data),
+        "bench": ("bench", "--model", base, "--against", base),
+    }[name]
+    for content in ('{"hidden_size": 32}', "[]", "years of work"):
+        (tmp_path / "mine").write_text(content)
+        line = refused(*words, "--output", tmp_path / "mine")
+        assert line == f"output: expected a new file, got {tmp_path / 'mine'}, which moebert did not write"
+        assert (tmp_path / "mine").read_text() == content
+    assert refused(*words, "--output", tmp_path).startswith("output: expected a file, such as ")
+    weights = base / "model.safetensors"
+    before = weights.read_bytes()
+    assert refused(*words, "--output", weights).startswith("output: expected a new file, got ")
+    assert weights.read_bytes() == before
+
+
+def test_an_earlier_result_is_replaced(teacher, data, tmp_path):
+    words = ("eval", "--model", teacher, *TABLE, "--data", data, "--output", tmp_path / "result.json")
+    done(*words)
+    done(*words)
+    assert json.loads((tmp_path / "result.json").read_text())["splits"]["validation"]["examples"] == 64
+
+
+class Saved:
+    """As much of a model as `write_model` asks for."""
+
+    def save_pretrained(self, folder):
+        (folder / "config.json").write_text("{}")
+
+
+def test_force_replaces_a_model_and_not_what_was_put_beside_it(tmp_path):
+    folder, identity = tmp_path / "out", {"command": "convert", "seed": 0}
+    assert not already_written(folder, identity, force=False)
+    write_model(folder, Saved(), None, identity)
+    assert already_written(folder, identity, force=False)
+    other = {"command": "student", "seed": 0}
+    with pytest.raises(UserError, match=r"output: expected a new or empty folder, .* is in use \(--force replaces it"):
+        already_written(folder, other, force=False)
+    assert not already_written(folder, other, force=True)
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"output: expected a folder with a model alone, .* which holds thesis\.txt"):
+        already_written(folder, other, force=True)
+
+
+def test_a_run_goes_on_only_in_its_own_folder(tmp_path):
+    check_run(tmp_path / "new", "finetune", restart=False, force=False)
+    assert not (tmp_path / "new").exists()  # a refusal later on leaves nothing behind
+    claim(tmp_path, "finetune")
+    check_run(tmp_path, "finetune", restart=False, force=False)
+    check_run(tmp_path, "finetune", restart=True, force=False)
+    with pytest.raises(UserError, match=r"output: expected a new or empty folder, .* which moebert finetune wrote"):
+        check_run(tmp_path, "distill", restart=False, force=False)
+    with pytest.raises(UserError, match="force: expected it together with --restart, got it alone"):
+        check_run(tmp_path, "finetune", restart=False, force=True)
+    (tmp_path / NOTE).write_text("damaged")
+    with pytest.raises(UserError, match="which holds things that moebert did not write"):
+        check_output(tmp_path, "finetune")
+
+
+def test_restart_keeps_a_finished_model(base, teacher, data, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(teacher, output)
+    weights = (output / "best" / "model.safetensors").read_bytes()
+    words = ("finetune", "--model", base, *TABLE, "--data", data, "--output", output, *TRAINING)
+    line = refused(*words, "--restart", "--epochs", 1)
+    assert line == (
+        f"output: expected an unfinished run to drop, got {output} with a finished model; --restart --force replaces"
+        " it, another --output keeps it"
+    )
+    assert "--restart --force to replace the model there" in refused(*words, "--epochs", 1)
+    assert (output / "best" / "model.safetensors").read_bytes() == weights
+    done(*words, "--epochs", 1, "--restart", "--force")
+    assert (output / "best" / "model.safetensors").read_bytes() != weights
+
+
+def test_an_unfinished_run_is_dropped_by_restart_and_named_as_a_model(base, teacher, data, tmp_path):
+    """Its checkpoint is there, its end is not."""
+    output = tmp_path / "out"
+    claim(output, "finetune")
+    step = output / "state" / "step-00000001"
+    step.mkdir(parents=True)
+    identity = json.loads((teacher / "state" / "finished.json").read_text())["identity"]
+    (step / "state.json").write_text(json.dumps({"identity": identity, "format_version": 1, "progress": {}}))
+    (step / "manifest.json").write_text("{}")
+    words = ("finetune", "--model", base, *TABLE, "--data", data, "--output", output, *TRAINING)
+    assert refused(*words, "--learning-rate", "1e-3") == (
+        f"output: {output} holds an unfinished run with other settings: --learning-rate was 0.01 and is 0.001 now (use"
+        " another --output, or --restart to drop that run)"
+    )
+    evaluation = ("eval", "--model", output, *TABLE, "--data", data)
+    assert refused(*evaluation) == (
+        f"model: expected a finished run, got {output}, whose run is unfinished and has no model yet; its command goes"
+        " on with it when it is run again"
+    )
+    shutil.copytree(teacher / "best", output / "best")
+    result = CliRunner().invoke(app, [str(word) for word in evaluation])
+    assert result.exit_code == 0
+    assert f"the run in {output} is unfinished: its best model so far is taken" in result.stderr
+    done(*words, "--learning-rate", "1e-3", "--epochs", 1, "--restart")
