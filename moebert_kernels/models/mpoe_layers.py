@@ -97,12 +97,14 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: no forward of a model that contains this layer runs in this thread.
         """
         tokens, losses, _ = current()
-        if tokens is None or self not in tokens.layers:
+        compiling = torch.compiler.is_compiling()
+        if tokens is None or not (compiling or self in tokens.layers):
             raise ValueError(
                 "forward: expected to run inside the forward of the model that embeds the tokens, got a call of the "
                 "layer alone; recompute layers with model.gradient_checkpointing_enable()"
             )
-        grouping = tokens.layers[self]
+        # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
+        grouping = None if compiling else tokens.layers[self]
         if grouping is not None:
             return self.dropout(self.experts(hidden_states, grouping))
         mask = tokens.token_mask
@@ -219,7 +221,8 @@ def tokens_of(stack: Any, token_ids: Tensor | None, token_mask: Tensor | None) -
         if stack.config.route_padding:
             token_mask = None
         mask = None if token_mask is None else token_mask[:, -token_ids.shape[-1] :]
-        groupings = group_by_hash(routers, token_ids, mask) or groupings
+        if not torch.compiler.is_compiling():
+            groupings = group_by_hash(routers, token_ids, mask) or groupings
     return Tokens(dict(zip(layers, groupings, strict=True)), token_ids, token_mask)
 
 

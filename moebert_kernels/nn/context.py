@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from moebert_kernels.grouping import Grouping
@@ -113,6 +114,8 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
     The balance losses of a run become outputs of what is checkpointed: else the reentrant form, whose first run has no
     gradients, would lose them.
     """
+    if torch.compiler.is_compiling():  # what is traced is replayed, and no Python runs again
+        return checkpoint(run, *args)
     tokens, losses, _ = current()
     asked = losses is not None  # not the list itself: what is checkpointed would keep its own graph alive
     held: dict[Any, Any] = {}
@@ -136,13 +139,10 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
 class RecomputedLayer:
     """For the bases of a layer that transformers checkpoints, before its own class: see `checkpointed`."""
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        return functools.partial(checkpointed, self.__dict__["_checkpoint"])
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
-        self.__dict__["_checkpoint"] = checkpoint
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_gradient_checkpointing_func":
+            value = functools.partial(checkpointed, value)
+        super().__setattr__(name, value)
 
 
 @functools.cache
