@@ -173,7 +173,7 @@ def slots(model: Any) -> Iterator[Slot]:
 
 
 def install(model: Any, config: Any) -> None:
-    """Put new experts in the place of every dense feed-forward, and let the forwards of the stacks know their tokens."""
+    """Put new experts in the place of every dense feed-forward, and let forwards of the stacks know their tokens."""
     for slot in list(slots(model)):
         if not isinstance(slot.module, MPOEFeedForward):
             setattr(slot.owner, slot.attribute, make_feed_forward(config))
@@ -181,9 +181,9 @@ def install(model: Any, config: Any) -> None:
                 slot.owner.output.dense = nn.Identity()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
-            module.__class__ = recomputed_class(type(module))
+            module.__class__ = recomputed_class(type(module))  # type: ignore[arg-type]
         elif _embeds_tokens(module) and not hasattr(type(module), "routes_tokens"):
-            module.__class__ = routed_class(type(module))
+            module.__class__ = routed_class(type(module))  # type: ignore[arg-type]
 
 
 def _embeds_tokens(module: nn.Module) -> bool:
@@ -193,9 +193,9 @@ def _embeds_tokens(module: nn.Module) -> bool:
 
 
 @functools.cache
-def routed_class(base: type) -> type:
+def routed_class(base: Any) -> Any:
     """The class of a stack whose forward tells its layers the tokens."""
-    members = {"forward": routed(base.forward, _tokens_of), "routes_tokens": True}  # type: ignore[attr-defined]
+    members = {"forward": routed(base.forward, _tokens_of), "routes_tokens": True}
     return derived_class(routed_class, base, (base,), members)
 
 
@@ -211,12 +211,13 @@ def tokens_of(stack: Any, token_ids: Tensor | None, token_mask: Tensor | None) -
         UserError: no token ids under hash routing.
     """
     layers = _feed_forwards(stack)
-    routers = [layer.router for layer in layers]
+    routers: list[Any] = [layer.router for layer in layers]
     groupings: list[Any] = [None] * len(layers)
     if any(isinstance(router, HashRouter) for router in routers):
         if token_ids is None:
             raise UserError(
-                f"input_ids: expected token ids, which router={stack.config.router!r} routes by, got inputs_embeds alone"
+                f"input_ids: expected token ids, which router={stack.config.router!r} routes by, "
+                "got inputs_embeds alone"
             )
         if stack.config.route_padding:
             token_mask = None

@@ -67,9 +67,7 @@ class Balance(nn.Module):
             return self._part_of_window(part, probabilities, expert_ids, counted)
         return (sequence_balance_loss if self.per_sequence else balance_loss)(probabilities, expert_ids, counted)
 
-    def _part_of_window(
-        self, part: _Part, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None
-    ) -> Tensor:
+    def _part_of_window(self, part: _Part, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> Tensor:
         counts, share = part.counts.to(probabilities.device), part.share
         if self.per_sequence:
             summed = sequence_balance_loss(probabilities, expert_ids, counted) * len(expert_ids)

@@ -79,9 +79,7 @@ class entered:
         _local.call = self.before
 
 
-def routed(
-    forward: Callable[..., Any], tokens_of: Callable[[Any, dict[str, Any]], Tokens]
-) -> Callable[..., Any]:
+def routed(forward: Callable[..., Any], tokens_of: Callable[[Any, dict[str, Any]], Tokens]) -> Callable[..., Any]:
     """The `forward` of a model's class, inside a call that knows its tokens.
 
     Args:
@@ -146,12 +144,12 @@ class RecomputedLayer:
 
 
 @functools.cache
-def recomputed_class(base: type) -> type:
+def recomputed_class(base: Any) -> Any:
     """The class of a layer, made a `RecomputedLayer`."""
     return derived_class(recomputed_class, base, (RecomputedLayer, base), {})
 
 
-def derived_class(make: Callable[[type], type], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
     """A class that stands for `base` in instances: of its name, and such that they can be pickled.
 
     Args:
@@ -161,12 +159,12 @@ def derived_class(make: Callable[[type], type], base: type, bases: tuple[type, .
     """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])  # type: ignore[misc]
+        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, bases, {**named, "__reduce_ex__": reduce, **members})
 
 
-def _instance(make: Callable[[type], type], base: type) -> Any:
+def _instance(make: Callable[[type], Any], base: type) -> Any:
     made = make(base)
     return made.__new__(made)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests.distill.words import tokenizer_of
 from tests.models import kinds
 
-WORDS = "the a film was dull long rain small dog runs fast today".split()
+WORDS = ["the", "a", "film", "was", "dull", "long", "rain", "small", "dog", "runs", "fast", "today"]
 TEXTS = ["a small dog runs", "the film was long the film was dull today", "rain", "the dog was fast"]
 
 
@@ -56,7 +56,9 @@ class Rows(torch.utils.data.Dataset):
 def trainer(kind, net, folder, seen):
     def metrics(prediction):
         seen.append(prediction.predictions)
-        logits = prediction.predictions[0] if "t5" in kind else prediction.predictions  # T5 gives its encoder's states too
+        logits = (
+            prediction.predictions[0] if "t5" in kind else prediction.predictions
+        )  # T5 has its encoder's states too
         return {"accuracy": float((np.argmax(logits, -1) == prediction.label_ids).mean())}
 
     arguments = tf.TrainingArguments(

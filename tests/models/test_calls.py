@@ -82,7 +82,7 @@ def test_two_threads_with_many_calls(kind, eager_threads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moebert-hash", "moebert-gate", "mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-bert-switch"])
+@pytest.mark.parametrize("kind", ["moebert-hash", "moebert-gate", "mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-t5-switch"])
 def test_two_threads_with_a_compiled_model(kind, eager_threads):
     torch._dynamo.reset()
     net = kinds.model(kind)
@@ -278,7 +278,7 @@ def test_embeddings_without_ids_are_refused_or_routed_but_never_with_ids_of_an_e
     embeds = batch | {"inputs_embeds": net.get_input_embeddings()(batch["input_ids"])}
     del embeds["input_ids"]
     if kind in kinds.HASHED:
-        with pytest.raises(UserError, match="^input_ids: expected token ids, which router='hash-random' routes by, got"):
+        with pytest.raises(UserError, match="input_ids: expected token ids, which router='hash-random' routes by, got"):
             net(**embeds)
     else:
         torch.testing.assert_close(kinds.logits(net, kind, embeds), wanted)
