@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moebert_kernels.grouping import Grouping
 
@@ -134,8 +135,26 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
     return outputs[:end] if was_tuple else outputs[0]
 
 
+# The call of a layer's first run, by its hidden states: a checkpoint that others put around the layer, as FSDP's
+# wrapper does, runs it again with the same tensor (the reentrant form does not).
+_first_runs: Any = WeakTensorKeyDictionary()
+
+
 class RecomputedLayer:
-    """For the bases of a layer that transformers checkpoints, before its own class: see `checkpointed`."""
+    """For the bases of a layer that is checkpointed, before its own class: see `checkpointed`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run: Any = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args:
+            return run(*args, **kwargs)
+        call = current()
+        if call.tokens is None:
+            call = _first_runs.get(args[0], call)
+        else:
+            call = call._replace(held={} if call.held is None else call.held)
+            _first_runs[args[0]] = call._replace(losses=None)
+        with entered(call):
+            return run(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_gradient_checkpointing_func":

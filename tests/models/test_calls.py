@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.mpoe_layers import slots
 from moebert_kernels.nn import BalanceWindow, GradientMask
-from moebert_kernels.nn.context import Call, current
+from moebert_kernels.nn.context import Call, RecomputedLayer, _first_runs, current
 from moebert_kernels.nn.hash_router import HashRouter
 from tests.models import kinds
 
@@ -156,6 +157,24 @@ def test_two_forwards_before_a_backward_with_recomputation(kind, reentrant):
     assert_same(gradients(net, batches, torch.Tensor.backward), wanted)
     # the thread that runs backward need not be the one that ran forward
     assert_same(gradients(net, batches, lambda loss: in_threads(loss.backward)), wanted)
+
+
+@pytest.mark.parametrize("kind", kinds.MPOE)
+def test_layers_that_others_checkpoint(kind):
+    """As FSDP does: a wrapper in the place of each layer, which knows nothing of our calls."""
+    net = kinds.model(kind).train()
+    for part in (net, getattr(net, "decoder", net)):
+        part.config.use_cache = False  # a cache would be filled twice, in a dense model too
+    batches = [kinds.batch(kind, seed, length, labels=True) for seed, length in ((0, 8), (1, 11))]
+    wanted = gradients(net, batches, torch.Tensor.backward)
+    for lists in [module for module in net.modules() if isinstance(module, torch.nn.ModuleList)]:
+        for name, layer in lists.named_children():
+            if isinstance(layer, RecomputedLayer):
+                lists._modules[name] = checkpoint_wrapper(layer)
+    for backward in (torch.Tensor.backward, lambda loss: in_threads(loss.backward)):
+        got = gradients(net, batches, backward)
+        assert_same({name.replace("_checkpoint_wrapped_module.", ""): p for name, p in got.items()}, wanted)
+    assert not list(_first_runs)
 
 
 @pytest.mark.parametrize("kind", kinds.HASHED)
