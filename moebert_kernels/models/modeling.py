@@ -22,7 +22,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.models.checkpoint import SavedModel
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
-from moebert_kernels.models.outputs import MoEBertModelOutput
+from moebert_kernels.models.outputs import MoEBertModelOutput, by_sequence
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
 from moebert_kernels.nn.context import RecomputedLayer
 from moebert_kernels.nn.hash_router import group_by_hash, resize_tables
@@ -239,7 +239,7 @@ class MoEBertModel(MoEBertPreTrainedModel):
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
-            balance_loss=sum(balance_losses).expand(hidden_states.shape[0]) if balance_losses else None,
+            balance_loss=by_sequence(balance_losses, hidden_states.shape[0]),
         )
         return output if return_dict else output.to_tuple()
 

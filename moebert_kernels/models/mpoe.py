@@ -1,8 +1,8 @@
 """T5, GPT-2, BERT and their families with experts in the place of each feed-forward, for transformers' Auto classes.
 
 The classes are transformers' own with another feed-forward: `MPOET5ForConditionalGeneration` is a
-`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; see `moebert_kernels.models.outputs`
-for `outputs.balance_loss`.
+`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; what `outputs.balance_loss` is
+says `moebert_kernels.models.outputs`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
         losses: list[Tensor] = []
         with entered(current()._replace(losses=losses)):
             output = forward(self, *args, return_dict=True, **kwargs)
-        output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
+        output = with_balance_loss(output, losses, self.config.load_balance)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     return wrapped

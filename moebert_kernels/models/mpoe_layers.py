@@ -97,12 +97,14 @@ class MPOEFeedForward(RoutedFeedForward):
             ValueError: no forward of a model that contains this layer runs in this thread.
         """
         tokens, losses, _ = current()
-        if tokens is None or self not in tokens.layers:
+        compiling = torch.compiler.is_compiling()
+        if tokens is None or not (compiling or self in tokens.layers):
             raise ValueError(
                 "forward: expected to run inside the forward of the model that embeds the tokens, got a call of the "
                 "layer alone; recompute layers with model.gradient_checkpointing_enable()"
             )
-        grouping = tokens.layers[self]
+        # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
+        grouping = None if compiling else tokens.layers[self]
         if grouping is not None:
             return self.dropout(self.experts(hidden_states, grouping))
         mask = tokens.token_mask
@@ -171,7 +173,7 @@ def slots(model: Any) -> Iterator[Slot]:
 
 
 def install(model: Any, config: Any) -> None:
-    """Put new experts in the place of every dense feed-forward, and let the forwards of the stacks know their tokens."""
+    """Put new experts in the place of every dense feed-forward, and let forwards of the stacks know their tokens."""
     for slot in list(slots(model)):
         if not isinstance(slot.module, MPOEFeedForward):
             setattr(slot.owner, slot.attribute, make_feed_forward(config))
@@ -179,9 +181,9 @@ def install(model: Any, config: Any) -> None:
                 slot.owner.output.dense = nn.Identity()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
-            module.__class__ = recomputed_class(type(module))
+            module.__class__ = recomputed_class(type(module))  # type: ignore[arg-type]
         elif _embeds_tokens(module) and not hasattr(type(module), "routes_tokens"):
-            module.__class__ = routed_class(type(module))
+            module.__class__ = routed_class(type(module))  # type: ignore[arg-type]
 
 
 def _embeds_tokens(module: nn.Module) -> bool:
@@ -191,17 +193,16 @@ def _embeds_tokens(module: nn.Module) -> bool:
 
 
 @functools.cache
-def routed_class(base: type) -> type:
+def routed_class(base: Any) -> Any:
     """The class of a stack whose forward tells its layers the tokens, and whose tables follow its vocabulary."""
-    dense: Any = base
 
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> nn.Embedding:
-        embeddings = dense.resize_token_embeddings(self, *args, **kwargs)
+        embeddings = base.resize_token_embeddings(self, *args, **kwargs)
         resize_tables(self, embeddings.num_embeddings)
         return embeddings
 
     members = {
-        "forward": routed(dense.forward, _tokens_of),
+        "forward": routed(base.forward, _tokens_of),
         "routes_tokens": True,
         "resize_token_embeddings": resize_token_embeddings,
     }
@@ -220,17 +221,19 @@ def tokens_of(stack: Any, token_ids: Tensor | None, token_mask: Tensor | None) -
         UserError: no token ids under hash routing.
     """
     layers = _feed_forwards(stack)
-    routers = [layer.router for layer in layers]
+    routers: list[Any] = [layer.router for layer in layers]
     groupings: list[Any] = [None] * len(layers)
     if any(isinstance(router, HashRouter) for router in routers):
         if token_ids is None:
             raise UserError(
-                f"input_ids: expected token ids, which router={stack.config.router!r} routes by, got inputs_embeds alone"
+                f"input_ids: expected token ids, which router={stack.config.router!r} routes by, "
+                "got inputs_embeds alone"
             )
         if stack.config.route_padding:
             token_mask = None
         mask = None if token_mask is None else token_mask[:, -token_ids.shape[-1] :]
-        groupings = group_by_hash(routers, token_ids, mask) or groupings
+        if not torch.compiler.is_compiling():
+            groupings = group_by_hash(routers, token_ids, mask) or groupings
     return Tokens(dict(zip(layers, groupings, strict=True)), token_ids, token_mask)
 
 

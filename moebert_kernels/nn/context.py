@@ -18,7 +18,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moebert_kernels.grouping import Grouping
 
@@ -111,6 +113,8 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
     The balance losses of a run become outputs of what is checkpointed: else the reentrant form, whose first run has no
     gradients, would lose them.
     """
+    if torch.compiler.is_compiling():  # what is traced is replayed, and no Python runs again
+        return checkpoint(run, *args)
     tokens, losses, _ = current()
     asked = losses is not None  # not the list itself: what is checkpointed would keep its own graph alive
     held: dict[Any, Any] = {}
@@ -131,25 +135,40 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
     return outputs[:end] if was_tuple else outputs[0]
 
 
+# The call of a layer's first run, by its hidden states: a checkpoint that others put around the layer, as FSDP's
+# wrapper does, runs it again with the same tensor (the reentrant form does not).
+_first_runs: Any = WeakTensorKeyDictionary()
+
+
 class RecomputedLayer:
-    """For the bases of a layer that transformers checkpoints, before its own class: see `checkpointed`."""
+    """For the bases of a layer that is checkpointed, before its own class: see `checkpointed`."""
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        return functools.partial(checkpointed, self.__dict__["_checkpoint"])
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run: Any = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args:
+            return run(*args, **kwargs)
+        call = current()
+        if call.tokens is None:
+            call = _first_runs.get(args[0], call)
+        else:
+            call = call._replace(held={} if call.held is None else call.held)
+            _first_runs[args[0]] = call._replace(losses=None)
+        with entered(call):
+            return run(*args, **kwargs)
 
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
-        self.__dict__["_checkpoint"] = checkpoint
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_gradient_checkpointing_func":
+            value = functools.partial(checkpointed, value)
+        super().__setattr__(name, value)
 
 
 @functools.cache
-def recomputed_class(base: type) -> type:
+def recomputed_class(base: Any) -> Any:
     """The class of a layer, made a `RecomputedLayer`."""
     return derived_class(recomputed_class, base, (RecomputedLayer, base), {})
 
 
-def derived_class(make: Callable[[type], type], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
     """A class that stands for `base` in instances: of its name, and such that they can be pickled.
 
     Args:
@@ -159,12 +178,12 @@ def derived_class(make: Callable[[type], type], base: type, bases: tuple[type, .
     """
 
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])  # type: ignore[misc]
+        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, bases, {**named, "__reduce_ex__": reduce, **members})
 
 
-def _instance(make: Callable[[type], type], base: type) -> Any:
+def _instance(make: Callable[[type], Any], base: type) -> Any:
     made = make(base)
     return made.__new__(made)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.called_parameters import CalledParameters
 from moebert_kernels.nn.context import hold
 from moebert_kernels.ops._checks import autocast_dtype, opaque
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
@@ -31,22 +32,6 @@ def _count_step(*_: object) -> None:
 
 # fused optimizers change parameters without their version counters
 register_optimizer_step_post_hook(_count_step)
-
-
-class _Sites(nn.ParameterList):
-    """Parameters that are read by calling the module, around which accelerate loads them where they are offloaded."""
-
-    __call__ = nn.Module.__call__
-
-    def forward(self) -> list[Tensor]:
-        return list(super().__iter__())
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self())
-
-    @property
-    def are_offloaded(self) -> bool:
-        return any(site is not None and site.is_meta for site in self._parameters.values())
 
 
 class MPOWeight(nn.Module):
@@ -81,7 +66,7 @@ class MPOWeight(nn.Module):
         self.num_experts = num_experts
         self.shape = torch.Size((num_experts, math.prod(row_factors), math.prod(col_factors)))
         self.central = nn.Parameter(torch.empty(shapes[middle]))
-        self.aux = _Sites(torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :]))
+        self.aux = CalledParameters(torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :]))
         # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
         self.masked: tuple[bool, ...] = (False,) * num_experts
         self._folded: tuple[Any, Tensor] | None = None
