@@ -66,7 +66,7 @@ class MPOWeight(nn.Module):
         self.num_experts = num_experts
         self.shape = torch.Size((num_experts, math.prod(row_factors), math.prod(col_factors)))
         self.central = nn.Parameter(torch.empty(shapes[middle]))
-        self.aux = CalledParameters(torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :]))
+        self.aux = CalledParameters(torch.empty(num_experts, *shape) for k, shape in enumerate(shapes) if k != middle)
         # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
         self.masked: tuple[bool, ...] = (False,) * num_experts
         self._folded: tuple[Any, Tensor] | None = None
