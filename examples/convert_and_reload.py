@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import moebert_kernels.models  # makes AutoModel* know MoEBERT
+from moebert_kernels.accuracy import error_and_bound
 from moebert_kernels.convert import convert_to_moe, importance_scores
 
 torch.manual_seed(0)
@@ -32,9 +33,14 @@ with tempfile.TemporaryDirectory() as folder:
     student.save_pretrained(folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
+assert isinstance(reloaded, moebert_kernels.models.MoEBertForSequenceClassification)
+same = all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in student.state_dict().items())
+print("importance", tuple(importance.shape), "- the same weights and tables after a reload:", same)
+assert same
+
 inputs = {name: batches[0][name] for name in ("input_ids", "attention_mask")}
 with torch.no_grad():
-    same = torch.equal(student(**inputs).logits, reloaded(**inputs).logits)
-assert isinstance(reloaded, moebert_kernels.models.MoEBertForSequenceClassification)
-print("importance", tuple(importance.shape), "- the same logits after a reload:", same)
-assert same
+    logits, before = reloaded(**inputs).logits, student(**inputs).logits
+    error, bound = error_and_bound(logits, before, exact=student.double()(**inputs).logits)
+print(f"error of its logits {error.max():.1e}, at most {bound:.1e}")
+assert error.max() <= bound

@@ -1,10 +1,13 @@
 """What several tests share: the accuracy bound of every op, and where data outside the repository lies."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebert_kernels.accuracy import error_and_bound
 
@@ -34,6 +37,36 @@ def assert_as_accurate(got: Tensor, same_dtype: Tensor, exact: Tensor, name: str
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
     values = f"got {got.flatten()[worst]:.6g}, exact {exact.flatten()[worst]:.6g}"
     assert error.max() <= bound, f"{name}: error {error.max():.3e} at {place}, {values}, bound {bound:.3e}"
+
+
+def assert_same_model(got: nn.Module, wanted: nn.Module, run: Callable[[nn.Module], Any]) -> None:
+    """Fail unless `got` has bitwise the state of `wanted`, as after saving and loading, and computes as accurately.
+
+    Outputs are not compared bitwise: loaded tensors lie at other addresses, and matrix products of some CPUs sum in an
+    order that depends on the alignment.
+
+    Args:
+        run: gives the output of a model, or several by name; called in float64 too.
+    """
+    states = got.state_dict(), wanted.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for key, tensor in states[0].items():
+        assert tensor.dtype == states[1][key].dtype and torch.equal(tensor, states[1][key]), key
+    assert got.training == wanted.training
+    with torch.no_grad():
+        outputs = [run(model) for model in (got, wanted, copy.deepcopy(wanted).double())]
+    one, same_dtype, exact = ({"output": out} if isinstance(out, Tensor) else out for out in outputs)
+    assert one.keys() == same_dtype.keys() == exact.keys()
+    for name in one:
+        assert_as_accurate(one[name], same_dtype[name], exact[name], name)
+
+
+def misaligned(model: nn.Module) -> nn.Module:
+    """The model itself, with each parameter at an address that torch would not choose, as in a file."""
+    for parameter in model.parameters():
+        room = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)
+        parameter.data = room[1:].view(parameter.shape).copy_(parameter.data)
+    return model
 
 
 def shared_path(relative: str) -> Path:

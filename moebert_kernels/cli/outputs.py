@@ -103,10 +103,13 @@ def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str,
     """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
     from moebert_kernels.distill.checkpoint import write_folder
     from moebert_kernels.distill.progress import quiet_transformers
+    from moebert_kernels.models.card import save_with_card
+
+    output = folder
 
     def write(folder: Path) -> None:
         with quiet_transformers():
-            model.save_pretrained(folder)
+            save_with_card(model, folder, previous=output)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         files = sorted(path.name for path in folder.iterdir())

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.demo.clocks import peak_mib, timer
+from moebert_kernels.models.mpoe_layers import tokens_of
+from moebert_kernels.nn.context import Call, current, entered
 
 WARM_UP = 3
 PARTS = ("router", "experts", "intermediate", "output")  # of a layer, after its attention
@@ -83,10 +85,10 @@ def random_inputs(vocab_size: int, B: int, T: int, seed: int = 0) -> tuple[Tenso
 
 def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
     """What runs all feed-forward layers on what the model gives them when it sees `batch`; returns the last output."""
-    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[Call, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((module, args, kwargs))
+        calls.append((current(), module, args, kwargs))
 
     base = getattr(model, "base_model", model)
     with ExitStack() as stack:
@@ -94,13 +96,17 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
             stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(**batch)
     hashed = getattr(model.config, "is_hash_routed", False)
+    stacks = [module for module in model.modules() if hasattr(module, "routes_tokens")]
 
     def run() -> Any:
         if hashed:
             base.encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
+        for stack in stacks:
+            tokens_of(stack, batch["input_ids"], batch["attention_mask"])
         y = None
-        for module, args, kwargs in calls:
-            y = module(*args, **kwargs)
+        for call, module, args, kwargs in calls:
+            with entered(call):
+                y = module(*args, **kwargs)
         return y
 
     return run

@@ -28,6 +28,7 @@ from moebert_kernels.distill.identity import check_run
 from moebert_kernels.errors import UserError
 
 FORMAT_VERSION = 1
+_ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -37,6 +38,17 @@ def model_fingerprint(model: nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(data)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def aligned(module: Any) -> Any:
+    """The module itself, its tensors copied that do not begin where torch allocates, as those mapped from a file do.
+
+    Matrix products of some CPUs sum in another order there, and a run must not depend on where its models came from.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return module
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,6 +28,7 @@ from transformers import get_scheduler
 from moebert_kernels.distill.checkpoint import (
     Checkpoints,
     Part,
+    aligned,
     write_folder,
     write_tensors,
     write_text,
@@ -40,6 +41,7 @@ from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, qui
 from moebert_kernels.distill.setup import check_experts, check_teacher, new_optimizer, prepare_folder, run_identity
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.card import save_with_card
 from moebert_kernels.nn import GradientMask, shared_fold
 
 MAPS = "state/maps.safetensors"  # the objective's maps as a finished run left them, in its output folder
@@ -147,7 +149,7 @@ class _Run:
         self.output_dir, self.objective, self.evaluate, self.also_save = output_dir, objective, evaluate, also_save
         self.gradient_mask: GradientMask | None = mask
 
-        self.student = model.to(accelerator.device)
+        self.student = aligned(model).to(accelerator.device)
         self.loss = Loss(model, objective, teacher, config, accelerator)
         self.adversary = self.loss.adversary
 
@@ -363,8 +365,9 @@ class _Run:
 
     def _write_model(self, name: str) -> None:
         def write(folder: Path) -> None:
+            scores = next((entry["metrics"] for entry in self.at.history if entry["step"] == self.at.step), None)
             with quiet_transformers():
-                self.student.save_pretrained(folder)
+                save_with_card(self.student, folder, scores, previous=self.output_dir / name)
             if self.also_save is not None:
                 self.also_save(folder)
 

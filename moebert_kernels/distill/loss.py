@@ -17,6 +17,7 @@ from moebert_kernels.distill.setup import has_balance_loss
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.outputs import balance_term
 from moebert_kernels.nn import BalanceWindow
 
 
@@ -117,7 +118,7 @@ class Loss:
                 outputs, batch, self._load_balance, self._preset, self.causal, self._config.label_smoothing
             )
         if self._weights["balance"]:
-            terms["balance"] = outputs.balance_loss
+            terms["balance"] = balance_term(outputs)
         if self._objective is not None:
             terms |= self._objective(outputs, self.teacher(batch), batch)
         if self.weighted is None:

@@ -20,6 +20,7 @@ from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
 from moebert_kernels.distill.config import Batch
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.outputs import balance_term
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.discriminator import Adversary
@@ -319,7 +320,7 @@ def task_loss(
             for name in ("start", "end")
         )
         return (start + end) / 2
-    balance = getattr(outputs, "balance_loss", None)
+    balance = balance_term(outputs)
     return outputs.loss if balance is None or not load_balance else outputs.loss - load_balance * balance
 
 

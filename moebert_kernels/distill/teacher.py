@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.distill.checkpoint import model_fingerprint
+from moebert_kernels.distill.checkpoint import aligned, model_fingerprint
 from moebert_kernels.distill.config import Batch
 from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
@@ -115,7 +115,7 @@ class LiveTeacher:
 
     def __init__(self, model: nn.Module, device: torch.device, *, dropout: bool = False, autocast=nullcontext):
         self.info = teacher_info(model)
-        self._model = model.to(device)
+        self._model = aligned(model).to(device)
         self._dropout = dropout
         self._autocast = autocast
         self._recorder: Recorder | None = None

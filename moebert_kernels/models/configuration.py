@@ -7,6 +7,21 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.fields import (
+    Field,
+    check_fields,
+    choice,
+    flag,
+    integer,
+    mapping,
+    number,
+    numbered,
+    optional,
+    probability,
+    shown,
+    texts,
+)
+from moebert_kernels.nn.mpo_weight import check_factors
 
 FORMAT_VERSION = 1
 HASH_ROUTERS = ("hash-random", "hash-balance")
@@ -28,6 +43,41 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "linear": "identity",
+}
+
+
+MOST_EXPERTS = 1 << 20
+_MOST_LAYERS = 10_000
+_MOST_LABELS = 1 << 20  # each has a name in the configuration
+
+FIELDS: dict[str, Field] = {
+    "router": choice(ROUTERS),
+    "preset": choice(PRESETS),
+    "style": choice(STYLES),
+    "hidden_act": choice(ACTIVATIONS),
+    "norm": choice(NORMS),
+    "num_experts": integer(1, MOST_EXPERTS),
+    "expert_size": integer(1),
+    "num_hidden_layers": integer(1, _MOST_LAYERS),
+    "hidden_size": integer(1),
+    "vocab_size": integer(1),
+    "top_k": integer(1),
+    "num_attention_heads": integer(1),
+    "max_position_embeddings": integer(1),
+    "type_vocab_size": integer(1),
+    "shared": integer(0),
+    "pad_token_id": optional(integer(0)),
+    "initializer_range": number(0),
+    "layer_norm_eps": number(0),
+    "load_balance": number(0),
+    "hidden_dropout_prob": probability,
+    "attention_probs_dropout_prob": probability,
+    "expert_dropout": optional(probability),
+    "classifier_dropout": optional(probability),
+    "route_padding": flag,
+    "original_batch1": flag,
+    "tasks": optional(texts),
+    "task_labels": optional(mapping),
 }
 
 
@@ -63,6 +113,7 @@ class MoEBertConfig(PreTrainedConfig):
     """
 
     model_type = "moebert"
+    keys_to_ignore_at_inference = ["balance_loss"]  # noqa: RUF012 - transformers reads it from the class
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -105,6 +156,7 @@ class MoEBertConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_labels(self.id2label, kwargs.get("num_labels", 1))
         if self.route_padding is None:
             self.route_padding = self.preset == "paper"
         if self.norm is None:
@@ -146,20 +198,9 @@ class MoEBertConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a UserError that names the first field no model can be built from."""
-        for name, allowed in (
-            ("router", ROUTERS), ("preset", PRESETS), ("style", STYLES), ("hidden_act", ACTIVATIONS), ("norm", NORMS),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        for name in ("num_experts", "expert_size", "num_hidden_layers", "hidden_size", "vocab_size", "top_k"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
-        if self.expert_dropout is not None and not 0 <= self.expert_dropout < 1:
-            raise UserError(f"expert_dropout: expected a probability in [0, 1), got {self.expert_dropout!r}")
-        if not self.load_balance >= 0:
-            raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
+        check_fields(self, FIELDS)
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise UserError(f"pad_token_id: expected one below vocab_size={self.vocab_size}, got {self.pad_token_id}")
         self._check_tasks()
         if self.is_decoder or self.add_cross_attention:
             raise UserError("is_decoder: expected False, MoEBERT is an encoder, got True")
@@ -177,13 +218,31 @@ class MoEBertConfig(PreTrainedConfig):
             return
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks: expected different names with router='task', got {self.tasks!r}")
-        if self.task_labels is not None and self.task_labels.keys() != set(self.tasks):
-            raise UserError(f"task_labels: expected labels of {', '.join(self.tasks)}, got {self.task_labels!r}")
+        if self.task_labels is not None:
+            if self.task_labels.keys() != set(self.tasks):
+                raise UserError(f"task_labels: expected labels of {', '.join(self.tasks)}, got {self.task_labels!r}")
+            for task, labels in self.task_labels.items():
+                if wanted := texts(labels):
+                    raise UserError(f"task_labels: expected {wanted} for {task}, got {shown(labels)}")
         if (self.w1_factors is None) != (self.w2_factors is None):
             raise UserError(f"w2_factors: expected some as w1_factors={self.w1_factors}, got {self.w2_factors}")
+        if self.w1_factors is not None:
+            check_factors("w1_factors", self.w1_factors)
+            check_factors("w2_factors", self.w2_factors)
         most = 1 if self.norm == "expert" else self.num_experts
         if self.top_k > most:
             raise UserError(
                 f"top_k: expected at most {most} with num_experts={self.num_experts} and norm={self.norm!r}, "
                 f"got {self.top_k}"
             )
+
+
+def check_labels(id2label: Any, num_labels: Any) -> None:
+    """Raise a UserError unless both can be what they are called; `id2label` may be None.
+
+    To be called before transformers' `PreTrainedConfig` makes names of classes of them.
+    """
+    named = {"id2label": (id2label, optional(numbered)), "num_labels": (num_labels, integer(1, _MOST_LABELS))}
+    for name, (value, field) in named.items():
+        if wanted := field(value):
+            raise UserError(f"{name}: expected {wanted}, got {shown(value)}")

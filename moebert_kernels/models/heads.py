@@ -16,6 +16,7 @@ from moebert_kernels.models.outputs import (
     MoEBertQuestionAnsweringOutput,
     MoEBertSequenceClassifierOutput,
     MoEBertTokenClassifierOutput,
+    balance_term,
 )
 
 
@@ -27,8 +28,11 @@ class _WithHead(MoEBertPreTrainedModel):
         self.num_labels = config.num_labels
         self.moebert = MoEBertModel(config, add_pooling_layer=add_pooling_layer)
 
-    def _total(self, task_loss: Tensor, balance_loss: Tensor) -> Tensor:
-        return task_loss + self.config.load_balance * balance_loss if self.config.load_balance else task_loss
+    def _total(self, task_loss: Tensor, encoded: MoEBertModelOutput) -> Tensor:
+        balance = balance_term(encoded)
+        if balance is None or not self.config.load_balance:
+            return task_loss
+        return task_loss + self.config.load_balance * balance
 
     def _returned(self, output: Any, return_dict: bool | None) -> Any:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -80,7 +84,7 @@ class MoEBertForSequenceClassification(_WithHead):
         loss = None
         if labels is not None:
             task_loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            loss = self._total(task_loss, encoded.balance_loss)
+            loss = self._total(task_loss, encoded)
         return self._output(loss, logits, encoded, return_dict)
 
     def _logits(self, encoded: MoEBertModelOutput) -> Tensor:
@@ -127,7 +131,7 @@ class MoEBertForTokenClassification(_WithHead):
         loss = None
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, config=self.config)
-            loss = self._total(task_loss, encoded.balance_loss)
+            loss = self._total(task_loss, encoded)
         return self._returned(MoEBertTokenClassifierOutput(loss=loss, logits=logits, **_extras(encoded)), return_dict)
 
 
@@ -164,7 +168,7 @@ class MoEBertForQuestionAnswering(_WithHead):
         loss = None
         if start_positions is not None and end_positions is not None:
             task_loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-            loss = self._total(task_loss, encoded.balance_loss)
+            loss = self._total(task_loss, encoded)
         output = MoEBertQuestionAnsweringOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, **_extras(encoded)
         )
@@ -221,5 +225,5 @@ class MoEBertForMaskedLM(_WithHead):
         loss = None
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-            loss = self._total(task_loss, encoded.balance_loss)
+            loss = self._total(task_loss, encoded)
         return self._returned(MoEBertMaskedLMOutput(loss=loss, logits=logits, **_extras(encoded)), return_dict)

@@ -20,16 +20,17 @@ from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, Robe
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.models.checkpoint import check_tensors, one_line_errors, read_config
+from moebert_kernels.models.checkpoint import SavedModel
 from moebert_kernels.models.configuration import ACTIVATIONS, MoEBertConfig
-from moebert_kernels.models.outputs import MoEBertModelOutput
+from moebert_kernels.models.outputs import MoEBertModelOutput, by_sequence
 from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward, TaskRouter
+from moebert_kernels.nn.context import RecomputedLayer
+from moebert_kernels.nn.hash_router import group_by_hash, resize_tables
 from moebert_kernels.nn.mpo_weight import MPOWeight
-from moebert_kernels.nn.task_router import checked_task_ids, route_tasks
-from moebert_kernels.ops.group_tokens import group_tokens_by_hash
+from moebert_kernels.nn.task_router import checked_task_ids
 
 
-class MoEBertLayer(GradientCheckpointingLayer):
+class MoEBertLayer(RecomputedLayer, GradientCheckpointingLayer):
     """Self-attention as in BERT, then a router and experts."""
 
     def __init__(self, config: MoEBertConfig, layer_idx: int) -> None:
@@ -45,23 +46,31 @@ class MoEBertLayer(GradientCheckpointingLayer):
         )  # fmt: skip
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, routing: Grouping | Tensor | None = None,
-        routing_weights: Tensor | None = None, token_mask: Tensor | None = None, **attention_options: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, grouping: Grouping | None = None,
+        routed_by: Tensor | None = None, token_mask: Tensor | None = None, **attention_options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Returns hidden states (B, T, H), attention probabilities and balance loss, each None if there is none.
 
         Args:
             hidden_states: (B, T, H).
             attention_mask: in the form the attention implementation takes.
-            routing, routing_weights: what is known before the first layer. Hash routing: the grouping of all B * T
-                tokens, and None. Task routing: expert ids and probabilities, (B, T, top_k). A gate: None.
-            token_mask: (B, T), 0 where a token is padding; read by a gate.
+            grouping: of all B * T tokens, where it is known before the first layer; else None.
+            routed_by: what the router reads besides hidden states: token ids (B, T) or task ids (B,). A gate: None.
+            token_mask: (B, T), 0 where a token is padding.
         """
         hidden_states, attention = self.attention(hidden_states, attention_mask, **attention_options)
-        if routing is not None:
-            return self.experts(hidden_states, routing, routing_weights), attention, None
-        expert_ids, routing_weights, balance_loss = self.router(hidden_states, token_mask)
-        return self.experts(hidden_states, expert_ids, routing_weights), attention, balance_loss
+        routing: Any = None
+        router: Any = self.router
+        weights = balance_loss = None
+        if grouping is not None:
+            routing = grouping
+        elif isinstance(router, HashRouter):
+            routing = router(routed_by, token_mask)
+        elif isinstance(router, TaskRouter):
+            routing, weights = router(routed_by, hidden_states, token_mask, check=False)
+        else:
+            routing, weights, balance_loss = router(hidden_states, token_mask)
+        return self.experts(hidden_states, routing, weights), attention, balance_loss
 
 
 class MoEBertEncoder(nn.Module):
@@ -70,24 +79,17 @@ class MoEBertEncoder(nn.Module):
         self.config = config
         self.layer = nn.ModuleList([MoEBertLayer(config, i) for i in range(config.num_hidden_layers)])
 
-    def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping]:
-        """The grouping of every layer, under hash routing."""
-        tables: list[Any] = [layer.router.table for layer in self.layer]
-        mask = None if self.config.route_padding else token_mask
-        return group_tokens_by_hash(token_ids, torch.stack(tables), self.config.num_experts, mask)
-
-    def route_tasks(self, task_ids: Tensor, x: Tensor, token_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Expert ids and probabilities (B, T, top_k) of every layer, under task routing."""
-        logits: list[Any] = [layer.router.logits for layer in self.layer]
-        mask = None if self.config.route_padding else token_mask
-        expert_ids, weights = route_tasks(torch.stack(logits), task_ids, self.config.top_k or 1, x.shape[1], mask)
-        return list(zip(expert_ids, weights.to(x.dtype), strict=True))
+    def group_tokens(self, token_ids: Tensor, token_mask: Tensor | None) -> list[Grouping] | list[None]:
+        """The grouping of every layer, under hash routing; None where a layer has to route by itself."""
+        routers: list[Any] = [layer.router for layer in self.layer]
+        return group_by_hash(routers, token_ids, token_mask) or [None] * len(routers)
 
 
-class MoEBertPreTrainedModel(PreTrainedModel):
+class MoEBertPreTrainedModel(SavedModel, PreTrainedModel):
     config: MoEBertConfig
     config_class = MoEBertConfig
     base_model_prefix = "moebert"
+    _converter = "convert_to_moe"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEBertLayer"]  # noqa: RUF012 - transformers reads and copies it
     _supports_flash_attn = True
@@ -101,34 +103,18 @@ class MoEBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: Any,
-        config: Any = None, ignore_mismatched_sizes: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """As in transformers; a file that is not a MoEBERT checkpoint, or not a whole one, is a UserError."""
-        path = pretrained_model_name_or_path
-        if "preset" in kwargs:
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **options: Any
+    ) -> Any:
+        """As in transformers; see `SavedModel.from_pretrained`."""
+        if "preset" in options:
             # Saved configurations hold what their own preset said.
-            kwargs.setdefault("route_padding", kwargs["preset"] == "paper")
-        with one_line_errors(path):
-            if path is not None:
-                wanted = read_config(path, config, kwargs)
-                if not ignore_mismatched_sizes:
-                    check_tensors(path, wanted)
-            loaded = super().from_pretrained(
-                path, *model_args, config=config, ignore_mismatched_sizes=ignore_mismatched_sizes, **kwargs
-            )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, module in model.named_modules():
-            if isinstance(module, HashRouter):
-                module.validate(model.config.vocab_size, f"{name}.table")
-        return loaded
+            options.setdefault("route_padding", options["preset"] == "paper")
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        for module in self.modules():
-            if isinstance(module, HashRouter) and module.vocab_size != embeddings.num_embeddings:
-                module.resize(embeddings.num_embeddings)
+        resize_tables(self, embeddings.num_embeddings)
         return embeddings
 
     def set_task(self, name: str | None) -> None:
@@ -225,37 +211,35 @@ class MoEBertModel(MoEBertPreTrainedModel):
         attention_bias: Any = create_bidirectional_mask(
             config=config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        layers = self.encoder.layer
-        routings: list[tuple[Grouping | Tensor | None, Tensor | None]]
+        routed_by: Tensor | None = None
+        groupings: list[Any] = [None] * len(self.encoder.layer)
         if config.is_hash_routed:
-            routings = [(grouping, None) for grouping in self.encoder.group_tokens(input_ids, token_mask)]
+            token_mask = None if config.route_padding else token_mask
+            routed_by, groupings = input_ids, self.encoder.group_tokens(input_ids, token_mask)
         elif config.is_task_routed:
-            checked = self.checked_task_ids(task_ids, hidden_states)
-            routings = [*self.encoder.route_tasks(checked, hidden_states, token_mask)]
-        else:
-            routings = [(None, None)] * len(layers)
+            routed_by = self.checked_task_ids(task_ids, hidden_states)
         options = {"output_attentions": True} if output_attentions else {}
 
         all_hidden_states = [hidden_states]
         all_attentions = []
-        balance_loss = hidden_states.new_zeros((), dtype=torch.float32)
-        for layer, (routing, weights) in zip(layers, routings, strict=True):
-            hidden_states, attention, layer_balance = layer(
-                hidden_states, attention_bias, routing, weights, token_mask, **options
+        balance_losses = []
+        for layer, grouping in zip(self.encoder.layer, groupings, strict=True):
+            hidden_states, attention, balance_loss = layer(
+                hidden_states, attention_bias, grouping, routed_by, token_mask, **options
             )
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and attention is not None:
                 all_attentions.append(attention)
-            if layer_balance is not None:
-                balance_loss = balance_loss + layer_balance
+            if balance_loss is not None:
+                balance_losses.append(balance_loss)
 
         output = MoEBertModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=None if self.pooler is None else self.pooler(hidden_states),
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
-            balance_loss=balance_loss,
+            balance_loss=by_sequence(balance_losses, hidden_states.shape[0]),
         )
         return output if return_dict else output.to_tuple()
 

@@ -1,29 +1,28 @@
 """T5, GPT-2, BERT and their families with experts in the place of each feed-forward, for transformers' Auto classes.
 
 The classes are transformers' own with another feed-forward: `MPOET5ForConditionalGeneration` is a
-`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; `outputs.balance_loss` is its sum
-over the layers.
+`T5ForConditionalGeneration`. With a loss, `outputs.loss` holds the balance loss too; what `outputs.balance_loss` is
+says `moebert_kernels.models.outputs`.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-from moebert_kernels.errors import UserError
-from moebert_kernels.models.checkpoint import one_line_errors, read_config_dict
+from moebert_kernels.models.checkpoint import SavedModel
 from moebert_kernels.models.mpoe_configuration import CONFIGS
 from moebert_kernels.models.mpoe_layers import install
 from moebert_kernels.models.outputs import with_balance_loss
-from moebert_kernels.nn import HashRouter, MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn import MPOExperts, SharedFold, shared_fold
+from moebert_kernels.nn.context import current, entered
+from moebert_kernels.nn.hash_router import resize_tables
 
 _AUTO_CLASSES = (
     "AutoModel",
@@ -37,49 +36,24 @@ _AUTO_CLASSES = (
 )
 
 
-class MPOEMixin:
+class MPOEMixin(SavedModel):
     """What every MPOE model adds to a model of transformers."""
 
     config: Any
+    _converter = "convert_to_mpoe"
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         config.check()
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
-        self._mpoe_layers = install(self, self.config)
+        install(self, self.config)
         super().post_init()  # type: ignore[misc]
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any,
-        output_loading_info: bool = False, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """As in transformers; a file that is not an MPOE checkpoint, or not a whole one, is a UserError."""
-        path = pretrained_model_name_or_path
-        with one_line_errors(path, "MPOE"):
-            found = read_config_dict(path, kwargs).get("model_type")
-            wanted = cls.config_class.model_type  # type: ignore[attr-defined]
-            if found != wanted:
-                raise UserError(
-                    f"checkpoint: expected model_type {wanted!r}, got {found!r} in {path}; "
-                    "to make one of a dense model, use convert_to_mpoe"
-                )
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
-        for name in sorted(info["missing_keys"]):
-            if ".experts." in name or ".router." in name:
-                raise UserError(f"checkpoint: expected a tensor {name}, got none in {path}")
-        for name, module in model.named_modules():
-            if isinstance(module, HashRouter):
-                module.validate(model.config.vocab_size, f"{name}.table")
-        return (model, info) if output_loading_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; the hash tables follow, and new tokens get random experts."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-        for layer in self._mpoe_layers:
-            if isinstance(layer.router, HashRouter) and layer.router.vocab_size != embeddings.num_embeddings:
-                layer.router.resize(embeddings.num_embeddings)
+        resize_tables(self, embeddings.num_embeddings)  # type: ignore[arg-type]
         return embeddings
 
     def shared_fold(self) -> AbstractContextManager[SharedFold]:
@@ -88,15 +62,15 @@ class MPOEMixin:
 
     def fold(self, hot_experts: int | None = None) -> None:
         """Fold all experts' weights for inference, or those of `hot_experts` per layer; see `MPOExperts.fold`."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.fold(hot_experts)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.fold(hot_experts)
 
     def unfold(self) -> None:
         """Drop folded weights."""
-        for layer in self._mpoe_layers:
-            if isinstance(layer.experts, MPOExperts):
-                layer.experts.unfold()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, MPOExperts):
+                module.unfold()
 
 
 def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,14 +78,10 @@ def _with_balance_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, return_dict: bool | None = None, **kwargs: Any) -> Any:
-        trained = self.training and torch.is_grad_enabled()
-        for layer in self._mpoe_layers:
-            layer.trained, layer.balance_loss = trained, None
-        output = forward(self, *args, return_dict=True, **kwargs)
-        losses = [layer.balance_loss for layer in self._mpoe_layers if layer.balance_loss is not None]
-        for layer in self._mpoe_layers:
-            layer.balance_loss = None  # its graph would outlive the step
-        output = with_balance_loss(output, sum(losses) if losses else None, self.config.load_balance)
+        losses: list[Tensor] = []
+        with entered(current()._replace(losses=losses)):
+            output = forward(self, *args, return_dict=True, **kwargs)
+        output = with_balance_loss(output, losses, self.config.load_balance)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     return wrapped

@@ -19,6 +19,8 @@ from transformers import (
 )
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.models.configuration import MOST_EXPERTS, check_labels
+from moebert_kernels.models.fields import Field, check_fields, choice, flag, integer, mapping, number
 from moebert_kernels.nn.experts import BIASES
 from moebert_kernels.nn.mpo_weight import check_factors
 
@@ -26,6 +28,16 @@ FORMAT_VERSION = 1
 EXPERTS = ("mpo", "dense")
 HASH_ROUTERS = ("hash-random", "hash-balance")
 ROUTERS = ("switch", "top2", "gate-token", *HASH_ROUTERS)
+
+FIELDS: dict[str, Field] = {
+    "experts": choice(EXPERTS),
+    "router": choice(ROUTERS),
+    "expert_bias": choice(BIASES[1:]),
+    "num_experts": integer(1, MOST_EXPERTS),
+    "load_balance": number(0),
+    "router_options": mapping,
+    "route_padding": flag,
+}
 
 
 @dataclass(kw_only=True, repr=False)
@@ -46,6 +58,9 @@ class MPOEOptions:
         format_version: of the checkpoint's keys.
     """
 
+    # what Trainer leaves out of predictions, beside the dense models'
+    keys_to_ignore_at_inference = ["past_key_values", "balance_loss"]  # noqa: RUF012 - transformers reads it
+
     num_experts: int = 8
     experts: str = "mpo"
     w1_factors: list | tuple | None = None
@@ -59,6 +74,7 @@ class MPOEOptions:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_labels(getattr(self, "id2label", None), kwargs.get("num_labels", 1))
         if self.load_balance is None:
             self.load_balance = 0.0 if self.router in HASH_ROUTERS else 0.01
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -70,15 +86,7 @@ class MPOEOptions:
 
     def check(self) -> None:
         """Raise a UserError that names the first field no model can be built from."""
-        choices = {"experts": EXPERTS, "router": ROUTERS, "expert_bias": BIASES[1:]}
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        if not isinstance(self.num_experts, int) or self.num_experts < 1:
-            raise UserError(f"num_experts: expected an integer of at least 1, got {self.num_experts!r}")
-        if self.load_balance is None or not self.load_balance >= 0:
-            raise UserError(f"load_balance: expected a number of at least 0, got {self.load_balance!r}")
+        check_fields(self, FIELDS)
         if self.router in HASH_ROUTERS and self.load_balance:
             raise UserError(f"load_balance: expected 0 with router={self.router!r}, got {self.load_balance!r}")
         if self.router in HASH_ROUTERS and self.router_options:

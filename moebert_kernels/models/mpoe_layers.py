@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.models.configuration import ACTIVATIONS
@@ -30,7 +31,9 @@ from moebert_kernels.nn import (
     SwitchRouter,
     Top2Router,
 )
+from moebert_kernels.nn.context import RecomputedLayer, Tokens, current, derived_class, recomputed_class, routed
 from moebert_kernels.nn.experts import GEGLU_TANH
+from moebert_kernels.nn.hash_router import group_by_hash, resize_tables
 from moebert_kernels.nn.routed_feed_forward import Router
 
 _GATES = {"gelu_tanh": GEGLU_TANH, "gelu": "geglu", "silu": "swiglu", "relu": "reglu"}
@@ -80,37 +83,37 @@ def _activation(name: str, activation: str, gated: bool = False) -> str:
 class MPOEFeedForward(RoutedFeedForward):
     """A router and experts where transformers' code calls a feed-forward with hidden states alone.
 
-    Attributes:
-        token_ids, token_mask: of the forward that runs, set by the stack around it; see `tell_token_ids`.
-        trained: whether the model around it was called for gradients, set by it.
-        balance_loss: of the forward that runs, taken by the model around it; None under hash routing.
+    What routing needs besides comes from the forward of the stack around it; see `moebert_kernels.nn.context`.
     """
 
     def __init__(self, router: Router, experts: Experts, output_dropout: float) -> None:
         super().__init__(router, experts)
         self.dropout = nn.Dropout(output_dropout)
-        self.token_ids: Tensor | None = None
-        self.token_mask: Tensor | None = None
-        self.trained = False
-        self.balance_loss: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, T, H) -> (B, T, H)."""
-        mask = self.token_mask
-        if mask is not None:  # with a key-value cache it covers earlier tokens too
-            mask = mask[:, -hidden_states.shape[1] :]
-        y, balance_loss = super().forward(hidden_states, self.token_ids, mask)
-        learns = balance_loss is not None and any(p.requires_grad for p in self.router.parameters())
-        if learns and self.trained and not torch.is_grad_enabled():
-            raise ValueError(
-                "gradient_checkpointing: expected use_reentrant=False in training, got a forward without gradients, "
-                "in which the balance loss would be lost"
-            )
-        self.balance_loss = balance_loss
-        return self.dropout(y)
+        """(B, T, H) -> (B, T, H).
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"token_ids": None, "token_mask": None, "balance_loss": None}  # no copy has a graph
+        Raises:
+            ValueError: no forward of a model that contains this layer runs in this thread.
+        """
+        tokens, losses, _ = current()
+        compiling = torch.compiler.is_compiling()
+        if tokens is None or not (compiling or self in tokens.layers):
+            raise ValueError(
+                "forward: expected to run inside the forward of the model that embeds the tokens, got a call of the "
+                "layer alone; recompute layers with model.gradient_checkpointing_enable()"
+            )
+        # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
+        grouping = None if compiling else tokens.layers[self]
+        if grouping is not None:
+            return self.dropout(self.experts(hidden_states, grouping))
+        mask = tokens.token_mask
+        if mask is not None:
+            mask = mask[:, -hidden_states.shape[1] :]
+        y, balance_loss = super().forward(hidden_states, tokens.token_ids, mask)
+        if balance_loss is not None and losses is not None:
+            losses.append(balance_loss)
+        return self.dropout(y)
 
 
 def make_feed_forward(config: Any) -> MPOEFeedForward:
@@ -169,21 +172,18 @@ def slots(model: Any) -> Iterator[Slot]:
                 yield Slot(f"{name}.{attribute}", module, attribute)
 
 
-def install(model: Any, config: Any) -> list[MPOEFeedForward]:
-    """Put new experts in the place of every dense feed-forward, and let the stacks tell them their tokens."""
-    layers = []
+def install(model: Any, config: Any) -> None:
+    """Put new experts in the place of every dense feed-forward, and let forwards of the stacks know their tokens."""
     for slot in list(slots(model)):
         if not isinstance(slot.module, MPOEFeedForward):
             setattr(slot.owner, slot.attribute, make_feed_forward(config))
             if slot.attribute == "intermediate":
                 slot.owner.output.dense = nn.Identity()
-        layers.append(slot.module)
-    for stack in model.modules():
-        if _embeds_tokens(stack) and not hasattr(stack, "mpoe_layers"):
-            stack.mpoe_layers = [m for m in stack.modules() if isinstance(m, MPOEFeedForward)]  # a list is no submodule
-            stack.mpoe_inputs = tuple(inspect.signature(stack.forward).parameters)
-            stack.register_forward_pre_hook(tell_token_ids, with_kwargs=True)
-    return layers
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
+            module.__class__ = recomputed_class(type(module))  # type: ignore[arg-type]
+        elif _embeds_tokens(module) and not hasattr(type(module), "routes_tokens"):
+            module.__class__ = routed_class(type(module))  # type: ignore[arg-type]
 
 
 def _embeds_tokens(module: nn.Module) -> bool:
@@ -192,10 +192,55 @@ def _embeds_tokens(module: nn.Module) -> bool:
     return any(pair <= names for pair in ({"block", "embed_tokens"}, {"h", "wte"}, {"encoder", "embeddings"}))
 
 
-def tell_token_ids(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hand token ids and padding mask of this forward to the layers of a stack."""
-    inputs = dict(zip(stack.mpoe_inputs, args, strict=False)) | kwargs
-    mask = inputs.get("attention_mask")
-    for layer in stack.mpoe_layers:
-        layer.token_ids = inputs.get("input_ids")
-        layer.token_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+@functools.cache
+def routed_class(base: Any) -> Any:
+    """The class of a stack whose forward tells its layers the tokens, and whose tables follow its vocabulary."""
+
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = base.resize_token_embeddings(self, *args, **kwargs)
+        resize_tables(self, embeddings.num_embeddings)
+        return embeddings
+
+    members = {
+        "forward": routed(base.forward, _tokens_of),
+        "routes_tokens": True,
+        "resize_token_embeddings": resize_token_embeddings,
+    }
+    return derived_class(routed_class, base, (base,), members)
+
+
+def _tokens_of(stack: Any, inputs: dict[str, Any]) -> Tokens:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    return tokens_of(stack, ids, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+
+
+def tokens_of(stack: Any, token_ids: Tensor | None, token_mask: Tensor | None) -> Tokens:
+    """What the layers of a stack are told of token ids (B, T) and a mask (B, T or more).
+
+    Raises:
+        UserError: no token ids under hash routing.
+    """
+    layers = _feed_forwards(stack)
+    routers: list[Any] = [layer.router for layer in layers]
+    groupings: list[Any] = [None] * len(layers)
+    if any(isinstance(router, HashRouter) for router in routers):
+        if token_ids is None:
+            raise UserError(
+                f"input_ids: expected token ids, which router={stack.config.router!r} routes by, "
+                "got inputs_embeds alone"
+            )
+        if stack.config.route_padding:
+            token_mask = None
+        mask = None if token_mask is None else token_mask[:, -token_ids.shape[-1] :]
+        if not torch.compiler.is_compiling():
+            groupings = group_by_hash(routers, token_ids, mask) or groupings
+    return Tokens(dict(zip(layers, groupings, strict=True)), token_ids, token_mask)
+
+
+def _feed_forwards(stack: Any) -> list[MPOEFeedForward]:
+    """Those of a stack; walking all its modules would take longer than a small layer."""
+    if "h" in stack._modules:
+        return [block.mlp for block in stack.h]
+    if "block" in stack._modules:
+        return [block.layer[-1].DenseReluDense for block in stack.block]
+    return [layer.intermediate for layer in stack.encoder.layer]

@@ -72,7 +72,7 @@ class MoEBertForMultiTaskClassification(MoEBertForSequenceClassification):
         if labels is not None:
             is_score = torch.tensor([not self.config.task_labels[name] for name in self.config.tasks])
             task_loss = _losses(logits, labels, is_score.to(checked.device)[checked]).mean()
-            loss = self._total(task_loss, encoded.balance_loss)
+            loss = self._total(task_loss, encoded)
         return self._output(loss, logits, encoded, return_dict)
 
     def _one_if_all_are(self, task_ids: Tensor | int | None) -> Tensor | int | None:

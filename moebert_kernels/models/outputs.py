@@ -1,7 +1,13 @@
-"""Outputs of MoE models: transformers' own, with the routers' balance loss."""
+"""Outputs of MoE models: transformers' own, with the routers' balance loss.
+
+In all of them `balance_loss` is None where no learned gate routes, and else (B,): the sum over layers, the same number
+for every sequence of the batch. So it can be indexed, cut, concatenated and gathered as logits can, and the mean of
+what was gathered is that of the batches. loss = task loss + config.load_balance * balance loss.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
@@ -22,9 +28,6 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-
-# In all of them balance_loss is a scalar, the sum over layers (0 under hash routing), and
-# loss = task loss + config.load_balance * balance_loss.
 
 
 @dataclass
@@ -81,9 +84,31 @@ MPOE_OUTPUTS: dict[type, Any] = {
 globals().update({made.__name__: made for made in MPOE_OUTPUTS.values()})  # where pickle looks for them
 
 
-def with_balance_loss(output: Any, balance_loss: Tensor | None, weight: float) -> Any:
-    """The output of a dense model's forward with the balance loss beside, and `weight` times it in `loss`, if any."""
+def with_balance_loss(output: Any, losses: Sequence[Tensor], weight: float) -> Any:
+    """The output of a dense model's forward with its layers' balance losses (), and `weight` times them in `loss`."""
     values = {entry.name: getattr(output, entry.name) for entry in fields(output)}
-    if balance_loss is not None and weight and values.get("loss") is not None:
-        values["loss"] = values["loss"] + weight * balance_loss
-    return MPOE_OUTPUTS[type(output)](**values, balance_loss=balance_loss)
+    first = next(value for name, value in values.items() if name != "loss" and isinstance(value, Tensor))
+    balance = by_sequence(losses, first.shape[0])
+    if balance is not None and weight and values.get("loss") is not None:
+        values["loss"] = values["loss"] + weight * _one(balance)
+    return MPOE_OUTPUTS[type(output)](**values, balance_loss=balance)
+
+
+def by_sequence(losses: Sequence[Tensor], batch_size: int) -> Tensor | None:
+    """`balance_loss` (B,) of the layers' balance losses (); None of none."""
+    if not losses:
+        return None
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total.to(loss.device) + loss
+    return total.expand(batch_size)
+
+
+def balance_term(output: Any) -> Tensor | None:
+    """The balance loss () of one forward's output, or None."""
+    balance = getattr(output, "balance_loss", None)
+    return None if balance is None else _one(balance)
+
+
+def _one(balance: Tensor) -> Tensor:
+    return balance[:1].sum()  # a mean of equal numbers would round

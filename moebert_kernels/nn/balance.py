@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from moebert_kernels.nn.context import hold
 
 
 def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -55,13 +58,33 @@ class Balance(nn.Module):
         super().__init__()
         self.per_sequence = per_sequence
         self.num_counts = 1 if per_sequence else num_experts  # of sequences, or of each expert's tokens
-        self.window: BalanceWindow | None = None
+        self.part: _Part | None = None  # while a `BalanceWindow` is open
 
     def forward(self, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
         """The loss of a batch, (); within a `BalanceWindow` its part of the window's. Arguments as `balance_loss`."""
-        if self.window is not None:
-            return self.window.loss(self, probabilities, expert_ids, counted)
+        part = hold(self, self.part)
+        if part is not None:
+            return self._part_of_window(part, probabilities, expert_ids, counted)
         return (sequence_balance_loss if self.per_sequence else balance_loss)(probabilities, expert_ids, counted)
+
+    def _part_of_window(self, part: _Part, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> Tensor:
+        counts, share = part.counts.to(probabilities.device), part.share
+        if self.per_sequence:
+            summed = sequence_balance_loss(probabilities, expert_ids, counted) * len(expert_ids)
+            return summed if share is None else summed / (counts[0] * share)
+        summed, tokens = _sums(probabilities, expert_ids, counted)
+        if share is None:
+            part.counts.add_(tokens.detach().to(part.counts))
+            return summed.sum()
+        number = counts.sum().clamp(min=1)
+        return probabilities.shape[-1] * (summed / (number * share) * (counts / number)).sum()
+
+
+class _Part(NamedTuple):
+    """What a window says to a router: what was counted, and the share of a micro-batch; None: counting."""
+
+    counts: Tensor
+    share: float | None
 
 
 class BalanceWindow:
@@ -86,50 +109,34 @@ class BalanceWindow:
     def __init__(self, model: nn.Module) -> None:
         self._balances = [module for module in model.modules() if isinstance(module, Balance)]
         self.needs_pass = not all(balance.per_sequence for balance in self._balances)
-        self._seen: dict[Balance, Tensor] = {}
-        self._share: float | None = None  # None: counting
+        self._sizes = [balance.num_counts for balance in self._balances]
+        self._counts: tuple[Tensor, ...] = ()
 
     @contextmanager
     def counting(
         self, device: torch.device, sequences: int, reduce: Callable[[Tensor], Tensor] = lambda counts: counts
     ) -> Iterator[None]:
         """Forget what was counted and count anew; `reduce` adds up what several processes have counted."""
-        sizes, self._share = [balance.num_counts for balance in self._balances], None
-        self._seen = dict(zip(self._balances, torch.zeros(sum(sizes), device=device).split(sizes), strict=True))
-        for balance in self._balances:
+        self._counts = torch.zeros(sum(self._sizes), device=device).split(self._sizes)
+        for balance, counts in zip(self._balances, self._counts, strict=True):
             if balance.per_sequence:
-                self._seen[balance] += sequences
-        with self._installed():
+                counts += sequences
+        with self._open(None):
             yield
-        counts = reduce(torch.cat(list(self._seen.values())))
-        self._seen = dict(zip(self._balances, counts.split(sizes), strict=True))
+        self._counts = reduce(torch.cat(self._counts)).split(self._sizes)
 
     @contextmanager
     def part(self, share: float) -> Iterator[None]:
         """Losses such that their sum over the micro-batches, times `share` each, is the window's."""
-        self._share = share
-        with self._installed():
+        with self._open(share):
             yield
 
     @contextmanager
-    def _installed(self) -> Iterator[None]:
-        for balance in self._balances:
-            balance.window = self
+    def _open(self, share: float | None) -> Iterator[None]:
+        for balance, counts in zip(self._balances, self._counts, strict=True):
+            balance.part = _Part(counts, share)
         try:
             yield
         finally:
             for balance in self._balances:
-                balance.window = None
-
-    def loss(self, balance: Balance, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> Tensor:
-        """What `Balance` gives here."""
-        if balance.per_sequence:
-            summed = sequence_balance_loss(probabilities, expert_ids, counted) * len(expert_ids)
-            return summed if self._share is None else summed / (self._seen[balance][0] * self._share)
-        summed, tokens = _sums(probabilities, expert_ids, counted)
-        if self._share is None:
-            self._seen[balance] += tokens.detach()
-            return summed.sum()
-        counts = self._seen[balance]
-        number = counts.sum().clamp(min=1)
-        return probabilities.shape[-1] * (summed / (number * self._share) * (counts / number)).sum()
+                balance.part = None

@@ -172,24 +172,35 @@ class MPOExperts(Experts):
     def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.w1(offsets), self.w2(offsets)
-        if self._kept is None or not self._kept.hold():
-            w1, w2 = self.w1(offsets), self.w2(offsets)
+        kept = self._kept
+        folded = None if kept is None else kept.folded()
+        if folded is None:
+            folded = self.w1(offsets), self.w2(offsets)
             self._kept = KeptFolds.of(self.w1, self.w2)
-            return w1, w2
-        return self._kept.folded
+        return folded
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        if self._hot is None or self.training or torch.is_grad_enabled():
+        hot = self._hot
+        if hot is None or self.training or torch.is_grad_enabled():
             return super().forward(x, routing, routing_weights)
         grouping = resolve_routing(x, routing, self.num_experts, max_top_k=None)
         y = torch.zeros_like(x)
-        for ids, experts, w1, w2 in self._hot.batches(grouping, self.w1, self.w2):
-            b1, b2 = (None if b is None else b[experts] for b in self.biases())
-            y = y + self._feed_forward(x, ids.view(*x.shape[:-1], -1), routing_weights, w1, w2, b1, b2)
+        with hot.lock:
+            for ids, experts, w1, w2 in hot.batches(grouping, self.w1, self.w2):
+                b1, b2 = (None if b is None else b[experts] for b in self.biases())
+                y = y + self._feed_forward(x, ids.view(*x.shape[:-1], -1), routing_weights, w1, w2, b1, b2)
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # copies and pickles fold for themselves
+        return self.__dict__ | self._nothing_kept()  # copies and pickles fold for themselves
+
+    def _replicate_for_data_parallel(self) -> MPOExperts:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__ |= self._nothing_kept()
+        return replica
+
+    def _nothing_kept(self) -> dict[str, Any]:
+        return {"_kept": None, "_hot": None if self._hot is None else HotExperts(self._hot.size)}
 
     def shared_fold(self) -> AbstractContextManager[SharedFold]:
         """See `moebert_kernels.nn.shared_fold`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops.group_tokens import group_tokens_by_hash
 from moebert_kernels.ops.hash_route import hash_route
 
 
@@ -63,6 +66,32 @@ class HashRouter(nn.Module):
         if key in state_dict:
             state_dict[key] = checked_table(state_dict[key], self.num_experts, self.vocab_size, key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def resize_tables(module: nn.Module, vocab_size: int) -> None:
+    """Cut or extend the tables of all hash routers inside; see `HashRouter.resize`."""
+    for router in module.modules():
+        if isinstance(router, HashRouter) and router.vocab_size != vocab_size:
+            router.resize(vocab_size)
+
+
+def group_by_hash(
+    routers: Sequence[HashRouter], token_ids: Tensor, attention_mask: Tensor | None = None
+) -> list[Grouping] | None:
+    """The groupings of token ids for all layers in one step, before the first of them runs.
+
+    Args:
+        routers: of the layers.
+        token_ids, attention_mask: as for `group_tokens_by_hash`.
+
+    Returns:
+        A Grouping per router. None where one step cannot do it, and each layer has to route by its own router: tables
+        on other devices, or loaded only when their module runs (big-model inference of accelerate).
+    """
+    tables = [router.table for router in routers]
+    if any(table.device != token_ids.device for table in tables):
+        return None
+    return group_tokens_by_hash(token_ids, torch.stack(tables), routers[0].num_experts, attention_mask)
 
 
 def table_dtype(num_experts: int) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from moebert_kernels.nn.mpo_weight import MPOWeight
 class HotExperts:
     """Slots for the folded weights of `size` experts, refilled least recently used first.
 
+    Attributes:
+        lock: to be held while `batches` is used: the slots are refilled in place.
+
     Raises:
         UserError: no slot.
     """
@@ -25,6 +29,7 @@ class HotExperts:
         if size < 1:
             raise UserError(f"hot_experts: expected at least 1, got {size}")
         self.size = size
+        self.lock = threading.Lock()
         self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, least recently used first
         self._key: Any = None
         self._weights: tuple[Tensor, ...] = ()
@@ -51,6 +56,9 @@ class HotExperts:
                 experts[slot] = expert
             ids = torch.tensor([*slot_of, -1], device=device)[expert_ids]
             yield ids, experts.to(device), *self._weights
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HotExperts, (self.size,)  # a lock cannot be pickled
 
     def _fill(self, batch: list[int], weights: tuple[MPOWeight, ...]) -> None:
         for expert in batch:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.called_parameters import CalledParameters
+from moebert_kernels.nn.context import hold
 from moebert_kernels.ops._checks import autocast_dtype, opaque
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
 
@@ -64,9 +66,7 @@ class MPOWeight(nn.Module):
         self.num_experts = num_experts
         self.shape = torch.Size((num_experts, math.prod(row_factors), math.prod(col_factors)))
         self.central = nn.Parameter(torch.empty(shapes[middle]))
-        self.aux = nn.ParameterList(
-            torch.empty(num_experts, *shape) for shape in (*shapes[:middle], *shapes[middle + 1 :])
-        )
+        self.aux = CalledParameters(torch.empty(num_experts, *shape) for k, shape in enumerate(shapes) if k != middle)
         # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
         self.masked: tuple[bool, ...] = (False,) * num_experts
         self._folded: tuple[Any, Tensor] | None = None
@@ -110,25 +110,26 @@ class MPOWeight(nn.Module):
 
     def forward(self, offsets: Tensor | None = None) -> Tensor:
         """The weights (E, out, in); with the `offsets` (E + 1,) of a Grouping, experts without rows may be zeros."""
-        if self._leaf is not None and (torch.is_grad_enabled() or self.training):
-            return self._leaf[1]
+        leaf = self._leaf
+        if leaf is not None and (torch.is_grad_enabled() or self.training):
+            return leaf[1].to(self.central.device)  # of a replica another one
         if self.training or self._wants_gradient():
             return self._fold(offsets)
         kept = self._folded
         if kept is not None and (torch.compiler.is_compiling() or kept[0] == self.cache_key()):
             return kept[1]
-        if opaque(self.central):
+        if opaque(self.central) or self.aux.are_offloaded:
             return self._fold(offsets)
-        self.fold()
-        assert self._folded is not None
-        return self._folded[1]
+        return self.fold()
 
-    def fold(self) -> None:
+    def fold(self) -> Tensor:
         """Fold all experts and keep the result in the dtype that autocast asks for here, or the parameters' own."""
-        key = self.cache_key()
-        if self._folded is None or self._folded[0] != key:
+        key, kept = self.cache_key(), self._folded
+        if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # or what is kept could never meet a gradient
-                self._folded = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+                kept = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+            self._folded = kept
+        return kept[1]  # another thread may have replaced or dropped what is kept
 
     def unfold(self) -> None:
         """Drop what `fold` kept."""
@@ -137,24 +138,28 @@ class MPOWeight(nn.Module):
     @torch.no_grad()
     def fold_experts(self, experts: Sequence[int]) -> Tensor:
         """The weights (len(experts), out, in) of some experts, without keeping them."""
-        return mpo_expert_weights(self.central, [a[list(experts)] for a in self.aux]).to(self.cache_key()[0])
+        return mpo_expert_weights(self.central, [a[list(experts)] for a in self.aux]).to(self._compute_dtype())
 
     def cache_key(self) -> tuple[Any, ...]:
         """The compute dtype, then what changes when a parameter may have changed."""
         # looked up as attributes, parameters cost as much as all the rest of a cached forward
-        central: Any = self._parameters["central"]
+        central: Any = self._parameters.get("central")
         aux: Any = self._modules["aux"]
-        sites = (central, *aux._parameters.values())
+        # a replica of nn.DataParallel has plain attributes instead
+        sites = self.sites if central is None else [central, *aux._parameters.values()]
         try:
             versions = [site._version for site in sites]
         except RuntimeError:  # made in inference mode: never changed but there
             versions = [_version(site) for site in sites]
         return (
-            autocast_dtype(central) or central.dtype,
+            autocast_dtype(sites[0]) or sites[0].dtype,
             _optimizer_steps,
             *[site.data_ptr() for site in sites],
             *versions,
         )
+
+    def _compute_dtype(self) -> torch.dtype:
+        return autocast_dtype(self.central) or self.central.dtype
 
     def open_leaf(self) -> None:
         """Fold now, and give the result out as a leaf that accumulates gradients; see `shared_fold`."""
@@ -170,30 +175,32 @@ class MPOWeight(nn.Module):
         self._leaf = None
         if backward and leaf.grad is not None:
             folded.backward(leaf.grad)
+        if leaf.requires_grad:
+            leaf.register_hook(_refuse_late_backward)
 
     @property
     def has_leaf(self) -> bool:
         return self._leaf is not None
 
     def _wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        return torch.is_grad_enabled() and any(site.requires_grad for site in self.sites)
 
     def _fold(self, offsets: Tensor | None) -> Tensor:
-        aux = list(self.aux)
-        if not any(self.masked) or not self._wants_gradient() or not self.central.requires_grad:
+        aux, all_masked = list(self.aux), hold(self, self.masked)
+        if not any(all_masked) or not self._wants_gradient() or not self.central.requires_grad:
             return mpo_expert_weights(self.central, aux, offsets=offsets)
-        if all(self.masked):
+        if all(all_masked):
             weights = mpo_expert_weights(self.central.detach(), aux, offsets=offsets)
         else:
             rows: dict[int, Tensor] = {}
             for central, masked in ((self.central, False), (self.central.detach(), True)):
-                experts = [e for e in range(self.num_experts) if self.masked[e] == masked]
+                experts = [e for e in range(self.num_experts) if all_masked[e] == masked]
                 counts = None if offsets is None else offsets.diff()[experts]
                 some = None if counts is None else torch.cat([counts.new_zeros(1), counts.cumsum(0).to(counts.dtype)])
                 folded = mpo_expert_weights(central, [a[experts] for a in aux], offsets=some)
                 rows |= dict(zip(experts, folded.unbind(), strict=True))
             weights = torch.stack([rows[e] for e in range(self.num_experts)])
-        return _JoinGraph.apply(weights, self.central) if all(self.masked) and _is_distributed() else weights
+        return _JoinGraph.apply(weights, self.central) if all(all_masked) and _is_distributed() else weights
 
     def train(self, mode: bool = True) -> MPOWeight:
         if mode:
@@ -211,6 +218,11 @@ class MPOWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_folded": None, "_leaf": None}  # copies and pickles fold for themselves
 
+    def _replicate_for_data_parallel(self) -> MPOWeight:
+        replica = super()._replicate_for_data_parallel()
+        replica._folded = None  # it would be on another device, or of older parameters
+        return replica
+
     def extra_repr(self) -> str:
         sites = ", ".join(str(tuple(s.shape[-4:])) for s in self.sites)
         return f"num_experts={self.num_experts}, shape={tuple(self.shape[1:])}, sites=[{sites}]"
@@ -226,15 +238,17 @@ class KeptFolds:
     @classmethod
     def of(cls, *weights: MPOWeight) -> KeptFolds | None:
         """What they keep; None if one keeps nothing, or for tensors made in inference mode, which count no versions."""
-        entries = [weight._folded for weight in weights]
-        sites = [site for weight in weights for site in weight.parameters()]
-        if None in entries or any(site.is_inference() for site in sites) or autocast_dtype(sites[0]) is not None:
+        keys = [weight._folded and weight._folded[0] for weight in weights]
+        sites = [site for weight in weights for site in weight.sites]
+        if None in keys or any(site.is_inference() for site in sites) or autocast_dtype(sites[0]) is not None:
             return None
-        return cls(weights)
+        if any(key[0] != sites[0].dtype for key in keys):  # of another thread, under autocast
+            return None
+        return cls(weights, keys)
 
-    def __init__(self, weights: Sequence[MPOWeight]) -> None:
+    def __init__(self, weights: Sequence[MPOWeight], keys: Sequence[Any]) -> None:
         # their keys, not the folds: those must go when a weight drops them
-        self._keys = [(weight, weight._folded and weight._folded[0]) for weight in weights]
+        self._keys = list(zip(weights, keys, strict=True))
         # the modules' own dictionaries: a parameter may be replaced
         self._places = [m._parameters for weight in weights for m in (weight, weight.aux)]
         self._steps = _optimizer_steps
@@ -242,25 +256,24 @@ class KeptFolds:
             (site._version, site.data_ptr()) for place in self._places for site in place.values() if site is not None
         ]
 
-    @property
     def folded(self) -> Any:
-        """The weights (E, out, in) of each."""
-        return tuple(weight._folded and weight._folded[1] for weight, _ in self._keys)
-
-    def hold(self) -> bool:
+        """The weights (E, out, in) of each, or None where one does not hold any more."""
         if self._steps != _optimizer_steps:
-            return False
+            return None
+        found = []
         for weight, key in self._keys:
-            if weight._folded is None or weight._folded[0] is not key:
-                return False
-        if torch.is_autocast_enabled(self.folded[0].device.type):
-            return False
+            kept = weight._folded  # read once: another thread may replace it
+            if kept is None or kept[0] is not key:
+                return None
+            found.append(kept[1])
+        if torch.is_autocast_enabled(found[0].device.type):
+            return None
         versions = iter(self._versions)
         for place in self._places:
             for site in place.values():
                 if site is None or (site._version, site.data_ptr()) != next(versions, None):
-                    return False
-        return True
+                    return None
+        return found
 
 
 def site_shapes(
@@ -371,6 +384,10 @@ class _JoinGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dweights: Tensor) -> tuple[Tensor, Tensor]:
         return dweights, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _refuse_late_backward(_: Tensor) -> None:
+    raise ValueError("shared_fold: expected the backward of its forwards inside it, got one after its end")
 
 
 def _is_distributed() -> bool:

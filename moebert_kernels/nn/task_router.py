@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,13 +44,16 @@ class TaskRouter(nn.Module):
         """Almost equal logits: exactly equal ones would send every task to the same experts."""
         nn.init.normal_(self.logits, std=std)
 
-    def forward(self, task_ids: Tensor | int, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, task_ids: Tensor | int, x: Tensor, attention_mask: Tensor | None = None, *, check: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Choose experts for every token.
 
         Args:
             task_ids: (B,) integers in [0, N), or one for the whole batch.
             x: (B, T, H) float; gives shape, dtype and device alone.
             attention_mask: (B, T), 0 where a token is padding. None: no padding.
+            check: False for ids that `checked_task_ids` gave: a GPU's are not read back again.
 
         Returns:
             expert_ids (B, T, top_k) int64, -1 for padding that is not routed; routing_weights (B, T, top_k) of the
@@ -57,9 +62,10 @@ class TaskRouter(nn.Module):
         Raises:
             UserError: task ids of another shape or dtype, or out of range.
         """
-        checked = checked_task_ids(task_ids, self.logits.shape[0], x.shape[0], x.device)
+        if check:
+            task_ids = checked_task_ids(task_ids, self.logits.shape[0], x.shape[0], x.device)
         mask = None if self.route_padding else attention_mask
-        expert_ids, weights = route_tasks(self.logits, checked, self.top_k, x.shape[1], mask)
+        expert_ids, weights = _route_tasks(self.logits, task_ids, self.top_k, x.shape[1], mask)
         return expert_ids, weights.to(x.dtype)
 
     @torch.no_grad()
@@ -73,23 +79,13 @@ class TaskRouter(nn.Module):
         return f"num_tasks={num_tasks}, num_experts={num_experts}, top_k={self.top_k}"
 
 
-def route_tasks(
-    logits: Tensor, task_ids: Tensor, top_k: int, length: int, attention_mask: Tensor | None = None
+def _route_tasks(
+    logits: Tensor, task_ids: Any, top_k: int, length: int, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Experts and probabilities of every token, for one layer's logits (N, E) or all layers' (L, N, E).
-
-    Args:
-        task_ids: (B,) int64 in [0, N).
-        length: T.
-        attention_mask: (B, T), 0 where a token is not routed.
-
-    Returns:
-        expert_ids int64 and probabilities (at least float32), ([L,] B, T, top_k).
-    """
+    """Experts int64 and probabilities (at least float32), (B, T, top_k), of the logits (N, E) of task ids (B,)."""
     probabilities, experts = _top_gates(logits, top_k)
     probabilities, experts = (
-        of_task.index_select(-2, task_ids).unsqueeze(-2).expand(*logits.shape[:-2], -1, length, -1)
-        for of_task in (probabilities, experts)
+        of_task.index_select(0, task_ids).unsqueeze(1).expand(-1, length, -1) for of_task in (probabilities, experts)
     )
     if attention_mask is not None:
         experts = experts.masked_fill((attention_mask == 0).unsqueeze(-1), -1)

@@ -218,3 +218,11 @@ def test_bench_compares_on_padded_batches_of_a_task(teacher, moe, data, tmp_path
 
 def test_doctor_runs():
     assert "every op agrees with its reference" in done("doctor")
+
+
+def test_every_model_has_a_card(teacher, moe, student):
+    for folder, kind in ((teacher / "best", "Bert"), (moe, "MoEBert"), (student / "best", "MoEBert")):
+        card = (folder / "README.md").read_text()
+        assert f"# {kind}ForSequenceClassification\n" in card
+        assert ("import moebert_kernels.models" in card) == (kind == "MoEBert")
+        assert ("accuracy on validation data" in card) == (folder != moe)

@@ -172,7 +172,7 @@ def test_rejects():
 
 
 def test_task_loss_takes_the_balance_term_out():
-    outputs = SimpleNamespace(loss=torch.tensor(2.0), logits=torch.zeros(1, 2), balance_loss=torch.tensor(3.0))
+    outputs = SimpleNamespace(loss=torch.tensor(2.0), logits=torch.zeros(1, 2), balance_loss=torch.full((1,), 3.0))
     assert task_loss(outputs, {"labels": torch.zeros(1)}, 0.1).item() == pytest.approx(1.7)
     assert task_loss(outputs, {"labels": torch.zeros(1)}, 0.0).item() == 2.0
     with pytest.raises(UserError, match="labels: expected in each batch"):

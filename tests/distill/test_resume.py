@@ -10,8 +10,8 @@ import pytest
 from moebert_kernels.distill import FitConfig, LayerwiseObjective
 from moebert_kernels.distill.checkpoint import recover_folder, write_folder
 from moebert_kernels.errors import OtherRun, UserError
-from tests.distill.tiny import Interrupting, TinyBatches, assert_same_weights, run, tiny_bert, weights
-from tests.helpers import ROOT
+from tests.distill.tiny import CONFIG, Interrupting, TinyBatches, assert_same_weights, run, tiny_bert, weights
+from tests.helpers import ROOT, misaligned
 
 RESULTS = ("final/model.safetensors", "best/model.safetensors", "log.jsonl", "state/finished.json")
 
@@ -180,3 +180,23 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert (path / "a").read_text() == "1"
     write_folder(path, lambda folder: (folder / "b").write_text("2"))
     assert [file.name for file in path.iterdir()] == ["b"] and not previous.exists()
+
+
+def test_a_run_does_not_depend_on_where_its_models_lie(tmp_path):
+    """Loaded tensors begin where their file has them, and matrix products of some CPUs sum in another order there."""
+    options = {"objective": LayerwiseObjective("classification"), "config": CONFIG}
+    for name, place in (("new", lambda model: model), ("loaded", misaligned)):
+        student, teacher = place(tiny_bert(0, dropout=0.1)), place(tiny_bert(1).eval())
+        run(tmp_path / name, student=student, teacher=teacher, **options)
+    assert_same_run(tmp_path / "new", tmp_path / "loaded")
+
+
+def test_a_saved_model_has_a_card_with_its_score(tmp_path):
+    result = run(tmp_path)
+    best = tmp_path / "best" / "README.md"
+    assert f"| accuracy on validation data | {result.best_metrics['accuracy']:.4f} |" in best.read_text()
+    best.write_text("# What I think of it\n")
+    (tmp_path / "state/finished.json").unlink()
+    run(tmp_path)
+    assert best.read_text() == "# What I think of it\n"
+    assert "BertForSequenceClassification" in (tmp_path / "final" / "README.md").read_text()

@@ -46,6 +46,47 @@ def test_rejects(field, message):
     assert str(error.value) == message
 
 
+INTEGERS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "type_vocab_size", "num_experts", "expert_size", "top_k", "num_labels",
+)  # fmt: skip
+WRONG = {
+    "an integer of at least 1": (INTEGERS, (0, -1, "x", [1], {"a": 1}, 2.5, float("nan"), True)),
+    "an integer of at most": (INTEGERS, (10**20,)),
+    "an integer of at least 0": (("shared", "pad_token_id"), (-1, "x", [1], 2.5, float("nan"))),
+    "one below vocab_size=30522": (("pad_token_id",), (30522,)),
+    "a number of at least 0": (
+        ("layer_norm_eps", "initializer_range", "load_balance"),
+        (-1, "x", None, [1], float("nan"), float("inf"), 10**400),
+    ),
+    "a probability in [0, 1)": (
+        ("hidden_dropout_prob", "attention_probs_dropout_prob", "expert_dropout", "classifier_dropout"),
+        (-1, 1, "x", [0.1], float("nan")),
+    ),
+    "one of": (("router", "preset", "style", "hidden_act", "norm"), (5, "x", [1], {"a": 1}, True)),
+    "True or False": (("original_batch1", "route_padding"), (0, "x", [True], 2.5)),
+    "a list of names": (("tasks",), (0, "ab", [1, 2], {"a": 1}, [""])),
+    "a mapping": (("task_labels",), (0, [1], "x")),
+    "a mapping of numbers to names": (("id2label",), (0, "x", [1], {"a": "b"})),
+}
+
+
+@pytest.mark.parametrize("wanted", WRONG)
+def test_every_field_has_a_kind_and_a_range(wanted):
+    fields, values = WRONG[wanted]
+    for field in fields:
+        for value in values:
+            with pytest.raises(UserError) as error:
+                MoEBertConfig(**{field: value})
+            message = str(error.value)
+            assert message.startswith(f"{field}: expected {wanted}") and len(message) < 250 and "\n" not in message
+
+
+def test_labels_of_tasks_are_names():
+    with pytest.raises(UserError, match="task_labels: expected a list of names for b, got 'yz'"):
+        MoEBertConfig(**TASKS, task_labels={"a": ["x"], "b": "yz"})
+
+
 def test_an_activation_without_an_op_is_an_error():
     with pytest.raises(UserError, match=r"hidden_act: expected one of gelu, .* got 'mish'"):
         MoEBertConfig(hidden_act="mish")

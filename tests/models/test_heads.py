@@ -19,8 +19,9 @@ def test_loss_and_gradients(head, style):
         ) / 2
     else:
         task = F.cross_entropy(output.logits.flatten(0, -2), labels["labels"].flatten())
-    torch.testing.assert_close(output.loss, task + 0.5 * output.balance_loss)
-    assert output.balance_loss > 0
+    torch.testing.assert_close(output.loss, task + 0.5 * output.balance_loss[0])
+    assert output.balance_loss.shape == (tiny.B,) and (output.balance_loss == output.balance_loss[0]).all()
+    assert output.balance_loss[0] > 0
     output.loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 

@@ -1,0 +1,189 @@
+"""The state of a call: what a model's forward knows of its tokens, for the layers inside it.
+
+Layers deep in a model of another package get hidden states alone. What else they need is kept by the thread that runs
+the forward, while it runs: on the modules it would reach other threads, replicas, copies and later calls.
+
+    model.forward -> `entered` -> layers: `current`
+
+Gradient checkpointing runs layers again in backward, when their forward is over and others may have run, perhaps in a
+thread of autograd's. `RecomputedLayer` hands the call to the function that is checkpointed, so that every run of it
+sees what the first one saw. `threading.local`, because torch.compile and torch.export cannot trace `contextvars`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from moebert_kernels.grouping import Grouping
+
+Held = TypeVar("Held")
+
+
+class Tokens(NamedTuple):
+    """What one forward of a stack of layers knows of its tokens.
+
+    Attributes:
+        layers: the feed-forward layers of the stack, and of each what is known before the first one runs: its grouping
+            of the B * T tokens, or None.
+        token_ids: (B, T) integers, or None.
+        token_mask: (B, T or more), 0 where a token is padding, or None. With a key-value cache it begins with the
+            tokens of earlier calls.
+    """
+
+    layers: dict[nn.Module, Grouping | None]
+    token_ids: Tensor | None = None
+    token_mask: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """A forward that runs.
+
+    Attributes:
+        tokens: of the innermost stack, or None.
+        losses: where its routers put their balance losses, each (); None: nobody asks for them.
+        held: what `hold` keeps for a recomputation; None outside of what is checkpointed.
+    """
+
+    tokens: Tokens | None = None
+    losses: list[Tensor] | None = None
+    held: dict[Any, Any] | None = None
+
+
+_local = threading.local()
+
+
+def current() -> Call:
+    """The innermost call that runs in this thread; an empty one where none does."""
+    return getattr(_local, "call", None) or Call()
+
+
+class entered:
+    """Make a call the current one of this thread; the one before it comes back at the end, after errors too."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def __enter__(self) -> Call:
+        self.before = getattr(_local, "call", None)
+        _local.call = self.call
+        return self.call
+
+    def __exit__(self, *_: object) -> None:
+        _local.call = self.before
+
+
+def routed(forward: Callable[..., Any], tokens_of: Callable[[Any, dict[str, Any]], Tokens]) -> Callable[..., Any]:
+    """The `forward` of a model's class, inside a call that knows its tokens.
+
+    Args:
+        forward: of a class, with `self`. Libraries call it directly, so that hooks of `__call__` would not do.
+        tokens_of: of the model and the arguments of forward by their names.
+    """
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        with entered(current()._replace(tokens=tokens_of(self, inputs))):
+            return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+def hold(owner: object, value: Held) -> Held:
+    """`value`; in a recomputation what it was in the first run of the same layer.
+
+    For settings of a training step that a context manager keeps on modules: a backward may come after its end.
+    """
+    held = current().held
+    return value if held is None else held.setdefault(owner, value)
+
+
+def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+    """`checkpoint(run, *args)`, in which every run of `run` is inside the call that is current now.
+
+    The balance losses of a run become outputs of what is checkpointed: else the reentrant form, whose first run has no
+    gradients, would lose them.
+    """
+    if torch.compiler.is_compiling():  # what is traced is replayed, and no Python runs again
+        return checkpoint(run, *args)
+    tokens, losses, _ = current()
+    asked = losses is not None  # not the list itself: what is checkpointed would keep its own graph alive
+    held: dict[Any, Any] = {}
+    was_tuple, count = False, 0
+
+    def run_inside(*args: Any) -> tuple[Any, ...]:
+        nonlocal was_tuple, count
+        found: list[Tensor] = []
+        with entered(Call(tokens, found if asked else None, held)):
+            output = run(*args)
+        was_tuple, count = isinstance(output, tuple), len(found)
+        return (*output, *found) if was_tuple else (output, *found)
+
+    outputs = checkpoint(run_inside, *args)
+    end = len(outputs) - count
+    if losses is not None:
+        losses.extend(outputs[end:])
+    return outputs[:end] if was_tuple else outputs[0]
+
+
+# The call of a layer's first run, by its hidden states: a checkpoint that others put around the layer, as FSDP's
+# wrapper does, runs it again with the same tensor (the reentrant form does not).
+_first_runs: Any = WeakTensorKeyDictionary()
+
+
+class RecomputedLayer:
+    """For the bases of a layer that is checkpointed, before its own class: see `checkpointed`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run: Any = super().__call__  # type: ignore[misc]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not args:
+            return run(*args, **kwargs)
+        call = current()
+        if call.tokens is None:
+            call = _first_runs.get(args[0], call)
+        else:
+            call = call._replace(held={} if call.held is None else call.held)
+            _first_runs[args[0]] = call._replace(losses=None)
+        with entered(call):
+            return run(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_gradient_checkpointing_func":
+            value = functools.partial(checkpointed, value)
+        super().__setattr__(name, value)
+
+
+@functools.cache
+def recomputed_class(base: Any) -> Any:
+    """The class of a layer, made a `RecomputedLayer`."""
+    return derived_class(recomputed_class, base, (RecomputedLayer, base), {})
+
+
+def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+    """A class that stands for `base` in instances: of its name, and such that they can be pickled.
+
+    Args:
+        make: the function of a module that gives this class for `base`; unpickling calls it.
+        base: what other packages know, by name or by isinstance.
+        bases, members: as for `type`.
+    """
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])
+
+    named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, bases, {**named, "__reduce_ex__": reduce, **members})
+
+
+def _instance(make: Callable[[type], Any], base: type) -> Any:
+    made = make(base)
+    return made.__new__(made)
