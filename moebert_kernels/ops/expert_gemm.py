@@ -44,10 +44,10 @@ def expert_gemm(
     check_tensor("w", w)
     if not isinstance(grouping, Grouping):
         raise ValueError(f"grouping: expected a Grouping, got {type(grouping).__name__}")
-    if w.ndim != 3 or w.shape[0] < 1:
-        raise ValueError(f"w: expected shape (E, N, K) with E >= 1, got {tuple(w.shape)}")
+    if w.ndim != 3 or 0 in w.shape:
+        raise ValueError(f"w: expected shape (E, N, K) of sizes >= 1, got {tuple(w.shape)}")
     num_experts, columns, depth = w.shape
-    check_grouping("grouping", grouping, num_experts)
+    check_grouping("grouping", grouping, num_experts, x)
     rows = {"T": grouping.num_tokens} if gather else {"T * top_k": grouping.num_rows}
     check_shape("x", x, {**rows, "K": depth})
     if bias is not None:

@@ -9,10 +9,10 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
+    check_features,
     check_ffn_weights,
     check_probability,
     check_seed,
-    check_tensor,
     inside_op,
     opaque,
     to_dtype,
@@ -51,12 +51,10 @@ def fused_moe_ffn(
 
     Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.
     """
-    check_tensor("x", x)
-    if x.ndim < 1:
-        raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
+    check_features(x)
     check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_seed(dropout_seed)
+    check_seed(dropout_seed, x)
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=None)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "routing_weights": routing_weights}

@@ -10,11 +10,12 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
+    check_eps,
+    check_features,
     check_ffn_weights,
     check_probability,
     check_seed,
     check_shape,
-    check_tensor,
     inside_op,
     opaque,
     to_dtype,
@@ -61,16 +62,15 @@ def fused_moe_ffn_add_norm(
     Source: MoEBERT (arXiv 2204.07675), section 3, and the authors' expert layer. Reference:
     `moebert_kernels.reference.fused_moe_ffn_add_norm`.
     """
-    check_tensor("x", x)
-    if x.ndim < 1:
-        raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
+    check_features(x)
     hidden = x.shape[-1]
     check_ffn_weights(hidden, w1, b1, w2, b2, activation)
     check_shape("norm_weight", norm_weight, {"E": w1.shape[0], "H": hidden})
     check_shape("norm_bias", norm_bias, {"E": w1.shape[0], "H": hidden})
     check_probability("dropout_p", dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_seed(dropout_seed)
+    check_eps(eps)
+    check_seed(dropout_seed, x)
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=1)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     tensors = {

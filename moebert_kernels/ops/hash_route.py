@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import backend
-from moebert_kernels.ops._checks import check_integers, inside_op, opaque
+from moebert_kernels.ops._checks import check_integers, check_mask, inside_op, opaque
 
 
 def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -35,9 +35,7 @@ def check_token_ids(token_ids: Tensor, table: Tensor, attention_mask: Tensor | N
     check_integers("token_ids", token_ids)
     if token_ids.device != table.device:
         raise ValueError(f"token_ids: expected device {table.device} (as the table), got {token_ids.device}")
-    if attention_mask is not None and attention_mask.shape != token_ids.shape:
-        wanted, got = tuple(token_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask: expected shape {wanted} (as token_ids), got {got}")
+    check_mask(attention_mask, "token_ids", token_ids)
 
 
 def route_flat(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None) -> Tensor:

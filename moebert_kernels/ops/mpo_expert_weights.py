@@ -61,13 +61,13 @@ def _check(central: Tensor, aux: Sequence[Tensor], offsets: Tensor | None, centr
     check_tensor("central", central)
     if central.ndim != 4 or 0 in central.shape:
         raise ValueError(f"central: expected shape (D, i, j, D') of sizes >= 1, got {tuple(central.shape)}")
-    if isinstance(aux, Tensor) or len(aux) == 0:
-        got = "a tensor" if isinstance(aux, Tensor) else "none"
+    if isinstance(aux, Tensor) or not hasattr(aux, "__getitem__") or len(aux) == 0:
+        got = "a tensor" if isinstance(aux, Tensor) else "none" if hasattr(aux, "__getitem__") else type(aux).__name__
         raise ValueError(f"aux: expected a sequence of at least one tensor (E, D, i, j, D'), got {got}")
     if central_site is None:
         central_site = len(aux) // 2
-    if not 0 <= central_site <= len(aux):
-        raise ValueError(f"central_site: expected a position from 0 to {len(aux)}, got {central_site}")
+    if not isinstance(central_site, int) or isinstance(central_site, bool) or not 0 <= central_site <= len(aux):
+        raise ValueError(f"central_site: expected a position from 0 to {len(aux)}, got {central_site!r}")
     for k, site in enumerate(aux):
         check_tensor(f"aux[{k}]", site)
         if site.ndim != 5 or 0 in site.shape:

@@ -11,6 +11,7 @@ from tests.helpers import ROOT
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_table_of_resources(arch):
