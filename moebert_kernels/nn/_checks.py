@@ -1,4 +1,4 @@
-"""Checks that the routers share. What a person configured is a UserError; what a caller passes, a ValueError as in the ops."""
+"""Checks that the routers share: of what a person configured (UserError) and of what a caller passes (ValueError)."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_gradient_checkpointing_changes_nothing(router):
     grads = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
         model.zero_grad()
         torch.manual_seed(1)
         output = model(**batch)
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_changes_nothing(router):
         grads.append([output.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     torch.testing.assert_close(grads[1], grads[0])
     if router == "switch":
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model, {"use_reentrant": True})
         with pytest.raises(ValueError, match="gradient_checkpointing: expected use_reentrant=False"):
             model(**batch)
 
@@ -191,7 +191,7 @@ def test_a_trained_model_can_be_copied_and_called_without_gradients():
     model, batch = moe("t5").train(), labelled("t5")
     model(**batch).loss.backward()
     assert all(slot.module.balance_loss is None for slot in slots(model))
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(**batch).loss.backward()
     copy.deepcopy(model)
     with torch.no_grad():  # as dropout is sampled at inference

@@ -39,3 +39,7 @@ def pytest_collection_modifyitems(config, items):
         return runs_here(item) and not (chosen == "triton" and many)
 
     deselect(config, items, wanted)
+    for item in items:  # opaque ops are the same with any backend, and here the kernels in them take the time
+        interpreted = "triton-" in item.name or item.name.endswith("triton]")
+        if interpreted and not torch.cuda.is_available() and ("opcheck" in item.name or "compile" in item.name):
+            item.add_marker(pytest.mark.slow)
