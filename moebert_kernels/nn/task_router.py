@@ -114,8 +114,8 @@ def checked_task_ids(task_ids: Tensor | int, num_tasks: int, batch_size: int, de
         ids = torch.full((batch_size,), task_ids, dtype=torch.int64, device=device)
     else:
         if not isinstance(task_ids, Tensor) or task_ids.layout != torch.strided:
-            got = type(task_ids).__name__ if not isinstance(task_ids, Tensor) else f"a tensor of {task_ids.layout}"
-            raise UserError(f"task_ids: expected an integer or a dense tensor of integers, got {got}")
+            came = f"a tensor of {task_ids.layout}" if isinstance(task_ids, Tensor) else type(task_ids).__name__
+            raise UserError(f"task_ids: expected an integer or a dense tensor of integers, got {came}")
         if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
             raise UserError(f"task_ids: expected integers, got {task_ids.dtype}")
         if task_ids.is_meta and device.type != "meta":

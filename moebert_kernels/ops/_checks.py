@@ -32,7 +32,9 @@ def check_tensor(name: str, value: object) -> None:
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise ValueError(f"{name}: expected a dense tensor, got {got}")
-    if value.is_neg():  # kernels read memory as it is
+    if (
+        not torch.compiler.is_compiling() and value.is_neg()
+    ):  # kernels read memory as it is; custom ops do not get these
         raise ValueError(f"{name}: expected the result of resolve_neg(), got a negative view, as .conj().imag gives it")
 
 

@@ -13,6 +13,7 @@ from moebert_kernels.models.mpoe_layers import slots
 from moebert_kernels.models.outputs import MPOE_OUTPUTS
 from moebert_kernels.nn import GradientMask
 from tests.convert import mpoe_models as tiny
+from tests.helpers import checkpoint_activations
 from tests.nn.mpo import counted_folds
 
 T5_BASE = dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, vocab_size=32128)

@@ -74,7 +74,8 @@ def test_calls_refuse_by_name(router):
     for argument, tensor in good.items():
         bad = {
             "list": tensor.tolist(), "array": tensor.numpy(), "string": "x", "fraction": 1.5,
-            "sparse": tensor.to_sparse(), "complex": tensor + 0j, "meta": tensor.to("meta"), "one more dimension": tensor[None],
+            "sparse": tensor.to_sparse(), "complex": tensor + 0j, "meta": tensor.to("meta"),
+            "one more dimension": tensor[None],
             "another size": torch.cat([tensor, tensor], -1), "one row": tensor[:1] if argument != "x" else tensor[0],
         }  # fmt: skip
         if argument in ("x", "token_ids"):

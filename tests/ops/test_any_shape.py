@@ -27,7 +27,10 @@ from tests.ops.cases import slack, widest
 from tests.ops.problems import ID_DTYPES, Routed, Sites, routed, sites
 from tests.ops.test_group_tokens import assert_same
 
-LUCK = 2.0  # of few elements, the largest of plain torch's own errors may be small by chance
+
+def luck(dtype):
+    """On top of `slack`: of few elements, the largest of plain torch's own errors may be small by chance."""
+    return 4.0 if dtype == torch.float32 else 2.0
 
 
 def gradients_of(function, tensors, dtype, frozen, dy, autocast=None):
@@ -52,12 +55,12 @@ def compare(op, naive, tensors, dtype, frozen, dy, autocast=None):
         if dtype == torch.float64:  # the reference is exact by definition, and sums of another order differ
             torch.testing.assert_close(mine, truth, rtol=0, atol=1e-13 * float(truth.abs().max()) if len(truth) else 0)
         else:
-            assert_as_accurate(mine.to(narrow), plain.to(narrow), truth, name=name, factor=LUCK * slack(narrow))
+            assert_as_accurate(mine.to(narrow), plain.to(narrow), truth, name=name, factor=luck(narrow) * slack(narrow))
     with torch.no_grad():
         inference = gradients_of(op, tensors, dtype, -1, dy, autocast)[0]
     assert inference.dtype == got[0].dtype
     assert_as_accurate(
-        inference.to(narrow), same[0].to(narrow), exact[0], name="inference", factor=LUCK * slack(narrow)
+        inference.to(narrow), same[0].to(narrow), exact[0], name="inference", factor=luck(narrow) * slack(narrow)
     )
 
 
