@@ -34,7 +34,7 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a dense tensor, got {got}")
     if (
         not torch.compiler.is_compiling() and value.is_neg()
-    ):  # kernels read memory as it is; custom ops do not get these
+    ):  # kernels read memory as it is
         raise ValueError(f"{name}: expected the result of resolve_neg(), got a negative view, as .conj().imag gives it")
 
 
