@@ -10,13 +10,13 @@ from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
     check_ffn_weights,
+    check_not_traced,
     check_probability,
     check_seed,
     check_tensor,
     inside_op,
     opaque,
     to_dtype,
-    weights_to_dtype,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
@@ -51,6 +51,7 @@ def fused_moe_ffn(
 
     Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.
     """
+    check_not_traced("fused_moe_ffn")
     check_tensor("x", x)
     if x.ndim < 1:
         raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
@@ -64,9 +65,9 @@ def fused_moe_ffn(
     if hidden_dropout_p > 0 and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
-    dtype = autocast_dtype(x)
-    weights = weights_to_dtype(dtype, w1, b1, w2, b2)
-    flat, routing_weights = to_dtype(dtype, x.reshape(-1, x.shape[-1]), routing_weights)
+    flat, *weights, routing_weights = to_dtype(
+        autocast_dtype(x), x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, routing_weights
+    )
     trains, one_node = _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights), opaque(x)
     if isinstance(routing, Tensor) and not (trains or one_node or hidden_dropout_p):
         y = inferred_from_ids("fused_moe_ffn", flat, routing, *weights, routing_weights, activation)

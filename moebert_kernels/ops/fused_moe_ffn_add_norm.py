@@ -11,6 +11,7 @@ from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
     check_ffn_weights,
+    check_not_traced,
     check_probability,
     check_seed,
     check_shape,
@@ -18,7 +19,6 @@ from moebert_kernels.ops._checks import (
     inside_op,
     opaque,
     to_dtype,
-    weights_to_dtype,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
@@ -61,6 +61,7 @@ def fused_moe_ffn_add_norm(
     Source: MoEBERT (arXiv 2204.07675), section 3, and the authors' expert layer. Reference:
     `moebert_kernels.reference.fused_moe_ffn_add_norm`.
     """
+    check_not_traced("fused_moe_ffn_add_norm")
     check_tensor("x", x)
     if x.ndim < 1:
         raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
@@ -82,7 +83,7 @@ def fused_moe_ffn_add_norm(
         dropout_seed = dropout.draw_seed(x.device)
 
     gemm_dtype = autocast_dtype(x)
-    weights = weights_to_dtype(gemm_dtype, w1, b1, w2, b2)
+    weights = to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
     flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
     trains, one_node = _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm), opaque(x)
