@@ -36,8 +36,10 @@ def expert_gemm(
         (T * top_k, N) rows in grouped order, zero past the routed ones. Dtype of `x`; under autocast its dtype.
 
     Raises:
-        ValueError: a shape, dtype or device disagrees with the above.
+        ValueError: a shape, dtype or device disagrees with the above; or a second derivative, forward mode,
+            torch.vmap or torch.jit.trace is asked for.
 
+    Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, w and bias. Reference: `moebert_kernels.reference.expert_gemm`.
     """
     check_not_traced("expert_gemm")
