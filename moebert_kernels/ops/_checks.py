@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import numbers
-import weakref
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from moebert_kernels import dropout
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.grouping import Grouping
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # that kernels load
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _NOTHING = nullcontext()
 
 
@@ -26,22 +25,38 @@ def opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or _get_current_dispatch_mode() is not None
 
 
+def transformed() -> bool:
+    """Whether the call is inside a transform of torch.func, whose tensors kernels cannot read."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def check_not_traced(op: str) -> None:
+    """The first check of every op: in torch.jit.trace sizes are tensors, and routing would become a constant."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"{op}: expected a call that torch.jit.trace does not record, got one: the trace would route every input "
+            "as its example; use torch.export"
+        )
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise ValueError(f"{name}: expected a dense tensor, got {got}")
-    if (
-        not torch.compiler.is_compiling() and value.is_neg()
-    ):  # kernels read memory as it is
+    if not torch.compiler.is_compiling() and value.is_neg():  # kernels read memory as it is
         raise ValueError(f"{name}: expected the result of resolve_neg(), got a negative view, as .conj().imag gives it")
 
 
-def check_integers(name: str, ids: Tensor) -> None:
+def check_integers(name: str, ids: Tensor) -> Tensor:
+    """`ids` in a dtype that kernels load."""
     check_tensor(name, ids)
-    if ids.dtype not in INTEGERS:
-        raise ValueError(f"{name}: expected an integer dtype, got {ids.dtype}")
+    if ids.dtype in INTEGERS:
+        return ids
+    if ids.dtype in _WIDE_UNSIGNED:
+        return ids.long()  # what wraps becomes negative: out of every range, as it was
+    raise ValueError(f"{name}: expected an integer dtype, got {ids.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, wanted: dict[str, int]) -> None:
@@ -115,29 +130,18 @@ def inside_op(x: Tensor) -> AbstractContextManager[object]:
 
 def to_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """Cast what is there; `dtype` None leaves everything as it is. Differentiable."""
-    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+    return list(tensors) if dtype is None else [None if t is None else _cast_once(t, dtype) for t in tensors]
 
 
-def weights_to_dtype(dtype: torch.dtype | None, *weights: Tensor | None) -> list[Tensor | None]:
-    """`to_dtype` that casts a weight once for all its uses in one graph."""
-    if dtype is None or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
-        return to_dtype(dtype, *weights)
-    return [None if w is None else _cast_once(w, dtype) for w in weights]
+def _cast_once(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast that one call uses, forward and backward; no other call does.
 
-
-# The cast of a leaf weight, for as long as something (a graph, as a rule) keeps it alive.
-_casts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _cast_once(w: Tensor, dtype: torch.dtype) -> Tensor:
-    if w.dtype == dtype or not (w.is_leaf and w.requires_grad and torch.is_grad_enabled()):
-        return w.to(dtype)
-    version, reference = _casts.get(w, (None, None))
-    cast = reference() if version == (w._version, w.data_ptr(), dtype) else None
-    if cast is None:
-        cast = w.to(dtype)
-        _casts[w] = ((w._version, w.data_ptr(), dtype), weakref.ref(cast))
-    return cast
+    A weight's cast cannot be kept for the next call. Fused optimizers and writes through `.data` or numpy change a
+    weight but not its version counter or its address, and autocast's own cache, which lives as long as the outermost
+    context, misses them inside it. The cost: 6 bytes of traffic per float32 element and call, as a layer of
+    torch.nn.Linear has once per context.
+    """
+    return tensor.to(dtype)
 
 
 def check_grouping(name: str, grouping: Grouping, num_experts: int, x: Tensor, tokens: int | None = None) -> None:
@@ -218,7 +222,7 @@ def check_maps(name: str, grouping: Grouping) -> None:
         raise ValueError(f"{name}: expected maps of T * top_k rows with an integer top_k >= 1, got {got}")
     if offsets.shape[0] < 1:
         raise ValueError(f"{name}.offsets: expected shape (E + 1,), got {tuple(offsets.shape)}")
-    if opaque(offsets):
+    if opaque(offsets) or transformed():
         return
     if offsets.device.type == "cpu":
         bounds = offsets.tolist()

@@ -128,36 +128,6 @@ def test_frozen_weights_and_frozen_input():
     assert weights[2].grad is not None and weights[0].grad is None and x.grad is None
 
 
-def test_second_derivative_raises():
-    x, weights, ids = torch.randn(T, H, requires_grad=True), parameters(torch.float32), torch.zeros(T).long()
-    (dx,) = torch.autograd.grad(fused_moe_ffn(x, ids, *weights).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
-def test_autocast_returns_its_dtype_and_casts_a_weight_once(implementation):
-    x, weights, ids = torch.randn(T, H), [t.requires_grad_() for t in parameters(torch.float32)], torch.zeros(T).long()
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        y = fused_moe_ffn(x, ids, *weights)
-        twice = fused_moe_ffn(y, ids, *weights)
-        if implementation == "torch":
-            assert fused_moe_ffn(x.double(), ids, *[w.double() for w in weights]).dtype == torch.float64
-    assert y.dtype == torch.bfloat16
-    nodes = [node for node, _ in twice.grad_fn.next_functions[0][0].next_functions[1:5]]
-    inner = twice.grad_fn.next_functions[0][0].next_functions[0][0]
-    while "Eager" not in type(inner).__name__:
-        inner = inner.next_functions[0][0]
-    assert [node for node, _ in inner.next_functions[1:5]] == nodes
-    twice.sum().backward()
-    assert weights[0].grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_any_integer_dtype_of_ids(dtype):
-    x, weights, ids = torch.randn(T, H), parameters(torch.float32), torch.arange(T) % E
-    assert torch.equal(fused_moe_ffn(x, ids.to(dtype), *weights), fused_moe_ffn(x, ids, *weights))
-
-
 def test_opcheck_compile_and_export():
     x, weights = torch.randn(T, H), parameters(torch.float32)
     grouping = group_tokens(torch.randint(-1, E, (T, 2)), E)

@@ -165,23 +165,6 @@ def test_any_strides_of_inputs_and_gradient():
         torch.testing.assert_close(tensor.double(), truth, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivative_raises():
-    _, tensors = sites("two")
-    tensors = [t.requires_grad_() for t in tensors]
-    (dc,) = torch.autograd.grad(mpo_expert_weights(tensors[0], tensors[1:]).pow(2).sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dc.sum().backward()
-
-
-def test_autocast_returns_its_dtype():
-    _, tensors = sites("five")
-    tensors = [t.requires_grad_() for t in tensors]
-    with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
-        w = mpo_expert_weights(tensors[0], tensors[1:])
-    w.sum().backward()
-    assert w.dtype == torch.bfloat16 and all(t.grad.dtype == torch.float32 for t in tensors)
-
-
 def test_opcheck_compile_and_export():
     position, tensors = sites("five")
     tensors = [t.requires_grad_() for t in tensors]
