@@ -196,7 +196,7 @@ def check_mask(mask: Tensor | None, name: str, tokens: Tensor) -> None:
     check_tensor("attention_mask", mask)
     if mask.shape != tokens.shape:
         raise ValueError(f"attention_mask: expected shape {tuple(tokens.shape)} (as {name}), got {tuple(mask.shape)}")
-    if mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
+    if mask.dtype not in (torch.bool, *INTEGERS, *_WIDE_UNSIGNED, *FLOATS):
         raise ValueError(f"attention_mask: expected bool, integers or floats, got {mask.dtype}")
     if mask.device != tokens.device:
         raise ValueError(f"attention_mask: expected device {tokens.device} (as {name}), got {mask.device}")

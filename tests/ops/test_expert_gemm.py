@@ -56,7 +56,7 @@ def test_rejects():
     x, w = torch.randn(T, H), torch.randn(E, I, H)
     with pytest.raises(ValueError, match=rf"x: expected shape \(T \* top_k={T}, K={H}\), got \({T}, {I}\)"):
         expert_gemm(torch.randn(T, I), w, grouping)
-    with pytest.raises(ValueError, match=r"w: expected shape \(E, N, K\) with E >= 1"):
+    with pytest.raises(ValueError, match=r"w: expected shape \(E, N, K\) of sizes >= 1, got"):
         expert_gemm(x, w[0], grouping)
     with pytest.raises(ValueError, match=r"grouping: expected a grouping over E=3 experts, got 4"):
         expert_gemm(x, w[:3], grouping)

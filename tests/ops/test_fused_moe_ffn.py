@@ -168,7 +168,7 @@ def test_rejects():
         r"x: expected a tensor, got list": ([1.0], ids, w1, b1, w2, b2),
         rf"routing: expected expert ids of shape \({T},\) or \({T}, top_k\), got \({T - 1},\)":
             (x, ids[1:], w1, b1, w2, b2),
-        r"expert_ids: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
+        r"routing: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
         rf"routing: expected a grouping over E={E} experts, got 3": (x, group_tokens(ids, 3), w1, b1, w2, b2),
         rf"routing: expected a grouping of {T} rows, got 5": (x, group_tokens(ids[:5], E), w1, b1, w2, b2),
     }.items():  # fmt: skip
