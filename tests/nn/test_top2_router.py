@@ -83,5 +83,5 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_needs_sequences():
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, T, H\), got \(5, 12\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, T, H=12\), got \(5, 12\)"):
         Top2Router(H, E)(torch.randn(5, H))
