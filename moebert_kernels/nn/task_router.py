@@ -31,9 +31,9 @@ class TaskRouter(nn.Module):
 
     def __init__(self, num_tasks: int, num_experts: int, top_k: int = 2, *, route_padding: bool = False) -> None:
         super().__init__()
-        check_sizes(num_tasks=num_tasks, num_experts=num_experts, top_k=top_k)
-        if top_k > num_experts:
-            raise UserError(f"top_k: expected 1 to num_experts={num_experts}, got {top_k}")
+        check_sizes(num_tasks=num_tasks, num_experts=num_experts)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= num_experts:
+            raise UserError(f"top_k: expected 1 to num_experts={num_experts}, got {top_k!r}")
         self.top_k = top_k
         self.route_padding = route_padding
         self.logits = nn.Parameter(torch.empty(num_tasks, num_experts))
