@@ -39,7 +39,7 @@ def fused_moe_ffn(
         b2: (E, H), or None.
         routing_weights: p, shape of the expert ids; None means 1.
         activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
-        hidden_dropout_p: probability of dropping an activation, in [0, 1).
+        hidden_dropout_p: probability of dropping an activation, in [0, 1 - 2^-17): masks have 16 bits per element.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
         recompute: keep only the inputs for backward instead of the pre-activations (T * top_k, I).
 
