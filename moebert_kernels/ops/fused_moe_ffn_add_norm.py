@@ -47,8 +47,8 @@ def fused_moe_ffn_add_norm(
         routing_weights: p, shape of the expert ids; None means 1.
         eps: added to the variance; finite, at least 0.
         activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
-        dropout_p: the same for an element of the FFN's output.
-        hidden_dropout_p: probability of dropping an activation, in [0, 1 - 2^-17): masks have 16 bits per element.
+        dropout_p: probability of dropping an element of the FFN's output, in [0, 1 - 2^-17): masks have 16 bits each.
+        hidden_dropout_p: the same for an activation.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
         recompute: keep only the inputs for backward.
 
