@@ -118,11 +118,19 @@ def _spilled(ptx: str, arch: int) -> int:
 
 
 def recorded(name: str, launch: Callable[[], None]) -> Launch:
-    """The launch that `launch` makes, without making it."""
+    """The last launch that `launch` makes, without making it."""
+    return all_recorded(name, launch)[-1]
+
+
+def all_recorded(name: str, run: Callable[[], None]) -> list[Launch]:
+    """The launches that `run` makes, without making them."""
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda fn, *a, **k: seen.append((fn, a, k))):
-        launch()
-    fn, args, kwargs = seen[-1]
+        run()
+    return [_launch(name, *call) for call in seen]
+
+
+def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
     values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = {}, {}, []

@@ -66,14 +66,18 @@ __device__ __forceinline__ void drop_masked(const Mask& mask, int64_t first, int
   }
 }
 
-// Token ids become expert ids, as int32; -1 stays.
+// Token ids become expert ids, as int32; -1 stays, and an entry that is no int32 becomes -1.
 template <int COUNT>
 __device__ __forceinline__ void look_up(const Integers& tables, int64_t layer, int (&ids)[COUNT]) {
   with_type(tables.type, [&](auto type) {
     const auto* data = static_cast<decltype(type)>(tables.data) + layer * tables.stride_layer;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      if (ids[i] >= 0) ids[i] = static_cast<int>(data[ids[i] * tables.stride]);
+      if (ids[i] >= 0) {
+        const auto entry = data[ids[i] * tables.stride];
+        const int expert = static_cast<int>(entry);
+        ids[i] = expert == entry ? expert : -1;
+      }
     }
   });
 }

@@ -69,4 +69,4 @@ def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float, stream: int) -
     for i, word in enumerate(words):
         torch.ge(word & 0xFFFF, drop_below, out=keep[:, :, 2 * i])
         torch.ge((word >> 16) & 0xFFFF, drop_below, out=keep[:, :, 2 * i + 1])
-    return keep.view(rows.shape[0], -1)[:, :columns]
+    return keep.flatten(1)[:, :columns]

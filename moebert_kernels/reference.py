@@ -19,18 +19,19 @@ from moebert_kernels.grouping import Grouping
 
 def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Expert of each token: table[token_id], or -1 where masked or outside the table (MoEBERT, section 3.2)."""
+    token_ids, table = token_ids.long(), table.long()
     inside = (token_ids >= 0) & (token_ids < table.shape[0])
     if attention_mask is not None:
         inside = inside & (attention_mask != 0)
-    expert_ids = torch.full(token_ids.shape, -1, dtype=torch.int32, device=token_ids.device)
-    expert_ids[inside] = table[token_ids[inside].long()].int()
-    return expert_ids
+    expert_ids = torch.full_like(token_ids, -1)
+    expert_ids[inside] = table[token_ids[inside]]
+    return torch.where(expert_ids == expert_ids.int(), expert_ids, -1).int()
 
 
 def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     """Sort the assignments by expert, one expert after the other, in token order; the skipped ones come last."""
     top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
-    flat = expert_ids.reshape(-1)
+    flat = expert_ids.reshape(-1).long()
     rows = [torch.nonzero(flat == e)[:, 0] for e in range(num_experts)]
     counts = [len(group) for group in rows]
     rows.append(torch.nonzero((flat < 0) | (flat >= num_experts))[:, 0])
@@ -94,7 +95,7 @@ def fused_moe_ffn(
     Shapes: x (T, H), expert_ids (T,) or (T, top_k), w1 (E, I, H) or (E, 2I, H) if gated, w2 (E, H, I).
     """
     top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
-    ids = expert_ids.reshape(-1, top_k)
+    ids = expert_ids.reshape(-1, top_k).long()
     weights = None if routing_weights is None else routing_weights.reshape(-1, top_k)
     y = torch.zeros_like(x)
     for j in range(top_k):
@@ -116,7 +117,7 @@ def fused_moe_ffn_add_norm(
     dropout_p: float = 0.0, hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The MoEBERT expert: y[t] = p[t] * LayerNorm_e(x[t] + dropout(FFN_e(x[t]))); y[t] = x[t] where no expert is."""
-    ids = expert_ids.reshape(-1)
+    ids = expert_ids.reshape(-1).long()
     tokens = torch.arange(x.shape[0], device=x.device)
     everyone = torch.zeros_like(ids)
     y = x

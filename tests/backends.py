@@ -2,7 +2,7 @@
 
 import torch
 
-from moebert_kernels import backend
+from moebert_kernels import backend, native
 
 # Every op that has a CUDA form: its tests run with `use_backend("cuda", strict=True)` where that form can run.
 CUDA_FORMS = ("hash_route", "group_tokens", "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")
@@ -21,6 +21,18 @@ def cuda_runs(op: str) -> bool:
 
 # Elsewhere than on a GPU with _C there is no parameter "cuda", so nothing is skipped or reported.
 KERNEL_BACKENDS = ("triton", "cuda") if any(map(cuda_runs, CUDA_FORMS)) else ("triton",)
+
+
+def why_not_built(kernel: str) -> str | None:
+    """Why `moebert_kernels._C` has no such kernel here and how to get it, or None where it has."""
+    found = native.record()
+    if not found["built"]:
+        return "moebert_kernels._C was not built: make build"
+    if kernel in found["ops"]:
+        return None
+    return (
+        f"moebert_kernels._C was built without {kernel} ({found['left_out'].get(kernel, 'an older build')}): make build"
+    )
 
 
 def deselect(config, items, wanted) -> None:

@@ -75,3 +75,9 @@ def shared_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs ../shared/{relative}, which is not part of the repository")
     return path
+
+
+def checkpoint_activations(model, *options) -> None:
+    """Turn gradient checkpointing on. transformers 5.17 has the older name alone, which later ones warn of."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(*options)

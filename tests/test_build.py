@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 WITHOUT_PACKAGE = "import sys, importlib.util as u; s = u.spec_from_file_location('moebert_kernels._C', sys.argv[1])"
 IMPORT = f"{WITHOUT_PACKAGE}; m = u.module_from_spec(s); s.loader.exec_module(m); print(repr(m.device_error(0)))"
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc of the CUDA toolkit on PATH")
 
 
 @pytest.fixture

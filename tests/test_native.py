@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moebert_kernels import backend, native
-from tests.backends import CUDA_FORMS
+from tests.backends import CUDA_FORMS, why_not_built
 
 BUILT = {
     "built": True, "archs": ["sm_90a"], "ptx": "compute_90", "compilers": "nvcc, g++", "ops": ["group_tokens"],
@@ -60,7 +60,7 @@ def test_module_of_another_python(record, monkeypatch):
 
 def test_the_module_imports_without_a_gpu():
     if not native.record()["built"]:
-        pytest.skip(native.record()["reason"])
+        pytest.skip(why_not_built("group_tokens"))
     if not torch.cuda.is_available():
         assert native.module().device_error(0)  # CUDA's own words
         assert native.device_error() == "no CUDA device"

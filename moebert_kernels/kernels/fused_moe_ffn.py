@@ -91,7 +91,7 @@ def _hidden_kernel(
     w_ptrs = W1 + owner * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATED:
-        up_ptrs = w_ptrs + I.to(tl.int64) * stride_wn
+        up_ptrs = w_ptrs + tl.cast(I, tl.int64) * stride_wn
         acc, up = _dot_rows_pair(
             x_ptrs, stride_xk, w_ptrs, up_ptrs, stride_wk, mask_n, acc, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST
         )
@@ -101,7 +101,7 @@ def _hidden_kernel(
         bias_ptrs = B1 + owner * stride_be + column * stride_bn
         acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            up += tl.load(bias_ptrs + I.to(tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if expert == E:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if GATED:

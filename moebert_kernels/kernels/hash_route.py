@@ -25,8 +25,9 @@ def _hash_route_kernel(
     if HAS_MASK:
         inside = inside & (tl.load(Mask + token * stride_mask, mask=token < N, other=0) != 0)
     expert = tl.load(Tables + layer * stride_tl + ids * stride_tv, mask=inside, other=-1)
-    # the ids of a table fit in int32, and so does -1 in a table of bytes
-    tl.store(ExpertIds + layer * N + token, tl.where(inside, expert.to(tl.int32), -1), mask=token < N)
+    narrow = expert.to(tl.int32)
+    inside = inside & (narrow == expert)  # an entry that is no int32 is nobody's id
+    tl.store(ExpertIds + layer * N + token, tl.where(inside, narrow, -1), mask=token < N)
 
 
 def hash_route(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None, expert_ids: Tensor) -> None:

@@ -30,6 +30,8 @@ def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | No
 
 def sequence_balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over the sequences of their own balance losses, as GShard has it; shapes (B, T, E), (B, T), (B, T)."""
+    if len(expert_ids) == 0:
+        return probabilities.sum()
     if counted is None:
         return torch.vmap(balance_loss)(probabilities, expert_ids).mean()
     return torch.vmap(balance_loss)(probabilities, expert_ids, counted).mean()

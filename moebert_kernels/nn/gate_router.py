@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn._checks import check_gate_inputs, check_sizes
 from moebert_kernels.nn.balance import Balance
 
 
@@ -33,6 +34,7 @@ class GateRouter(nn.Module):
         super().__init__()
         if per not in ("token", "sentence"):
             raise UserError(f"per: expected 'token' or 'sentence', got {per!r}")
+        check_sizes(hidden_size=hidden_size, num_experts=num_experts)
         self.per = per
         self.original_batch1 = original_batch1
         self.route_padding = route_padding
@@ -50,6 +52,7 @@ class GateRouter(nn.Module):
             expert_ids (B, T) int64, -1 for padding that is not routed; routing_weights (B, T) of the dtype of x, or
             None for 1; balance_loss, a scalar of at least float32.
         """
+        check_gate_inputs(self.gate, x, attention_mask, dims=3)
         valid = None if attention_mask is None else attention_mask != 0
         counted = None if self.route_padding else valid
         if self.per == "token":
@@ -88,7 +91,9 @@ def gate_probabilities(gate: nn.Linear, x: Tensor, noise: float = 0.0) -> Tensor
 def _masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the valid tokens of x (B, T, H), summed in at least float32; 0 for a sentence without any."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if valid is None:
+    if valid is None and x.shape[1] > 0:
         return x.mean(dim=1, dtype=dtype)
+    if valid is None:
+        return x.sum(dim=1, dtype=dtype)
     total = x.masked_fill(~valid.unsqueeze(-1), 0).sum(dim=1, dtype=dtype)
     return total / valid.sum(dim=1, keepdim=True).clamp(min=1).to(dtype)

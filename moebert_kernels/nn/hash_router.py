@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.nn._checks import check_sizes
 from moebert_kernels.ops.group_tokens import group_tokens_by_hash
 from moebert_kernels.ops.hash_route import hash_route
 
@@ -30,6 +31,7 @@ class HashRouter(nn.Module):
 
     def __init__(self, table: Tensor, num_experts: int) -> None:
         super().__init__()
+        check_sizes(num_experts=num_experts)
         self.num_experts = num_experts
         self.register_buffer("table", checked_table(table, num_experts).clone())
 
@@ -105,6 +107,8 @@ def checked_table(table: Tensor, num_experts: int, vocab_size: int | None = None
     Raises:
         UserError: what was expected and what came.
     """
+    if not isinstance(table, Tensor):
+        raise UserError(f"{name}: expected a tensor, got {type(table).__name__}")
     entries = "(V,)" if vocab_size is None else f"({vocab_size},), one entry per token of the vocabulary"
     if table.ndim != 1 or (vocab_size is not None and table.shape[0] != vocab_size):
         raise UserError(f"{name}: expected shape {entries}, got {tuple(table.shape)}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn._checks import check_gate_inputs, check_noise_and_capacity, check_sizes
 from moebert_kernels.nn.balance import Balance
 from moebert_kernels.nn.gate_router import gate_probabilities
 
@@ -41,6 +42,7 @@ class SwitchRouter(nn.Module):
         super().__init__()
         if scaling not in SCALINGS:
             raise UserError(f"scaling: expected one of {', '.join(SCALINGS)}, got {scaling!r}")
+        check_sizes(hidden_size=hidden_size, num_experts=num_experts)
         check_noise_and_capacity(jitter, noise, capacity_factor=capacity_factor)
         self.scaling = scaling
         self.jitter = jitter
@@ -62,6 +64,7 @@ class SwitchRouter(nn.Module):
             its dtype, or None where it is 1 and has no gradient; balance_loss, a scalar of at least float32; dropped
             (...) bool.
         """
+        check_gate_inputs(self.gate, x, attention_mask)
         counted = None if self.route_padding or attention_mask is None else attention_mask != 0
         probabilities = gate_probabilities(
             self.gate, jittered(x, self.jitter if self.training else 0.0), self.noise if self.training else 0.0
@@ -98,14 +101,3 @@ def place_in_expert(expert_ids: Tensor, num_experts: int) -> Tensor:
     """(B, T): how many tokens before this one, in its row, have its expert; meaningless where the id is negative."""
     chosen = expert_ids.unsqueeze(-1) == torch.arange(num_experts, device=expert_ids.device)
     return (chosen.cumsum(1) - 1).gather(-1, expert_ids.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-
-
-def check_noise_and_capacity(jitter: float, noise: float, **capacity_factors: float | None) -> None:
-    """Raise UserError for values out of range."""
-    if not 0 <= jitter < 1:
-        raise UserError(f"jitter: expected a number in [0, 1), got {jitter!r}")
-    if not noise >= 0:
-        raise UserError(f"noise: expected a standard deviation of at least 0, got {noise!r}")
-    for name, value in capacity_factors.items():
-        if value is not None and not value > 0:
-            raise UserError(f"{name}: expected a number above 0 or None, got {value!r}")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn._checks import check_sizes
+from moebert_kernels.ops._checks import check_mask, check_tensor
 
 
 class TaskRouter(nn.Module):
@@ -31,10 +33,9 @@ class TaskRouter(nn.Module):
 
     def __init__(self, num_tasks: int, num_experts: int, top_k: int = 2, *, route_padding: bool = False) -> None:
         super().__init__()
-        if num_tasks < 1:
-            raise UserError(f"num_tasks: expected at least 1, got {num_tasks}")
-        if not 1 <= top_k <= num_experts:
-            raise UserError(f"top_k: expected 1 to num_experts={num_experts}, got {top_k}")
+        check_sizes(num_tasks=num_tasks, num_experts=num_experts)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= num_experts:
+            raise UserError(f"top_k: expected 1 to num_experts={num_experts}, got {top_k!r}")
         self.top_k = top_k
         self.route_padding = route_padding
         self.logits = nn.Parameter(torch.empty(num_tasks, num_experts))
@@ -63,6 +64,10 @@ class TaskRouter(nn.Module):
             UserError: task ids of another shape or dtype, or out of range.
         """
         if check:
+            check_tensor("x", x)
+            if x.ndim != 3:
+                raise ValueError(f"x: expected shape (B, T, H), got {tuple(x.shape)}")
+            check_mask(attention_mask, "x without H", x[..., 0])
             task_ids = checked_task_ids(task_ids, self.logits.shape[0], x.shape[0], x.device)
         mask = None if self.route_padding else attention_mask
         expert_ids, weights = _route_tasks(self.logits, task_ids, self.top_k, x.shape[1], mask)
@@ -100,15 +105,20 @@ def checked_task_ids(task_ids: Tensor | int, num_tasks: int, batch_size: int, de
     Raises:
         UserError: another shape or dtype, or an id outside [0, num_tasks).
     """
-    if isinstance(task_ids, int):
+    if isinstance(task_ids, int) and not isinstance(task_ids, bool):
         low = high = task_ids
         ids = torch.full((batch_size,), task_ids, dtype=torch.int64, device=device)
     else:
+        if not isinstance(task_ids, Tensor) or task_ids.layout != torch.strided:
+            came = f"a tensor of {task_ids.layout}" if isinstance(task_ids, Tensor) else type(task_ids).__name__
+            raise UserError(f"task_ids: expected an integer or a dense tensor of integers, got {came}")
         if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
             raise UserError(f"task_ids: expected integers, got {task_ids.dtype}")
+        if task_ids.is_meta and device.type != "meta":
+            raise UserError(f"task_ids: expected values on {device}, got a tensor on meta")
         if task_ids.shape not in ((), (batch_size,)):
             raise UserError(f"task_ids: expected shape (B={batch_size},), got {tuple(task_ids.shape)}")
-        if torch.compiler.is_compiling() or not task_ids.numel():
+        if torch.compiler.is_compiling() or task_ids.is_meta or not task_ids.numel():
             low = high = 0
         else:
             low, high = int(task_ids.min()), int(task_ids.max())

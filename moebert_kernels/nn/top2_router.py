@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn._checks import check_gate_inputs, check_noise_and_capacity, check_sizes
 from moebert_kernels.nn.balance import Balance
 from moebert_kernels.nn.gate_router import gate_probabilities
-from moebert_kernels.nn.switch_router import check_noise_and_capacity, jittered, place_in_expert
+from moebert_kernels.nn.switch_router import jittered, place_in_expert
+from moebert_kernels.ops._checks import FLOATS, check_shape, is_number
 
 POLICIES = ("all", "none", "random")
 MIN_CAPACITY = 4
@@ -42,10 +46,11 @@ class Top2Router(nn.Module):
         for name, value in (("policy", policy), ("eval_policy", eval_policy)):
             if value not in POLICIES:
                 raise UserError(f"{name}: expected one of {', '.join(POLICIES)}, got {value!r}")
+        check_sizes(hidden_size=hidden_size, num_experts=num_experts)
         if num_experts < 2:
             raise UserError(f"num_experts: expected at least 2 for two experts per token, got {num_experts}")
-        if not threshold > 0:
-            raise UserError(f"threshold: expected a number above 0, got {threshold!r}")
+        if not is_number(threshold) or not 0 < threshold < math.inf:
+            raise UserError(f"threshold: expected a finite number above 0, got {threshold!r}")
         check_noise_and_capacity(
             jitter, noise, capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor
         )
@@ -74,8 +79,11 @@ class Top2Router(nn.Module):
             expert_ids (B, T, 2) int64, -1 where none is taken; routing_weights (B, T, 2) of the dtype of x;
             balance_loss, a scalar of at least float32: the mean over the sequences.
         """
-        if x.ndim != 3:
-            raise ValueError(f"x: expected shape (B, T, H), got {tuple(x.shape)}")
+        check_gate_inputs(self.gate, x, attention_mask, dims=3)
+        if draws is not None:
+            check_shape("draws", draws, {"B": x.shape[0], "T": x.shape[1]})
+            if draws.dtype not in FLOATS or draws.device != x.device:
+                raise ValueError(f"draws: expected floats on {x.device} (as x), got {draws.dtype} on {draws.device}")
         counted = None if self.route_padding or attention_mask is None else attention_mask != 0
         probabilities = gate_probabilities(
             self.gate, jittered(x, self.jitter if self.training else 0.0), self.noise if self.training else 0.0
@@ -110,6 +118,6 @@ def _within_capacity(first: Tensor, second: Tensor, num_experts: int, factor: fl
     length = first.shape[1]
     capacity = max(MIN_CAPACITY, min(length, int(length * factor / num_experts)))
     places = place_in_expert(torch.cat([first, second], 1), num_experts)
-    first_place, second_place = places.split(length, 1)
+    first_place, second_place = places[:, :length], places[:, length:]
     # First choices beyond the capacity take no place, but then the expert is full anyway.
     return first.masked_fill(first_place >= capacity, -1), second.masked_fill(second_place >= capacity, -1)

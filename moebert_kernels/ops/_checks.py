@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
+import math
+import numbers
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from moebert_kernels import dropout
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.grouping import Grouping
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # that kernels load
+_WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _NOTHING = nullcontext()
 
 
@@ -23,15 +25,38 @@ def opaque(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or x.is_meta or _get_current_dispatch_mode() is not None
 
 
+def transformed() -> bool:
+    """Whether the call is inside a transform of torch.func, whose tensors kernels cannot read."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def check_not_traced(op: str) -> None:
+    """The first check of every op: in torch.jit.trace sizes are tensors, and routing would become a constant."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"{op}: expected a call that torch.jit.trace does not record, got one: the trace would route every input "
+            "as its example; use torch.export"
+        )
+
+
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+        raise ValueError(f"{name}: expected a dense tensor, got {got}")
+    if not torch.compiler.is_compiling() and value.is_neg():  # kernels read memory as it is
+        raise ValueError(f"{name}: expected the result of resolve_neg(), got a negative view, as .conj().imag gives it")
 
 
-def check_integers(name: str, ids: Tensor) -> None:
+def check_integers(name: str, ids: Tensor) -> Tensor:
+    """`ids` in a dtype that kernels load."""
     check_tensor(name, ids)
-    if ids.dtype not in INTEGERS:
-        raise ValueError(f"{name}: expected an integer dtype, got {ids.dtype}")
+    if ids.dtype in INTEGERS:
+        return ids
+    if ids.dtype in _WIDE_UNSIGNED:
+        return ids.long()  # what wraps becomes negative: out of every range, as it was
+    raise ValueError(f"{name}: expected an integer dtype, got {ids.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, wanted: dict[str, int]) -> None:
@@ -48,14 +73,21 @@ def check_num_experts(num_experts: int) -> None:
 
 
 def check_probability(name: str, p: float) -> None:
-    if not 0 <= p < 1:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
+    if not is_number(p) or not 0 <= p < 1:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {p!r}")
+    if dropout.threshold(p) == dropout.threshold(1.0):
+        raise ValueError(f"{name}: expected less than 1 - 2^-17, since masks have 16 bits per element, got {p!r}")
 
 
-def check_seed(seed: Tensor | None) -> None:
-    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0):
-        got = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
-        raise ValueError(f"dropout_seed: expected an int64 tensor of shape (), got {got}")
+def check_seed(seed: Tensor | None, x: Tensor) -> None:
+    if seed is None:
+        return
+    check_tensor("dropout_seed", seed)
+    if seed.dtype != torch.int64 or seed.ndim != 0:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(f"dropout_seed: expected int64 of shape (), got {got}")
+    if seed.device != x.device:
+        raise ValueError(f"dropout_seed: expected device {x.device} (as x), got {seed.device}")
 
 
 def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
@@ -98,36 +130,29 @@ def inside_op(x: Tensor) -> AbstractContextManager[object]:
 
 def to_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
     """Cast what is there; `dtype` None leaves everything as it is. Differentiable."""
-    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+    return list(tensors) if dtype is None else [None if t is None else _cast_once(t, dtype) for t in tensors]
 
 
-def weights_to_dtype(dtype: torch.dtype | None, *weights: Tensor | None) -> list[Tensor | None]:
-    """`to_dtype` that casts a weight once for all its uses in one graph."""
-    if dtype is None or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
-        return to_dtype(dtype, *weights)
-    return [None if w is None else _cast_once(w, dtype) for w in weights]
+def _cast_once(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cast that one call uses, forward and backward; no other call does.
+
+    A weight's cast cannot be kept for the next call. Fused optimizers and writes through `.data` or numpy change a
+    weight but not its version counter or its address, and autocast's own cache, which lives as long as the outermost
+    context, misses them inside it. The cost: 6 bytes of traffic per float32 element and call, as a layer of
+    torch.nn.Linear has once per context.
+    """
+    return tensor.to(dtype)
 
 
-# The cast of a leaf weight, for as long as something (a graph, as a rule) keeps it alive.
-_casts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _cast_once(w: Tensor, dtype: torch.dtype) -> Tensor:
-    if w.dtype == dtype or not (w.is_leaf and w.requires_grad and torch.is_grad_enabled()):
-        return w.to(dtype)
-    version, reference = _casts.get(w, (None, None))
-    cast = reference() if version == (w._version, w.data_ptr(), dtype) else None
-    if cast is None:
-        cast = w.to(dtype)
-        _casts[w] = ((w._version, w.data_ptr(), dtype), weakref.ref(cast))
-    return cast
-
-
-def check_grouping(name: str, grouping: Grouping, num_experts: int, rows: int | None = None) -> None:
+def check_grouping(name: str, grouping: Grouping, num_experts: int, x: Tensor, tokens: int | None = None) -> None:
+    """A Grouping over `num_experts` experts on x's device, of `tokens` tokens if that is given."""
+    check_maps(name, grouping)
+    if grouping.offsets.device != x.device:
+        raise ValueError(f"{name}: expected a grouping on {x.device} (as x), got one on {grouping.offsets.device}")
     if grouping.num_experts != num_experts:
         raise ValueError(f"{name}: expected a grouping over E={num_experts} experts, got {grouping.num_experts}")
-    if rows is not None and grouping.num_rows != rows:
-        raise ValueError(f"{name}: expected a grouping of {rows} rows, got {grouping.num_rows}")
+    if tokens is not None and grouping.num_rows != tokens * grouping.top_k:
+        raise ValueError(f"{name}: expected a grouping of {tokens * grouping.top_k} rows, got {grouping.num_rows}")
 
 
 def check_ffn_weights(
@@ -141,8 +166,8 @@ def check_ffn_weights(
     if w2.ndim != 3:
         raise ValueError(f"w2: expected shape (E, H, I), got {tuple(w2.shape)}")
     num_experts, width = w2.shape[0], w2.shape[2]
-    if num_experts < 1:
-        raise ValueError(f"w2: expected E >= 1 experts, got {tuple(w2.shape)}")
+    if num_experts < 1 or width < 1:
+        raise ValueError(f"w2: expected shape (E, H, I) with E, I >= 1, got {tuple(w2.shape)}")
     rows = {"2I": 2 * width} if is_gated(activation) else {"I": width}
     check_shape("w1", w1, {"E": num_experts, **rows, "H": hidden})
     check_shape("w2", w2, {"E": num_experts, "H": hidden, "I": width})
@@ -150,3 +175,75 @@ def check_ffn_weights(
         check_shape("b1", b1, {"E": num_experts, **rows})
     if b2 is not None:
         check_shape("b2", b2, {"E": num_experts, "H": hidden})
+
+
+def check_features(x: Tensor) -> None:
+    """x of shape (..., H) with H >= 1."""
+    check_tensor("x", x)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x: expected shape (..., H) with H >= 1, got {tuple(x.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    if not is_number(eps) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+
+
+def check_mask(mask: Tensor | None, name: str, tokens: Tensor) -> None:
+    """An attention mask for `tokens`, called `name`, of any dtype that can be compared with 0."""
+    if mask is None:
+        return
+    check_tensor("attention_mask", mask)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"attention_mask: expected shape {tuple(tokens.shape)} (as {name}), got {tuple(mask.shape)}")
+    if mask.dtype not in (torch.bool, *INTEGERS, *_WIDE_UNSIGNED, *FLOATS):
+        raise ValueError(f"attention_mask: expected bool, integers or floats, got {mask.dtype}")
+    if mask.device != tokens.device:
+        raise ValueError(f"attention_mask: expected device {tokens.device} (as {name}), got {mask.device}")
+
+
+def check_maps(name: str, grouping: Grouping) -> None:
+    """Maps that fit together, or kernels would read and write out of bounds: once for each Grouping made by hand.
+
+    Their values are read on the CPU alone: on a GPU that would wait for it.
+    """
+    if getattr(grouping, _CHECKED, False):
+        return
+    offsets, rows = grouping.offsets, grouping.row_to_token
+    for field in ("offsets", "row_to_token", "token_to_row"):
+        tensor = getattr(grouping, field)
+        check_tensor(f"{name}.{field}", tensor)
+        if tensor.dtype != torch.int32 or tensor.device != offsets.device or tensor.ndim != 1:
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            raise ValueError(f"{name}.{field}: expected one dimension of int32 on {offsets.device}, got {got}")
+    top_k, num_rows = grouping.top_k, rows.shape[0]
+    if not isinstance(top_k, int) or top_k < 1 or num_rows % top_k or grouping.token_to_row.shape[0] != num_rows:
+        got = f"{num_rows} and {grouping.token_to_row.shape[0]} rows, top_k={top_k!r}"
+        raise ValueError(f"{name}: expected maps of T * top_k rows with an integer top_k >= 1, got {got}")
+    if offsets.shape[0] < 1:
+        raise ValueError(f"{name}.offsets: expected shape (E + 1,), got {tuple(offsets.shape)}")
+    if opaque(offsets) or transformed():
+        return
+    if offsets.device.type == "cpu":
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or sorted(bounds) != bounds or bounds[-1] > num_rows:
+            raise ValueError(f"{name}.offsets: expected ascending values from 0 to at most {num_rows}, got {bounds}")
+        if not torch.equal(rows.sort().values, torch.arange(num_rows, dtype=torch.int32)):
+            raise ValueError(f"{name}.row_to_token: expected a permutation of 0 to {num_rows - 1}, got another")
+        if not torch.equal(rows.argsort(), grouping.token_to_row.long()):
+            raise ValueError(f"{name}.token_to_row: expected the inverse of row_to_token, got another")
+    trusted(grouping)
+
+
+_CHECKED = "_checked"  # not a field: a Grouping that `dataclasses.replace` makes is checked again
+
+
+def trusted(grouping: Grouping) -> Grouping:
+    """The grouping, marked as one whose maps fit together."""
+    if not torch.compiler.is_compiling():
+        object.__setattr__(grouping, _CHECKED, True)
+    return grouping
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)

@@ -1,18 +1,22 @@
 """One definition of an op's derivative for both of its forms: eager and opaque.
 
 Eager calls skip the custom-op wrapper and go through an `autograd.Function`; while torch compiles or exports, the same
-forward and backward run as functional custom ops. A second derivative raises in both.
+forward and backward run as functional custom ops. Both have a first derivative in reverse mode. Whatever else is asked
+of them (a second derivative, forward mode, torch.vmap) raises: torch's own treatment of each would in some case give
+zeros or drop a term without a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from moebert_kernels import backend
+from moebert_kernels.ops._checks import transformed
 
 
 class Differentiable:
@@ -37,6 +41,7 @@ class Differentiable:
         backward_op = torch.library.custom_op(f"moebert_kernels::{name}_backward", backward, mutates_args=())
         forward_op.register_fake(fake_forward)
         backward_op.register_fake(fake_backward)
+        backward_op.register_autograd(second_derivative(name))
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.save_for_backward(*inputs[:tensor_arguments], *output[1:])
@@ -57,7 +62,9 @@ class Differentiable:
             lambda ctx, dy, *_: run_backward(backward_op, ctx, dy), setup_context=setup_context
         )
 
-        class Eager(torch.autograd.Function):
+        backward_once = without_derivative(name, backward)
+
+        class Eager(first_order(name)):  # type: ignore[misc]
             @staticmethod
             def forward(*args: Any) -> tuple[Tensor, ...]:
                 return forward(*args)
@@ -68,25 +75,86 @@ class Differentiable:
                 setup_context(ctx, inputs, output)
 
             @staticmethod
-            @torch.autograd.function.once_differentiable
             def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-                return run_backward(backward, ctx, dy)
+                return run_backward(backward_once, ctx, dy)
 
+        self._name = name
         self._forward = forward
         self._forward_op = forward_op
         self._eager = Eager
         self._differentiable = differentiable
 
     def __call__(self, opaque: bool, *args: Any) -> Tensor:
+        check_forward_mode(self._name, *args)
         if opaque:
             return self._forward_op(*args)[0]
-        if torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._differentiable):
+        if transformed() or (torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._differentiable)):
             return self._eager.apply(*args)[0]
         return self._forward(*args)[0]
 
     def needs_saving(self, *tensors: Tensor | None) -> bool:
         """Whether backward may run, and forward has something to keep for it."""
         return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+
+
+def first_order(name: str) -> type[torch.autograd.Function]:
+    """The base of an op's function: torch.vmap and forward mode raise."""
+
+    class FirstOrder(torch.autograd.Function):
+        @staticmethod
+        def vmap(*_: Any) -> NoReturn:
+            raise ValueError(f"{name}: expected no torch.vmap (jacrev) over its tensors, got one: use a loop")
+
+        @staticmethod
+        def jvp(*_: Any) -> NoReturn:
+            _refuse_forward_mode(name)
+
+    return FirstOrder
+
+
+def check_forward_mode(name: str, *args: Any) -> None:
+    """Raise if a tensor carries a tangent; a custom op would drop it."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        _refuse_forward_mode(name)
+
+
+def _refuse_forward_mode(name: str) -> NoReturn:
+    raise ValueError(f"{name}: expected reverse-mode differentiation, got forward mode (jvp, jacfwd, dual tensors)")
+
+
+def without_derivative(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` as a function of all that it reads, so that its own derivative raises wherever it is asked for.
+
+    `once_differentiable` looks at the incoming gradient alone: if that is a constant, as of a loss that is linear in
+    y, it passes the second derivative by in silence.
+    """
+
+    class Once(first_order(name)):  # type: ignore[misc]
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return backward(*args)
+
+        @staticmethod
+        def setup_context(*_: Any) -> None:
+            pass
+
+        backward = staticmethod(second_derivative(name))
+
+    def run(*args: Any) -> Any:
+        return Once.apply(*args) if torch.is_grad_enabled() or transformed() else backward(*args)
+
+    return run
+
+
+def second_derivative(name: str) -> Callable[..., NoReturn]:
+    """What stands for the derivative of an op's backward."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise ValueError(f"{name}: expected a first derivative, got a second one (create_graph, grad of grad, hessian)")
+
+    return refuse
 
 
 def _requires_grad(value: Any) -> bool:

@@ -19,7 +19,7 @@ def check_routing(
     num_tokens = math.prod(x.shape[:-1])
     checked: Grouping | Tensor
     if isinstance(routing, Grouping):
-        check_grouping("routing", routing, num_experts, num_tokens * routing.top_k)
+        check_grouping("routing", routing, num_experts, x, num_tokens)
         checked, top_k = routing, routing.top_k
     else:
         check_tensor("routing", routing)
@@ -30,10 +30,9 @@ def check_routing(
                 f"routing: expected expert ids of shape ({wanted},) or ({wanted}, top_k), got {tuple(routing.shape)}"
             )
         top_k = 1 if routing.ndim == len(leading) else routing.shape[-1]
-        checked = ids = routing.reshape(num_tokens, top_k)
         if routing.device != x.device:
             raise ValueError(f"routing: expected device {x.device} (as x), got {routing.device}")
-        check_expert_ids(ids)
+        checked, top_k = check_expert_ids(routing.reshape(num_tokens, top_k), "routing")
     if max_top_k is not None and top_k > max_top_k:
         raise ValueError(f"routing: expected top_k <= {max_top_k}, got {top_k}")
     return checked, top_k

@@ -10,15 +10,16 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
+    check_eps,
+    check_features,
     check_ffn_weights,
+    check_not_traced,
     check_probability,
     check_seed,
     check_shape,
-    check_tensor,
     inside_op,
     opaque,
     to_dtype,
-    weights_to_dtype,
 )
 from moebert_kernels.ops._differentiable import Differentiable, or_empty
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
@@ -44,10 +45,10 @@ def fused_moe_ffn_add_norm(
         norm_weight: (E, H).
         norm_bias: (E, H).
         routing_weights: p, shape of the expert ids; None means 1.
-        eps: added to the variance.
+        eps: added to the variance; finite, at least 0.
         activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
-        dropout_p: probability of dropping an element of the FFN's output, in [0, 1).
-        hidden_dropout_p: probability of dropping an activation, in [0, 1).
+        dropout_p: probability of dropping an element of the FFN's output, in [0, 1 - 2^-17): masks have 16 bits each.
+        hidden_dropout_p: the same for an activation.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
         recompute: keep only the inputs for backward.
 
@@ -55,22 +56,24 @@ def fused_moe_ffn_add_norm(
         Shape of `x`. Its dtype; under autocast float32, as torch.nn.functional.layer_norm does it.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees with the above.
+        ValueError: a shape, dtype, device or value disagrees with the above; or a second derivative, forward mode,
+            torch.vmap or torch.jit.trace is asked for.
 
+    Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, all weights and biases, the norm's parameters and routing_weights.
     Source: MoEBERT (arXiv 2204.07675), section 3, and the authors' expert layer. Reference:
     `moebert_kernels.reference.fused_moe_ffn_add_norm`.
     """
-    check_tensor("x", x)
-    if x.ndim < 1:
-        raise ValueError(f"x: expected shape (..., H), got {tuple(x.shape)}")
+    check_not_traced("fused_moe_ffn_add_norm")
+    check_features(x)
     hidden = x.shape[-1]
     check_ffn_weights(hidden, w1, b1, w2, b2, activation)
     check_shape("norm_weight", norm_weight, {"E": w1.shape[0], "H": hidden})
     check_shape("norm_bias", norm_bias, {"E": w1.shape[0], "H": hidden})
     check_probability("dropout_p", dropout_p)
     check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_seed(dropout_seed)
+    check_eps(eps)
+    check_seed(dropout_seed, x)
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=1)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     tensors = {
@@ -82,7 +85,7 @@ def fused_moe_ffn_add_norm(
         dropout_seed = dropout.draw_seed(x.device)
 
     gemm_dtype = autocast_dtype(x)
-    weights = weights_to_dtype(gemm_dtype, w1, b1, w2, b2)
+    weights = to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
     flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
     trains, one_node = _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm), opaque(x)

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from moebert_kernels import backend
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.ops._checks import check_integers, check_num_experts, inside_op, opaque
+from moebert_kernels.ops._checks import (
+    check_integers,
+    check_not_traced,
+    check_num_experts,
+    inside_op,
+    opaque,
+    transformed,
+    trusted,
+)
 from moebert_kernels.ops.hash_route import check_token_ids, route_flat
 
 
@@ -24,22 +32,23 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     Raises:
         ValueError: a dtype or shape disagrees with the above.
     """
-    top_k = check_expert_ids(expert_ids)
+    check_not_traced("group_tokens")
+    expert_ids, top_k = check_expert_ids(expert_ids)
     check_num_experts(num_experts)
-    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) else _group_tokens
+    run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) or transformed() else _group_tokens
     offsets, row_to_token, token_to_row = run(expert_ids.reshape(1, -1), num_experts)
-    return Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k)
+    return trusted(Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k))
 
 
-def check_expert_ids(expert_ids: Tensor) -> int:
-    """The top_k of ids (T,) or (T, top_k)."""
-    check_integers("expert_ids", expert_ids)
+def check_expert_ids(expert_ids: Tensor, name: str = "expert_ids") -> tuple[Tensor, int]:
+    """Ids (T,) or (T, top_k) in a dtype that kernels load, and top_k."""
+    expert_ids = check_integers(name, expert_ids)
     if expert_ids.ndim not in (1, 2):
-        raise ValueError(f"expert_ids: expected shape (T,) or (T, top_k), got {tuple(expert_ids.shape)}")
+        raise ValueError(f"{name}: expected shape (T,) or (T, top_k), got {tuple(expert_ids.shape)}")
     top_k = 1 if expert_ids.ndim == 1 else expert_ids.shape[1]
     if top_k < 1:
-        raise ValueError(f"expert_ids: expected top_k >= 1, got {tuple(expert_ids.shape)}")
-    return top_k
+        raise ValueError(f"{name}: expected top_k >= 1, got {tuple(expert_ids.shape)}")
+    return expert_ids, top_k
 
 
 def group_tokens_by_hash(
@@ -59,15 +68,17 @@ def group_tokens_by_hash(
     Raises:
         ValueError: a dtype, shape or device disagrees with the above.
     """
-    check_integers("tables", tables)
+    check_not_traced("group_tokens_by_hash")
+    tables = check_integers("tables", tables)
     check_num_experts(num_experts)
     if tables.ndim != 2:
         raise ValueError(f"tables: expected shape (L, V), got {tuple(tables.shape)}")
-    check_token_ids(token_ids, tables, attention_mask)
+    token_ids = check_token_ids(token_ids, tables, attention_mask)
     mask = None if attention_mask is None else attention_mask.reshape(-1)
-    by_hash = torch.ops.moebert_kernels.group_tokens_by_hash if opaque(token_ids) else _group_tokens_by_hash
+    one_node = opaque(token_ids) or transformed()
+    by_hash = torch.ops.moebert_kernels.group_tokens_by_hash if one_node else _group_tokens_by_hash
     maps = by_hash(token_ids.reshape(-1), tables, mask, num_experts)
-    return [Grouping(*layer) for layer in zip(*(m.unbind(0) for m in maps), strict=True)]
+    return [trusted(Grouping(*layer)) for layer in zip(*(m.unbind(0) for m in maps), strict=True)]
 
 
 def _group_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import backend
-from moebert_kernels.ops._checks import check_integers, inside_op, opaque
+from moebert_kernels.ops._checks import check_integers, check_mask, check_not_traced, inside_op, opaque, transformed
 
 
 def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -18,31 +18,32 @@ def hash_route(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None =
         attention_mask: shape of `token_ids`, bool or number; 0 means padding.
 
     Returns:
-        int32, shape of `token_ids`; -1 where masked or outside the table.
+        int32, shape of `token_ids`; -1 where masked or outside the table, or where the entry is no int32.
 
     Raises:
         ValueError: a dtype, shape or device disagrees with the above.
     """
-    check_integers("table", table)
+    check_not_traced("hash_route")
+    table = check_integers("table", table)
     if table.ndim != 1:
         raise ValueError(f"table: expected shape (V,), got {tuple(table.shape)}")
-    check_token_ids(token_ids, table, attention_mask)
+    token_ids = check_token_ids(token_ids, table, attention_mask)
     mask = None if attention_mask is None else attention_mask.reshape(-1)
     return route_flat(token_ids.reshape(-1), table[None], mask)[0].view(token_ids.shape)
 
 
-def check_token_ids(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None) -> None:
-    check_integers("token_ids", token_ids)
+def check_token_ids(token_ids: Tensor, table: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`token_ids` in a dtype that kernels load."""
+    token_ids = check_integers("token_ids", token_ids)
     if token_ids.device != table.device:
         raise ValueError(f"token_ids: expected device {table.device} (as the table), got {token_ids.device}")
-    if attention_mask is not None and attention_mask.shape != token_ids.shape:
-        wanted, got = tuple(token_ids.shape), tuple(attention_mask.shape)
-        raise ValueError(f"attention_mask: expected shape {wanted} (as token_ids), got {got}")
+    check_mask(attention_mask, "token_ids", token_ids)
+    return token_ids
 
 
 def route_flat(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None) -> Tensor:
     """(N,) ids through (L, V) tables -> (L, N) int32. Arguments are checked."""
-    run = torch.ops.moebert_kernels.hash_route if opaque(token_ids) else _hash_route
+    run = torch.ops.moebert_kernels.hash_route if opaque(token_ids) or transformed() else _hash_route
     return run(token_ids, tables, attention_mask)
 
 

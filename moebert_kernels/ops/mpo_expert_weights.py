@@ -12,13 +12,21 @@ from moebert_kernels import backend
 from moebert_kernels.ops._checks import (
     autocast_dtype,
     check_dtypes_and_devices,
+    check_not_traced,
     check_shape,
     check_tensor,
     inside_op,
     opaque,
-    weights_to_dtype,
+    to_dtype,
+    transformed,
 )
-from moebert_kernels.ops._differentiable import or_empty
+from moebert_kernels.ops._differentiable import (
+    check_forward_mode,
+    first_order,
+    or_empty,
+    second_derivative,
+    without_derivative,
+)
 
 
 def mpo_expert_weights(
@@ -41,17 +49,21 @@ def mpo_expert_weights(
         (E, out, in) with out = prod i_k, in = prod j_k. Dtype of `central`; under autocast its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or position disagrees with the above.
+        ValueError: a shape, dtype, device or position disagrees with the above; or a second derivative, forward mode,
+            torch.vmap or torch.jit.trace is asked for.
 
+    Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in central and aux. Backward needs the arguments alone: nothing else is kept for it. A tensor
     that needs no gradient saves its part of the work, for instance a central tensor that is masked in this step.
     Reference: `moebert_kernels.reference.mpo_expert_weights`.
     """
+    check_not_traced(_NAME)
     central_site = _check(central, aux, offsets, central_site)
-    tensors = weights_to_dtype(autocast_dtype(central), central, *aux)
+    tensors = to_dtype(autocast_dtype(central), central, *aux)
+    check_forward_mode(_NAME, *tensors)
     if opaque(central):
         return _mpo_expert_weights(tensors, offsets, central_site)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return _Eager.apply(offsets, central_site, *tensors)
     return _forward(tensors, offsets, central_site)
 
@@ -61,13 +73,13 @@ def _check(central: Tensor, aux: Sequence[Tensor], offsets: Tensor | None, centr
     check_tensor("central", central)
     if central.ndim != 4 or 0 in central.shape:
         raise ValueError(f"central: expected shape (D, i, j, D') of sizes >= 1, got {tuple(central.shape)}")
-    if isinstance(aux, Tensor) or len(aux) == 0:
-        got = "a tensor" if isinstance(aux, Tensor) else "none"
+    if isinstance(aux, Tensor) or not hasattr(aux, "__getitem__") or len(aux) == 0:
+        got = "a tensor" if isinstance(aux, Tensor) else "none" if hasattr(aux, "__getitem__") else type(aux).__name__
         raise ValueError(f"aux: expected a sequence of at least one tensor (E, D, i, j, D'), got {got}")
     if central_site is None:
         central_site = len(aux) // 2
-    if not 0 <= central_site <= len(aux):
-        raise ValueError(f"central_site: expected a position from 0 to {len(aux)}, got {central_site}")
+    if not isinstance(central_site, int) or isinstance(central_site, bool) or not 0 <= central_site <= len(aux):
+        raise ValueError(f"central_site: expected a position from 0 to {len(aux)}, got {central_site!r}")
     for k, site in enumerate(aux):
         check_tensor(f"aux[{k}]", site)
         if site.ndim != 5 or 0 in site.shape:
@@ -111,7 +123,17 @@ def _backward(
         )
 
 
-class _Eager(torch.autograd.Function):
+def _flat_backward(
+    dw: Tensor, offsets: Tensor | None, central_site: int, needs: Sequence[bool], *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    return or_empty(dw, _backward(dw, tensors, offsets, central_site, needs))
+
+
+_NAME = "mpo_expert_weights"
+_backward_once = without_derivative(_NAME, _flat_backward)
+
+
+class _Eager(first_order(_NAME)):  # type: ignore[misc]
     @staticmethod
     def forward(offsets: Tensor | None, central_site: int, *tensors: Tensor) -> Tensor:
         return _forward(tensors, offsets, central_site)
@@ -122,10 +144,15 @@ class _Eager(torch.autograd.Function):
         ctx.save_for_backward(offsets, *tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
         offsets, *tensors = ctx.saved_tensors
-        return None, None, *_backward(dw, tensors, offsets, ctx.central_site, ctx.needs_input_grad[2:])
+        needs = ctx.needs_input_grad[2:]
+        grads = _backward_once(dw, offsets, ctx.central_site, needs, *tensors)
+        return None, None, *_needed(grads, needs)
+
+
+def _needed(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
 # `Differentiable` takes a fixed number of tensors; the opaque form of this op takes them as one list.
@@ -138,7 +165,7 @@ def _mpo_expert_weights(tensors: Sequence[Tensor], offsets: Tensor | None, centr
 def _mpo_expert_weights_backward(
     dw: Tensor, tensors: Sequence[Tensor], offsets: Tensor | None, central_site: int, needs: Sequence[bool]
 ) -> list[Tensor]:
-    return list(or_empty(dw, _backward(dw, tensors, offsets, central_site, needs)))
+    return list(_flat_backward(dw, offsets, central_site, needs, *tensors))
 
 
 @_mpo_expert_weights.register_fake
@@ -164,7 +191,8 @@ def _opaque_backward(ctx: Any, dw: Tensor) -> tuple[Any, ...]:
     offsets, *tensors = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[0])
     grads = _mpo_expert_weights_backward(dw, tensors, offsets, ctx.central_site, needs)
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)], None, None
+    return _needed(grads, needs), None, None
 
 
 _mpo_expert_weights.register_autograd(_opaque_backward, setup_context=_setup_context)
+_mpo_expert_weights_backward.register_autograd(second_derivative(_NAME))

@@ -67,7 +67,7 @@ void fill(Ids& ids, int64_t layers, int64_t size, int64_t limit) {
   const int64_t kind = draw(0, 5);
   const int64_t favourite = draw(-1, limit);
   const int64_t extremes[] = {std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(),
-                              int64_t{1} << 31, int64_t{1} << 32, -(int64_t{1} << 32), limit, -1};
+                              int64_t{1} << 31, (int64_t{1} << 32) + 1, 1 - (int64_t{1} << 32), limit, -1};
   for (int64_t layer = 0; layer < layers; ++layer) {
     for (int64_t i = 0; i < size; ++i) {
       int64_t value = draw(0, limit - 1);
@@ -211,7 +211,8 @@ void run(const Case& c) {
       int64_t expert = ids.get(c.by_hash ? 0 : layer, t);
       if (c.by_hash) {
         const bool inside = expert >= 0 && expert < c.vocab_size && mask.keep[static_cast<size_t>(t)];
-        expert = inside ? static_cast<int32_t>(tables.get(layer, expert)) : -1;
+        expert = inside ? tables.get(layer, expert) : -1;
+        if (expert < std::numeric_limits<int32_t>::min() || expert > std::numeric_limits<int32_t>::max()) expert = -1;
         CHECK(routed[static_cast<size_t>(layer * c.tokens + t)] == expert, "hash_route of token %lld; %s",
               static_cast<long long>(t), c.text().c_str());
       } else if (!mask.keep[static_cast<size_t>(t)]) {

@@ -1,6 +1,7 @@
 """Causal language models through the loop: windows of running text, losses per token, perplexity."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def test_every_token_is_a_label_once_and_none_is_lost(length, overlap):
     stream = [label for _, label in labels if label != -100]
     assert tokenizer.decode(stream[1:]) == STORY and stream[0] == tokenizer.bos_token_id
     assert max(len(ids) for ids in features.input_ids) <= length
-    for earlier, later in zip(features.input_ids, features.input_ids[1:], strict=False):
+    for earlier, later in pairwise(features.input_ids):
         np.testing.assert_array_equal(earlier[-overlap:], later[:overlap])
 
 

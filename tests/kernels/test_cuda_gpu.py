@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from moebert_kernels import backend, fused_moe_ffn_add_norm, group_tokens, group_tokens_by_hash, hash_route, reference
-from tests.backends import CUDA_FORMS, cuda_runs
+from tests.backends import CUDA_FORMS, cuda_runs, why_not_built
 from tests.helpers import assert_as_accurate
 from tests.ops.cases import run
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        torch.cuda.is_available() and not cuda_runs("group_tokens"), reason="moebert_kernels._C cannot run here"
+        torch.cuda.is_available() and not cuda_runs("group_tokens"),
+        reason=why_not_built("group_tokens") or "this GPU or its driver cannot run moebert_kernels._C: moebert doctor",
     ),
 ]
 

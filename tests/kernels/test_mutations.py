@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow  # each starts a process that imports torch and interprets kernels
 
 FFN = "tests/ops/test_fused_moe_ffn.py"
 ADD_NORM = "tests/ops/test_fused_moe_ffn_add_norm.py"

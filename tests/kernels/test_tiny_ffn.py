@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from moebert_kernels import group_tokens, native, reference
+from moebert_kernels import group_tokens, reference
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.cuda_backend import tiny_ffn
+from tests.backends import why_not_built
 from tests.helpers import assert_as_accurate
 
-pytestmark = pytest.mark.skipif(
-    "tiny_ffn" not in native.record().get("ops", ()), reason="moebert_kernels._C was built without tiny_ffn"
-)
+pytestmark = pytest.mark.skipif(why_not_built("tiny_ffn") is not None, reason=str(why_not_built("tiny_ffn")))
 
 E, H, I = 4, 96, 72
+HALVES_AND_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def arguments(tokens, dtype=torch.float32, activation="gelu", device="cpu", hidden=H, width=I):
@@ -61,9 +61,13 @@ def check(got, name, tensors, ids, **options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 7, 32, 129, 512])
+@pytest.mark.parametrize(
+    "tokens, dtype, activation",
+    [(32, torch.float32, activation) for activation in ACTIVATIONS]
+    + [(tokens, dtype, "gelu") for tokens in (1, 7, 129, 512) for dtype in HALVES_AND_FLOAT]
+    + [(32, dtype, "swiglu") for dtype in (torch.float16, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("hidden, width", [(768, 768), (97, 75)], ids=["large", "small"])
 def test_matches_the_reference_from_a_grouping_and_from_ids(tokens, dtype, activation, hidden, width):
     tensors = arguments(tokens, dtype, activation, "cuda", hidden, width)

@@ -13,7 +13,7 @@ from moebert_kernels.models.mpoe_layers import slots
 from moebert_kernels.models.outputs import MPOE_OUTPUTS
 from moebert_kernels.nn import GradientMask
 from tests.convert import mpoe_models as tiny
-from tests.helpers import assert_same_model
+from tests.helpers import assert_same_model, checkpoint_activations
 from tests.nn.mpo import counted_folds
 
 T5_BASE = dict(d_model=768, d_ff=3072, d_kv=64, num_heads=12, num_layers=12, vocab_size=32128)
@@ -169,7 +169,7 @@ def test_gradient_checkpointing_changes_nothing(router):
     grads = []
     for reentrant in (None, False, True):
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         model.zero_grad()
         torch.manual_seed(1)
         output = model(**batch)
@@ -192,7 +192,7 @@ def test_copies_are_apart_and_embeddings_stay_tied():
 def test_a_trained_model_can_be_copied_and_called_without_gradients():
     model, batch = moe("t5").train(), labelled("t5")
     model(**batch).loss.backward()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(**batch).loss.backward()
     copy.deepcopy(model)
     with torch.no_grad():  # as dropout is sampled at inference

@@ -86,8 +86,8 @@ def test_autocast_does_not_reach_the_router():
     [
         ({"scaling": "p"}, "scaling: expected one of ratio, probability, got 'p'"),
         ({"jitter": 1.0}, r"jitter: expected a number in \[0, 1\), got 1.0"),
-        ({"noise": -1.0}, "noise: expected a standard deviation of at least 0, got -1.0"),
-        ({"capacity_factor": 0}, "capacity_factor: expected a number above 0 or None, got 0"),
+        ({"noise": -1.0}, "noise: expected a finite standard deviation of at least 0, got -1.0"),
+        ({"capacity_factor": 0}, "capacity_factor: expected a finite number above 0 or None, got 0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

@@ -87,7 +87,7 @@ def test_wrong_task_ids(task_ids, message):
 
 
 def test_wrong_sizes():
-    with pytest.raises(UserError, match="num_tasks: expected at least 1, got 0"):
+    with pytest.raises(UserError, match="num_tasks: expected an integer of at least 1, got 0"):
         TaskRouter(0, E)
     for top_k in (0, 5):
         with pytest.raises(UserError, match=f"top_k: expected 1 to num_experts=4, got {top_k}"):

@@ -73,8 +73,8 @@ def test_layers_with_top2_and_hash_routing():
         ({"policy": "threshold"}, "policy: expected one of all, none, random, got 'threshold'"),
         ({"eval_policy": ""}, "eval_policy: expected one of"),
         ({"num_experts": 1}, "num_experts: expected at least 2"),
-        ({"threshold": 0.0}, "threshold: expected a number above 0, got 0.0"),
-        ({"eval_capacity_factor": -1.0}, "eval_capacity_factor: expected a number above 0 or None, got -1.0"),
+        ({"threshold": 0.0}, "threshold: expected a finite number above 0, got 0.0"),
+        ({"eval_capacity_factor": -1.0}, "eval_capacity_factor: expected a finite number above 0 or None, got -1.0"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -83,5 +83,5 @@ def test_wrong_options_are_refused(options, message):
 
 
 def test_needs_sequences():
-    with pytest.raises(ValueError, match=r"x: expected shape \(B, T, H\), got \(5, 12\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, T, H=12\), got \(5, 12\)"):
         Top2Router(H, E)(torch.randn(5, H))

@@ -17,6 +17,10 @@ ROUTINGS = {
     "all_skipped": lambda: torch.full((T,), -1),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+HARDEST = "some_skipped"
+# Every routing in float32, every dtype with the hardest routing: a fault that needs two special values of the two at
+# once is left to the fuzz.
+ROUTINGS_AND_DTYPES = [(routing, torch.float32) for routing in ROUTINGS] + [(HARDEST, dtype) for dtype in DTYPES[1:]]
 
 
 def in_interpreter() -> bool:
@@ -45,6 +49,11 @@ def parameters(dtype, gated=False, bias=True, norm=False):
     if norm:
         made += [1 + 0.1 * torch.randn(E, H), 0.1 * torch.randn(E, H)]
     return [None if t is None else t.to(dtype) for t in made]
+
+
+def names_of(names, inputs):
+    """Of what `run` returns: y, and a gradient for each input that is there."""
+    return [names[0], *(name for name, value in zip(names[1:], inputs, strict=True) if value is not None)]
 
 
 def run(op, inputs, dy, dtype, **constants):

@@ -21,16 +21,25 @@ def implementation(request, monkeypatch):
     torch.set_default_device(None)
 
 
+TORCH_ALONE = ("test_rejects", "test_gradcheck", "test_a_masked_central_tensor")  # checks, float64, GEMMs of torch
+
+
 def pytest_collection_modifyitems(config, items):
-    """What kernels' tests leave out: float64, which they do not compute, and what Triton's interpreter takes minutes
-    for."""
+    """What kernels' tests leave out: float64, which they do not compute, and what is of torch alone or takes Triton's
+    interpreter minutes."""
 
     def wanted(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         chosen = parameters.get("implementation", "torch")
-        many = parameters.get("count", 0) > 40 or item.originalname == "test_any_shape"  # tests/kernels has its own
+        many = parameters.get("count", 0) > 40
         if chosen != "torch" and parameters.get("dtype") == torch.float64:
+            return False
+        if chosen != "torch" and item.originalname.startswith(TORCH_ALONE):
             return False
         return runs_here(item) and not (chosen == "triton" and many)
 
     deselect(config, items, wanted)
+    for item in items:  # opaque ops are the same with any backend, and here the kernels in them take the time
+        interpreted = "triton-" in item.name or item.name.endswith("triton]")
+        if interpreted and not torch.cuda.is_available() and ("opcheck" in item.name or "compile" in item.name):
+            item.add_marker(pytest.mark.slow)

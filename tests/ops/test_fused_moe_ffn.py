@@ -4,7 +4,21 @@ import torch.nn.functional as F
 
 from moebert_kernels import expert_gemm, fused_moe_ffn, group_tokens, reference
 from tests.helpers import assert_as_accurate
-from tests.ops.cases import DTYPES, ROUTINGS, E, H, I, T, in_interpreter, parameters, run, slack, widest
+from tests.ops.cases import (
+    HARDEST,
+    ROUTINGS,
+    ROUTINGS_AND_DTYPES,
+    E,
+    H,
+    I,
+    T,
+    in_interpreter,
+    names_of,
+    parameters,
+    run,
+    slack,
+    widest,
+)
 
 NAMES = ("y", "dx", "dw1", "db1", "dw2", "db2", "drouting_weights")
 
@@ -25,13 +39,11 @@ def compare(ids, dtype, p=None, activation="gelu", bias=True, **constants):
     constants.pop("recompute", None)
     same = run(call(reference.fused_moe_ffn), inputs, dy, dtype, **constants)
     exact = run(call(reference.fused_moe_ffn), inputs, dy, torch.float64, **constants)
-    names = NAMES if bias else ("y", "dx", "dw1", "dw2", "drouting_weights")
-    for name, *tensors in zip(names, got, same, exact, strict=False):
+    for name, *tensors in zip(names_of(NAMES, inputs), got, same, exact, strict=True):
         assert_as_accurate(*tensors, name=name, factor=slack(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing, dtype", ROUTINGS_AND_DTYPES, ids=str)
 def test_matches_reference(routing, dtype):
     ids = ROUTINGS[routing]()
     if dtype == torch.float32 or not in_interpreter():
@@ -47,10 +59,13 @@ def test_top_k(top_k):
     compare(ids, torch.float32)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu"])
+@pytest.mark.parametrize(
+    "activation, bias",
+    [(activation, True) for activation in ("gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu")]
+    + [("relu", False), ("swiglu", False)],
+)
 def test_activations(activation, bias):
-    compare(ROUTINGS["some_skipped"](), torch.float32, activation=activation, bias=bias)
+    compare(ROUTINGS[HARDEST](), torch.float32, activation=activation, bias=bias)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -60,9 +75,7 @@ def test_hidden_dropout(recompute):
     compare(ids, widest(), p=torch.rand(T, 2), hidden_dropout_p=0.3, dropout_seed=seed, recompute=recompute)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("lowest", [-1, 0])
+@pytest.mark.parametrize("lowest, top_k, bias", [(-1, 1, True), (-1, 2, False), (0, 1, False), (0, 2, True)])
 @pytest.mark.parametrize("count", [0, 5, T, 160, 600])  # every way through: nothing, a loop, one batch, pairs, many
 def test_inference_equals_training(count, lowest, top_k, bias):
     ids = torch.randint(lowest, E, (count, top_k))
@@ -86,9 +99,9 @@ def test_equals_the_composition_of_two_expert_gemms():
 def test_bitwise_repeatable_and_saved_tensors_stay():
     x, weights = torch.randn(T, H, requires_grad=True), [t.requires_grad_() for t in parameters(torch.float32)]
     ids = torch.randint(-1, E, (T, 2))
-    y = fused_moe_ffn(x, ids, *weights, routing_weights=torch.rand(T, 2, generator=torch.manual_seed(1)))
-    again = fused_moe_ffn(x, ids, *weights, routing_weights=torch.rand(T, 2, generator=torch.manual_seed(1)))
-    assert torch.equal(y, again)
+    p = torch.rand(T, 2)
+    y = fused_moe_ffn(x, ids, *weights, routing_weights=p)
+    assert torch.equal(y, fused_moe_ffn(x, ids, *weights, routing_weights=p))
     first = torch.autograd.grad(y.sum(), [x, *weights], retain_graph=True)
     second = torch.autograd.grad(y.sum(), [x, *weights])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -113,36 +126,6 @@ def test_frozen_weights_and_frozen_input():
     weights[2].requires_grad_()
     fused_moe_ffn(x, ids, *weights).sum().backward()
     assert weights[2].grad is not None and weights[0].grad is None and x.grad is None
-
-
-def test_second_derivative_raises():
-    x, weights, ids = torch.randn(T, H, requires_grad=True), parameters(torch.float32), torch.zeros(T).long()
-    (dx,) = torch.autograd.grad(fused_moe_ffn(x, ids, *weights).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
-def test_autocast_returns_its_dtype_and_casts_a_weight_once(implementation):
-    x, weights, ids = torch.randn(T, H), [t.requires_grad_() for t in parameters(torch.float32)], torch.zeros(T).long()
-    with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        y = fused_moe_ffn(x, ids, *weights)
-        twice = fused_moe_ffn(y, ids, *weights)
-        if implementation == "torch":
-            assert fused_moe_ffn(x.double(), ids, *[w.double() for w in weights]).dtype == torch.float64
-    assert y.dtype == torch.bfloat16
-    nodes = [node for node, _ in twice.grad_fn.next_functions[0][0].next_functions[1:5]]
-    inner = twice.grad_fn.next_functions[0][0].next_functions[0][0]
-    while "Eager" not in type(inner).__name__:
-        inner = inner.next_functions[0][0]
-    assert [node for node, _ in inner.next_functions[1:5]] == nodes
-    twice.sum().backward()
-    assert weights[0].grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
-def test_any_integer_dtype_of_ids(dtype):
-    x, weights, ids = torch.randn(T, H), parameters(torch.float32), torch.arange(T) % E
-    assert torch.equal(fused_moe_ffn(x, ids.to(dtype), *weights), fused_moe_ffn(x, ids, *weights))
 
 
 def test_opcheck_compile_and_export():
@@ -185,7 +168,7 @@ def test_rejects():
         r"x: expected a tensor, got list": ([1.0], ids, w1, b1, w2, b2),
         rf"routing: expected expert ids of shape \({T},\) or \({T}, top_k\), got \({T - 1},\)":
             (x, ids[1:], w1, b1, w2, b2),
-        r"expert_ids: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
+        r"routing: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
         rf"routing: expected a grouping over E={E} experts, got 3": (x, group_tokens(ids, 3), w1, b1, w2, b2),
         rf"routing: expected a grouping of {T} rows, got 5": (x, group_tokens(ids[:5], E), w1, b1, w2, b2),
     }.items():  # fmt: skip

@@ -80,9 +80,7 @@ def test_the_middle_is_the_default_and_inference_equals_training():
     assert torch.equal(inference, trained)
 
 
-def test_gradcheck(implementation):
-    if implementation != "torch":
-        pytest.skip("float64")
+def test_gradcheck():
     position, tensors = sites("four_off_centre", torch.float64)
     offsets = torch.tensor([0, 2, 2, 3], dtype=torch.int32)
     assert torch.autograd.gradcheck(
@@ -111,10 +109,8 @@ def gemm_flops(tensors, wanted):
     return counter.get_total_flops()
 
 
-def test_a_masked_central_tensor_saves_its_gemm(implementation):
+def test_a_masked_central_tensor_saves_its_gemm():
     """And skipped auxiliary tensors save theirs: arithmetic of the shapes, not a measured time."""
-    if implementation != "torch":
-        pytest.skip("counts the GEMMs of torch")
     _, tensors = sites("tiles")
     left, right, bond, next_bond, middle = 5 * 2 * 2 * 2, 3 * 3 * 4, 40, 36, 2
     everything = gemm_flops(tensors, range(5))
@@ -169,23 +165,6 @@ def test_any_strides_of_inputs_and_gradient():
         torch.testing.assert_close(tensor.double(), truth, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivative_raises():
-    _, tensors = sites("two")
-    tensors = [t.requires_grad_() for t in tensors]
-    (dc,) = torch.autograd.grad(mpo_expert_weights(tensors[0], tensors[1:]).pow(2).sum(), tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dc.sum().backward()
-
-
-def test_autocast_returns_its_dtype():
-    _, tensors = sites("five")
-    tensors = [t.requires_grad_() for t in tensors]
-    with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
-        w = mpo_expert_weights(tensors[0], tensors[1:])
-    w.sum().backward()
-    assert w.dtype == torch.bfloat16 and all(t.grad.dtype == torch.float32 for t in tensors)
-
-
 def test_opcheck_compile_and_export():
     position, tensors = sites("five")
     tensors = [t.requires_grad_() for t in tensors]
@@ -198,7 +177,7 @@ def test_opcheck_compile_and_export():
             self.tensors = torch.nn.ParameterList(tensors)
 
         def forward(self, offsets):
-            return mpo_expert_weights(self.tensors[0], list(self.tensors[1:]), offsets=offsets)
+            return mpo_expert_weights(self.tensors[0], list(self.tensors)[1:], offsets=offsets)
 
     module = Weights()
     compiled = torch.compile(module, fullgraph=True)
@@ -229,7 +208,7 @@ def test_rejects():
          (central, [*aux[:3], aux[3].half()]), {}),
         (r"central_site: expected a position from 0 to 4, got 5", (central, aux), {"central_site": 5}),
         (r"offsets: expected shape \(E \+ 1=4\), got \(3,\)", (central, aux), {"offsets": torch.zeros(3).int()}),
-        (r"offsets: expected int32 on cpu, got torch.int64 on cpu", (central, aux), {"offsets": torch.zeros(4).long()}),
+        (r"offsets: expected int32 on \S+, got torch.int64 on \S+", (central, aux), {"offsets": torch.zeros(4).long()}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             mpo_expert_weights(*arguments, **options)
