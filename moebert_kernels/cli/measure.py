@@ -138,7 +138,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short recipe: the way, not the accuracy.")] = False,
 ) -> None:
     """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
-    from moebert_kernels.demo import run_demo
+    from moebert_kernels.demo.run import run_demo
 
     check_writable(output)
     run_demo(output, quick=quick, seed=seed)
