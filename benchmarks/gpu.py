@@ -92,10 +92,9 @@ def go_on(
             outcome = outcome | {"status": "failed"}
         seconds = machine.now() - start
         record.put(step, outcome, seconds, have)
-        missed = "".join(f"\n      {line}" for line in outcome.get("missed", ()))
-        say(
-            f"{machine.now() - begun:4.0f} s  {step.name}: {outcome['status']}, {seconds:.0f} s: {outcome['note']}{missed}"
-        )
+        say(f"{machine.now() - begun:4.0f} s  {step.name}: {outcome['status']}, {seconds:.0f} s: {outcome['note']}")
+        for line in outcome.get("missed", ()):
+            say(f"      {line}")
 
     def limit(step: Step) -> tuple[float, bool]:
         patience, left = 4 * step.seconds + 60, end - machine.now()
@@ -134,6 +133,7 @@ def go_on(
         else:
             break
     machine.close()
+    record.save()
 
 
 def preflight(have: Have, steps: Sequence[Step], gpu: str, refused: Mapping[str, str]) -> list[str]:

@@ -81,11 +81,12 @@ SHARED_CENTRE = [
     ("mpo", "mpo_expert_weights-forward", 4), ("mpo", "mpo_experts-forward_backward-T32768", 6),
     ("mpo", "mpo_expert_weights-forward_backward", 3), ("mpo", "mpo_experts-shared_fold-4xT4096", 5),
 ]  # fmt: skip
-# Files of tests; each is compiled and run by a process of its own.
-TESTED = {"ops/test_fused_moe_ffn": 90, "ops/test_fused_moe_ffn_add_norm": 80, "kernels/test_gpu": 60,
-          **dict.fromkeys([*(f"ops/test_{name}" for name in ("expert_gemm", "group_tokens", "hash_route", "mpo_expert_weights", "any_shape")),
-                           *(f"kernels/test_{name}" for name in ("cuda_gpu", "tiny_ffn", "expert_gemm_cuda", "dropout", "any_shape")),
-                           "test_native"], 35)}  # fmt: skip
+# Files of tests; each is compiled and run by a process of its own. Plain torch has no kernels of ours: CI runs it.
+OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route ops/test_mpo_expert_weights
+ops/test_any_shape kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda kernels/test_dropout
+kernels/test_any_shape test_native"""
+TESTED = {"ops/test_fused_moe_ffn": 90, "ops/test_fused_moe_ffn_add_norm": 80, "kernels/test_gpu": 60}
+TESTED |= dict.fromkeys(OTHER_TESTS.split(), 35)
 
 
 def steps() -> list[Step]:
@@ -115,14 +116,14 @@ def _steps() -> Iterator[Step]:
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         for backend in ("triton", "cuda"):
             checks = (PYTHON, "-m", "benchmarks.gpu_checks", backend)
-            yield Step(f"sanitize/{tool}-{backend}", 60, command=(SANITIZER, "--tool", tool, "--error-exitcode", "9", *checks),
-                       rehearsal=(PYTHON, "-c", "import benchmarks.gpu_checks"), after_build=True,
-                       needs=(*TRITON, SANITIZER) if backend == "triton" else (*TRITON, SANITIZER, NATIVE),
-                       uses=(NATIVE,))  # fmt: skip
-    for name, seconds in TESTED.items():  # plain torch has no kernels of ours: CI runs its items on a CPU
+            words = (SANITIZER, "--tool", tool, "--error-exitcode", "9", *checks)
+            more = cuda if backend == "cuda" else {"needs": TRITON}
+            yield Step(f"sanitize/{tool}-{backend}", 60, command=words, rehearsal=(PYTHON, "-c", "import benchmarks"),
+                       **more | {"needs": (*more["needs"], SANITIZER)})  # fmt: skip
+    for name, seconds in TESTED.items():
         words = (*PYTEST, f"tests/{name}.py", "-k", "not torch-")
-        yield Step(f"test/{name}", seconds, command=words, rehearsal=(*words, "--collect-only"), after_build=True,
-                   needs=(*TESTS, "hypothesis") if name.endswith("any_shape") else TESTS, uses=(NATIVE,))  # fmt: skip
+        yield Step(f"test/{name}", seconds, command=words, rehearsal=(*words, "--collect-only"), uses=(NATIVE,),
+                   needs=(*TESTS, "hypothesis") if "any_shape" in name else TESTS, after_build=True)  # fmt: skip
 
 
 def cases_of(what: str) -> list[str]:

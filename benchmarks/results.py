@@ -321,7 +321,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _earlier(folder: Path, result: dict[str, Any], only: str | None) -> dict[str, dict[str, Any]]:
-    """What an earlier, cut run of the same code on the same device did, without `only`: "cases" and "broken" by name."""
+    """What an earlier run of the same code on the same device did, without `only`: "cases", "broken", by name."""
     nothing: dict[str, dict[str, Any]] = {"cases": {}, "broken": {}}
     path = folder / f"{result['what']}.json"
     if not path.exists():
