@@ -233,7 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     record.data["calls"].append({"date": time.strftime("%Y-%m-%d %H:%M:%S"), "here": have, "wheels_refused": refused})
     record.save()
     try:
-        wants_build = not options.carried and any(step.after_build for step in steps)
+        asked = any(step.after_build for step in steps) or BUILD.name in (options.only or ())
+        wants_build = asked and not options.carried
         go_on(record, Machine(folder, options.rehearse), here, end=begun + options.seconds - RESERVE_S, steps=steps,
               build=BUILD if wants_build else None, say=lambda line: print(line, flush=True))  # fmt: skip
     finally:
@@ -243,8 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     write(folder / SUMMARY, text + "\n")
     record.save()
     print(f"\n{text}\n{time.monotonic() - begun:.0f} s", flush=True)
-    good = all(record.steps.get(s.name, {}).get("status") == "ok" and record.done(s, have) for s in steps)
-    return int(not good or any(record.steps[s.name].get("missed") for s in steps))
+    ended = [record.steps.get(step.name, {}) if record.done(step, have) else {} for step in steps]
+    good = all(was.get("status") == "ok" and "missed" not in was for was in ended)
+    return int(not good or record.steps.get(BUILD.name, {}).get("status") == "failed")
 
 
 def set_up(rehearse: bool) -> None:

@@ -301,6 +301,36 @@ def test_without_a_gpu_there_is_one_line(monkeypatch, capsys, tmp_path):
             gpu.main(words)
 
 
+@pytest.mark.parametrize("only,built", [("build", True), ("tiny", True), ("mpo", False)])
+def test_a_call_does_what_it_is_asked_for_and_says_how_it_went(only, built, tmp_path, monkeypatch, capsys):
+    machines = []
+
+    def fake(folder, rehearse):
+        machines.append(FakeMachine((BUILD, *STEPS), outcomes={"tiny/fused_moe_ffn_add_norm-forward-T8": {
+            "missed": ["FAIL: too slow"]}}))  # fmt: skip
+        return machines[-1]
+
+    monkeypatch.setattr(gpu, "Machine", fake)
+    monkeypatch.setattr(gpu, "FOLDER", tmp_path / "gpu")
+    monkeypatch.setattr(gpu, "look", lambda names: {name: "1" for name in names})
+    monkeypatch.setattr(gpu, "gpu_of_this_machine", lambda: WHO["gpu"])
+    monkeypatch.setattr(gpu, "set_up", lambda rehearse: None)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 0.0)
+    monkeypatch.setenv(gpu_machine.MARK, "")
+    words = ["--only", only, "--results", str(tmp_path / "out")]
+    assert gpu.main(words) == int(only == "tiny")
+    assert ("build" in machines[0].done) is built and {part(name) for name in machines[0].done} <= {"build", part(only)}
+    assert ("NOT AS REQUIRED: tiny/fused_moe_ffn_add_norm-forward-T8: FAIL" in capsys.readouterr().out) is (
+        only == "tiny"
+    )
+    gpu.main(words)
+    assert machines[1].done == []
+    gpu.main([*words, "--again"])
+    assert sorted(machines[2].done) == sorted(machines[0].done)
+    (summary,) = (tmp_path / "gpu").glob(f"*/{gpu.SUMMARY}")
+    assert "left for another call: 0 of" in summary.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed_after_s", [4, 14, 30])
 def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_s):
