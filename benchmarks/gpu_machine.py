@@ -52,7 +52,7 @@ class Machine:
         if self.worker is None or not self.worker.is_alive():
             spawn = multiprocessing.get_context("spawn")
             self.pipe, theirs = spawn.Pipe()
-            self.worker = spawn.Process(target=gpu_worker.main, args=(theirs, self.folder, self.rehearse), daemon=True)
+            self.worker = spawn.Process(target=gpu_worker.main, args=(theirs, self.folder, self.rehearse))
             self.worker.start()
             theirs.close()
         try:

@@ -1,7 +1,8 @@
 """Measure what `pick_config` predicts with: the time of a wave, fixed and per step of BLOCK_K, for every candidate.
 
 A GEMM with exactly as many tiles as the GPU holds at once takes fixed_us + K / BLOCK_K * step_us; two depths give both.
-`moebert_kernels/kernels/tuned/sm_<arch>.json` is {"device": name, "us": what is measured here, by kind}.
+`make gpu` writes {"device": name, "us": {kind: what is measured here}} into gpu-tuned.json, the form of
+`moebert_kernels/kernels/tuned/sm_<arch>.json`.
 """
 
 from __future__ import annotations

@@ -64,8 +64,10 @@ def suite(target: Any, folder: Path, what: str, name: str) -> dict[str, Any]:
         return {"status": "failed", "note": result["broken"][name]}
     case = next(case for case in result["cases"] if case["name"] == name)
     mine = case["providers"][views.ours(case)]
-    if "median_ms" not in mine:
-        return {"status": "failed", "note": str(mine)}
+    wrong = {name: entry["refused"] for name, entry in case["providers"].items()
+             if "refused" in entry and (views.is_ours(case, name) or name == case["baseline"])}  # fmt: skip
+    if wrong or "median_ms" not in mine:
+        return {"status": "failed", "note": f"refused: {wrong}" if wrong else str(mine)}
     ratio = mine.get("speed_over_baseline", {}).get("median")
     note = f"{1e3 * mine['median_ms']:.4g} us" + (f", {ratio:.2f}x {case['baseline']}" if ratio else "")
     missed = [results.requirement_text(r) for r in case["requirements"] if not r["passed"]]
@@ -79,27 +81,27 @@ def check(target: Any, folder: Path, op: str, name: str) -> dict[str, Any]:
 
     backend.obstacle.cache_clear()  # it may have been asked before `_C` was built
     found = gpu_checks.check(op, "torch" if target.smoke and name == "cuda" else name, target)
-    _merge(folder / "gpu-checks.json", f"{name}/{op}", found)
+    path = folder / "gpu-checks.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write(path, json.dumps(known | {f"{name}/{op}": found}, indent=1) + "\n")
     refused = {case: said for case, said in found.items() if isinstance(said, str)}
     note = f"{len(found) - len(refused)} of {len(found)} right"
     return {"status": "failed", "note": f"{note}; {refused}"} if refused else {"status": "ok", "note": note}
 
 
 def tune(target: Any, folder: Path, kind: str) -> dict[str, Any]:
-    """What `pick_config` predicts with into gpu-tuned.json."""
+    """What `pick_config` predicts with into gpu-tuned.json, which has the form of its file."""
     from benchmarks import gpu_tune
+    from benchmarks.environment import environment
 
-    measured = gpu_tune.measure(kind, target)
-    _merge(folder / "gpu-tuned.json", kind, measured)
+    path, measured = folder / "gpu-tuned.json", gpu_tune.measure(kind, target)
+    known = json.loads(path.read_text())["us"] if path.exists() else {}
+    device = environment(target).get("gpu", target.device.type)
+    write(path, json.dumps({"device": device, "us": known | {kind: measured}}, indent=1) + "\n")
     return {"status": "ok", "note": f"{len(measured)} tiles"}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"suite": suite, "check": check, "tune": tune}
-
-
-def _merge(path: Path, key: str, value: Any) -> None:
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write(path, json.dumps(known | {key: value}, indent=1) + "\n")
 
 
 def write(path: Path, content: str | bytes) -> None:

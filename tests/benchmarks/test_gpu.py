@@ -194,6 +194,14 @@ def test_worker_writes_results_under_the_names_of_a_gpu(tmp_path):
     assert set(json.loads((tmp_path / "gpu-checks.json").read_text())) == {"cuda/hash_route"}
 
 
+def test_a_wrong_form_of_ours_fails_its_step(tmp_path, monkeypatch):
+    providers = {"moebert_kernels": {"median_ms": 1.0}, "moebert_kernels_cuda": {"refused": "output 0"}}
+    case = {"name": "a", "baseline": "dense", "requirements": [], "providers": providers}
+    monkeypatch.setattr("benchmarks.results.run_suite", lambda *_, **__: {"cases": [case], "broken": {}})
+    answer = gpu_worker.answer(("suite", "tiny", "a"), tmp_path, True)
+    assert answer == {"status": "failed", "note": "refused: {'moebert_kernels_cuda': 'output 0'}"}
+
+
 @pytest.mark.parametrize("op", gpu_plan.CHECKED)
 def test_checks_let_right_ops_pass_and_refuse_wrong_ones(op, monkeypatch):
     def found():
