@@ -150,7 +150,7 @@ def preflight(have: Have, steps: Sequence[Step], gpu: str, refused: Mapping[str,
         for_it = Counter(step.name.split("/")[0] for step in steps if name in step.needs)
         parts = ", ".join(f"{count} of {part}" for part, count in for_it.items())
         if name != gpu_plan.NATIVE:
-            lines.append(f"{name} is missing: " + (f"skipped: {parts}" if parts else "not compared with"))
+            lines.append(f"{name} is missing: " + (f"skipped: {parts}" if parts else "the rest goes without"))
     return lines
 
 
@@ -222,6 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
         return found if built else found | {gpu_plan.NATIVE: None}  # that of another commit may lie there
 
     have = here()
+    if have.get(gpu_plan.NATIVE, "") is None and record.steps.get(BUILD.name, {}).get("status") == "ok":
+        del record.steps[BUILD.name]  # it was built on another machine
     os.environ[MARK] = str(folder)
     if ended := end_leftovers(folder):
         print(f"ended {ended} processes that a killed call had left")
@@ -229,7 +231,10 @@ def main(arguments: list[str] | None = None) -> int:
         for step in (BUILD, *steps):
             if options.only or record.steps.get(step.name, {}).get("status") == "failed":
                 record.steps.pop(step.name, None)
-    print("\n".join([f"commit {who['commit']}; results: {folder}", *preflight(have, steps, gpu, refused)]), flush=True)
+    print(
+        "\n".join([f"commit {who['commit']}; results: {folder}", *preflight(have, (BUILD, *steps), gpu, refused)]),
+        flush=True,
+    )
     record.data["calls"].append({"date": time.strftime("%Y-%m-%d %H:%M:%S"), "here": have, "wheels_refused": refused})
     record.save()
     try:
@@ -254,7 +259,8 @@ def set_up(rehearse: bool) -> None:
     os.environ["PATH"] += os.pathsep + os.pathsep.join((str(EXTRAS / "bin"), "/usr/local/cuda/bin"))
     paths = [str(identity.ROOT), str(EXTRAS), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "MOEBERT_KERNELS_CUDA_ARCHS": "native", "MOEBERT_KERNELS_BUILD_CUDA": "1"}  # fmt: skip
+                   "MOEBERT_KERNELS_CUDA_ARCHS": "native", "MOEBERT_KERNELS_BUILD_CUDA": "1",
+                   "PIP_NO_INDEX": "1"}  # fmt: skip
     if rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "MOEBERT_KERNELS_BUILD_CUDA": "0"}
     if str(EXTRAS) not in sys.path:

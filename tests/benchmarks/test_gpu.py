@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import gpu, gpu_checks, gpu_machine, gpu_plan, gpu_worker, identity, suites
 from benchmarks.gpu_machine import Command, Machine
-from benchmarks.gpu_plan import BUILD, NATIVE, PEERS
+from benchmarks.gpu_plan import BUILD, CUTLASS, NATIVE, PEERS
 from benchmarks.measuring import Target
 from moebert_kernels import backend
 from tests.benchmarks import gpu_fakes
@@ -73,7 +73,7 @@ def test_a_call_that_was_killed_anywhere_is_gone_on_with(tmp_path):
         assert len(done) - len(set(done)) <= 2 * (gpu_plan.AT_ONCE + 1)  # only what ended as the call was killed
 
 
-@pytest.mark.parametrize("name", sorted(NAMES - set(PEERS)))
+@pytest.mark.parametrize("name", sorted(NAMES - {*PEERS, CUTLASS}))
 def test_what_is_missing_skips_its_own_steps_until_it_is_there(name, tmp_path):
     have = {**ALL, name: None}
     done = [call(tmp_path, have)[0] for _ in range(3)]
@@ -336,6 +336,9 @@ def test_a_call_does_what_it_is_asked_for_and_says_how_it_went(only, built, tmp_
     assert machines[1].done == []
     gpu.main([*words, "--again"])
     assert sorted(machines[2].done) == sorted(machines[0].done)
+    monkeypatch.setattr(gpu, "look", lambda names: {name: None if name == NATIVE else "1" for name in names})
+    gpu.main(words)  # on a fresh machine with these results
+    assert machines[3].done == (["build"] if only == "tiny" else [])
     (summary,) = (tmp_path / "gpu").glob(f"*/{gpu.SUMMARY}")
     assert "left for another call: 0 of" in summary.read_text()
 
