@@ -116,7 +116,9 @@ class GpuTimer:
 
 
 def captured(run: Callable[[], Any], calls: int = 1) -> tuple[Callable[[], None], Any]:
-    """So many calls of `run` in a row as a CUDA graph, and where a replay leaves its outputs: it costs one launch and allocates nothing.
+    """So many calls of `run` in a row as a CUDA graph, and where a replay leaves the last one's outputs.
+
+    A replay costs one launch and allocates nothing.
 
     Raises:
         Exception: it cannot be captured. One that waits for the device is told before, where torch notices: a capture
