@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-STAGE ?= all
 RESULTS ?=
 EXTRAS ?=
+COMMIT ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -55,11 +55,11 @@ smoke: $(VENV)/dev.stamp  ## every benchmark once, with tiny shapes
 bench: $(VENV)/dev.stamp  ## every benchmark, with the shapes that count
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-gpu:  ## what needs a GPU, with the PYTHON that has torch (STAGE=build|test|bench|e2e|sanitize|tune RESULTS=folder EXTRAS=folder)
-	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) $(if $(RESULTS),--results $(RESULTS)) $(if $(EXTRAS),--extras $(EXTRAS)) $(ARGS)
+gpu:  ## all that needs a GPU, with the PYTHON that has torch; goes on where it was cut (RESULTS=folder EXTRAS=folder COMMIT=hash ARGS=...)
+	$(if $(COMMIT),MOEBERT_KERNELS_COMMIT=$(COMMIT)) $(PYTHON) -m benchmarks.gpu $(if $(RESULTS),--results $(RESULTS)) $(if $(EXTRAS),--extras $(EXTRAS)) $(ARGS)
 
 tune:  ## measure what pick_config predicts with, on this machine's GPU
-	$(MAKE) gpu STAGE=tune
+	$(MAKE) gpu ARGS="--only tune"
 
 resources: $(VENV)/package.stamp  ## compile every Triton kernel without a GPU; write the table of registers, shared memory, spills
 	$(BIN)/python -m benchmarks.resources

@@ -6,11 +6,14 @@ Source of the latter: SimiaoZuo/MoEBERT at cd21f57, described here by what it do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertModel
+
+if TYPE_CHECKING:
+    from transformers import BertModel
 
 ExpertFunction = Callable[[Tensor, Tensor], Tensor]  # x (T, H), expert ids (T,) -> y (T, H)
 
@@ -108,6 +111,8 @@ def bert_with_experts(
     Returns:
         The model, and a function that tells it the token ids (B, T) of the batch to come.
     """
+    from transformers import BertModel  # seconds, which suites of ops need not wait for
+
     model = BertModel(config)
     token_ids: list[Tensor] = []
 

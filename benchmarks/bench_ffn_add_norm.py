@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from benchmarks.layers import layer_case
+from benchmarks.layers import compiled, layer_case
 from benchmarks.measuring import Case, Target
 
-FORWARD = {"cpu": (64, 256, 1024), "cuda": (4096, 16384, 1024)}
-BACKWARD = {"cpu": (16, 128, 1024), "cuda": (4096, 16384)}
+FORWARD = {"cpu": (64, 256, 1024), "cuda": (16384, 4096, 65536, 1024, 256)}
+BACKWARD = {"cpu": (16, 128, 1024), "cuda": (16384, 4096, 65536, 1024, 256, 128)}
 PROVIDERS = ("moebert_kernels", "dense", "ideal", "original")
-ON_GPU = ("moebert_kernels_cuda", "dense_compiled")
+ON_GPU = ("moebert_kernels_cuda",)
 
 
 def cases(target: Target) -> list[Case]:
-    names = PROVIDERS + ON_GPU if target.on_gpu and not target.smoke else PROVIDERS
+    on_gpu = target.on_gpu and not target.smoke
     return [
-        layer_case("fused_moe_ffn_add_norm", direction, T, target, names)
+        layer_case(
+            "fused_moe_ffn_add_norm", direction, T, target, PROVIDERS + ON_GPU + compiled(T) if on_gpu else PROVIDERS
+        )
         for direction, tokens in (("forward", FORWARD), ("forward_backward", BACKWARD))
         for T in ((20,) if target.smoke else tokens[target.device.type])
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from moebert_kernels.demo.clocks import Timer, WallTimer, first_line, peak_mib, timer
@@ -20,6 +22,7 @@ def device_lost() -> bool:
     return False
 
 
+@cache
 def roof(device: torch.device, dtype: torch.dtype, smoke: bool = False) -> dict[str, float]:
     """What this device reaches: {"tflops": of a large square product, "gbytes_per_s": of a copy, read and written}."""
     size = 64 if smoke else (2048 if device.type == "cpu" else 8192)

@@ -24,8 +24,16 @@ Layer = Callable[..., Tensor]  # x (T, H) and weights -> y (T, H)
 
 BERT_BASE = {"H": 768, "I": 768, "E": 4, "D": 3072}
 SMOKE = {"H": 32, "I": 32, "E": 4, "D": 128}
-DENSE = ("dense", "dense_compiled")
+COMPILED_AT = 16384  # tokens on a GPU: compiling takes many seconds for each number of them
 MOST_COPIED_BYTES = 2**30  # of weights, by transformers' batched_mm
+
+
+def compiled(T: int) -> tuple[str, ...]:
+    return ("dense_compiled",) if T == COMPILED_AT else ()
+
+
+def dense_ways(T: int) -> tuple[str, ...]:
+    return ("dense", *compiled(T))
 
 
 def runner(function: Layer, x: Tensor, weights: Sequence[Tensor], dy: Tensor, direction: str) -> Callable[[], Outputs]:
@@ -212,12 +220,12 @@ class Layers:
 
 def layer_case(
     op: str, direction: str, T: int, target: Target, names: Sequence[str], requires: Sequence[Requirement | Limit] = (),
-    seconds: float = 1.0,
+    seconds: float = 1.0, suffix: str = "",
 ) -> Case:  # fmt: skip
     """A case of `Layers` at BERT-base's sizes over the dense layer."""
     shape = SMOKE if target.smoke else BERT_BASE
     return Case(
-        name=f"{op}-{direction}-T{T}",
+        name=f"{op}-{direction}-T{T}{suffix}",
         parameters={"op": op, "direction": direction, "dtype": target.dtype_name, "T": T, **shape},
         providers=tuple(names),
         build=lambda: Layers(op, direction, T, target, **shape).build(names),

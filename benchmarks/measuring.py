@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.clocks import Timer
-from benchmarks.model import Cost
+from benchmarks.model import ROUTING, Cost
 
 Outputs = tuple[Tensor, ...]
 MAX_ROUNDS = 200
+SHORT_TOKENS, CALLS_PER_REPLAY = 256, 20
 ENOUGH_FOR_P99 = 100  # calls; with fewer, the 99th percentile is the maximum by another name
 
 
@@ -142,6 +143,12 @@ class Case:
     min_rounds: int = 7
 
     @property
+    def calls_per_replay(self) -> int:
+        """Of an op that takes microseconds, a graph holds this many calls: a launch and two events cost as much."""
+        op, few = self.parameters.get("op"), self.parameters.get("T", SHORT_TOKENS + 1) <= SHORT_TOKENS
+        return CALLS_PER_REPLAY if op in ROUTING or (op and few) else 1
+
+    @property
     def dtype(self) -> torch.dtype | None:
         """That of the parameters, if they name one."""
         return getattr(torch, str(self.parameters["dtype"])) if "dtype" in self.parameters else None
@@ -154,7 +161,7 @@ class Samples:
     Attributes:
         rounds: one time per round; entry i is of the same round for all providers of a case.
         cold: the same with an emptied L2 before each call; empty where that is not measured.
-        calls: every single call.
+        calls: every single call; empty where only several in a row are timed.
     """
 
     rounds: list[float] = field(default_factory=list)
@@ -190,7 +197,7 @@ def measure(
             warm_ms, cold_ms = timers[name].warm_ms(), timers[name].cold_ms()
             if done >= 0:
                 samples[name].rounds.append(statistics.median(warm_ms))
-                samples[name].calls += warm_ms
+                samples[name].calls += warm_ms if timers[name].calls == 1 else []
                 samples[name].cold += [statistics.median(cold_ms)] if cold_ms else []
     return samples
 

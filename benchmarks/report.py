@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import charts, suites
-from benchmarks.environment import RESULTS, results_folder
+from benchmarks.environment import results_folder
+from benchmarks.identity import ROOT
 from benchmarks.measuring import Target
 from benchmarks.results import requirement_text
 from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of
 
-ROOT = RESULTS.parent.parent
 MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
-SAME_EVERYWHERE = ("commit", "device", "cpu", "gpu", "torch")  # in the environments of a report's results
+SAME_EVERYWHERE = ("commit", "sources", "device", "cpu", "gpu", "torch")  # in the environments of a report's results
 
 
 INTRODUCTION = (

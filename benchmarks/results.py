@@ -12,6 +12,7 @@ import gc
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
 # A ratio of two times is read to two digits: 0.996 is not a loss against 1.0.
 DIGITS = 2
-JUDGED_GPU = "H200"  # requirements on a GPU are of this one
+SAME = ("commit", "sources", "cpu", "gpu", "torch")  # in the environments of runs that go on with each other
+# GPUs that requirements are judged on. Limits are of an H200 that copies at this rate; see `at_most_ms`.
+JUDGED_GPUS, GBYTES_PER_S = ("H100", "H200"), 4300.0
 
 
 def run_case(
@@ -63,7 +66,8 @@ def run_case(
     checked_at = time.perf_counter()
     peaks = {name: clocks.peak_mib(provider.run, target.device) for name, provider in checked.passed.items()}
     timers = {
-        name: clocks.timer(provider.run, target.device, provider.capture) for name, provider in checked.passed.items()
+        name: clocks.timer(provider.run, target.device, provider.capture, case.calls_per_replay)
+        for name, provider in checked.passed.items()
     }
     samples = measure(timers, seconds=seconds, min_rounds=min_rounds)
     for name, timer in timers.items():
@@ -87,6 +91,8 @@ def run_case(
             entry["how"] = timers[name].how
         if name in timers and timers[name].not_captured:
             entry["not_captured"] = timers[name].not_captured
+        if name in timers and timers[name].calls > 1:
+            entry["calls_per_replay"] = timers[name].calls
         if "tokens" in case.parameters:
             entry["tokens_per_s"] = _digits(1e3 * case.parameters["tokens"] / entry["median_ms"])
         if name in checked.passed:
@@ -99,7 +105,7 @@ def run_case(
         "baseline": case.baseline,
         "providers": entries,
         "requirements": [
-            judged(requirement, rounds, entries)
+            judged(scaled(requirement, case.cost, roof) if target.on_gpu else requirement, rounds, entries)
             for requirement in (case.requires if judge else ())
             if not (isinstance(requirement, Requirement) and _all_skipped(requirement.others, checked))
         ],
@@ -111,6 +117,18 @@ def run_case(
     return result | {
         "seconds": {"check": round(checked_at - start, 1), "time": round(time.perf_counter() - checked_at, 1)}
     }
+
+
+def scaled(requirement: Requirement | Limit, cost: Cost | None, roof: Mapping[str, float]) -> Requirement | Limit:
+    """A limit for the GPU in hand: more time in proportion to a lower bandwidth, if moving the bytes is most of it.
+
+    What is bound by products or by launches, and every ratio, is the same on all `JUDGED_GPUS`.
+    """
+    if not isinstance(requirement, Limit) or cost is None or roof["gbytes_per_s"] >= GBYTES_PER_S:
+        return requirement
+    if 2 * cost.memory_ms(GBYTES_PER_S) < requirement.at_most_ms:
+        return requirement
+    return replace(requirement, at_most_ms=_digits(requirement.at_most_ms * GBYTES_PER_S / roof["gbytes_per_s"]))
 
 
 def judged(
@@ -156,7 +174,7 @@ def run_suite(
     min_rounds: int | None = None,
     threads: int = 2,
     folder: Path | None = None,
-    budget_s: float | None = None,
+    only: str | None = None,
 ) -> dict[str, Any]:
     """Run the cases of a file in order, printing each as it is done.
 
@@ -169,7 +187,7 @@ def run_suite(
         threads: of torch on the CPU.
         folder: `<folder>/<what>.json` is written after each case; those that an earlier, cut
             run of the same commit on the same device left there are kept.
-        budget_s: no case begins after this many seconds; those left stand in "not_run".
+        only: one case's name; the others stand as an earlier run left them, or in "not_run".
 
     Returns:
         The result, as saved.
@@ -183,9 +201,9 @@ def run_suite(
         "roof": clocks.roof(target.device, target.dtype, target.smoke), "cases": [],
         "not_run": [case.name for case in cases], "broken": {}, "seconds": 0.0,
     }  # fmt: skip
-    earlier = _earlier(folder, result) if folder else {"cases": {}, "broken": {}}
+    earlier = _earlier(folder, result, only) if folder else {"cases": {}, "broken": {}}
     gpu = result["environment"].get("gpu", "")
-    judge = not target.smoke and (not target.on_gpu or JUDGED_GPU in gpu)
+    judge = not target.smoke and (not target.on_gpu or any(name in gpu for name in JUDGED_GPUS))
     start = time.perf_counter()
     for case in cases:
         if case.name in earlier["broken"]:
@@ -194,7 +212,7 @@ def run_suite(
             continue
         if case.name in earlier["cases"]:
             entry = earlier["cases"][case.name]
-        elif budget_s is not None and time.perf_counter() - start > budget_s:
+        elif only not in (None, case.name):
             continue
         else:
             lasting = case.seconds if seconds is None else seconds
@@ -302,8 +320,8 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def _earlier(folder: Path, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What an earlier, cut run of the same code on the same device did: {"cases": by name, "broken": by name}."""
+def _earlier(folder: Path, result: dict[str, Any], only: str | None) -> dict[str, dict[str, Any]]:
+    """What an earlier run of the same code on the same device did, without `only`: "cases", "broken", by name."""
     nothing: dict[str, dict[str, Any]] = {"cases": {}, "broken": {}}
     path = folder / f"{result['what']}.json"
     if not path.exists():
@@ -312,11 +330,12 @@ def _earlier(folder: Path, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
         earlier = load(path)
     except ValueError:
         return nothing
-    same = all(earlier["environment"].get(k) == result["environment"].get(k) for k in ("commit", "cpu", "gpu", "torch"))
+    same = all(earlier["environment"].get(k) == result["environment"].get(k) for k in SAME)
     resumable = same and earlier["smoke"] == result["smoke"] and earlier["settings"] == result["settings"]
-    if not resumable or not earlier["not_run"]:
+    if not resumable or not (earlier["not_run"] or only):
         return nothing
-    return {"cases": {case["name"]: case for case in earlier["cases"]}, "broken": earlier["broken"]}
+    found = {"cases": {case["name"]: case for case in earlier["cases"]}, "broken": earlier["broken"]}
+    return {kind: {name: was for name, was in of_kind.items() if name != only} for kind, of_kind in found.items()}
 
 
 def _without_time(checked: Checked, name: str) -> dict[str, str]:

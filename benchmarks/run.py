@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import time
 from pathlib import Path
 
 from benchmarks import results, suites
@@ -19,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="timing per case (default: by case)")
     parser.add_argument("--min-rounds", type=int, help="rounds per case even past that time (default: by case)")
     parser.add_argument("--threads", type=int, help="torch's threads (default: 2, with --smoke 1)")
-    parser.add_argument("--budget", type=float, help="begin no case after so many seconds; a later call goes on")
     parser.add_argument("--output", type=Path, help="folder (default: benchmarks/results/<device>)")
 
 
@@ -28,7 +26,6 @@ def main(options: argparse.Namespace) -> int:
     chosen = suites.ALL if not options.what or "all" in options.what else tuple(dict.fromkeys(options.what))
     target = Target.of(options.device, options.smoke)
     folder = options.output or (None if options.smoke else results_folder(target))
-    end = None if options.budget is None else time.monotonic() + options.budget
     failed, warnings = [], []
     for what in chosen:
         result = results.run_suite(
@@ -39,7 +36,6 @@ def main(options: argparse.Namespace) -> int:
             min_rounds=options.min_rounds,
             threads=options.threads or (1 if options.smoke else 2),
             folder=folder,
-            budget_s=None if end is None else end - time.monotonic(),
         )
         failed += results.failures(result)
         warnings += [] if options.smoke else filter(None, [results.busy_warning(result)])

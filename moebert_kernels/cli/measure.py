@@ -143,7 +143,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short recipe: the way, not the accuracy.")] = False,
 ) -> None:
     """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
-    from moebert_kernels.demo import run_demo
+    from moebert_kernels.demo.run import run_demo
 
     require_extra("demo", "matplotlib")
     check_output(output, "demo")

@@ -25,10 +25,12 @@ class Timer(Protocol):
     Attributes:
         how: "graph" or "eager" on a GPU, None on a CPU.
         not_captured: why there is no graph, or "".
+        calls: in a row that one warm time is the mean of.
     """
 
     how: str | None
     not_captured: str
+    calls: int
 
     def finished(self) -> None:
         """One call, returning when all its work is done."""
@@ -51,6 +53,7 @@ class WallTimer:
     """One call a round by the wall clock; it has finished when it returns."""
 
     not_captured = ""
+    calls = 1
 
     def __init__(self, run: Callable[[], Any], how: str | None = None) -> None:
         self.finished, self.how = run, how
@@ -70,12 +73,15 @@ class WallTimer:
 class GpuTimer:
     """Replays of a CUDA graph, or eager calls where `run` cannot be captured; events time both."""
 
-    def __init__(self, run: Callable[[], Any], flushed: torch.Tensor) -> None:
-        self.call, self.how, self.not_captured = run, "eager", ""
+    def __init__(self, run: Callable[[], Any], flushed: torch.Tensor, calls: int = 1) -> None:
+        self.how, self.not_captured, self.calls = "eager", "", 1
+        self.call = self.row = run
         self.outputs: Any = None
         self.flushed = flushed
         try:
-            (self.call, self.outputs), self.how = captured(run), "graph"
+            call, outputs = captured(run)
+            row = captured(run, calls)[0] if calls > 1 else call
+            self.call, self.outputs, self.row, self.calls, self.how = call, outputs, row, calls, "graph"
         except Exception as error:  # whatever a library raises when it may not wait for the device
             self.not_captured = first_line(error)
             torch.cuda.synchronize()
@@ -92,25 +98,27 @@ class GpuTimer:
     def warm_ms(self) -> list[float]:
         for _ in range(DELAYS):
             self.flushed.zero_()
-        self.call()
-        return self._timed(lambda: None)
+        self.row()
+        return [ms / self.calls for ms in self._timed(lambda: None, self.row)]
 
     def cold_ms(self) -> list[float]:
-        return self._timed(self.flushed.zero_)
+        return self._timed(self.flushed.zero_, self.call)
 
-    def _timed(self, before: Callable[[], object]) -> list[float]:
+    def _timed(self, before: Callable[[], object], call: Callable[[], object]) -> list[float]:
         pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(CALLS)]
         for start, end in pairs:
             before()
             start.record()
-            self.call()
+            call()
             end.record()
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in pairs]
 
 
-def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """`run` as a CUDA graph, and where a replay leaves its outputs: it costs one launch and allocates nothing.
+def captured(run: Callable[[], Any], calls: int = 1) -> tuple[Callable[[], None], Any]:
+    """So many calls of `run` in a row as a CUDA graph, and where a replay leaves the last one's outputs.
+
+    A replay costs one launch and allocates nothing.
 
     Raises:
         Exception: it cannot be captured. One that waits for the device is told before, where torch notices: a capture
@@ -127,7 +135,8 @@ def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     caller.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(caller), torch.cuda.graph(graph):  # the outer one takes the caller's stream up again
-        outputs = run()
+        for _ in range(calls):
+            outputs = run()
     return graph.replay, outputs
 
 
@@ -152,12 +161,16 @@ def _waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def timer(run: Callable[[], Any], device: torch.device, capture: bool = True) -> Timer:
-    """The clock of `device` around `run`; without `capture` the wall clock, on a GPU until all work is done."""
+def timer(run: Callable[[], Any], device: torch.device, capture: bool = True, calls: int = 1) -> Timer:
+    """The clock of `device` around `run`; without `capture` the wall clock, on a GPU until all work is done.
+
+    Args:
+        calls: in a row in one graph, of whose replay a warm time is the share: for calls as short as a launch.
+    """
     if device.type == "cpu":
         return WallTimer(run)
     if capture:
-        return GpuTimer(run, _flushed(device))
+        return GpuTimer(run, _flushed(device), calls)
 
     def finished() -> None:
         run()

@@ -124,6 +124,24 @@ def test_replays_of_a_graph_are_timed_warm_and_cold(device):
     assert device.notes == ["flush", "event", "replay", "event"] * package_clocks.CALLS + ["wait"]
 
 
+def test_short_calls_are_timed_many_in_a_row(device):
+    timer = clocks.timer(device.run, CUDA, calls=20)
+    assert (timer.how, timer.calls) == ("graph", 20)
+    assert device.notes.count("capture") == 2 and device.notes[-20:] == ["call"] * 20
+    assert timer.warm_ms() == [2.0 / 20] * package_clocks.CALLS
+    assert timer.cold_ms() == [2.0] * package_clocks.CALLS  # of one call: the others would find their operands
+    waiting = clocks.timer(device.run_waiting, CUDA, calls=20)
+    assert (waiting.how, waiting.calls, waiting.warm_ms()) == ("eager", 1, [2.0] * package_clocks.CALLS)
+
+
+@pytest.mark.parametrize("parameters,calls", [
+    ({"op": "fused_moe_ffn", "T": 256}, 20), ({"op": "fused_moe_ffn", "T": 257}, 1), ({"model": "bert", "T": 128}, 1),
+    ({"op": "group_tokens_by_hash", "T": 16384}, 20), ({"op": "mpo_expert_weights"}, 1),
+])  # fmt: skip
+def test_ops_of_microseconds_are_the_short_ones(parameters, calls):
+    assert Case("a", parameters, (), dict, "a").calls_per_replay == calls
+
+
 def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(device):
     device.sync_debug_mode = 1  # a caller's own
     timer = clocks.timer(device.run_waiting, CUDA)

@@ -77,7 +77,7 @@ def test_times_count_where_there_is_no_ratio():
 
 
 class KnownTimes:
-    how, not_captured = None, ""
+    how, not_captured, calls = None, "", 1
 
     def __init__(self, ms):
         self.ms = ms

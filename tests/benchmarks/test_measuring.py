@@ -2,11 +2,12 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import clocks, environment, results
+from benchmarks import clocks, identity, results
 from benchmarks.clocks import WallTimer
 from benchmarks.measuring import (
     ENOUGH_FOR_P99,
@@ -63,7 +64,7 @@ def test_rounds_end_with_the_time_or_at_the_most_allowed():
 
 
 class TimerOfKnownTimes:
-    how, not_captured = "graph", ""
+    how, not_captured, calls = "graph", "", 1
 
     def warm_ms(self):
         return [1.0, 9.0, 2.0]
@@ -73,8 +74,11 @@ class TimerOfKnownTimes:
 
 
 def test_a_round_is_the_median_of_its_calls_and_every_call_is_kept():
-    samples = measure({"a": TimerOfKnownTimes()}, seconds=0.0, min_rounds=2)["a"]
+    timer = TimerOfKnownTimes()
+    samples = measure({"a": timer}, seconds=0.0, min_rounds=2)["a"]
     assert samples == Samples(rounds=[2.0, 2.0], cold=[5.0, 5.0], calls=[1.0, 9.0, 2.0] * 2)
+    timer.calls = 20  # each time is a mean, of which no percentile of calls can be told
+    assert measure({"a": timer}, seconds=0.0, min_rounds=2)["a"] == replace(samples, calls=[])
 
 
 def test_percentiles_want_enough_calls():
@@ -145,6 +149,30 @@ def test_cost_and_shares_of_the_roof():
     assert "cost" not in results.run_case(ones_case(), CPU, {}, seconds=0.0, min_rounds=1)
 
 
+@pytest.mark.parametrize("moved_s,gbytes_per_s,wanted_ms", [
+    (0.5, 3000.0, 1.433),  # bytes are most of it: longer on an H100 as its memory is slower
+    (0.5, 4400.0, 1.0),  # never shorter
+    (0.4, 3000.0, 1.0),  # products or launches are, of which both GPUs do as many
+])  # fmt: skip
+def test_limits_are_those_of_the_gpu_in_hand(moved_s, gbytes_per_s, wanted_ms):
+    cost = Cost(bytes=moved_s * 4300e6)
+    roof = {"tflops": 790.0, "gbytes_per_s": gbytes_per_s}
+    assert results.scaled(Limit("a", 1.0), cost, roof) == Limit("a", wanted_ms)
+    ratio = Requirement("a", "b", 2.0)
+    assert results.scaled(ratio, cost, roof) == ratio
+
+
+@pytest.mark.parametrize("gpu,judged", [("NVIDIA H100 80GB HBM3", 1), ("NVIDIA H200", 1), ("NVIDIA A100", 0)])
+def test_hoppers_are_judged(gpu, judged, known_roof, monkeypatch):
+    monkeypatch.setattr(results, "environment", lambda target: {"gpu": gpu})
+    monkeypatch.setattr(clocks, "timer", lambda *_: WallTimer(lambda: None))
+    monkeypatch.setattr(clocks, "peak_mib", lambda *_: None)
+    monkeypatch.setattr(results.Device, "of", lambda device: None)
+    target = Target(torch.device("cuda"), torch.float32)
+    result = results.run_suite("ones", [ones_case(requires=(Limit("a", 60e3),))], target, min_rounds=1, threads=1)
+    assert len(result["cases"][0]["requirements"]) == judged
+
+
 def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path, known_roof):
     calls = []
     cases = [ones_case(name, calls=calls) for name in ("first", "second", "third")]
@@ -152,9 +180,6 @@ def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path, known_roof):
     def run(chosen, **options):
         calls.clear()
         return results.run_suite("ones", chosen, CPU, min_rounds=1, threads=1, folder=tmp_path, **options)
-
-    cut = run(cases, budget_s=-1.0)
-    assert cut["cases"] == [] and cut["not_run"] == ["first", "second", "third"]
 
     def killed():
         raise KeyboardInterrupt
@@ -169,6 +194,10 @@ def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path, known_roof):
     assert whole["cases"][0] == left["cases"][0]
     run(cases)
     assert set(calls) == {"first", "second", "third"}  # a whole result is measured again
+    before = run(cases[:2])
+    after = run(cases, only="first")
+    assert set(calls) == {"first"} and after["not_run"] == ["third"]
+    assert after["cases"][1] == before["cases"][1]
 
 
 def test_a_case_that_cannot_be_built_is_a_failure_and_costs_no_other(known_roof):
@@ -192,11 +221,11 @@ def test_wide_spread_is_warned_of(q3, warned):
 
 
 def test_device_is_a_folder_name(monkeypatch):
-    monkeypatch.setattr(environment, "cpu_model", lambda: "Intel(R) Xeon(R) Processor @ 2.50GHz")
-    assert environment.device_slug() == "intel-xeon-processor-2.50ghz"
-    monkeypatch.setattr(environment, "cpu_model", lambda: "AMD EPYC 7B13 64-Core Processor")
-    assert environment.device_slug() == "amd-epyc-7b13-64-core-processor"
-    assert environment.device_slug("NVIDIA H200") == "nvidia-h200"
+    monkeypatch.setattr(identity, "cpu_model", lambda: "Intel(R) Xeon(R) Processor @ 2.50GHz")
+    assert identity.device_slug() == "intel-xeon-processor-2.50ghz"
+    monkeypatch.setattr(identity, "cpu_model", lambda: "AMD EPYC 7B13 64-Core Processor")
+    assert identity.device_slug() == "amd-epyc-7b13-64-core-processor"
+    assert identity.device_slug("NVIDIA H200") == "nvidia-h200"
 
 
 def test_roof_is_measured_in_the_same_run():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import suites
 from benchmarks.__main__ import main
@@ -27,8 +28,9 @@ def test_every_provider_passes_its_gate(what):
 @pytest.mark.parametrize("what", suites.ALL)
 def test_names_and_requirements_are_consistent(what):
     module = importlib.import_module(f"benchmarks.bench_{what}")
-    for smoke in (True, False):
-        cases = module.cases(Target.of("cpu", smoke))
+    gpu = Target(torch.device("cuda"), torch.bfloat16)
+    for target in (Target.of("cpu", True), Target.of("cpu"), gpu):
+        cases = module.cases(target)
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             over = [getattr(requirement, "over", ()) for requirement in case.requires]
