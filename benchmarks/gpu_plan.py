@@ -85,7 +85,7 @@ SHARED_CENTRE = [
 # Files of tests; each is compiled and run by a process of its own. Plain torch has no kernels of ours: CI runs it.
 OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route ops/test_mpo_expert_weights
 ops/test_any_shape kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda kernels/test_dropout
-kernels/test_any_shape test_native"""
+ops/test_hostile_arguments ops/test_autocast ops/test_derivatives ops/test_integers test_native"""
 TESTED = {"ops/test_fused_moe_ffn": 90, "ops/test_fused_moe_ffn_add_norm": 80, "kernels/test_gpu": 60}
 TESTED |= dict.fromkeys(OTHER_TESTS.split(), 35)
 
