@@ -95,15 +95,16 @@ def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | N
     if x.dtype not in FLOATS:
         raise ValueError(f"{first}: expected dtype {', '.join(str(d) for d in FLOATS)}, got {x.dtype}")
     casting = autocast_dtype(x) is not None
+    device, dtype = x.device, x.dtype
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (as {first}), got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device} (as {first}), got {tensor.device}")
         if casting and tensor.dtype in FLOATS and tensor.dtype != torch.float64:
             continue
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: expected dtype {x.dtype} (as {first}), got {tensor.dtype}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype} (as {first}), got {tensor.dtype}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

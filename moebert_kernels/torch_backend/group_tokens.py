@@ -9,9 +9,9 @@ from torch import Tensor
 def forward(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(L, N) expert ids -> offsets (L, E + 1), row_to_token (L, N), token_to_row (L, N), all int32."""
     layers, rows = expert_ids.shape
-    expert_ids = expert_ids.to(torch.promote_types(expert_ids.dtype, torch.int32))  # a byte cannot hold E = 256
-    routed = (expert_ids >= 0) & (expert_ids < num_experts)
-    key = expert_ids.where(routed, num_experts)
+    if expert_ids.dtype.itemsize < 4:
+        expert_ids = expert_ids.int()  # a byte cannot hold E = 256
+    key = expert_ids.clamp(max=num_experts).masked_fill_(expert_ids < 0, num_experts)
     # Small keys sort faster; int16 holds every id up to num_experts itself.
     key = key.to(torch.int16 if num_experts < 2**15 else torch.int64)
     sorted_key, row_to_token = key.sort(dim=1, stable=True)
