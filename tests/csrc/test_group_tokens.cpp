@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "emulation.h"
+#include "emulation_hooks.h"
 #include "group_tokens.cu"
 #include "hash_route.cu"
 #include "testing.h"
@@ -200,10 +200,12 @@ void run(const Case& c) {
   params.tokens = c.tokens;
   params.num_experts = c.num_experts;
   CHECK(mbk::group_tokens(params) == cudaSuccess, "%s", c.text().c_str());
+  cudaDeviceSynchronize();
 
   Guarded<int32_t> routed(c.by_hash ? rows : 0);
   if (c.by_hash) {
     CHECK(mbk::hash_route({lookup, routed.data(), c.layers, c.tokens, nullptr}) == cudaSuccess, "%s", c.text().c_str());
+    cudaDeviceSynchronize();
   }
   for (int64_t layer = 0; layer < c.layers; ++layer) {
     std::vector<int64_t> experts;
@@ -258,6 +260,7 @@ void run_look_back() {
   }
   Guarded<unsigned> sum(1);
   mbk::launch(look_back_kernel, 1, 32, 0, nullptr, static_cast<const uint64_t*>(words.data()), blocks, sum.data());
+  cudaDeviceSynchronize();
   CHECK(sum[0] == wanted, "look-back over %lld blocks: expected %u, got %u", static_cast<long long>(blocks), wanted,
         sum[0]);
 }

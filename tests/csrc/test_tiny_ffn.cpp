@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "emulation.h"
+#include "emulation_hooks.h"
 #include "testing.h"
 #include "tiny_ffn.cu"
 
@@ -248,6 +248,7 @@ void run(const Case& c) {
     emulation::options().seed = replay == 0 ? 0 : random_numbers();
     const cudaError_t status = mbk::tiny_ffn(problem.params);
     CHECK(status == cudaSuccess, "status %d", status);
+    cudaDeviceSynchronize();
     if (replay == 0) first.assign(y.begin(), y.end());
     CHECK(std::memcmp(first.data(), y.data(), bytes) == 0, "replay %d differs", replay);
   }
