@@ -2,7 +2,8 @@
 //
 //   emulation_numbers.h  half, bfloat16 and vectors
 //   emulation_memory.h   global memory of which blocks see old values, and stores that leave at fences
-//   emulation_machine.h  fibers, blocks, clusters, and grids that overlap
+//   emulation_grid.h     grids, clusters, blocks and threads
+//   emulation_machine.h  which of them runs next
 //   emulation_warp.h     barriers, ballots, shuffles, atomics, fences
 //   emulation_runtime.h  launches
 //   emulation_copies.h   cp.async: copies that arrive late

@@ -5,6 +5,25 @@
 
 #include "emulation_machine.h"
 
+namespace emulation {
+
+// Every lane of `mask` gives a value; all get all of them.
+inline const uint64_t* meet(unsigned mask, uint64_t value) {
+  Machine& machine = Machine::instance();
+  const unsigned lane = thread_index() % kLanes;
+  if (((mask >> lane) & 1) == 0) fail("a lane that is not in its own mask");
+  const auto lowest = static_cast<unsigned>(__builtin_ctz(mask));
+  Meeting& meeting = machine.block().meetings[thread_index() / kLanes * kLanes + lowest];
+  if (meeting.arrived != 0 && meeting.mask != mask) fail("lanes that meet with different masks");
+  meeting.mask = mask;
+  uint64_t* values = meeting.values[meeting.generation % 2];
+  values[lane] = value;
+  machine.arrive(meeting, static_cast<unsigned>(__builtin_popcount(mask)));
+  return values;
+}
+
+}  // namespace emulation
+
 inline void __syncthreads() {
   emulation::Machine& machine = emulation::Machine::instance();
   machine.arrive(machine.block().barrier, machine.block().live_threads);
@@ -102,6 +121,9 @@ inline void __threadfence() {
   emulation::Machine::instance().fence();
   emulation::Machine::instance().yield_sometimes();
 }
+
+using std::max;
+using std::min;
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
