@@ -77,19 +77,18 @@ class Machine {
       if (!ordered()) std::shuffle(grid.waiting.begin(), grid.waiting.end(), random_);
     }
     for (int patience = kPatience; grids_.back().ended == 0;) {
-      progress_ = ran_ = false;
-      bool left_out = false;  // a block that stands still for a while, as on a busy machine
+      progress_ = ran_ = left_out_ = false;
       for (Grid& grid : grids_) start_what_may(grid);
       for (auto& block : blocks_) {
-        if (blocks_.size() > 1 && draw(4) == 1) {
-          left_out = true;
+        if (blocks_.size() > 1 && draw(4) == 1) {  // it stands still for a while, as on a busy machine
+          left_out_ = true;
         } else {
           sweep(*block);
         }
       }
       retire();
       if (progress_) patience = kPatience;
-      if (!progress_ && !left_out) patience -= ran_ ? 1 : kPatience / kRoundsOfWaiting;
+      if (!progress_ && !left_out_) patience -= ran_ ? 1 : kPatience / kRoundsOfWaiting;
       if (patience <= 0) fail("deadlock");
     }
     grids_.clear();
@@ -238,7 +237,7 @@ class Machine {
     ran_ = ran_ || ran;
     if (!ran && block.slow_warps != 0) {
       block.slow_warps = 0;
-      progress_ = true;
+      left_out_ = true;
     }
     if (draw(16) == 1) memory().publish_if([&](const Cell&) { return draw(2) == 1; });
     memory().leave();
@@ -307,7 +306,7 @@ class Machine {
   std::mt19937_64 random_;
   jmp_buf scheduler_;
   Fiber* current_ = nullptr;
-  bool progress_ = false, ran_ = false;
+  bool progress_ = false, ran_ = false, left_out_ = false;  // in this round
 };
 
 }  // namespace emulation

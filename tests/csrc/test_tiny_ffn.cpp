@@ -309,6 +309,15 @@ void test_tiles_and_long_rows() {
   }
 }
 
+// No CTA needs h, and yet the second kernel must not end before the first one: what is launched next waits for one only.
+void test_no_experts() {
+  for (int i = 0; i < 20; ++i) {
+    Case c = draw_case(draw(1, 9), kDTypes[i % 3]);
+    c.routing = Routing::kAllSkipped;
+    run(c);
+  }
+}
+
 // Tiles never outnumber the plan, whatever the routing: a tile too many would have no CTA.
 void test_plan_has_a_tile_for_every_row() {
   for (int i = 0; i < 20000; ++i) {
@@ -343,6 +352,7 @@ void test_refusals() {
 int main() {
   test_plan_has_a_tile_for_every_row();
   test_refusals();
+  test_no_experts();
   test_tiles_and_long_rows();
   test_every_activation_and_source();
   test_random_cases();
