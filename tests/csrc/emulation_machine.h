@@ -39,11 +39,13 @@ class Machine {
     if (_setjmp(current_->state) == 0) _longjmp(scheduler_, 1);
   }
 
-  void yield_sometimes() {
-    if (draw(4) == 1) {
-      progress_ = true;
-      wait(nullptr, 0);
-    }
+  // Now and then the running thread's block stands still, for so long that others can do much of their work.
+  void stand_still_sometimes() {
+    if (draw(8) != 1) return;
+    block().late_warps = ~0u;
+    block().late_sweeps = 1 + static_cast<unsigned>(draw(200));
+    progress_ = true;
+    wait(nullptr, 0);
   }
 
   // One of `expected` arrives at a meeting and, unless it only `tells`, waits for the others.
@@ -117,8 +119,10 @@ class Machine {
   void fence() { memory().fence(thread_index(), block().barrier.generation); }
 
   void allow_next() {
-    if (!block().allows_next) ++block().grid->allowing;
+    if (block().allows_next) return;
     block().allows_next = true;
+    ++block().grid->allowing;
+    stand_still_sometimes();
   }
 
  private:

@@ -113,13 +113,13 @@ T atomicAdd(T* address, T value) {
   if (emulation::is_shared_by_blocks(address)) emulation::memory().settle(address, sizeof(T));
   const T old = *static_cast<volatile const T*>(address);
   emulation::store_for_all(address, static_cast<T>(old + value));
-  if (!emulation::Machine::instance().block().owns(address)) emulation::Machine::instance().yield_sometimes();
+  if (!emulation::Machine::instance().block().owns(address)) emulation::Machine::instance().stand_still_sometimes();
   return old;
 }
 
 inline void __threadfence() {
   emulation::Machine::instance().fence();
-  emulation::Machine::instance().yield_sometimes();
+  emulation::Machine::instance().stand_still_sometimes();
 }
 
 using std::max;
