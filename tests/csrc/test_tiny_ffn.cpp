@@ -309,6 +309,19 @@ void test_tiles_and_long_rows() {
   }
 }
 
+// One tile whose columns several CTAs sum: the last one needs the sums of all others.
+void test_hand_over() {
+  for (int i = 0; i < 60; ++i) {
+    Case c = draw_case(draw(1, 4), kDTypes[i % 3]);
+    c.hidden = 160;
+    c.width = 16;
+    c.experts = 1;
+    c.routing = Routing::kOneExpert;
+    c.has_norm = true;
+    run(c);
+  }
+}
+
 // No CTA needs h, and yet the second kernel must not end before the first one: what is launched next waits for one only.
 void test_no_experts() {
   for (int i = 0; i < 20; ++i) {
@@ -352,6 +365,7 @@ void test_refusals() {
 int main() {
   test_plan_has_a_tile_for_every_row();
   test_refusals();
+  test_hand_over();
   test_no_experts();
   test_tiles_and_long_rows();
   test_every_activation_and_source();
