@@ -26,7 +26,7 @@ test: $(VENV)/package.stamp  ## the tests (ARGS="-k name": some of them)
 test-slow: $(VENV)/package.stamp  ## fresh installations with and without nvcc, and with a broken source
 	$(BIN)/python -m pytest tests -m slow $(ARGS)
 
-test-native:  ## the CUDA sources compiled for the CPU, on an emulated block; needs cmake and a C++ compiler
+test-native:  ## the CUDA sources compiled for the CPU, on an emulated GPU; needs cmake and a C++ compiler
 	cmake -S . -B build/host -DMBK_HOST_TESTS=ON
 	cmake --build build/host --parallel 2
 	ctest --test-dir build/host --output-on-failure --no-tests=error

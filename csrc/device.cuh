@@ -1,5 +1,7 @@
-// What device code needs beyond the language; tests/csrc/emulation.h has the same functions for the host.
+// What device code needs beyond the language, and launches. tests/csrc/emulation_warp.h has the same for the host.
 #pragma once
+
+#include <utility>
 
 #include "common.h"
 
@@ -8,8 +10,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <utility>
 
 namespace mbk {
 
@@ -34,6 +34,21 @@ __device__ __forceinline__ void store_volatile(T* address, T value) {
   *static_cast<volatile T*>(address) = value;
 }
 
+// A load that another block's store may have changed during this kernel.
+template <typename T>
+__device__ __forceinline__ T load_volatile(const T* address) {
+  return *static_cast<const volatile T*>(address);
+}
+
+}  // namespace mbk
+
+#endif
+
+namespace mbk {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kWarpSize = 32;
+
 // Launches; asks for more than 48 KiB of shared memory where the kernel needs it.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
@@ -50,21 +65,6 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-}
-
-}  // namespace mbk
-
-#endif
-
-namespace mbk {
-
-constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kWarpSize = 32;
-
-// A load that another block's store may have changed during this kernel.
-template <typename T>
-__device__ __forceinline__ T load_volatile(const T* address) {
-  return *static_cast<const volatile T*>(address);
 }
 
 }  // namespace mbk

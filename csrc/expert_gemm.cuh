@@ -24,18 +24,8 @@
 // barrier.
 #pragma once
 
-#include <cuda.h>
-#include <cutlass/arch/barrier.h>
-#include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/cutlass.h>
-#include <cutlass/numeric_types.h>
-
-#include <cute/arch/cluster_sm90.hpp>
-#include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/atom/mma_atom.hpp>
-
 #include "expert_gemm_epilogue.cuh"
+#include "hopper.cuh"
 
 namespace mbk {
 
@@ -50,17 +40,6 @@ struct ExpertGemmKernelParams {
   bool gather;
 };
 
-template <class T>
-struct CutlassType;
-template <>
-struct CutlassType<__half> {
-  using type = cutlass::half_t;
-};
-template <>
-struct CutlassType<__nv_bfloat16> {
-  using type = cutlass::bfloat16_t;
-};
-
 template <class Element_, int kBlockN_, int kCluster_>
 struct ExpertGemmTraits {
   using Element = Element_;
@@ -72,13 +51,7 @@ struct ExpertGemmTraits {
   static constexpr int kProducerRegisters = kBlockN == 128 ? 56 : 40;
   static constexpr int kConsumerRegisters = kBlockN == 128 ? 224 : 232;
 
-  using T = typename CutlassType<Element>::type;
-  using Mma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float,
-                                 cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>, cute::Int<kBlockK>>>()));
-  template <int kRows>
-  using StagesOf = decltype(cute::tile_to_shape(
-      cute::GMMA::Layout_K_SW128_Atom<T>{}, cute::Shape<cute::Int<kRows>, cute::Int<kBlockK>, cute::Int<kStages>>{}));
+  using Product = hopper::Product<Element, kBlockM, kBlockN, kBlockK, kStages>;
 
   static constexpr int kRowsElements = kBlockM * kBlockK, kWeightsElements = kBlockN * kBlockK;
   static constexpr uint32_t kRowsBytes = kRowsElements * 2, kWeightsBytes = kWeightsElements * 2;
@@ -87,14 +60,11 @@ struct ExpertGemmTraits {
   using Slot = PipelineSlot<kStages>;
 
   struct Shared {  // swizzled over 1024 bytes: every stage begins at a multiple of them
-    alignas(1024) T rows[kStages][kRowsElements];
-    alignas(1024) T weights[kStages][kWeightsElements];
+    alignas(1024) Element rows[kStages][kRowsElements];
+    alignas(1024) Element weights[kStages][kWeightsElements];
     uint64_t full[kStages], empty[kStages];
   };
   static_assert(sizeof(Shared) <= 227 * 1024, "more shared memory than an SM has");
-
-  using Full = cutlass::arch::ClusterTransactionBarrier;
-  using Empty = cutlass::arch::ClusterBarrier;
 };
 
 inline constexpr int kExpertGemmThreads = 384;
@@ -113,19 +83,17 @@ template <class Traits, class Params>
 __device__ __forceinline__ void load_weights(const Params& params, typename Traits::Shared& shared,
                                              const ExpertTile& tile, int stage, int k, int rank, uint32_t bytes) {
   constexpr int kPart = Traits::kBlockN / Traits::kCluster;
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   uint64_t* full = &shared.full[stage];
-  Traits::Full::arrive_and_expect_tx(full, bytes);
+  hopper::arrive_and_expect(full, bytes);
   const int row = tile.tile_n * Traits::kBlockN;
   if (tile.shared_weights) {
-    cute::SM90_TMA_LOAD_MULTICAST_3D::copy(&params.weights, full, (1 << Traits::kCluster) - 1, kHint,
-                                           &shared.weights[stage][rank * kPart * Traits::kBlockK], k,
-                                           row + rank * kPart, tile.expert);
+    hopper::load_box_for((1 << Traits::kCluster) - 1, &params.weights, full,
+                         &shared.weights[stage][rank * kPart * Traits::kBlockK], k, row + rank * kPart, tile.expert);
   } else {
 #pragma unroll
     for (int part = 0; part < Traits::kCluster; ++part) {
-      cute::SM90_TMA_LOAD_3D::copy(&params.weights, full, kHint, &shared.weights[stage][part * kPart * Traits::kBlockK],
-                                   k, row + part * kPart, tile.expert);
+      hopper::load_box(&params.weights, full, &shared.weights[stage][part * kPart * Traits::kBlockK], k,
+                       row + part * kPart, tile.expert);
     }
   }
 }
@@ -133,17 +101,15 @@ __device__ __forceinline__ void load_weights(const Params& params, typename Trai
 // By one thread: rows in grouped order, all by TMA. Rows of a tile that are the next expert's are read and not stored.
 template <class Traits, class Params>
 __device__ __forceinline__ void produce(const Params& params, typename Traits::Shared& shared, int rank) {
-  constexpr uint64_t kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
   typename Traits::Slot slot;
   ExpertTile tile;
   while (scheduler.next(tile)) {
     if (tile.expert == params.num_experts) continue;
     for (int k = 0; k < params.depth; k += Traits::kBlockK, ++slot) {
-      Traits::Empty::wait(&shared.empty[slot.stage], slot.phase ^ 1);
+      hopper::wait(&shared.empty[slot.stage], slot.phase ^ 1);
       load_weights<Traits>(params, shared, tile, slot.stage, k, rank, Traits::kWeightsBytes + Traits::kRowsBytes);
-      cute::SM90_TMA_LOAD_2D::copy(&params.rows, &shared.full[slot.stage], kHint, &shared.rows[slot.stage][0], k,
-                                   tile.row0);
+      hopper::load_box(&params.rows, &shared.full[slot.stage], &shared.rows[slot.stage][0], k, tile.row0);
     }
   }
 }
@@ -151,10 +117,10 @@ __device__ __forceinline__ void produce(const Params& params, typename Traits::S
 // By the warps that wrote a stage's rows, when at most `kPending` of their newer groups of copies may be on their way.
 template <class Traits, int kPending>
 __device__ __forceinline__ void announce_rows(typename Traits::Shared& shared, int stage) {
-  cute::cp_async_wait<kPending>();
-  cutlass::arch::fence_view_async_shared();
+  hopper::wait_for_copies<kPending>();
+  hopper::fence_proxies();
   __syncwarp();
-  if (threadIdx.x % 32 == 0) Traits::Full::arrive(&shared.full[stage]);
+  if (threadIdx.x % 32 == 0) hopper::arrive(&shared.full[stage]);
 }
 
 // By the 128 threads of the producer: rows in token order. Eight lanes read 128 adjacent bytes of a row, a warp four
@@ -162,7 +128,6 @@ __device__ __forceinline__ void announce_rows(typename Traits::Shared& shared, i
 template <class Traits, class Params>
 __device__ __forceinline__ void produce_gathered(const Params& params, typename Traits::Shared& shared, int rank) {
   constexpr int kPieces = Traits::kBlockK / 8, kRowStep = 128 / kPieces, kRows = Traits::kBlockM / kRowStep;
-  using Copy = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
   const int thread = static_cast<int>(threadIdx.x), piece = thread % kPieces, row_in_tile = thread / kPieces;
   const int target = row_in_tile * kPieces + (piece ^ (row_in_tile % 8));
   auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
@@ -178,18 +143,17 @@ __device__ __forceinline__ void produce_gathered(const Params& params, typename 
       source_row[i] = row < tile.row_end ? params.epilogue.row_to_token[row] / params.top_k : -1;
     }
     for (int k = 0; k < params.depth; k += Traits::kBlockK, ++slot) {
-      Traits::Empty::wait(&shared.empty[slot.stage], slot.phase ^ 1);
+      hopper::wait(&shared.empty[slot.stage], slot.phase ^ 1);
       if (thread == 0) load_weights<Traits>(params, shared, tile, slot.stage, k, rank, Traits::kWeightsBytes);
       const int column = k + piece * 8;
-      auto* targets = reinterpret_cast<cute::uint128_t*>(&shared.rows[slot.stage][0]) + target;
+      auto* targets = reinterpret_cast<hopper::Bytes16*>(&shared.rows[slot.stage][0]) + target;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const bool inside = source_row[i] >= 0 && column < params.depth;
         const int64_t source = inside ? static_cast<int64_t>(source_row[i]) * params.a_row_stride + column : 0;
-        Copy::copy(*reinterpret_cast<const cute::uint128_t*>(params.a + source), targets[i * kRowStep * kPieces],
-                   inside);
+        hopper::copy_or_zero(targets + i * kRowStep * kPieces, params.a + source, inside);
       }
-      cute::cp_async_fence();
+      hopper::commit_copies();
       if (pending == Traits::kLag) {
         announce_rows<Traits, Traits::kLag>(shared, written.stage);
         ++written;
@@ -198,28 +162,20 @@ __device__ __forceinline__ void produce_gathered(const Params& params, typename 
       }
     }
   }
-  cute::cp_async_wait<0>();
+  hopper::wait_for_copies<0>();
   for (; pending > 0; --pending, ++written) announce_rows<Traits, 0>(shared, written.stage);
 }
 
 // acc = the tile's rows times its weights. Returns with the last product on its way; `last` is its stage.
-template <class Traits, class Fragments, class WeightFragments, class Accumulators>
-__device__ __forceinline__ void multiply(typename Traits::Shared& shared, const Fragments& rows,
-                                         const WeightFragments& weights, int steps, typename Traits::Slot& slot,
-                                         int& last, Accumulators& acc) {
-  typename Traits::Mma mma;
-  mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
+template <class Traits, class Rows, class Weights, class Accumulators>
+__device__ __forceinline__ void multiply(typename Traits::Shared& shared, const Rows& rows, const Weights& weights,
+                                         int steps, typename Traits::Slot& slot, int& last, Accumulators& acc) {
+  using Product = typename Traits::Product;
+  auto mma = Product::begin();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto multiply_stage = [&] {
-    Traits::Full::wait(&shared.full[slot.stage], slot.phase);
-    cute::warpgroup_fence_operand(acc);
-    cute::warpgroup_arrive();
-    CUTLASS_PRAGMA_UNROLL
-    for (int k = 0; k < cute::size<2>(rows); ++k) {
-      cute::gemm(mma, rows(cute::_, cute::_, k, slot.stage), weights(cute::_, cute::_, k, slot.stage), acc);
-      mma.accumulate_ = cute::GMMA::ScaleOut::One;
-    }
-    cute::warpgroup_commit_batch();
+    hopper::wait(&shared.full[slot.stage], slot.phase);
+    Product::start(mma, rows, weights, acc, slot.stage);
     last = slot.stage;
     ++slot;
   };
@@ -227,26 +183,18 @@ __device__ __forceinline__ void multiply(typename Traits::Shared& shared, const 
   for (int step = 1; step < steps; ++step) {
     const int read = last;
     multiply_stage();
-    cute::warpgroup_wait<1>();
-    cute::warpgroup_fence_operand(acc);
-    if (lane < Traits::kCluster) Traits::Empty::arrive(&shared.empty[read], lane, true);
+    Product::template wait<1>(acc);
+    if (lane < Traits::kCluster) hopper::arrive_at(&shared.empty[read], lane);
   }
 }
 
 template <class Traits, ActivationForm kForm, class Params>
 __device__ __forceinline__ void consume(const Params& params, typename Traits::Shared& shared, int rank, int group) {
-  using namespace cute;
+  using Product = typename Traits::Product;
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  typename Traits::Mma mma;
-  const auto slice = mma.get_thread_slice(thread);
-  using RowsLayout = typename Traits::template StagesOf<Traits::kBlockM>;
-  using WeightsLayout = typename Traits::template StagesOf<Traits::kBlockN>;
-  const Tensor shared_rows = make_tensor(make_smem_ptr(&shared.rows[0][0]), RowsLayout{});
-  const Tensor shared_weights = make_tensor(make_smem_ptr(&shared.weights[0][0]), WeightsLayout{});
-  const Tensor rows = slice.partition_fragment_A(shared_rows);
-  const Tensor weights = slice.partition_fragment_B(shared_weights);
-  Tensor acc = partition_fragment_C(mma, Shape<Int<Traits::kBlockM>, Int<Traits::kBlockN>>{});
-
+  const auto rows = Product::rows(&shared.rows[0][0], thread);
+  const auto weights = Product::weights(&shared.weights[0][0], thread);
+  auto acc = Product::accumulators();
   auto scheduler = make_scheduler<Traits>(params.offsets, params.num_experts, params.num_rows, params.tiles_n, rank);
   const int steps = (params.depth + Traits::kBlockK - 1) / Traits::kBlockK;
   typename Traits::Slot slot;
@@ -259,19 +207,18 @@ __device__ __forceinline__ void consume(const Params& params, typename Traits::S
   }
   while (mine) {
     const bool other = scheduler.next(others);
-    if (wait_turn) cutlass::arch::NamedBarrier::sync(256, static_cast<uint32_t>(group));
+    if (wait_turn) hopper::sync_named(256, group);
     wait_turn = true;
     const auto pass_turn = [&] {
-      if (other) cutlass::arch::NamedBarrier::arrive(256, static_cast<uint32_t>(1 - group));
+      if (other) hopper::arrive_named(256, 1 - group);
     };
     if (tile.expert < params.num_experts) {
       int last = 0;
       multiply<Traits>(shared, rows, weights, steps, slot, last, acc);
       pass_turn();
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(acc);
-      if (thread % 32 < Traits::kCluster) Traits::Empty::arrive(&shared.empty[last], thread % 32, true);
-      const auto accumulator = [&](int j, int v, int m, int c) -> float& { return acc(make_coord(c, v, j), m, 0); };
+      Product::template wait<0>(acc);
+      if (thread % 32 < Traits::kCluster) hopper::arrive_at(&shared.empty[last], thread % 32);
+      const auto accumulator = [&](int j, int v, int m, int c) -> float& { return Product::at(acc, j, v, m, c); };
       store_tile<typename Traits::Element, kForm, Traits::kBlockN>(params.epilogue, tile, thread, accumulator);
     } else {
       pass_turn();
@@ -284,41 +231,40 @@ __device__ __forceinline__ void consume(const Params& params, typename Traits::S
 
 template <class Traits, ActivationForm kForm, class Params>
 __global__ void __launch_bounds__(kExpertGemmThreads, 1) expert_gemm_kernel(const __grid_constant__ Params params) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
-  const int warp_group = cutlass::canonical_warp_group_idx();
-  const int rank = Traits::kCluster == 1 ? 0 : static_cast<int>(cute::block_rank_in_cluster());
+#ifdef MBK_HAS_WGMMA
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(hopper::swizzled_shared());
+  const int warp_group = hopper::warp_group_index();
+  const int rank = Traits::kCluster == 1 ? 0 : hopper::rank_in_cluster();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      Traits::Full::init(&shared.full[stage], params.gather ? 1 + kProducerWarps : 1);
-      Traits::Empty::init(&shared.empty[stage], kConsumerWarps * Traits::kCluster);
+      hopper::init_barrier(&shared.full[stage], params.gather ? 1 + kProducerWarps : 1);
+      hopper::init_barrier(&shared.empty[stage], kConsumerWarps * Traits::kCluster);
     }
-    cutlass::arch::fence_barrier_init();
-    cute::prefetch_tma_descriptor(&params.weights);
-    if (!params.gather) cute::prefetch_tma_descriptor(&params.rows);
+    hopper::publish_barriers();
+    hopper::prefetch_map(&params.weights);
+    if (!params.gather) hopper::prefetch_map(&params.rows);
   }
   __syncwarp();
   if constexpr (Traits::kCluster == 1) {
     __syncthreads();
   } else {
-    cute::cluster_sync();
+    hopper::sync_cluster();
   }
 
   if (warp_group == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+    hopper::give_registers_up<Traits::kProducerRegisters>();
     if (params.gather) {
       produce_gathered<Traits>(params, shared, rank);
     } else if (threadIdx.x == 0) {
       produce<Traits>(params, shared, rank);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    hopper::take_registers<Traits::kConsumerRegisters>();
     consume<Traits, kForm>(params, shared, rank, warp_group - 1);
   }
   if constexpr (Traits::kCluster > 1) {
     __syncwarp();
-    cute::cluster_sync();
+    hopper::sync_cluster();
   }
 #endif
 }

@@ -7,9 +7,7 @@
 // anybody.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "device.cuh"
 #include "expert_gemm_scheduler.h"
 
 namespace mbk {

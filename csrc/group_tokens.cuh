@@ -104,7 +104,6 @@ __device__ __forceinline__ void count_task(const GroupTokensArguments& a, const 
   for (int i = 0; i < kTaskItems; ++i) {
     if (first + i * kWarpSize < a.tokens) scratch[first + i * kWarpSize] = experts[i];
   }
-  __threadfence();
   __syncthreads();
   const int lane = threadIdx.x % kWarpSize, stride = a.num_experts + 1;
   uint64_t* words = a.words + layer * a.blocks * stride;
@@ -113,7 +112,7 @@ __device__ __forceinline__ void count_task(const GroupTokensArguments& a, const 
     if (lane == 0 && block > 0) store_volatile(words + block * stride + e, kOfThisBlock | own);
     const unsigned before = block > 0 ? look_back(words + e, block, stride) : 0u;
     if (lane == 0) {
-      __threadfence();
+      __threadfence();  // with the barrier before it: the scratch of all threads
       store_volatile(words + block * stride + e, kUpToThisBlock | uint64_t{before + own});
     }
   }

@@ -1,23 +1,11 @@
 #include "tiny_ffn.cuh"
 
 #include <algorithm>
-
-#ifndef MBK_EMULATION
 #include <atomic>
-#endif
 
 namespace mbk {
 namespace tiny {
 namespace {
-
-#ifdef MBK_EMULATION
-
-template <typename Kernel>
-cudaError_t launch_kernel(Kernel kernel, int blocks, int shared_bytes, bool, const Arguments& arguments) {
-  return launch(kernel, blocks, kThreads, shared_bytes, arguments.p.stream, arguments);
-}
-
-#else
 
 constexpr int kMaxDevices = 64;
 enum Preparation : int { kUnknown = 0, kPlain = 1, kProgrammatic = 2 };
@@ -58,8 +46,6 @@ cudaError_t launch_prepared(Kernel kernel, std::atomic<int>* prepared, int block
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
-#endif
-
 template <typename T, int kBlockM>
 cudaError_t launch_both(const Arguments& a) {
   if (int64_t{a.plan.tiles} * std::max(a.plan.hidden_slices, a.plan.output_slices * a.plan.splits) > INT32_MAX) {
@@ -68,16 +54,11 @@ cudaError_t launch_both(const Arguments& a) {
   const int hidden_blocks = a.plan.hidden_slices * a.plan.tiles;
   const int output_blocks = a.plan.output_slices * a.plan.tiles * a.plan.splits;
   constexpr int kBytes = kSharedBytes<kBlockM>;
-#ifdef MBK_EMULATION
-  MBK_RETURN_IF_ERROR(launch_kernel(tiny_ffn_hidden_kernel<T, kBlockM>, hidden_blocks, kBytes, false, a));
-  MBK_RETURN_IF_ERROR(launch_kernel(tiny_ffn_output_kernel<T, kBlockM>, output_blocks, kBytes, true, a));
-#else
   static std::atomic<int> hidden_prepared[kMaxDevices], output_prepared[kMaxDevices];
   MBK_RETURN_IF_ERROR(
       launch_prepared(tiny_ffn_hidden_kernel<T, kBlockM>, hidden_prepared, hidden_blocks, kBytes, false, a));
   MBK_RETURN_IF_ERROR(
       launch_prepared(tiny_ffn_output_kernel<T, kBlockM>, output_prepared, output_blocks, kBytes, true, a));
-#endif
   return cudaGetLastError();
 }
 

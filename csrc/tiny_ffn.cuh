@@ -374,9 +374,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) tiny_ffn_output_kernel
   }
   if (!has_norm) return;
 
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // with the barrier before it: the sums of all threads
     tail.arrived = atomicAdd(reinterpret_cast<int*>(workspace + a.plan.count_offset) + index, 1) + 1;
     __threadfence();
   }

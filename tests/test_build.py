@@ -67,7 +67,8 @@ def test_with_nvcc(python, tree):
 
     Of one architecture, the one that every kernel is for: all of them take minutes more (`make cuda-resources`).
     """
-    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", MOEBERT_KERNELS_CUDA_ARCHS="90a")
+    environment = {"MOEBERT_KERNELS_CUDA_ARCHS": "90a", "MOEBERT_KERNELS_WERROR": "1"}
+    status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", **environment)
     assert status == 0, output[-3000:]
     assert record(tree)["archs"] == ["sm_90a"]
     assert record(tree)["ptx"] == "compute_90"

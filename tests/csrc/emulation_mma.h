@@ -1,64 +1,30 @@
-// Tensor cores and asynchronous copies for emulation.h: lanes exchange their fragments, copies happen when it hurts.
-//
-// Under odd seeds a copy is made when it is issued, under even ones when it is waited for.
+// What tiny_ffn.cuh takes from PTX: tensor cores, whose lanes exchange their fragments, copies, and overlapping launches.
 #pragma once
 
 #include <type_traits>
-#include <unordered_map>
 
-#include "emulation.h"
+#include "emulation_copies.h"
 
 namespace mbk {
 namespace tiny {
 
-struct Copy {
-  void* destination;
-  const void* source;
-  int bytes;
-};
-
-// Copies of one thread, by group; the last group is open.
-struct Copies {
-  std::vector<std::vector<Copy>> groups{1};
-};
-
-inline Copies& copies_of_thread() {
-  static std::unordered_map<const void*, Copies> all;
-  return all[&emulation::Machine::instance().current()];
-}
-
-inline void make_copy(const Copy& copy) {
-  std::memset(copy.destination, 0, 16);
-  if (copy.bytes > 0) std::memcpy(copy.destination, copy.source, static_cast<size_t>(copy.bytes));
-}
-
-inline void copy_async(void* shared, const void* global, int bytes) {
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(shared) % 16 == 0 && (bytes == 0 || reinterpret_cast<uintptr_t>(global) % 16 == 0);
-  if (!aligned || bytes < 0 || bytes > 16) emulation::fail("an asynchronous copy that is not 16 aligned bytes");
-  const Copy copy{shared, global, bytes};
-  if (emulation::options().seed % 2 == 1) return make_copy(copy);
-  copies_of_thread().groups.back().push_back(copy);
-}
-
-inline void copy_commit() {
-  if (emulation::options().seed % 2 == 0) copies_of_thread().groups.emplace_back();
-}
+inline void copy_async(void* shared, const void* global, int bytes) { emulation::copy_async(shared, global, bytes); }
+inline void copy_commit() { emulation::commit_copies(); }
 
 template <int kPending>
 void copy_wait() {
-  if (emulation::options().seed % 2 == 1) return;
-  auto& groups = copies_of_thread().groups;
-  const size_t open_or_pending = kPending + 1;
-  const size_t done = groups.size() > open_or_pending ? groups.size() - open_or_pending : 0;
-  for (size_t i = 0; i < done; ++i) {
-    for (const Copy& copy : groups[i]) make_copy(copy);
-  }
-  groups.erase(groups.begin(), groups.begin() + static_cast<std::ptrdiff_t>(done));
+  emulation::wait_for_copies(kPending);
 }
 
-inline void wait_for_previous_kernel() {}
-inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {
+  emulation::Machine& machine = emulation::Machine::instance();
+  const emulation::Grid* previous = machine.block().grid->previous;
+  if (previous == nullptr) return;
+  if (previous->ended == 0) machine.wait(&previous->ended, 0);
+  machine.fence();
+}
+
+inline void allow_next_kernel() { emulation::Machine::instance().allow_next(); }
 
 template <typename T>
 float element(uint32_t word, int index) {

@@ -50,13 +50,23 @@ inline float __uint_as_float(unsigned bits) { return emulation::from_bits<float>
 
 struct __half {
   uint16_t bits;
+  explicit operator float() const;
 };
 
 struct __nv_bfloat16 {
   uint16_t bits;
+  explicit operator float() const { return __uint_as_float(unsigned{bits} << 16); }
 };
 
-inline float __bfloat162float(__nv_bfloat16 value) { return __uint_as_float(unsigned{value.bits} << 16); }
+struct __half2 {
+  __half x, y;
+};
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) { return static_cast<float>(value); }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const unsigned bits = __float_as_uint(value);
@@ -80,4 +90,14 @@ inline __half __float2half_rn(float value) {
   const int exponent = size < std::ldexp(1.0f, -14) ? -14 : std::ilogb(size);
   const auto units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // to even
   return {static_cast<uint16_t>(sign | (units + (static_cast<unsigned>(exponent + 14) << 10)))};
+}
+
+inline __half::operator float() const { return __half2float(*this); }
+
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }

@@ -151,6 +151,7 @@ void run(const Case& c) {
   in.ffn_type = c.ffn_type;
   CHECK(mbk::fused_moe_ffn_add_norm({in, token_to_row.data(), y.data(), nullptr}) == cudaSuccess, "%s",
         c.text().c_str());
+  cudaDeviceSynchronize();
 
   const auto partials = static_cast<size_t>(mbk::norm_chunks(tokens, c.num_experts) * columns);
   Guarded<float> weight_partials(partials), bias_partials(partials);
@@ -166,6 +167,7 @@ void run(const Case& c) {
   backward.dnorm_bias = dnorm_bias.data();
   backward.dweights = c.want_dweights ? dweights.data() : nullptr;
   CHECK(mbk::fused_moe_ffn_add_norm_backward(backward) == cudaSuccess, "%s", c.text().c_str());
+  cudaDeviceSynchronize();
 
   // float32 sums over a row; a type's own rounding of what is stored
   const double rounding = 2e-5;

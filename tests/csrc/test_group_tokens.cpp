@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "emulation.h"
+#include "emulation_hooks.h"
 #include "group_tokens.cu"
 #include "hash_route.cu"
 #include "testing.h"
@@ -200,10 +200,12 @@ void run(const Case& c) {
   params.tokens = c.tokens;
   params.num_experts = c.num_experts;
   CHECK(mbk::group_tokens(params) == cudaSuccess, "%s", c.text().c_str());
+  cudaDeviceSynchronize();
 
   Guarded<int32_t> routed(c.by_hash ? rows : 0);
   if (c.by_hash) {
     CHECK(mbk::hash_route({lookup, routed.data(), c.layers, c.tokens, nullptr}) == cudaSuccess, "%s", c.text().c_str());
+    cudaDeviceSynchronize();
   }
   for (int64_t layer = 0; layer < c.layers; ++layer) {
     std::vector<int64_t> experts;
@@ -259,6 +261,7 @@ void run_look_back() {
   }
   Guarded<unsigned> sum(1);
   mbk::launch(look_back_kernel, 1, 32, 0, nullptr, static_cast<const uint64_t*>(words.data()), blocks, sum.data());
+  cudaDeviceSynchronize();
   CHECK(sum[0] == wanted, "look-back over %lld blocks: expected %u, got %u", static_cast<long long>(blocks), wanted,
         sum[0]);
 }
@@ -267,6 +270,31 @@ void run_look_back() {
 
 int main() {
   int cases = 0;
+  for (int i = 0; i < 20; ++i, ++cases) {  // experts of several warps, and warps without any
+    emulation::options().resident_blocks = i % 2 == 0 ? 12 : 2 + i % 5;  // 12: those that place beside those that count
+    Case c = random_case(1, i % 2 == 0 ? 6 : 100);
+    c.tokens = draw(16385, 16500);
+    c.layers = 1;
+    c.vocab_size = draw(1, 4000);
+    run(c);
+  }
+  for (unsigned resident : {1, 2, 5}) {  // the look-back, with as few blocks at a time as can be
+    emulation::options().resident_blocks = resident;
+    for (int64_t tokens : {16385, 24576, 50000}) {
+      Case c = random_case(1, resident == 2 ? 90 : 8);
+      c.tokens = tokens;
+      c.layers = tokens > 30000 ? 1 : 2;
+      c.vocab_size = draw(1, 4000);
+      run(c);
+      ++cases;
+    }
+  }
+  emulation::options().resident_blocks = 2;
+  Case many = random_case(1, 4);  // more blocks before the last one than a warp looks at together
+  many.tokens = 35 * 8192 + 17;
+  many.layers = 1;
+  run(many);
+  emulation::options().resident_blocks = 4;
   for (int i = 0; i < 500; ++i, ++cases) run_look_back();
   for (int i = 0; i < 2500; ++i, ++cases) run(random_case(i % 10 == 0 ? 700 : 130, i % 4 == 0 ? 80 : 7));
   for (int experts : {1, 2, 31, 32, 33, 63, 64, 65, 255, 256, 1023, 1024}) {
@@ -284,30 +312,6 @@ int main() {
       run(c);
     }
   }
-  for (unsigned resident : {1, 2, 5}) {  // the look-back, with as few blocks at a time as can be
-    emulation::options().resident_blocks = resident;
-    for (int64_t tokens : {16385, 24576, 50000}) {
-      Case c = random_case(1, resident == 2 ? 90 : 8);
-      c.tokens = tokens;
-      c.layers = tokens > 30000 ? 1 : 2;
-      c.vocab_size = draw(1, 4000);
-      run(c);
-      ++cases;
-    }
-  }
-  for (int i = 0; i < 20; ++i, ++cases) {  // experts of several warps, and warps without any
-    emulation::options().resident_blocks = 2 + i % 5;
-    Case c = random_case(1, i % 2 == 0 ? 6 : 100);
-    c.tokens = draw(16385, 16500);
-    c.layers = 1;
-    c.vocab_size = draw(1, 4000);
-    run(c);
-  }
-  emulation::options().resident_blocks = 2;
-  Case many = random_case(1, 4);  // more blocks before the last one than a warp looks at together
-  many.tokens = 35 * 8192 + 17;
-  many.layers = 1;
-  run(many);
   std::printf("%d cases\n", cases + 1);
   return 0;
 }

@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "emulation.h"
+#include "emulation_hooks.h"
 #include "testing.h"
 #include "tiny_ffn.cu"
 
@@ -248,6 +248,7 @@ void run(const Case& c) {
     emulation::options().seed = replay == 0 ? 0 : random_numbers();
     const cudaError_t status = mbk::tiny_ffn(problem.params);
     CHECK(status == cudaSuccess, "status %d", status);
+    cudaDeviceSynchronize();
     if (replay == 0) first.assign(y.begin(), y.end());
     CHECK(std::memcmp(first.data(), y.data(), bytes) == 0, "replay %d differs", replay);
   }
@@ -308,6 +309,28 @@ void test_tiles_and_long_rows() {
   }
 }
 
+// One tile whose columns several CTAs sum: the last one needs the sums of all others.
+void test_hand_over() {
+  for (int i = 0; i < 60; ++i) {
+    Case c = draw_case(draw(1, 4), kDTypes[i % 3]);
+    c.hidden = 160;
+    c.width = 16;
+    c.experts = 1;
+    c.routing = Routing::kOneExpert;
+    c.has_norm = true;
+    run(c);
+  }
+}
+
+// No CTA needs h, and yet the second kernel must not end before the first one: what is launched next waits for one only.
+void test_no_experts() {
+  for (int i = 0; i < 20; ++i) {
+    Case c = draw_case(draw(1, 9), kDTypes[i % 3]);
+    c.routing = Routing::kAllSkipped;
+    run(c);
+  }
+}
+
 // Tiles never outnumber the plan, whatever the routing: a tile too many would have no CTA.
 void test_plan_has_a_tile_for_every_row() {
   for (int i = 0; i < 20000; ++i) {
@@ -342,6 +365,8 @@ void test_refusals() {
 int main() {
   test_plan_has_a_tile_for_every_row();
   test_refusals();
+  test_hand_over();
+  test_no_experts();
   test_tiles_and_long_rows();
   test_every_activation_and_source();
   test_random_cases();
