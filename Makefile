@@ -20,11 +20,11 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
 
-test: $(VENV)/package.stamp  ## the tests (ARGS="-k name": some of them)
+test: $(VENV)/package.stamp  ## the tests but the slow ones (ARGS="-k name": some of them)
 	$(BIN)/python -m pytest tests -n auto $(ARGS)
 
-test-slow: $(VENV)/package.stamp  ## fresh installations with and without nvcc, and with a broken source
-	$(BIN)/python -m pytest tests -m slow $(ARGS)
+test-slow: $(VENV)/package.stamp  ## the slow tests: compilation, processes, fresh installations, every family, 2,000 random problems
+	$(BIN)/python -m pytest tests -m slow -n auto $(ARGS)
 
 test-native:  ## the CUDA sources compiled for the CPU, on an emulated GPU; needs cmake and a C++ compiler
 	cmake -S . -B build/host -DMBK_HOST_TESTS=ON

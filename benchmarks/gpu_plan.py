@@ -83,9 +83,10 @@ SHARED_CENTRE = [
     ("mpo", "mpo_expert_weights-forward_backward", 3), ("mpo", "mpo_experts-shared_fold-4xT4096", 5),
 ]  # fmt: skip
 # Files of tests; each is compiled and run by a process of its own. Plain torch has no kernels of ours: CI runs it.
-OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route ops/test_mpo_expert_weights
-ops/test_any_shape kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda kernels/test_dropout
-ops/test_hostile_arguments ops/test_autocast ops/test_derivatives ops/test_integers test_native"""
+OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route+ops/test_integers
+ops/test_mpo_expert_weights ops/test_any_shape ops/test_autocast+ops/test_derivatives
+kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda
+kernels/test_dropout+ops/test_hostile_arguments test_native"""
 TESTED = {"ops/test_fused_moe_ffn": 90, "ops/test_fused_moe_ffn_add_norm": 80, "kernels/test_gpu": 60}
 TESTED |= dict.fromkeys(OTHER_TESTS.split(), 35)
 
@@ -122,7 +123,7 @@ def _steps() -> Iterator[Step]:
             yield Step(f"sanitize/{tool}-{backend}", 60, command=words, rehearsal=(PYTHON, "-c", "import benchmarks"),
                        **more | {"needs": (*more["needs"], SANITIZER)})  # fmt: skip
     for name, seconds in TESTED.items():
-        words = (*PYTEST, f"tests/{name}.py", "-k", "not torch-")
+        words = (*PYTEST, *(f"tests/{file}.py" for file in name.split("+")), "-k", "not torch-")
         yield Step(f"test/{name}", seconds, command=words, rehearsal=(*words, "--collect-only"), uses=(NATIVE,),
                    needs=(*TESTS, "hypothesis") if "any_shape" in name else TESTS, after_build=True)  # fmt: skip
 

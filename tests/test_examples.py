@@ -11,6 +11,7 @@ from tests.helpers import ROOT
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(path, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed

@@ -152,6 +152,7 @@ def test_microbert_leaves_to_another_process_what_that_is_at(microbert, tmp_path
     assert list(made)[-1] == ("mrpc", "full", 0) and len(made) == len(microbert.RUNS)
 
 
+@pytest.mark.slow
 def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     """One seed, then the report alone; nothing is trained twice."""
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 5)

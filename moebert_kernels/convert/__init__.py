@@ -13,12 +13,13 @@ from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factor
 from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
 from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
 from moebert_kernels.convert.original import from_original
-from moebert_kernels.convert.sizes import Share, importance_kept, parameter_counts
+from moebert_kernels.convert.sizes import Share, importance_kept
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
 from moebert_kernels.convert.task_moe import convert_to_task_moe
 from moebert_kernels.convert.to_dense import collapse
+from moebert_kernels.models.card import parameter_counts
 
 __all__ = [
     "STUDENT_SHAPES",

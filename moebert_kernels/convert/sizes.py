@@ -1,31 +1,14 @@
-"""What a conversion came to: parameters, and how much of the importance the experts keep."""
+"""What a conversion came to: how much of the importance the experts keep."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebert_kernels.convert.split import expert_indices
 from moebert_kernels.errors import UserError
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: of every layer `top_k` experts, or one.
-
-    A central tensor that experts share is met whole.
-    """
-    total = sum(parameter.numel() for parameter in model.parameters())
-    config: Any = model.config
-    E, top_k = getattr(config, "num_experts", 1), getattr(config, "experts_per_token", getattr(config, "top_k", 1))
-    # a norm around all experts is no expert's own
-    experts = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if ".experts." in name and p.ndim > 1 and not name.endswith(".central")
-    )
-    return {"total_parameters": total, "active_parameters": total - experts * (E - top_k) // E}
 
 
 class Share(NamedTuple):

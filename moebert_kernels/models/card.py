@@ -81,8 +81,8 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
     )
 
 
-def parameter_counts(model: Any) -> tuple[int, int]:
-    """All parameters, and those that one token meets: all but the experts that it does not go to."""
+def parameter_counts(model: Any) -> dict[str, int]:
+    """All parameters of a model, and those that one token meets: all but the experts that it does not go to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     E, top_k = getattr(model.config, "num_experts", 1), _top_k(model.config)
     # what all experts have together, one norm or bias or a central tensor, is met by each token
@@ -91,7 +91,7 @@ def parameter_counts(model: Any) -> tuple[int, int]:
         for name, parameter in model.named_parameters()
         if ".experts." in name and parameter.ndim > 1 and not name.endswith(".central")
     )
-    return total, total - own * (E - top_k) // E
+    return {"total_parameters": total, "active_parameters": total - own * (E - top_k) // E}
 
 
 def _top_k(config: Any) -> int:
@@ -116,7 +116,7 @@ def _moe_rows(model: Any) -> dict[str, Any]:
 
 
 def _parameter_rows(model: nn.Module) -> dict[str, str]:
-    total, active = parameter_counts(model)
+    total, active = parameter_counts(model).values()
     rows = {"parameters": f"{total:,}"}
     return rows if active == total else rows | {"parameters that a token meets": f"{active:,}"}
 

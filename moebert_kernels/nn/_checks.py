@@ -37,6 +37,6 @@ def check_gate_inputs(gate: nn.Linear, x: Tensor, attention_mask: Tensor | None,
         raise ValueError(f"x: expected shape ({leading}, H={hidden}), got {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise ValueError(f"x: expected dtype {', '.join(str(d) for d in FLOATS)}, got {x.dtype}")
-    if x.device != gate.weight.device:
+    if x.device != gate.weight.device and not gate.weight.is_meta:  # offloaded: accelerate loads it when it runs
         raise ValueError(f"x: expected device {gate.weight.device} (as the gate), got {x.device}")
     check_mask(attention_mask, "x without H", x[..., 0])

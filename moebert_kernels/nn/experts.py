@@ -141,8 +141,8 @@ class MPOExperts(Experts):
     Parameters: w1 and w2, each an `MPOWeight`; and the biases of `Experts`.
 
     Weights are folded inside autograd once per forward, or once per optimizer step under `shared_fold`; when neither
-    training nor a gradient asks for it, once until a parameter changes. A write through `parameter.data` moves no version
-    counter and is not seen: call `unfold` after it.
+    training nor a gradient asks for it, once until a parameter changes. A write through `parameter.data` moves no
+    version counter and is not seen: call `unfold` after it.
 
     Raises:
         UserError: no factors, or some that do not multiply to the shapes; what `Experts` and `MPOWeight` raise.

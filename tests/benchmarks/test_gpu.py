@@ -11,6 +11,7 @@ import tarfile
 import time
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,6 +238,9 @@ def test_leftovers_of_a_killed_call_are_ended(tmp_path):
     left = subprocess.Popen(["sleep", "60"], env=variables, start_new_session=True)
     other = subprocess.Popen(["sleep", "60"], env=variables | {gpu_machine.MARK: "elsewhere"})
     try:
+        environment = Path(f"/proc/{left.pid}/environ")
+        while str(tmp_path).encode() not in environment.read_bytes():  # there a moment after the program has started
+            time.sleep(0.01)
         assert gpu_machine.end_leftovers(tmp_path) == 1
         assert left.wait(10) == -9 and other.poll() is None
     finally:

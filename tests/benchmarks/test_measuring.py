@@ -173,6 +173,7 @@ def test_hoppers_are_judged(gpu, judged, known_roof, monkeypatch):
     assert len(result["cases"][0]["requirements"]) == judged
 
 
+@pytest.mark.slow
 def test_a_cut_run_keeps_its_cases_and_goes_on(tmp_path, known_roof):
     calls = []
     cases = [ones_case(name, calls=calls) for name in ("first", "second", "third")]

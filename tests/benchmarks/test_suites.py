@@ -38,6 +38,7 @@ def test_names_and_requirements_are_consistent(what):
             assert named | {case.baseline, *(r.provider for r in case.requires)} <= set(case.providers)
 
 
+@pytest.mark.slow
 def test_benchmarks_are_collected_without_a_timeout_plugin():
     pytest.importorskip("pytest_benchmark")
     words = (sys.executable, "-m", "pytest", "benchmarks/bench_routing.py", "-p", "no:timeout", "--smoke",

@@ -72,6 +72,7 @@ def with_padding_routed(make):
     return made
 
 
+@pytest.mark.slow
 def test_every_case_may_compile_as_many_shapes_as_the_compiler_allows(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(recompile_limit=1):  # 8 unpatched; each shape costs seconds

@@ -51,6 +51,7 @@ def words(setting, output, *more):
             "--epochs", "1", *SHORT, *more)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     root, _ = setting
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 10)

@@ -11,6 +11,7 @@ from moebert_kernels.cli import app
 from moebert_kernels.cli.outputs import NOTE, already_written, check_output, check_run, claim, write_model
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, done, moebert, refused
+from tests.convert.models import dense_model
 
 
 def command_words(name, model, data):
@@ -105,17 +106,10 @@ def test_an_earlier_result_is_replaced(teacher, data, tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["splits"]["validation"]["examples"] == 64
 
 
-class Saved:
-    """As much of a model as `write_model` asks for."""
-
-    def save_pretrained(self, folder):
-        (folder / "config.json").write_text("{}")
-
-
 def test_force_replaces_a_model_and_not_what_was_put_beside_it(tmp_path):
     folder, identity = tmp_path / "out", {"command": "convert", "seed": 0}
     assert not already_written(folder, identity, force=False)
-    write_model(folder, Saved(), None, identity)
+    write_model(folder, dense_model("bert"), None, identity)
     assert already_written(folder, identity, force=False)
     other = {"command": "student", "seed": 0}
     with pytest.raises(UserError, match=r"output: expected a new or empty folder, .* is in use \(--force replaces it"):

@@ -62,6 +62,7 @@ def test_a_student_is_as_good_as_its_teacher_here(student, data, tmp_path):
     assert json.loads(result.read_text())["splits"]["test"]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_student_gives_the_same_logits_in_a_new_process(student):
     code = (
         "import sys, torch, moebert_kernels.models\n"
@@ -101,6 +102,7 @@ def test_teacher_outputs_are_computed_once_for_two_students(teacher, moe, import
     assert times[0] and times[0] == times[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, teacher, tmp_path):
     """The first process is stopped by Ctrl-C in the middle; the second one finishes."""
     words = ["finetune", "--model", base, *TABLE, "--data", data, "--output", tmp_path / "out", *TRAINING]

@@ -114,6 +114,7 @@ def test_dtype_and_mode_are_kept():
     assert plain.dtype == torch.bfloat16 and plain.training
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_virtual_environment_without_this_package(tmp_path):
     """The environment sees the installed libraries by their folder, in which this package has no files of its own."""
     moe, batch = trained("bert", LABELS)

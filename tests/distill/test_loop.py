@@ -70,6 +70,7 @@ def test_accumulation_keeps_the_balance_loss_of_the_large_batch(tmp_path, router
             assert line == pytest.approx(its_line, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Each takes every other micro-batch of a window; the last window has an odd number of them."""
     script = str(ROOT / "tests/distill/distributed_run.py")

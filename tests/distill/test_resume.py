@@ -21,6 +21,7 @@ def assert_same_run(one, other):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_killed_runs_end_where_an_undisturbed_one_does(tmp_path):
     """SIGKILL at random moments, dropout on, accumulation, an epoch's short last window, saves every other step."""
     command = [sys.executable, str(ROOT / "tests/distill/killed_run.py"), str(tmp_path), "7"]

@@ -19,6 +19,7 @@ def poison_uninitialised_memory():
     """Off here: the compiler traces through the allocators that this fixture patches elsewhere."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ROUTERS)
 def test_export(tmp_path, router):
     model = tiny.model(router=router)
@@ -33,6 +34,7 @@ def test_export(tmp_path, router):
         torch.testing.assert_close(program(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ROUTERS)
 def test_compile(router):
     model = tiny.model(router=router, load_balance=0.1)

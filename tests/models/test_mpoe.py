@@ -243,6 +243,7 @@ def test_hash_tables_follow_the_vocabulary():
     model(input_ids=torch.full((1, 3), tiny.V + 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["switch", "hash-random"])
 def test_compiles_without_graph_breaks(router, fresh_dynamo):
     model, batch = moe("gpt2", router=router), tiny.inputs("gpt2")

@@ -116,6 +116,7 @@ def test_accumulation_and_shared_folds_change_nothing(unit):
     assert wanted["steps"].item() == sum(not all(m) for m in drawn) < masked_run.STEPS
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
