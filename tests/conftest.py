@@ -4,7 +4,8 @@ import os
 import random
 import signal
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: bitwise tests compare this process with those that it starts
+# Before torch: bitwise tests compare this process with those that it starts. OMP_NUM_THREADS=2 runs the suite so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed torch and the standard library; a test that needs numpy takes its own generator."""
-    torch.set_num_threads(1)  # a test may have changed it
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a test may have changed it
     torch.manual_seed(0)
     random.seed(0)
 

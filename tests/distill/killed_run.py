@@ -79,6 +79,5 @@ def main(folder: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread of tqdm's either
     main(Path(sys.argv[1]), int(sys.argv[2]))

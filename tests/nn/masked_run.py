@@ -49,7 +49,6 @@ def train(made, unit, shared, rank=0, world=1):
 CASES = {"each": ("step", False), "shared": ("step", True), "expert": ("expert", False)}
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = {}

@@ -125,7 +125,7 @@ def test_two_processes_train_as_one(tmp_path):
     for rank in range(2):
         environment = os.environ | {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         command = [sys.executable, "-m", "tests.nn.masked_run", str(tmp_path / "out")]
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
