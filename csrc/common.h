@@ -31,16 +31,18 @@ namespace mbk {
 // The numbers are those that Python passes; moebert_kernels/cuda_backend has the same ones.
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// In the order of moebert_kernels.activation.ACTIVATIONS; the last three are gated, gate rows first.
+// In the order of moebert_kernels.activation.ACTIVATIONS; the last four are gated, gate rows first.
 enum class Activation : int {
   kGelu = 0,
   kGeluTanh = 1,
   kRelu = 2,
-  kSilu = 3,
-  kIdentity = 4,
-  kSwiGlu = 5,
-  kGeGlu = 6,
-  kReGlu = 7,
+  kRelu2 = 3,
+  kSilu = 4,
+  kIdentity = 5,
+  kSwiGlu = 6,
+  kGeGlu = 7,
+  kGeGluTanh = 8,
+  kReGlu = 9,
 };
 
 MBK_HOST_DEVICE constexpr int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

@@ -23,7 +23,7 @@ struct ExpertGemmParams {
   int top_k;
 
   DType dtype;            // of a, w, y, pre, bias and weights: kFloat16 or kBFloat16; sums are float32
-  Activation activation;  // not a gated one
+  Activation activation;  // neither a gated one nor kRelu2
   bool gather, scatter;
   int block_n, cluster;  // the tile's columns (128, 192) and the CTAs that share weights (1, 2); 0: chosen by sizes
   cudaStream_t stream;

@@ -105,13 +105,14 @@ __device__ __forceinline__ void store(void* data, int64_t index, bool is_float, 
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The ungated part: of swiglu, geglu and reglu what the gate goes through.
+// The ungated part: of gated activations what the gate goes through.
 __device__ __forceinline__ float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::kGelu:
     case Activation::kGeGlu:
       return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
     case Activation::kGeluTanh:
+    case Activation::kGeGluTanh:
       // (1 + tanh(u)) / 2 = sigmoid(2u)
       return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
     case Activation::kSilu:
@@ -120,6 +121,8 @@ __device__ __forceinline__ float activate(Activation activation, float x) {
     case Activation::kRelu:
     case Activation::kReGlu:
       return x < 0.0f ? 0.0f : x;  // NaN stays NaN
+    case Activation::kRelu2:
+      return x < 0.0f ? 0.0f : x * x;
     case Activation::kIdentity:
       break;
   }

@@ -1,7 +1,9 @@
 """Names of the activations every backend offers."""
 
-UNGATED = ("gelu", "gelu_tanh", "relu", "silu", "identity")  # gelu is the exact (erf) form
-GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}  # act(gate) * up; gate rows come first in w1
+# gelu is the exact (erf) form; relu2 is relu(x)^2
+UNGATED = ("gelu", "gelu_tanh", "relu", "relu2", "silu", "identity")
+# act(gate) * up; gate rows come first in w1
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 ACTIVATIONS = (*UNGATED, *GATED)
 
 

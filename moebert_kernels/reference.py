@@ -72,6 +72,7 @@ def activate(h_pre: Tensor, activation: str) -> Tensor:
         "gelu": F.gelu,
         "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
         "relu": F.relu,
+        "relu2": lambda h: F.relu(h).square(),
         "silu": F.silu,
         "identity": lambda h: h,
     }

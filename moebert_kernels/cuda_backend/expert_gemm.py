@@ -50,7 +50,7 @@ def expert_gemm(
         y: (rows, N) contiguous; in row order, or with `scatter` in assignment order.
         bias: (E, N), or None.
         weights: (T, top_k) contiguous routing weights, or None.
-        activation: not a gated one.
+        activation: neither a gated one nor relu2.
         pre: as y, receives what the activation is taken of; or None.
         block_n, cluster: columns of a tile (128, 192) and CTAs that share weights (1, 2); 0: chosen by the sizes.
     """

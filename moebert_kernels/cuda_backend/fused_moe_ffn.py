@@ -3,7 +3,7 @@
 Few tokens of one expert each are `tiny_ffn`'s in inference, on any GPU, from a `Grouping` or straight from expert ids.
 More are Hopper's expert GEMM: h = act(x[token] @ w1[e].T + b1[e]) with the pre-activations beside it in training, then
 y = p * (h @ w2[e].T + b2[e]) scattered to token order. Triton takes top-k, dropout, more tokens than `tiny_ffn` does on
-other GPUs and, of more tokens, gated activations and what `expert_gemm.applies` refuses.
+other GPUs and, of more tokens, gated activations, relu2 and what `expert_gemm.applies` refuses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def forward(
     if not save and not drops and tiny_ffn.applies(x, grouping.top_k, w1):
         return tiny_ffn.ffn(x, grouping, w1, b1, w2, b2, routing_weights, activation), x.new_empty(0, w1.shape[1])
     fits = runs_on(x) and applies(w1) and applies(w2)
-    if drops or grouping.top_k > 1 or is_gated(activation) or not fits:
+    if drops or grouping.top_k > 1 or is_gated(activation) or activation == "relu2" or not fits:
         return in_triton.forward(
             x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
         )  # fmt: skip

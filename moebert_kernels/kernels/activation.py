@@ -23,6 +23,8 @@ def activate(x, NAME: tl.constexpr):
         y = x * tl.sigmoid(x)
     elif NAME == "relu":
         y = tl.where(x < 0, 0.0, x)  # NaN stays NaN
+    elif NAME == "relu2":
+        y = tl.where(x < 0, 0.0, x * x)
     else:
         tl.static_assert(NAME == "identity")
         y = x
@@ -43,6 +45,8 @@ def activate_grad(x, NAME: tl.constexpr):
         y = s * (1.0 + x * (1.0 - s))
     elif NAME == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
+    elif NAME == "relu2":
+        y = tl.where(x > 0, 2.0 * x, 0.0)
     else:
         tl.static_assert(NAME == "identity")
         y = x * 0.0 + 1.0

@@ -32,11 +32,10 @@ from moebert_kernels.nn import (
     Top2Router,
 )
 from moebert_kernels.nn.context import RecomputedLayer, Tokens, current, derived_class, recomputed_class, routed
-from moebert_kernels.nn.experts import GEGLU_TANH
 from moebert_kernels.nn.hash_router import group_by_hash, resize_tables
 from moebert_kernels.nn.routed_feed_forward import Router
 
-_GATES = {"gelu_tanh": GEGLU_TANH, "gelu": "geglu", "silu": "swiglu", "relu": "reglu"}
+_GATES = {"gelu_tanh": "geglu_tanh", "gelu": "geglu", "silu": "swiglu", "relu": "reglu"}
 
 
 class FFNSize(NamedTuple):

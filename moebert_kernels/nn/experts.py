@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.errors import UserError
@@ -16,11 +15,9 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.hot_experts import HotExperts
 from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, SharedFold, check_factors, shared_fold
 from moebert_kernels.ops._routing import resolve_routing
-from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 
 BIASES = ("none", "expert", "shared")
-GEGLU_TANH = "geglu_tanh"  # T5 v1.1's gate, of no fused op: two `expert_gemm`s and the gate between them
 
 
 class Experts(nn.Module):
@@ -30,7 +27,7 @@ class Experts(nn.Module):
         hidden_size: H.
         expert_size: I.
         num_experts: E.
-        activation: a name of `fused_moe_ffn`, or "geglu_tanh"; gated ones double the rows of w1, gate rows first.
+        activation: a name of `fused_moe_ffn`; gated ones double the rows of w1, gate rows first.
         bias: "none"; "expert": b1 (E, I or 2I) and b2 (E, H); "shared": b1 (I or 2I,) and b2 (H,) for all experts.
         hidden_dropout: probability of dropping an activation in training.
 
@@ -46,13 +43,13 @@ class Experts(nn.Module):
         activation: str = "relu", bias: str = "none", hidden_dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        for name, value, allowed in (("activation", activation, (*ACTIVATIONS, GEGLU_TANH)), ("bias", bias, BIASES)):
+        for name, value, allowed in (("activation", activation, ACTIVATIONS), ("bias", bias, BIASES)):
             if value not in allowed:
                 raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
         self.num_experts = num_experts
         self.activation = activation
         self.hidden_dropout = hidden_dropout
-        self.rows = 2 * expert_size if is_gated(activation) or activation == GEGLU_TANH else expert_size
+        self.rows = 2 * expert_size if is_gated(activation) else expert_size
         for name, size in (("b1", self.rows), ("b2", hidden_size)):
             shape = (size,) if bias == "shared" else (num_experts, size)
             self.register_parameter(name, None if bias == "none" else nn.Parameter(torch.zeros(shape)))
@@ -83,20 +80,10 @@ class Experts(nn.Module):
         w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     ) -> Tensor:  # fmt: skip
         dropout = self.hidden_dropout if self.training else 0.0
-        if self.activation != GEGLU_TANH:
-            return fused_moe_ffn(
-                x, routing, w1, b1, w2, b2,
-                routing_weights=routing_weights, activation=self.activation, hidden_dropout_p=dropout,
-            )  # fmt: skip
-        grouping = resolve_routing(x, routing, w1.shape[0], max_top_k=None)
-        rows = expert_gemm(x.reshape(-1, x.shape[-1]), w1, grouping, b1, gather=True)
-        gate, up = rows.chunk(2, dim=-1)
-        hidden = functional.dropout(functional.gelu(gate, approximate="tanh") * up, dropout)
-        outputs = expert_gemm(hidden, w2, grouping, b2).index_select(0, grouping.token_to_row)
-        outputs = outputs.view(-1, grouping.top_k, x.shape[-1])
-        if routing_weights is not None:
-            outputs = outputs * routing_weights.reshape(-1, grouping.top_k, 1)
-        return outputs.sum(1).view(x.shape)
+        return fused_moe_ffn(
+            x, routing, w1, b1, w2, b2,
+            routing_weights=routing_weights, activation=self.activation, hidden_dropout_p=dropout,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         bias = "none" if self.b1 is None else "shared" if self.b1.ndim == 1 else "expert"

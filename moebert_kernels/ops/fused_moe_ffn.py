@@ -38,7 +38,8 @@ def fused_moe_ffn(
         w2: (E, H, I). Any strides.
         b2: (E, H), or None.
         routing_weights: p, shape of the expert ids; None means 1.
-        activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
+        activation: gelu (erf), gelu_tanh, relu, relu2 (its square), silu, identity; gated: swiglu, geglu,
+            geglu_tanh, reglu.
         hidden_dropout_p: probability of dropping an activation, in [0, 1 - 2^-17): masks have 16 bits per element.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
         recompute: keep only the inputs for backward instead of the pre-activations (T * top_k, I).

@@ -46,7 +46,8 @@ def fused_moe_ffn_add_norm(
         norm_bias: (E, H).
         routing_weights: p, shape of the expert ids; None means 1.
         eps: added to the variance; finite, at least 0.
-        activation: gelu (erf), gelu_tanh, relu, silu, identity; gated: swiglu, geglu, reglu.
+        activation: gelu (erf), gelu_tanh, relu, relu2 (its square), silu, identity; gated: swiglu, geglu,
+            geglu_tanh, reglu.
         dropout_p: probability of dropping an element of the FFN's output, in [0, 1 - 2^-17): masks have 16 bits each.
         hidden_dropout_p: the same for an activation.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.

@@ -17,6 +17,8 @@ def _plain(h_pre: Tensor, name: str, inplace: bool) -> Tensor:
         return _aten.gelu_(h_pre, approximate="tanh") if inplace else _aten.gelu(h_pre, approximate="tanh")
     if name == "relu":
         return h_pre.relu_() if inplace else h_pre.relu()
+    if name == "relu2":
+        return h_pre.relu_().square_() if inplace else h_pre.relu().square()
     if name == "silu":
         return _aten.silu_(h_pre) if inplace else _aten.silu(h_pre)
     return h_pre
@@ -29,6 +31,8 @@ def _plain_backward(dh: Tensor, h_pre: Tensor, name: str) -> Tensor:
         return _aten.gelu_backward(dh, h_pre, approximate="tanh")
     if name == "relu":
         return _aten.threshold_backward(dh, h_pre, 0)
+    if name == "relu2":
+        return 2 * dh * h_pre.relu()
     if name == "silu":
         return _aten.silu_backward(dh, h_pre)
     return dh

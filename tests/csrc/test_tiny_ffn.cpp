@@ -96,6 +96,7 @@ double activate(Activation activation, double x) {
     case Activation::kGeGlu:
       return 0.5 * x * (1.0 + std::erf(x * std::sqrt(0.5)));
     case Activation::kGeluTanh:
+    case Activation::kGeGluTanh:
       return 0.5 * x * (1.0 + std::tanh(std::sqrt(2.0 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::kSilu:
     case Activation::kSwiGlu:
@@ -103,6 +104,8 @@ double activate(Activation activation, double x) {
     case Activation::kRelu:
     case Activation::kReGlu:
       return std::max(x, 0.0);
+    case Activation::kRelu2:
+      return x > 0.0 ? x * x : 0.0;
     case Activation::kIdentity:
       break;
   }

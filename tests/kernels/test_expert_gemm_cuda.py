@@ -14,7 +14,8 @@ from tests.helpers import assert_as_accurate
 
 E = 4
 DTYPES = (None, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "identity")
+
+HOPPER = tuple(name for name in UNGATED if name != "relu2")
 
 
 def view(pointer, dtype, shape, strides=None):
@@ -59,7 +60,7 @@ class StandIn:
             h = h if bias is None else h + bias[e].double()
             if pre is not None:
                 pre[to] = h.to(dtype)
-            h = reference.activate(h, ACTIVATIONS[activation])
+            h = reference.activate(h, UNGATED[activation])
             y[to] = (h if weights is None else h * weights[assignment[row]].double()[:, None]).to(dtype)
 
 
@@ -103,7 +104,7 @@ def test_expert_gemm_passes_what_the_kernel_reads(stand_in, dtype, gather, layou
     assert_as_accurate(got, same, exact, "y")
 
 
-@pytest.mark.parametrize("activation", UNGATED)
+@pytest.mark.parametrize("activation", HOPPER)
 @pytest.mark.parametrize("save", [False, True])
 def test_fused_moe_ffn_is_two_launches(stand_in, activation, save):
     tensors, ids = ffn_arguments(50, 24, 40, torch.bfloat16), ids_of(50)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from moebert_kernels import expert_gemm, fused_moe_ffn, group_tokens, reference
+from moebert_kernels.activation import ACTIVATIONS, is_gated
 from tests.helpers import assert_as_accurate
 from tests.ops.cases import (
     HARDEST,
@@ -32,7 +33,7 @@ def call(op):
 
 def compare(ids, dtype, p=None, activation="gelu", bias=True, **constants):
     x, dy = torch.randn(len(ids), H).to(dtype), torch.randn(len(ids), H).to(dtype)
-    gated = activation in ("swiglu", "geglu", "reglu")
+    gated = is_gated(activation)
     inputs = [x, *parameters(dtype, gated, bias), None if p is None else p.to(dtype)]
     constants |= {"ids": ids, "activation": activation}
     got = run(call(fused_moe_ffn), inputs, dy, dtype, **constants)
@@ -61,8 +62,7 @@ def test_top_k(top_k):
 
 @pytest.mark.parametrize(
     "activation, bias",
-    [(activation, True) for activation in ("gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu")]
-    + [("relu", False), ("swiglu", False)],
+    [(activation, True) for activation in ACTIVATIONS[1:]] + [("relu", False), ("swiglu", False)],
 )
 def test_activations(activation, bias):
     compare(ROUTINGS[HARDEST](), torch.float32, activation=activation, bias=bias)

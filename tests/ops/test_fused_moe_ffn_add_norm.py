@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moebert_kernels import fused_moe_ffn_add_norm, group_tokens, reference
+from moebert_kernels.activation import ACTIVATIONS, is_gated
 from tests.helpers import assert_as_accurate
 from tests.ops.cases import (
     HARDEST,
@@ -31,7 +32,7 @@ def call(op):
 
 def compare(ids, dtype, p=None, activation="gelu", **constants):
     x, dy = torch.randn(len(ids), H).to(dtype), torch.randn(len(ids), H).to(dtype)
-    gated = activation in ("swiglu", "geglu", "reglu")
+    gated = is_gated(activation)
     inputs = [x, *parameters(dtype, gated, norm=True), None if p is None else p.to(dtype)]
     constants |= {"ids": ids, "activation": activation}
     got = run(call(fused_moe_ffn_add_norm), inputs, dy, dtype, **constants)
@@ -51,7 +52,7 @@ def test_matches_reference(routing, dtype):
         compare(ids, dtype, p=torch.rand(len(ids)))
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu", "identity", "swiglu", "geglu", "reglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations(activation):
     compare(ROUTINGS[HARDEST](), torch.float32, activation=activation)
 
