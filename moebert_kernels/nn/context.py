@@ -177,13 +177,18 @@ def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...
         bases, members: as for `type`.
     """
 
-    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return (_instance, (make, base), *object.__reduce_ex__(self, protocol)[2:])
-
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, bases, {**named, "__reduce_ex__": reduce, **members})
+    return type(base.__name__, bases, {**named, "_made_of": (make, base), "__reduce_ex__": _reduce, **members})
 
 
-def _instance(make: Callable[[type], Any], base: type) -> Any:
-    made = make(base)
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    makes, named = [], type(self)
+    while made_of := named.__dict__.get("_made_of"):
+        make, named = made_of
+        makes.append(make)
+    return (_instance, (makes[::-1], named), *object.__reduce_ex__(self, protocol)[2:])
+
+
+def _instance(makes: list[Callable[[Any], Any]], named: type) -> Any:
+    made: Any = functools.reduce(lambda base, make: make(base), makes, named)
     return made.__new__(made)
