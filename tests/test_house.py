@@ -27,6 +27,7 @@ LAYERS = (
     ("ops",),
     ("__init__",),
     ("nn", "integrations"),
+    ("layers",),
     ("models",),
     ("convert",),
     ("distill",),

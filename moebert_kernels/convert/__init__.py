@@ -7,12 +7,14 @@ require_extra("train", "transformers")
 
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
+from moebert_kernels.convert.loading import MoELoader
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
 from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
 from moebert_kernels.convert.original import from_original
+from moebert_kernels.convert.replace import convert_in_place
 from moebert_kernels.convert.sizes import Share, importance_kept
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
@@ -27,11 +29,13 @@ __all__ = [
     "Importance",
     "MPODecomposition",
     "MPOEReport",
+    "MoELoader",
     "Share",
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
     "collapse",
+    "convert_in_place",
     "convert_to_moe",
     "convert_to_mpoe",
     "convert_to_task_moe",

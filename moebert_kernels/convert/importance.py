@@ -8,6 +8,8 @@ backward pass of the *summed* loss already holds, sample by sample and for all l
     <w1_j, dL/dw1_j> = sum_t dL/dpre[t, j] (pre[t, j] - b1[j])          pre = w1 x + b1
     <w2_j, dL/dw2_j> = sum_t dL/dh[t, j] h[t, j]                        h = act(pre)
 
+A gated feed-forward's neuron j is row j of the gate and row j of the other branch: both rows' products are summed.
+
 No weight gradient is computed, and nothing below the first FFN is differentiated.
 """
 
@@ -19,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.convert.encoders import DenseFFN, dense_ffns
 from moebert_kernels.convert.sample_loss import LABEL_KEYS, sample_loss
+from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.errors import UserError
 
 
@@ -38,7 +40,7 @@ def importance_scores(
     are batched or padded.
 
     Args:
-        model: a BERT-style transformers model with a task head.
+        model: a transformers model with a task head, whose feed-forwards `find_sites` knows; they are layers 1 to L.
         batches: mappings of tensors (B, ...) with the labels: `labels`, or `start_positions` and `end_positions`.
             Entries that the model's forward does not take (an example id) are ignored.
         start: (L, D) float64, totals of batches scored before, to continue an interrupted run.
@@ -48,12 +50,12 @@ def importance_scores(
         (L, D) float32 on the CPU, accumulated in float64.
 
     Raises:
-        UserError: no dense FFNs, no batch, no or impossible labels, a shape of `start` that does not fit, scores that
-            are not finite.
+        UserError: no dense FFNs, or FFNs of several widths, no batch, no or impossible labels, a shape of `start` that
+            does not fit, scores that are not finite.
     """
-    ffns = dense_ffns(model)
-    shape = (len(ffns), ffns[0].first.out_features)
-    device = ffns[0].first.weight.device
+    sites = find_sites(model)
+    shape = (len(sites), common_width(sites))
+    device = sites[0].weights().w1.device
     totals = torch.zeros(shape, dtype=torch.float64)
     if start is not None:
         if start.shape != shape:
@@ -65,7 +67,7 @@ def importance_scores(
     with _frozen_eval(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
             tensors = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            scores = _batch_scores(model, ffns, tensors, accepted)
+            scores = _batch_scores(model, sites, tensors, accepted)
             if not torch.isfinite(scores).all():
                 raise UserError(f"model: expected finite gradients, got nan or inf in batch {seen}")
             totals += scores.cpu()
@@ -78,55 +80,59 @@ def importance_scores(
     return totals.to(torch.float32)
 
 
-def _batch_scores(model: nn.Module, ffns: list[DenseFFN], batch: dict[str, Tensor], accepted: set[str]) -> Tensor:
+def _batch_scores(model: nn.Module, sites: list[Site], batch: dict[str, Tensor], accepted: set[str]) -> Tensor:
     """Scores of one batch, (L, D) float64."""
     inputs = {name: value for name, value in batch.items() if name in accepted and name not in LABEL_KEYS}
-    with _recording(ffns) as (products, roots):
+    samples = next(iter(batch.values())).shape[0]
+    with _recording(sites, samples) as (products, roots):
         outputs = model(**inputs, return_dict=True)
         loss = sample_loss(outputs, batch, getattr(model, "config", None)).sum()
         if not roots:
             raise UserError(f"model: expected its FFN layers to run in forward, got none from {type(model).__name__}")
         torch.autograd.grad(loss, roots, allow_unused=True)
-    zero = torch.zeros(ffns[0].first.out_features, dtype=torch.float64, device=loss.device)
+    zero = torch.zeros(common_width(sites), dtype=torch.float64, device=loss.device)
     # a layer whose output cannot reach the loss has no product and matters nothing
-    return torch.stack([products[n].abs().sum(0) if n in products else zero for n in range(len(ffns))])
+    return torch.stack([products[n].abs().sum(0) if n in products else zero for n in range(len(sites))])
 
 
 @contextmanager
-def _recording(ffns: list[DenseFFN]) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
+def _recording(sites: list[Site], samples: int) -> Iterator[tuple[dict[int, Tensor], list[Tensor]]]:
     """Collect layer -> per-sample inner products (B, D) float64 in backward, and the tensors to differentiate by."""
     products: dict[int, Tensor] = {}
     roots: list[Tensor] = []
 
-    def add(layer: int, grad: Tensor, value: Tensor, bias: Tensor | None = None) -> None:
+    def add(layer: int, width: int, grad: Tensor, value: Tensor, bias: Tensor | None = None) -> None:
         wide = torch.promote_types(value.dtype, torch.float32)  # a half-precision model's products stay exact
         value = value.to(wide) if bias is None else value.to(wide) - bias
-        # (B, T, D) -> (B, D): the absolute value comes after the sum over tokens and over both weights
-        per_sample = (grad.to(wide) * value).sum(dim=1, dtype=torch.float64)
+        # (B, T, D) -> (B, D): the absolute value comes after the sum over tokens and over all rows of a neuron
+        per_row = (grad.to(wide) * value).view(samples, -1, value.shape[-1]).sum(dim=1, dtype=torch.float64)
+        per_sample = per_row.view(samples, -1, width).sum(dim=1)  # of a gate and its other branch in one weight
         products[layer] = products[layer] + per_sample if layer in products else per_sample
 
-    def after_first(layer: int, bias: Tensor | None) -> Callable[..., None]:
+    def after_first(layer: int, width: int, bias: Tensor | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], pre: Tensor) -> None:
             if not pre.requires_grad:
                 pre.requires_grad_()
                 roots.append(pre)
             value = pre.detach()
-            pre.register_hook(lambda grad: add(layer, grad, value, bias))
+            pre.register_hook(lambda grad: add(layer, width, grad, value, bias))
 
         return hook
 
-    def before_second(layer: int) -> Callable[..., None]:
+    def before_second(layer: int, width: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             h = args[0]
             value = h.detach()
-            h.register_hook(lambda grad: add(layer, grad, value))
+            h.register_hook(lambda grad: add(layer, width, grad, value))
 
         return hook
 
     with ExitStack() as stack, torch.enable_grad():
-        for layer, (first, second) in enumerate(ffns):
-            stack.callback(first.register_forward_hook(after_first(layer, first.bias)).remove)
-            stack.callback(second.register_forward_pre_hook(before_second(layer)).remove)
+        for layer, site in enumerate(sites):
+            width = site.weights().w2.shape[1]
+            for first in site.first_modules:
+                stack.callback(first.register_forward_hook(after_first(layer, width, first.bias)).remove)
+            stack.callback(site.second_module.register_forward_pre_hook(before_second(layer, width)).remove)
         yield products, roots
 
 

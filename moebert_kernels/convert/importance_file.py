@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moebert_kernels.convert.encoders import dense_ffns
 from moebert_kernels.convert.plain_pickle import read_plain_pickle
+from moebert_kernels.convert.sites import common_width, find_sites
 from moebert_kernels.errors import UserError
 
 _FORMAT = "moebert_kernels.importance.1"
@@ -100,8 +100,8 @@ def load_importance(path: str | os.PathLike[str], model: nn.Module | None = None
 
 def check_scores(scores: Tensor, model: nn.Module) -> None:
     """Raise UserError unless `scores` is (L, D) of the dense `model`."""
-    ffns = dense_ffns(model)
-    L, D = len(ffns), ffns[0].first.out_features
+    sites = find_sites(model)
+    L, D = len(sites), common_width(sites)
     if scores.shape != (L, D):
         got = " x ".join(str(size) for size in scores.shape)
         raise UserError(f"importance: expected scores of the model's {L} layers x {D} neurons, got {got}")

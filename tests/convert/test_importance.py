@@ -173,7 +173,7 @@ def test_rejects_models_and_batches():
         importance_scores(dense_model("bert-cls"), [])
     with pytest.raises(UserError, match="model: expected a task head"):
         importance_scores(dense_model("bert"), [inputs() | {"labels": torch.zeros(4)}])
-    with pytest.raises(UserError, match=r"model: expected a BERT-style encoder .* got Linear"):
+    with pytest.raises(UserError, match=r"model: expected feed-forward layers of a known shape, found none in Linear"):
         importance_scores(torch.nn.Linear(2, 2), [])
     with pytest.raises(UserError, match=r"start: expected shape \(L=2, D=48\), got \(1, 48\)"):
         importance_scores(dense_model("bert-cls"), [], start=torch.zeros(1, 48))

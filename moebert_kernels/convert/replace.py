@@ -1,0 +1,256 @@
+"""Convert a transformers model in place: its feed-forwards become mixtures of experts, its class stays its own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moebert_kernels.convert.mpo import mpo_decompose
+from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
+from moebert_kernels.convert.sites import DenseWeights, Site, common_width, find_sites
+from moebert_kernels.convert.split import check_split, default_split, expert_indices
+from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers.config import MoEConfig
+from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
+from moebert_kernels.layers.routing import install_routing, stack_of
+from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, Top2Router
+from moebert_kernels.nn.mpo_weight import check_factors
+
+_GATE_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
+
+
+def convert_in_place(
+    model: nn.Module, config: MoEConfig | None = None, *, importance: Tensor | None = None, seed: int = 0,
+    token_counts: Tensor | None = None, tables: Any = None,
+) -> Any:  # fmt: skip
+    """Put a mixture of experts in the place of every feed-forward of a transformers model.
+
+    The model keeps its class, its configuration's `model_type` and the names of all other weights. `save_pretrained`
+    saves it, and `AutoModel*.from_pretrained` loads it where `moebert_kernels.convert` was imported. What is random (a
+    missing importance, tables, gates) depends on `seed` alone; torch's own generators are left as they were.
+
+    Args:
+        model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
+        config: what to make; None: `MoEConfig.moebert()`. The model gets a copy with every choice made, as
+            `model.config.quantization_config`.
+        importance: with experts="split", (L, D) scores of the L feed-forwards' neurons; None: a random ranking, with a
+            warning.
+        seed: of everything random here.
+        token_counts: (V,) integers, for router="hash-balance"; see `count_tokens`.
+        tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are.
+
+    Raises:
+        UserError: a model without feed-forwards of a known shape, one that is converted already, hash routing of one
+            without token ids, sizes that cannot be filled, scores, tables or counts that do not fit.
+    """
+    sites = find_sites(model, None if config is None or config.target_modules is None else tuple(config.target_modules))
+    for site in sites:
+        site.check()
+    weights = [site.weights() for site in sites]
+    config = resolved(config or MoEConfig.moebert(), model, sites, weights[0])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = _split_of(config, sites, importance, generator) if config.experts == "split" else [None] * len(sites)
+    state = [expert_state(config, dense, site, idx) for site, dense, idx in zip(sites, weights, chosen, strict=True)]
+    for routers, made in zip(_router_states(model, config, sites, generator, token_counts, tables), state, strict=True):
+        made |= routers
+    layers = replace_feed_forwards(model, config)
+    for layer, made in zip(layers, state, strict=True):
+        layer.load_state_dict(made, strict=True)
+    return model
+
+
+def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]:
+    """Put layers with weights of no meaning in the place of the dense ones, on their devices and in their dtypes.
+
+    Args:
+        model: as for `convert_in_place`; on the meta device too.
+        config: with every choice made; the model's configuration gets it.
+    """
+    targets = None if config.target_modules is None else tuple(config.target_modules)
+    sites = find_sites(model, targets)
+    layers = []
+    for site in sites:
+        w1 = site.weights().w1
+        with torch.device(w1.device):
+            layer = make_layer(model, config, site)
+        layer.to(w1.dtype).train(site.module.training)
+        if layer.norm is not None:
+            layer.norm = site.norm
+        for parameter in layer.parameters():
+            parameter.requires_grad_(True)
+        site.install(layer)
+        layers.append(layer)
+    for module in model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config.quantization_config = config
+    install_routing(model, [site.name for site in sites])
+    return layers
+
+
+def resolved(config: MoEConfig, model: nn.Module, sites: list[Site], dense: DenseWeights) -> MoEConfig:
+    """The configuration with every choice made for this model.
+
+    Raises:
+        UserError: a choice that the model does not allow; with the reason.
+    """
+    D = dense.w2.shape[1]
+    post_norm = all(site.norm is not None for site in sites)
+    changes: dict[str, Any] = {}
+    if config.is_hash_routed:
+        without = [site.name for site in sites if stack_of(model, site.name) is None]
+        if without:
+            raise UserError(
+                f"router: {config.router} routes by token ids, and {type(model).__name__} has none; take 'gate-token'"
+            )
+    if config.norm == "expert" and (not post_norm or config.experts != "split"):
+        raise UserError(
+            "norm: 'expert' needs experts='split' and a model whose feed-forwards end in a LayerNorm; take 'layer'"
+        )
+    if config.norm is None:
+        changes["norm"] = "expert" if post_norm and config.experts == "split" and config.router != "top2" else "layer"
+    if config.experts == "split":
+        size, shared = default_split(D, config.expert_size, config.num_shared_neurons)
+        check_split(D, config.num_experts, size, shared)
+        changes |= {"expert_size": size, "num_shared_neurons": shared}
+    if config.experts == "mpo":
+        for name, weight in (("w1_factors", dense.w1), ("w2_factors", dense.w2)):
+            factors = getattr(config, name)
+            if factors is None:
+                plan = plan_factors(*weight.shape)[0]
+                factors = (plan.row_factors, plan.col_factors)
+            check_factors(name, factors, tuple(weight.shape))
+            check_caps(factors[0], factors[1], config.max_bond)
+            changes[name] = [list(part) for part in factors]
+    return replace(copy.deepcopy(config), **changes)
+
+
+def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
+    """The layer of a site, with new weights."""
+    dense = site.weights()
+    (H, D), E = dense.w2.shape, config.num_experts
+    bias = (
+        "none"
+        if dense.b1 is None and dense.b2 is None
+        else {"expert": "expert", "common": "shared"}[config.expert_bias]
+    )
+    options: dict[str, Any] = {"activation": site.activation, "bias": bias, "hidden_dropout": site.hidden_dropout}
+    experts: Any
+    if config.experts == "mpo":
+        experts = MPOExperts(
+            H, D, E, w1_factors=config.w1_factors, w2_factors=config.w2_factors, max_bond=config.max_bond, **options
+        )
+    elif config.norm == "expert":
+        eps = getattr(site.norm, "eps", None) or site.norm.variance_epsilon
+        experts = NormedExperts(H, config.expert_size, E, eps=eps, output_dropout=site.output_dropout, **options)
+    else:
+        experts = DenseExperts(H, config.expert_size or D, E, **options)
+    norm = site.norm if config.norm == "layer" else None
+    return MoEFeedForward(make_router(model, config, site, H), experts, output_dropout=site.output_dropout, norm=norm)
+
+
+def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> nn.Module:
+    """The router of a site; hash tables are zeros."""
+    E, options = config.num_experts, dict(config.router_options)
+    if config.is_hash_routed:
+        vocab_size = stack_of(model, site.name).get_input_embeddings().num_embeddings
+        return HashRouter(torch.zeros(vocab_size, dtype=torch.long), E)
+    classes: dict[str, Any] = {"switch": SwitchRouter, "top2": Top2Router}
+    if config.router.startswith("gate-"):
+        classes[config.router], options["per"] = GateRouter, config.router.removeprefix("gate-")
+    try:
+        return classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+    except TypeError as error:
+        raise UserError(
+            f"router_options: expected options of router {config.router!r}, got {options} ({error})"
+        ) from None
+
+
+def expert_state(config: MoEConfig, dense: DenseWeights, site: Site, indices: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of a layer's experts and norm, by their names in the layer.
+
+    Args:
+        indices: (E, I) neurons of each expert, with experts="split".
+    """
+    E, made = config.num_experts, {}
+    biases = {"b1": dense.b1, "b2": dense.b2}
+    if (dense.b1 is None) != (dense.b2 is None):
+        raise UserError(f"model: expected both or none of the biases in {site.name}, got one")
+    if indices is not None:
+        rows = indices if len(dense.w1) == dense.w2.shape[1] else torch.cat([indices, indices + dense.w2.shape[1]], 1)
+        flat_rows, flat = rows.flatten().to(dense.w1.device), indices.flatten().to(dense.w1.device)
+        made["w1"] = dense.w1.index_select(0, flat_rows).unflatten(0, rows.shape)
+        made["w2"] = (
+            dense.w2.index_select(1, flat).unflatten(1, indices.shape).transpose(0, 1)
+        )  # (H, E, I) -> (E, H, I)
+        if dense.b1 is not None:
+            made["b1"] = dense.b1.index_select(0, flat_rows).unflatten(0, rows.shape)
+            made["b2"] = dense.b2.expand(E, -1)
+    else:
+        for name, weight, factors in (("w1", dense.w1, config.w1_factors), ("w2", dense.w2, config.w2_factors)):
+            if config.experts == "copy":
+                made[name] = weight.expand(E, *weight.shape)
+                continue
+            parts = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
+            middle = (len(parts) - 1) // 2
+            made[f"{name}.central"] = parts[middle]
+            for k, part in enumerate((*parts[:middle], *parts[middle + 1 :])):
+                made[f"{name}.aux.{k}"] = part.expand(E, *part.shape)
+        for name, bias in biases.items():
+            if bias is not None:
+                made[name] = bias.expand(E, -1) if config.expert_bias == "expert" else bias
+    if config.norm == "expert":
+        made |= {
+            "norm_weight": site.norm.weight.detach().expand(E, -1),
+            "norm_bias": site.norm.bias.detach().expand(E, -1),
+        }
+    state = {f"experts.{name}": tensor for name, tensor in made.items()}
+    if config.norm == "layer" and site.norm is not None:
+        state |= {f"norm.{name}": tensor for name, tensor in site.norm.state_dict().items()}
+    return state
+
+
+def _split_of(
+    config: MoEConfig, sites: list[Site], importance: Tensor | None, generator: torch.Generator
+) -> list[Tensor]:
+    """(E, I) neurons of the experts of each layer."""
+    shape = (len(sites), common_width(sites))
+    if importance is None:
+        warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
+        importance = torch.rand(shape, generator=generator)
+    if importance.shape != shape:
+        raise UserError(f"importance: expected shape (L={shape[0]}, D={shape[1]}), got {tuple(importance.shape)}")
+    split = expert_indices(importance.detach().cpu(), config.num_experts, config.expert_size, config.num_shared_neurons)
+    return list(split)
+
+
+def _router_states(
+    model: Any,
+    config: MoEConfig,
+    sites: list[Site],
+    generator: torch.Generator,
+    token_counts: Tensor | None,
+    tables: Any,
+) -> list[dict[str, Tensor]]:
+    """The tensors of each layer's router, by their names in the layer."""
+    E = config.num_experts
+    if not config.is_hash_routed:
+        if tables is not None:
+            raise UserError(f"tables: expected none with router={config.router!r}, got some")
+        H = sites[0].weights().w2.shape[0]
+        gates = [{"router.gate.weight": torch.randn(E, H, generator=generator) * _GATE_STD} for _ in sites]
+        return [gate | {"router.gate.bias": torch.zeros(E)} for gate in gates] if config.router == "switch" else gates
+    V = stack_of(model, sites[0].name).get_input_embeddings().num_embeddings
+    if tables is None and config.router == "hash-random":
+        tables = torch.stack([random_hash_table(V, E, generator) for _ in sites])
+    elif tables is None:
+        if token_counts is None or token_counts.shape != (V,):
+            got = "none" if token_counts is None else tuple(token_counts.shape)
+            raise UserError(f"token_counts: expected shape (V={V},) with router='hash-balance', got {got}")
+        tables = balanced_hash_table(token_counts, E, seed=generator.initial_seed())
+    return [{"router.table": table} for table in stacked_tables(tables, len(sites), V, E)]

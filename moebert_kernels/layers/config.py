@@ -1,0 +1,157 @@
+"""What a converted model's mixtures are: a router and experts, one configuration for all published systems."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moebert_kernels.errors import UserError
+
+METHOD = "moebert"  # the `quant_method` by which transformers finds what loads a converted model
+FORMAT_VERSION = 1
+HASH_ROUTERS = ("hash-random", "hash-balance")
+LEARNED_ROUTERS = ("gate-token", "gate-sentence", "switch", "top2")
+ROUTERS = (*HASH_ROUTERS, *LEARNED_ROUTERS)
+EXPERTS = ("split", "copy", "mpo")
+NORMS = ("expert", "layer")
+BIASES = ("expert", "common")
+Factors = Sequence[Sequence[int]]
+
+
+@dataclass(kw_only=True)
+class MoEConfig(QuantizationConfigMixin):
+    """A mixture of experts in the place of a dense feed-forward: `router` x `experts`.
+
+    `moebert`, `mpoe` and `switch` give the published systems. A converted model has one as its configuration's
+    `quantization_config`: that is the one place where transformers lets a package replace modules before weights are
+    loaded. Nothing is quantised.
+
+    Args:
+        router: by token ids "hash-random" or "hash-balance" (Hash Layers, 2106.04426); learned "gate-token" or
+            "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668).
+        experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "copy": each starts as the
+            whole dense layer (Switch); "mpo": as "copy", with one central tensor shared by all experts of a layer
+            (MPOE, 2203.01104).
+        num_experts: E, in each layer.
+        expert_size: with "split", neurons of an expert. None: a quarter of the dense layer's.
+        num_shared_neurons: with "split", how many of them, the most important, are in every expert. None: two thirds
+            of an expert's, which of the default is a sixth of the dense layer's.
+        norm: "expert": every expert has its own copy of the residual's LayerNorm, where a model has one behind its
+            feed-forward (MoEBERT); "layer": the model's stays. None: "expert" with "split" there, else "layer".
+        expert_bias: "expert" or "common": a bias for each expert, or one for all.
+        w1_factors, w2_factors, max_bond: with "mpo", the row and column factors of w1 (I or 2I, H) and w2 (H, I), and
+            caps of the bonds. None: chosen by `plan_factors`; full bonds.
+        router_options: keyword arguments of the learned router (`jitter`, `capacity_factor`, ...).
+        load_balance: weight of the balance loss in the model's `loss`. None: 0.01, and 0 under hash routing.
+        route_padding: route and compute padding like any token, as the original code of MoEBERT does.
+        target_modules: names of the feed-forwards to convert. None: all that are known.
+        format_version: of a checkpoint's keys.
+    """
+
+    router: str = "hash-random"
+    experts: str = "split"
+    num_experts: int = 4
+    expert_size: int | None = None
+    num_shared_neurons: int | None = None
+    norm: str | None = None
+    expert_bias: str = "expert"
+    w1_factors: Factors | None = None
+    w2_factors: Factors | None = None
+    max_bond: int | Sequence[int] | None = None
+    router_options: dict[str, Any] = field(default_factory=dict)
+    load_balance: float | None = None
+    route_padding: bool = False
+    target_modules: Sequence[str] | None = None
+    format_version: int = FORMAT_VERSION
+    quant_method: str = METHOD  # type: ignore[assignment]
+
+    @classmethod
+    def moebert(cls, **changes: Any) -> MoEConfig:
+        """MoEBERT's: four experts split by importance, routed by a random hash table, a LayerNorm in each."""
+        fields: dict[str, Any] = {"router": "hash-random", "experts": "split", "num_experts": 4}
+        return cls(**fields | changes)
+
+    @classmethod
+    def mpoe(cls, **changes: Any) -> MoEConfig:
+        """MPOE's: eight experts that share central tensors, routed by Switch's router."""
+        fields: dict[str, Any] = {"router": "switch", "experts": "mpo", "num_experts": 8}
+        return cls(**fields | changes)
+
+    @classmethod
+    def switch(cls, **changes: Any) -> MoEConfig:
+        """Switch Transformers': eight copies of the dense layer, one for each token."""
+        fields: dict[str, Any] = {"router": "switch", "experts": "copy", "num_experts": 8}
+        return cls(**fields | changes)
+
+    @property
+    def is_hash_routed(self) -> bool:
+        return self.router in HASH_ROUTERS
+
+    @property
+    def balance_weight(self) -> float:
+        """Of the balance loss in the model's loss."""
+        if self.load_balance is None:
+            return 0.0 if self.is_hash_routed else 0.01
+        return self.load_balance
+
+    def __post_init__(self) -> None:
+        _check_choice("router", self.router, ROUTERS)
+        _check_choice("experts", self.experts, EXPERTS)
+        _check_choice("expert_bias", self.expert_bias, BIASES)
+        if self.norm is not None:
+            _check_choice("norm", self.norm, NORMS)
+        _check_integer("num_experts", self.num_experts, 1)
+        for name, least in (("expert_size", 1), ("num_shared_neurons", 0)):
+            value = getattr(self, name)
+            if value is not None:
+                _check_integer(name, value, least)
+                if self.experts != "split":
+                    raise UserError(f"{name}: expected none with experts={self.experts!r}, got {value}")
+        for name in ("w1_factors", "w2_factors", "max_bond"):
+            if getattr(self, name) is not None and self.experts != "mpo":
+                raise UserError(f"{name}: expected none with experts={self.experts!r}, got {getattr(self, name)!r}")
+        if not isinstance(self.router_options, Mapping):
+            raise UserError(f"router_options: expected names and values, got {self.router_options!r}")
+        weight = self.load_balance
+        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0):
+            raise UserError(f"load_balance: expected a number of at least 0, got {weight!r}")
+        for name in ("load_balance", "router_options"):
+            if self.is_hash_routed and getattr(self, name):
+                raise UserError(f"{name}: expected none with router={self.router!r}, got {getattr(self, name)!r}")
+        if not isinstance(self.route_padding, bool):
+            raise UserError(f"route_padding: expected true or false, got {self.route_padding!r}")
+        targets = self.target_modules
+        if targets is not None and (isinstance(targets, str) or not all(isinstance(name, str) for name in targets)):
+            raise UserError(f"target_modules: expected a list of names, got {targets!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The configuration of a checkpoint.
+
+        Raises:
+            UserError: a field that is unknown, or of a wrong type or value.
+        """
+        known = {entry.name for entry in fields(cls)}
+        if unknown := sorted(set(config_dict) - known):
+            raise UserError(f"{unknown[0]}: expected a field of MoEConfig ({', '.join(sorted(known))})")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -1,0 +1,124 @@
+"""The layer that takes the place of a dense feed-forward: a router and experts [+ residual + norm]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.nn.context import current
+from moebert_kernels.nn.experts import DenseExperts, Experts
+from moebert_kernels.nn.hash_router import HashRouter
+from moebert_kernels.nn.switch_router import SwitchRouter
+from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
+
+
+class NormedExperts(DenseExperts):
+    """MoEBERT's experts: y = p * LayerNorm_e(x + dropout(FFN_e(x))); y = x where a token is skipped.
+
+    Args:
+        hidden_size, expert_size, num_experts, options: as for `Experts`.
+        eps: of the LayerNorms.
+        output_dropout: probability of dropping an output of FFN_e in training.
+
+    Parameters: those of `DenseExperts`, norm_weight and norm_bias (E, H).
+    """
+
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, *,
+        eps: float = 1e-12, output_dropout: float = 0.0, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden_size, expert_size, num_experts, **options)
+        self.eps = eps
+        self.output_dropout = output_dropout
+        self.norm_weight = nn.Parameter(torch.ones(num_experts, hidden_size))
+        self.norm_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """As `Experts.forward`, with residual and norm; at most one expert for a token."""
+        b1, b2 = self.biases()
+        return fused_moe_ffn_add_norm(
+            x, routing, self.w1, b1, self.w2, b2, self.norm_weight, self.norm_bias,
+            routing_weights=routing_weights, eps=self.eps, activation=self.activation,
+            dropout_p=self.output_dropout if self.training else 0.0,
+            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
+        )  # fmt: skip
+
+
+class MoEFeedForward(nn.Module):
+    """y = experts(x), each token by the experts that the router chooses, where transformers' code calls a feed-forward.
+
+    The token ids and the padding mask are those of the forward that runs; see `moebert_kernels.nn.context`. Under hash
+    routing the grouping was made before the first layer.
+
+    Args:
+        router: what chooses.
+        experts: what computes. `NormedExperts` add the residual and normalise.
+        output_dropout: probability of dropping an output in training, before the residual.
+        norm: the LayerNorm behind the residual, or None.
+    """
+
+    def __init__(
+        self, router: nn.Module, experts: Experts, *, output_dropout: float = 0.0, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.output_dropout = output_dropout
+        self.norm = norm
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., H) -> (..., H), the dtype of `hidden_states` (as autocast has it).
+
+        Args:
+            hidden_states: (B, T, H), or (B * T, H) where the model flattens them.
+            residual: of the same shape, where the model leaves the addition to the feed-forward; else None.
+
+        Raises:
+            ValueError: hash routing outside of a forward that has token ids.
+        """
+        if isinstance(self.experts, NormedExperts):
+            return self._experts(hidden_states)
+        y = F.dropout(self._experts(hidden_states), self.output_dropout, self.training)
+        if residual is not None:
+            y = residual + y
+        return y if self.norm is None else self.norm(y)
+
+    def _experts(self, x: Tensor) -> Tensor:
+        call = current()
+        tokens = call.tokens
+        if isinstance(self.router, HashRouter):
+            if tokens is None or tokens.token_ids is None:
+                raise ValueError("input_ids: expected a forward with token ids, which hash routing needs, got none")
+            grouping = tokens.layers.get(self)
+            if grouping is None:  # there was none of all layers at once, as where tables are on several devices
+                ids, mask = tokens.token_ids.to(x.device), tokens.token_mask
+                mask = None if mask is None else mask[:, -ids.shape[-1] :].to(x.device)
+                return self.experts(x, self.router(ids, mask).view(x.shape[:-1]))
+            return self.experts(x, grouping)
+        mask = None if tokens is None else tokens.token_mask
+        shape = x.shape
+        if mask is not None:
+            if x.ndim == 2:  # a model that flattens its tokens
+                x = x.view(mask.shape[0], -1, x.shape[-1])
+            mask = mask[:, -x.shape[1] :]  # with a key-value cache it covers earlier tokens too
+        elif x.ndim == 2:
+            x = x.unsqueeze(0)
+        if isinstance(self.router, SwitchRouter):
+            expert_ids, factor, loss, dropped = self.router(x, mask)
+            scaled = x if factor is None else x * factor.unsqueeze(-1)
+            y = self.experts(scaled, expert_ids)
+            if self.router.capacity_factor is not None:  # what an expert has no room for passes, as in the original
+                y = torch.where(dropped.unsqueeze(-1), scaled.to(y.dtype), y)
+        else:
+            expert_ids, weights, loss = self.router(x, mask)
+            y = self.experts(x, expert_ids, weights)
+        if call.losses is not None:
+            call.losses.append(loss)
+        return y.view(shape)
+
+    def extra_repr(self) -> str:
+        return f"output_dropout={self.output_dropout}"

@@ -1,0 +1,151 @@
+"""Models whose layers route: token ids reach every layer, and balance losses reach the model's loss.
+
+The model stays transformers': `install_routing` gives some modules in it a class made for their own class.
+
+- A stack, which gets `input_ids` and holds layers: its forward groups the tokens of all layers before the first runs.
+- A layer that transformers checkpoints: every run of it sees the routing of its first one.
+- The model itself: with a learned router, its forward adds the balance loss to `loss`. As every model inside it, it
+  resizes the hash tables with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.nn.context import (
+    RecomputedLayer,
+    Tokens,
+    current,
+    derived_class,
+    entered,
+    recomputed_class,
+    routed,
+)
+from moebert_kernels.nn.hash_router import HashRouter, group_by_hash
+
+
+def takes_token_ids(module: nn.Module) -> bool:
+    """Whether this is a model of transformers whose forward has `input_ids`."""
+    return isinstance(module, PreTrainedModel) and "input_ids" in inspect.signature(module.forward).parameters
+
+
+def stack_of(model: nn.Module, name: str) -> Any:
+    """The innermost model around the module of this dotted name that gets token ids; None: there is none."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if takes_token_ids(module):
+            return module
+    return None
+
+
+def install_routing(model: Any, names: list[str]) -> None:
+    """Let the layers at these dotted names know their tokens, and the model's loss their balance losses."""
+    stacks: dict[Any, list[MoEFeedForward]] = {}
+    for name in names:
+        stacks.setdefault(stack_of(model, name), []).append(model.get_submodule(name))
+    for stack, layers in stacks.items():
+        if stack is not None:
+            _change_class(stack, stack_class)
+            object.__setattr__(stack, "moe_layers", layers)  # a list, and so no submodule: the layers have their places
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            _change_class(module, resizing_class)
+        if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
+            _change_class(module, recomputed_class)
+    if any(not isinstance(layer.router, HashRouter) for layers in stacks.values() for layer in layers):
+        _change_class(model, balanced_class)
+
+
+def _change_class(module: Any, make: Callable[[Any], type]) -> None:
+    module.__class__ = make(type(module))
+
+
+def moe_layers(model: nn.Module) -> list[MoEFeedForward]:
+    """All layers of a converted model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+
+
+@functools.cache
+def stack_class(base: type) -> type:
+    """The class of a stack whose forward tells its layers the tokens."""
+    return derived_class(stack_class, base, (base,), {"forward": routed(base.forward, _tokens_of)})  # type: ignore[attr-defined]
+
+
+def _tokens_of(stack: Any, inputs: dict[str, Any]) -> Tokens:
+    """What the layers of a stack are told of the arguments of its forward.
+
+    Raises:
+        UserError: no token ids under hash routing.
+    """
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    layers = stack.moe_layers
+    if stack.config.quantization_config.route_padding or not isinstance(mask, Tensor) or mask.ndim != 2:
+        mask = None
+    groupings: list[Any] = [None] * len(layers)
+    routers = [layer.router for layer in layers]
+    if isinstance(routers[0], HashRouter):
+        if ids is None:
+            raise UserError("input_ids: expected token ids, which hash routing needs, got inputs_embeds alone")
+        if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
+            groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
+    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask)
+
+
+@functools.cache
+def resizing_class(base: Any) -> type:
+    """The class of a model after whose `resize_token_embeddings` the hash tables have as many entries."""
+
+    @functools.wraps(base.resize_token_embeddings)
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        embeddings = base.resize_token_embeddings(self, *args, **kwargs)
+        for stack in self.modules():
+            for layer in getattr(stack, "moe_layers", ()):
+                size = stack.get_input_embeddings().num_embeddings
+                if isinstance(layer.router, HashRouter) and layer.router.vocab_size != size:
+                    layer.router.resize(size)  # new tokens get random experts
+        return embeddings
+
+    return derived_class(resizing_class, base, (base,), {"resize_token_embeddings": resize_token_embeddings})
+
+
+@contextmanager
+def balance_losses() -> Iterator[list[Tensor]]:
+    """Collect the balance losses, each (), of the layers of forwards inside; the models' own `loss` is without them."""
+    losses: list[Tensor] = []
+    with entered(current()._replace(losses=losses)):
+        yield losses
+
+
+@functools.cache
+def balanced_class(base: type) -> type:
+    """The class of a model with learned routers: `loss` has the balance loss in it, as the configuration weighs it."""
+    names = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        weight = self.config.quantization_config.balance_weight
+        inputs = dict(zip(names, args, strict=False)) | kwargs
+        labelled = any(inputs.get(name) is not None for name in ("labels", "start_positions"))
+        if not weight or not labelled or current().losses is not None:
+            return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        with balance_losses() as losses:
+            output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        balance = weight * torch.stack(losses).sum()
+        if isinstance(output, tuple):
+            return (output[0] + balance, *output[1:])
+        output.loss = output.loss + balance
+        return output
+
+    return derived_class(balanced_class, base, (base,), {"forward": forward})
