@@ -1,4 +1,4 @@
-"""The Python snippets of the README run as printed, one process each, from any folder."""
+"""The Python snippets of the README and of the guide to conversion run as printed, each in a process of its own."""
 
 import os
 import re
@@ -9,7 +9,12 @@ import pytest
 
 from tests.helpers import ROOT
 
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs/guide/conversion.md"]
+SNIPPETS = [
+    snippet
+    for page in PAGES
+    for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.mark.slow
