@@ -156,8 +156,8 @@ def test_importance_of_the_batch_instead_of_samples_is_refused(monkeypatch):
     sound = importance_module._recording
 
     @contextmanager
-    def sabotaged(ffns):
-        with sound(ffns) as (products, roots):
+    def sabotaged(*arguments):
+        with sound(*arguments) as (products, roots):
             yield products, roots
         for layer, product in products.items():
             products[layer] = product.sum(0, keepdim=True)
