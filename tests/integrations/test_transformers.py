@@ -41,7 +41,7 @@ FAMILIES = {
     ),
     "gpt_oss": ("expert_gemm", dict(intermediate_size=I, num_local_experts=E, head_dim=12)),
     "nemotron_h": (
-        "expert_gemm",  # relu2, no gate
+        "fused_moe_ffn",  # relu2, no gate
         dict(moe_intermediate_size=I, layer_types=["moe", "full_attention", "moe"], head_dim=12, n_routed_experts=E),
     ),
 }
@@ -160,9 +160,9 @@ class OtherSiLU(nn.SiLU):
         ("gelu", "geglu", "gelu"),
         (nn.GELU(), "geglu", "gelu"),
         ("relu", "reglu", "relu"),
-        ("gelu_pytorch_tanh", None, "gelu_tanh"),
-        (nn.GELU(approximate="tanh"), None, "gelu_tanh"),
-        ("relu2", None, None),
+        ("gelu_pytorch_tanh", "geglu_tanh", "gelu_tanh"),
+        (nn.GELU(approximate="tanh"), "geglu_tanh", "gelu_tanh"),
+        ("relu2", None, "relu2"),
         (OtherSiLU(), None, None),
         (F.silu, "swiglu", "silu"),
         (F.gelu, "geglu", "gelu"),
