@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from moebert_kernels.convert import convert_to_mpoe, parameter_counts
+from moebert_kernels.convert import convert_in_place, parameter_counts
 from moebert_kernels.demo.report import millions
 from moebert_kernels.demo.run import machine, step
 from moebert_kernels.distill import FitConfig, fit
@@ -39,6 +39,7 @@ from moebert_kernels.distill.data_files import find_split_files, read_text
 from moebert_kernels.distill.features import Batches, Features
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import GradientMask
 
 HERE = Path(__file__).resolve().parent / "wikitext_mpoe"
@@ -75,13 +76,13 @@ class Arm:
     """What a model is turned into, and how often its central tensors are masked."""
 
     label: str
-    option: str | None = None  # of convert_to_mpoe's experts; None: the dense model as it is
+    option: str | None = None  # experts of MoEConfig; None: the dense model as it is
     masked: float = 0.0
 
 
 ARMS = {
     "dense": Arm("dense, trained on"),
-    "switch": Arm(f"Switch, {E} experts", "dense"),
+    "switch": Arm(f"Switch, {E} experts", "copy"),
     "mpoe": Arm(f"MPOE, {E} experts", "mpo"),
     "mpoe-mask-0.5": Arm(f"MPOE, {E} experts, mask 1/2", "mpo", 0.5),
     "mpoe-mask-0.875": Arm(f"MPOE, {E} experts, mask 7/8", "mpo", 0.875),
@@ -220,7 +221,8 @@ def converted(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> nn.Modul
     """The arm's model, with the dense one's weights."""
     if arm.option is None:
         return model
-    return convert_to_mpoe(model, E, experts=arm.option, load_balance=recipe.load_balance, seed=seed)
+    config = MoEConfig.mpoe(num_experts=E, experts=arm.option, load_balance=recipe.load_balance)
+    return convert_in_place(model, config, seed=seed)
 
 
 def step_times(recipe: Recipe, rounds: int = 11) -> dict[str, float]:

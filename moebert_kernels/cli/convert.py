@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from moebert_kernels.cli.tasks import convert_for_tasks
 from moebert_kernels.errors import UserError
 
 METHODS = ("moebert", "dense", "mpoe")
+_EXPERTS = {"mpo": "mpo", "dense": "copy"}  # of --method mpoe: option -> field of MoEConfig
 _MPOE, _TASKS = "With --method mpoe", "With --router task"
 
 
@@ -102,8 +102,8 @@ def convert(
         typer.Option(
             "--method",
             help="Default: moebert, experts out of a BERT's neurons. Or dense: its top --expert-size neurons, for"
-            " comparison; or mpoe: experts of the whole feed-forward, for T5, GPT-2 and BERT too, that share a central"
-            " tensor.",
+            " comparison; or mpoe: experts of the whole feed-forward, of models of other families too, that share a"
+            " central tensor.",
         ),
     ] = None,
     num_experts: Annotated[
@@ -132,8 +132,8 @@ def convert(
         typer.Option(
             "--router",
             help="Default: hash-random. Or hash-balance (counts --data), gate-token, gate-sentence or task (with a"
-            " head for each --task); with --method mpoe switch (its default), top2, gate-token, hash-random or"
-            " hash-balance.",
+            " head for each --task); with --method mpoe switch (its default), top2, gate-token, gate-sentence,"
+            " hash-random or hash-balance.",
         ),
     ] = None,
     load_balance: Annotated[
@@ -241,7 +241,7 @@ def convert(
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
     }  # fmt: skip
     shape = {
-        "experts": experts or "mpo", "sites": sites or 5, "max_bond": max_bond, "force": bool(low_bonds),
+        "experts": experts or "mpo", "max_bond": max_bond, "num_sites": sites or 5, "force": bool(low_bonds),
         "noise": noise or 0.0,
     }  # fmt: skip
     if method == "mpoe":
@@ -261,17 +261,18 @@ def convert(
         print(f"{output} is there already")
         return
     if from_original is not None:
-        tables = None if hash_tables is None else _read_tables(hash_tables)
+        tables = None if hash_tables is None else inputs.read_tables(hash_tables)
         converted, tokenizer = _import_original(from_original, tables, seed)
     else:
         assert model is not None
         options: dict[str, Any] = {"load_balance": load_balance}
         if hash_tables is not None:
-            options["tables"] = _read_tables(hash_tables)
+            options["tables"] = inputs.read_tables(hash_tables)
         elif router == "hash-balance":
             options["token_counts"] = counts
         if method == "mpoe":
-            converted, tokenizer = _convert_to_mpoe(model, num_experts, router or "switch", seed, options | shape)
+            options |= shape | {"num_experts": num_experts, "router": router or "switch", "seed": seed}
+            converted, tokenizer = _convert_in_place(model, **options)
         elif by_task:
             _check_dense(model)
             options |= {"preset": preset, "num_experts": num_experts, "seed": seed} | by_task_options
@@ -314,14 +315,20 @@ def _convert(
     return moe, tokenizer
 
 
-def _convert_to_mpoe(name: str, num_experts: int, router: str, seed: int, options: dict[str, Any]) -> tuple[Any, Any]:
-    from moebert_kernels.convert import convert_to_mpoe, mpoe_report
+def _convert_in_place(name: str, *, experts: str, **options: Any) -> tuple[Any, Any]:
+    """The model with experts that are whole feed-forwards."""
+    from moebert_kernels.convert import convert_in_place, mpoe_report
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.layers import MoEConfig
 
-    dense, tokenizer = load_as_saved(name), load_tokenizer(name)
-    converted = convert_to_mpoe(dense, num_experts, router=router, seed=seed, **options)
-    print(mpoe_report(converted))
-    return converted, tokenizer
+    if experts not in _EXPERTS:
+        raise UserError(f"experts: expected one of {', '.join(_EXPERTS)} with --method mpoe, got {experts!r}")
+    fields = {field: options.pop(field) for field in ("num_experts", "router", "max_bond", "load_balance")}
+    config = MoEConfig(experts=_EXPERTS[experts], **fields)
+    model, tokenizer = load_as_saved(name), load_tokenizer(name)
+    convert_in_place(model, config, **options)
+    print(mpoe_report(model))
+    return model, tokenizer
 
 
 def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
@@ -332,9 +339,9 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
 
 
 def _check_dense(name: str) -> None:
-    from moebert_kernels.distill.loading import load_config
+    from moebert_kernels.distill.loading import is_moe, load_config
 
-    if load_config(name).model_type == "moebert":
+    if is_moe(load_config(name)):
         raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
 
 
@@ -352,19 +359,6 @@ def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any
     except UserError:
         warnings.warn(f"no tokenizer in {folder}: the model is saved without one", stacklevel=2)
         return converted, None
-
-
-def _read_tables(path: Path) -> Any:
-    from moebert_kernels.convert.plain_pickle import read_plain_pickle
-
-    if not path.is_file():
-        raise UserError(f"hash-tables: expected a file, got {path}, which does not exist")
-    if path.suffix == ".pkl":
-        return read_plain_pickle(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"hash-tables: expected a .pkl or JSON file, got {path} ({error})") from None
 
 
 def _count(

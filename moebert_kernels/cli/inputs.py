@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from contextlib import contextmanager
@@ -139,6 +140,24 @@ def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
             raise UserError(f"data: expected one file for each split, got {files[split]} and {file} for {split}")
         files[split] = file
     return load_task(task, files)
+
+
+def read_tables(path: Path) -> Any:
+    """The hash tables in a file: a list, or the original's object.
+
+    Raises:
+        UserError: no such file, or one that is neither.
+    """
+    from moebert_kernels.convert.plain_pickle import read_plain_pickle
+
+    if not path.is_file():
+        raise UserError(f"hash-tables: expected a file, got {path}, which does not exist")
+    if path.suffix == ".pkl":
+        return read_plain_pickle(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"hash-tables: expected a .pkl or JSON file, got {path} ({error})") from None
 
 
 _SPLIT_FILE = f"data: expected SPLIT=FILE with SPLIT one of {', '.join(_SPLIT_NAMES)}, got {{}}"

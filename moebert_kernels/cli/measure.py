@@ -89,11 +89,9 @@ def bench(
 
     The ops are checked against their reference first. On a GPU, CUDA events time replays of CUDA graphs.
     """
-    from moebert_kernels.convert import mpoe_report
     from moebert_kernels.demo.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.distill.loading import load_encoder
     from moebert_kernels.doctor import self_test
-    from moebert_kernels.models import MPOE_CLASSES
 
     if output is not None:
         check_output_file(output, is_result("cases"), "bench.json")
@@ -121,11 +119,6 @@ def bench(
         "cases": [compare(models, ids, mask, rounds) for ids, mask in batches],
     }  # fmt: skip
     print(text_table(result))
-    for name, encoder in models.items():
-        if type(encoder).__name__ in MPOE_CLASSES:
-            report = mpoe_report(encoder)
-            result["models"][name]["mpoe"] = report.as_dict()
-            print(f"{name}: {report}")
     if output is not None:
         _write_json(output, result)
 

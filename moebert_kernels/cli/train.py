@@ -240,12 +240,14 @@ def _objective(task: Any, student: Any, preset: str, cache: Path | None) -> Any:
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:
-    if teacher.model_type.startswith(("moebert", "mpoe-")):
+    from moebert_kernels.distill.loading import is_moe
+
+    if is_moe(teacher):
         raise UserError(f"teacher: expected a dense model, got a MoE (model_type {teacher.model_type!r})")
     if not hasattr(student, "intermediate_size"):  # a language model follows its teacher's predictions alone
         return
     narrower = student.model_type == teacher.model_type and student.intermediate_size < teacher.intermediate_size
-    if not student.model_type.startswith(("moebert", "mpoe-")) and not narrower:
+    if not is_moe(student) and not narrower:
         raise UserError(
             f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
             f" {student.model_type}; moebert convert makes a MoE"

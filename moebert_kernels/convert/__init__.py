@@ -11,8 +11,7 @@ from moebert_kernels.convert.loading import MoELoader
 from moebert_kernels.convert.moe import convert_to_moe, dense_student
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
-from moebert_kernels.convert.mpoe import convert_to_mpoe, to_dense_experts
-from moebert_kernels.convert.mpoe_report import MPOEReport, mpoe_report
+from moebert_kernels.convert.mpoe import MPOEReport, mpoe_report, to_dense_experts
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.replace import convert_in_place
 from moebert_kernels.convert.sizes import Share, importance_kept
@@ -37,7 +36,6 @@ __all__ = [
     "collapse",
     "convert_in_place",
     "convert_to_moe",
-    "convert_to_mpoe",
     "convert_to_task_moe",
     "count_tokens",
     "default_split",

@@ -7,16 +7,18 @@ loading the marks of a quantised model are taken off, so that it trains, casts a
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
 from moebert_kernels.convert.replace import replace_feed_forwards
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import METHOD, MoEConfig
-from moebert_kernels.layers.routing import moe_layers
-from moebert_kernels.nn import HashRouter
+from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.models.checkpoint import dtype_of, holds_reals, stored_tensors
+from moebert_kernels.nn.hash_router import checked_table
 
 
 class MoELoader(HfQuantizer):
@@ -24,12 +26,15 @@ class MoELoader(HfQuantizer):
 
     requires_calibration = True  # weights of a dense model are converted, not loaded
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> Any:
         replace_feed_forwards(model, self.quantization_config)  # type: ignore[arg-type]
+        self.found = check_files(model, checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        check_loaded(model)
+        check_loaded(model, self.found)
         self._take_marks_off(model)
         return model
 
@@ -51,18 +56,59 @@ class MoELoader(HfQuantizer):
         return True
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_files(model: Any, files: Sequence[str]) -> set[str]:
+    """Check what safetensors files hold of the layers, before transformers casts it to what it wants.
+
+    Returns:
+        The names, in the model, of the layers' tensors that are in the files.
+
+    Raises:
+        UserError: a damaged file, a tensor of another shape or kind of numbers, or a table with experts that there are
+            not.
+    """
+    ours, found = _tensors(model), set()
+    base = f"{model.base_model_prefix}."  # the file may be of the model with a head, or without one
+    num_experts = model.config.quantization_config.num_experts
+    for key, stored in stored_tensors(None, files, None):
+        name = next((name for name in (key, base + key, key.removeprefix(base)) if name in ours), None)
+        if name is None:
+            continue
+        found.add(name)
+        wanted = tuple(ours[name].shape)
+        shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
+        if shape != wanted:
+            raise UserError(f"{key}: expected shape {wanted}, got {shape}")
+        if ours[name].is_floating_point() and not holds_reals(stored):
+            raise UserError(f"{key}: expected floating-point numbers, got {dtype_of(stored)}")
+        if isinstance(stored, Tensor):
+            checked_table(stored, num_experts, name=key)
+    return found
+
+
+def check_loaded(model: Any, found: Collection[str]) -> None:
     """Raise a UserError unless every tensor of every layer came from the checkpoint, and every table fits.
 
     transformers draws missing tensors at random and only warns.
+
+    Args:
+        found: what `check_files` gave, for tensors that stay on a disk.
     """
-    names = {module: name for name, module in model.named_modules()}
-    for layer in moe_layers(model):
-        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if not getattr(tensor, "_is_hf_initialized", False):
-                raise UserError(f"checkpoint: expected a tensor {names[layer]}.{name}, got none")
-        if isinstance(layer.router, HashRouter):
-            layer.router.validate(name=f"{names[layer]}.router.table")
+    for name, tensor in _tensors(model).items():
+        on_disk = tensor.is_meta and (name in found or not found)  # nothing is found of files with other names
+        if not getattr(tensor, "_is_hf_initialized", False) and not on_disk:
+            raise UserError(f"checkpoint: expected a tensor {name}, got none")
+        if name.endswith(".router.table"):
+            checked_table(tensor, model.config.quantization_config.num_experts, name=name)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of all layers, by their names in the model."""
+    return {
+        f"{prefix}.{name}": tensor
+        for prefix, layer in model.named_modules()
+        if isinstance(layer, MoEFeedForward)
+        for name, tensor in (*layer.named_parameters(), *layer.named_buffers())
+    }
 
 
 register_quantization_config(METHOD)(MoEConfig)

@@ -1,216 +1,142 @@
-"""Dense T5, GPT-2 or BERT -> MPOE (2203.01104): experts that share central tensors of the pretrained feed-forward."""
+"""Converted models with MPOE's experts (2203.01104): what sharing central tensors saves, and the export to copies."""
 
 from __future__ import annotations
 
-import copy
-import math
-import re
-from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moebert_kernels.convert.moe import build_model
-from moebert_kernels.convert.mpo import mpo_decompose
-from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
-from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
+from moebert_kernels.convert.replace import set_config
 from moebert_kernels.errors import UserError
-from moebert_kernels.models.mpoe import CLASSES
-from moebert_kernels.models.mpoe_configuration import CONFIGS, HASH_ROUTERS
-from moebert_kernels.models.mpoe_layers import Slot, ffn_size, slots
-from moebert_kernels.nn.mpo_weight import check_factors
+from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.layers.routing import moe_layers
+from moebert_kernels.nn import DenseExperts, MPOExperts
 
-Factors = Sequence[Sequence[int]]
-_ROUTER_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
-# what the dense configuration says of itself, not of the model to be made
-_NOT_CARRIED = ("model_type", "architectures", "transformers_version")
+_MIB = 2**20
 
 
-def convert_to_mpoe(
-    model: nn.Module,
-    num_experts: int = 8,
-    *,
-    experts: str = "mpo",
-    router: str = "switch",
-    w1_factors: Factors | None = None,
-    w2_factors: Factors | None = None,
-    sites: int = 5,
-    max_bond: int | Sequence[int] | None = None,
-    force: bool = False,
-    noise: float = 0.0,
-    seed: int = 0,
-    token_counts: Tensor | None = None,
-    tables: Any = None,
-    **config_options: Any,
-) -> Any:
-    """Put experts in the place of every feed-forward of a dense model, each computing what the dense one does.
+@dataclass(frozen=True)
+class MPOEReport:
+    """Counts of parameters, and memory in MiB at the model's dtype.
 
-    With the routers' default form the output is the dense model's, to rounding, unless `max_bond` cuts bonds or
-    `noise` tells the experts apart. `model` is not changed, and torch's generators are left as they were.
-
-    Args:
-        model: a transformers model of the families t5 (mt5, umt5, longt5), gpt2 or bert (roberta, xlm-roberta,
-            camembert), bare or with a head that the Auto classes know.
+    Attributes:
         num_experts: E.
-        experts: "mpo", or "dense" for copies of the whole feed-forward, as in Switch Transformers.
-        router: "switch", "top2", "gate-token", "hash-random" or "hash-balance".
-        w1_factors, w2_factors: row and column factors of w1 (I or, with a gate, 2I; H) and w2 (H, I). None: the first
-            of `plan_factors` with so many `sites`.
-        max_bond: caps of the bonds, see `mpo_bonds`. Caps so low that building weights is the wrong thing to do are
-            refused with the arithmetic.
-        force: take any caps.
-        noise: standard deviation of normal noise on each auxiliary tensor (on each expert's copy, with
-            experts="dense"), relative to the root mean square of its values.
-        seed: of everything random here.
-        token_counts: (V,) integers, for "hash-balance"; see `count_tokens`.
-        tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are; layers in the order of the model.
-        config_options: further fields of `MPOEOptions` (`load_balance`, `router_options`, ...).
-
-    Returns:
-        The MPOE model of the same class (`MPOET5ForConditionalGeneration` for `T5ForConditionalGeneration`), on the
-        same device, in the same dtype and mode.
-
-    Raises:
-        UserError: a model that is converted already or of another family, factors that do not multiply to the shapes,
-            caps below 1 or too low, factors or caps where experts have none, noise that is negative or not finite, or
-            no tables and counts where they are needed.
+        parameters: of the whole model.
+        switch_parameters: of the same model with dense experts, as in Switch Transformers.
+        central, auxiliary: parameters of the experts' weights that are shared, and those of all experts together.
+        dense: parameters of one dense feed-forward's weights, summed over the layers.
+        checkpoint_mib, switch_checkpoint_mib: of both models' parameters.
+        folded_mib: what inference keeps beside them, all experts' folded weights; 0 with dense experts.
     """
-    source: Any = model
-    config_class, model_class = _classes(source)
-    if not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-        raise UserError(f"noise: expected a finite number of at least 0, got {noise!r}")
-    size = ffn_size(source.config)
-    generator = torch.Generator().manual_seed(seed)
-    fields = {name: value for name, value in source.config.to_dict().items() if name not in _NOT_CARRIED}
-    fields |= {"num_experts": num_experts, "experts": experts, "router": router, "max_bond": max_bond}
-    fields |= config_options | {"attn_implementation": source.config._attn_implementation}
-    if unknown := sorted(set(config_options) - set(config_class().to_dict())):
-        raise UserError(f"{unknown[0]}: expected an option of convert_to_mpoe or a field of MPOEOptions, got neither")
-    for name, value in (("w1_factors", w1_factors), ("w2_factors", w2_factors), ("max_bond", max_bond)):
-        if experts != "mpo" and value is not None:
-            raise UserError(f"{name}: expected none with experts={experts!r}, got {value!r}")
-    found = list(slots(source))
-    if experts == "mpo":
-        w1, _, w2, _ = dense_weights(found[0])
-        for name, weight, factors in (("w1_factors", w1, w1_factors), ("w2_factors", w2, w2_factors)):
-            if factors is None:
-                plan = plan_factors(weight.shape[0], weight.shape[1], sites=sites)[0]
-                factors = (plan.row_factors, plan.col_factors)
-            check_factors(name, factors, tuple(weight.shape))
-            if not force:
-                check_caps(factors[0], factors[1], max_bond)
-            fields[name] = [list(part) for part in factors]
-    config = config_class(**fields)
-    config.check()
 
-    state = dict(source.state_dict())
-    for slot in found:
-        state |= _layer_state(state, slot, config, noise, generator)
-    state |= _router_state(config, found, size.hidden_size, tables, token_counts, generator)
-    options: dict[str, Any] = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
-    return build_model(model_class, config, state, like=source, **options)
+    num_experts: int
+    parameters: int
+    switch_parameters: int
+    central: int
+    auxiliary: int
+    dense: int
+    checkpoint_mib: float
+    switch_checkpoint_mib: float
+    folded_mib: float
 
+    @property
+    def ratio(self) -> float:
+        """Parameters of the experts' weights over those of dense experts: 1 / E + aux / dense at full bonds."""
+        return (self.central + self.auxiliary) / (self.num_experts * self.dense)
 
-def to_dense_experts(model: nn.Module) -> Any:
-    """Export: the same model with experts="dense", whose weights are what the shared tensors fold to.
+    @property
+    def aux_share(self) -> float:
+        """Auxiliary parameters of one expert over those of a dense feed-forward."""
+        return self.auxiliary / (self.num_experts * self.dense)
 
-    It computes the same with the weights of Switch-style experts, w1 (E, I or 2I, H) and w2 (E, H, I) in each layer.
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ratio": self.ratio, "aux_share": self.aux_share}
 
-    Raises:
-        UserError: not an MPOE model.
-    """
-    source: Any = model
-    if type(source).__name__ not in CLASSES:
-        raise UserError(f"model: expected an MPOE model, got {type(source).__name__}")
-    config = copy.deepcopy(source.config)
-    config.experts, config.w1_factors, config.w2_factors, config.max_bond = "dense", None, None, None
-    state = {key: value for key, value in source.state_dict().items() if not re.search(r"\.w[12]\.(central|aux)", key)}
-    with torch.no_grad():
-        for slot in slots(source):
-            weights = slot.module.experts.weights()
-            state |= {f"{slot.name}.experts.{name}": w for name, w in zip(("w1", "w2"), weights, strict=True)}
-    options: dict[str, Any] = {"add_pooling_layer": False} if getattr(source, "pooler", 0) is None else {}
-    return build_model(type(source), config, state, like=source, **options)
-
-
-def dense_weights(slot: Slot) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """w1 (I or 2I, H), gate rows first, b1, w2 (H, I) and b2 of a dense feed-forward of transformers."""
-    ffn, owner = slot.module, slot.owner
-    if slot.attribute == "mlp":  # Conv1D keeps (in, out)
-        return ffn.c_fc.weight.T, ffn.c_fc.bias, ffn.c_proj.weight.T, ffn.c_proj.bias
-    if slot.attribute == "intermediate":
-        second: Any = owner.output
-        return ffn.dense.weight, ffn.dense.bias, second.dense.weight, second.dense.bias
-    w1 = torch.cat([ffn.wi_0.weight, ffn.wi_1.weight]) if hasattr(ffn, "wi_0") else ffn.wi.weight
-    return w1, None, ffn.wo.weight, None
-
-
-def _classes(model: Any) -> tuple[Any, Any]:
-    if isinstance(getattr(model, "config", None), tuple(CONFIGS.values())):
-        raise UserError(f"model: expected a dense model, got {type(model).__name__}, which has experts already")
-    config_class = CONFIGS.get(type(getattr(model, "config", None)))
-    model_class = CLASSES.get(f"MPOE{type(model).__name__}")
-    if config_class is None or model_class is None:
-        families = ", ".join(config.model_type for config in CONFIGS)
-        raise UserError(
-            f"model: expected one of the families {families} with a common head, got {type(model).__name__}"
+    def __str__(self) -> str:
+        E = self.num_experts
+        shared = self.central / (E * self.dense)
+        return (
+            f"parameters {self.parameters / 1e6:,.1f}M, with {E} dense experts {self.switch_parameters / 1e6:,.1f}M "
+            f"({self.switch_parameters / self.parameters:.2f} times)\n"
+            f"experts' weights {self.ratio:.4f} of dense ones' = shared {shared:.4f} (1 / E = {1 / E:.4f}) "
+            f"+ aux / dense {self.aux_share:.4f}\n"
+            f"memory {self.checkpoint_mib:,.0f} MiB, with dense experts {self.switch_checkpoint_mib:,.0f} MiB; "
+            f"folded for inference {self.folded_mib:,.0f} MiB more"
         )
-    return config_class, model_class
 
 
-def _layer_state(
-    state: dict[str, Tensor], slot: Slot, config: Any, noise: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The tensors of one layer's experts; the dense ones leave `state`."""
-    w1, b1, w2, b2 = (None if t is None else t.detach() for t in dense_weights(slot))
-    assert w1 is not None and w2 is not None
-    dense = (slot.name, f"{slot.name.rpartition('.')[0]}.output.dense")[: 2 if slot.attribute == "intermediate" else 1]
-    for key in [key for key in state if key.startswith(tuple(f"{name}." for name in dense))]:
-        del state[key]
-    E, made = config.num_experts, {}
+def mpoe_report(model: nn.Module) -> MPOEReport:
+    """Count a model converted with experts="mpo" or, to compare, "copy"; also one on the meta device.
 
-    def expand(tensor: Tensor) -> Tensor:
-        copies = tensor.expand(E, *tensor.shape)
-        if not noise:
-            return copies
-        drawn = torch.randn(copies.shape, generator=generator).to(tensor)
-        return copies + noise * tensor.float().square().mean().sqrt().to(tensor) * drawn
+    Raises:
+        UserError: another model.
+    """
+    layers = _layers_of_whole_experts(model)
+    central = auxiliary = dense = 0
+    for layer in layers:
+        experts: Any = layer.experts
+        dense += experts.w1.shape[1:].numel() + experts.w2.shape[1:].numel()
+        if isinstance(experts, MPOExperts):
+            central += experts.w1.central.numel() + experts.w2.central.numel()
+            auxiliary += sum(aux.numel() for weight in (experts.w1, experts.w2) for aux in weight.aux)
+        else:
+            auxiliary += experts.w1.numel() + experts.w2.numel()
+    E = layers[0].experts.num_experts
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    mean_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) / parameters
+    switch = parameters - central - auxiliary + E * dense
+    return MPOEReport(
+        num_experts=E,
+        parameters=parameters,
+        switch_parameters=switch,
+        central=central,
+        auxiliary=auxiliary,
+        dense=dense,
+        checkpoint_mib=parameters * mean_bytes / _MIB,
+        switch_checkpoint_mib=switch * mean_bytes / _MIB,
+        folded_mib=E * dense * mean_bytes / _MIB if central else 0.0,
+    )
 
-    for name, weight, factors in (("w1", w1, config.w1_factors), ("w2", w2, config.w2_factors)):
-        if config.experts == "dense":
-            made[name] = expand(weight)
+
+@torch.no_grad()
+def to_dense_experts(model: nn.Module) -> Any:
+    """Replace, in place, experts="mpo" by the experts="copy" whose weights are what the shared tensors fold to.
+
+    The model computes the same with the weights of Switch-style experts: w1 (E, I or 2I, H) and w2 (E, H, I) in each
+    layer, on the same devices and in the same dtypes. A model with such experts stays as it is. Returns the model.
+
+    Raises:
+        UserError: a model with neither.
+    """
+    for layer in _layers_of_whole_experts(model):
+        folded: Any = layer.experts
+        if not isinstance(folded, MPOExperts):
             continue
-        sites = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
-        middle = (len(sites) - 1) // 2
-        made[f"{name}.central"] = sites[middle]
-        for k, site in enumerate((*sites[:middle], *sites[middle + 1 :])):
-            made[f"{name}.aux.{k}"] = expand(site)
-    for name, bias in (("b1", b1), ("b2", b2)):
-        if bias is not None:
-            made[name] = bias.expand(E, -1) if config.expert_bias == "expert" else bias
-    return {f"{slot.name}.experts.{name}": tensor for name, tensor in made.items()}
+        w1, w2 = folded.weights()
+        bias = "none" if folded.b1 is None else "shared" if folded.b1.ndim == 1 else "expert"
+        with torch.device("meta"):
+            layer.experts = DenseExperts(
+                w2.shape[1], w2.shape[2], folded.num_experts,
+                activation=folded.activation, bias=bias, hidden_dropout=folded.hidden_dropout,
+            )  # fmt: skip
+        layer.experts.w1, layer.experts.w2 = nn.Parameter(w1), nn.Parameter(w2)
+        layer.experts.b1, layer.experts.b2 = folded.b1, folded.b2
+        layer.experts.train(folded.training)
+    config: Any = model.config
+    set_config(
+        model, replace(config.quantization_config, experts="copy", w1_factors=None, w2_factors=None, max_bond=None)
+    )
+    return model
 
 
-def _router_state(
-    config: Any,
-    found: list[Slot],
-    hidden_size: int,
-    tables: Any,
-    token_counts: Tensor | None,
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    names, V, E = [f"{slot.name}.router." for slot in found], config.vocab_size, config.num_experts
-    if config.router not in HASH_ROUTERS:
-        if tables is not None:
-            raise UserError(f"tables: expected none with router={config.router!r}, got some")
-        state = {n + "gate.weight": torch.randn(E, hidden_size, generator=generator) * _ROUTER_STD for n in names}
-        return state | ({n + "gate.bias": torch.zeros(E) for n in names} if config.router == "switch" else {})
-    if tables is None and config.router == "hash-random":
-        tables = torch.stack([random_hash_table(V, E, generator) for _ in names])
-    elif tables is None:
-        if token_counts is None or token_counts.shape != (V,):
-            got = "none" if token_counts is None else tuple(token_counts.shape)
-            raise UserError(f"token_counts: expected shape (V={V},) with router='hash-balance', got {got}")
-        tables = balanced_hash_table(token_counts, E, seed=generator.initial_seed())
-    return {n + "table": table for n, table in zip(names, stacked_tables(tables, len(names), V, E), strict=True)}
+def _layers_of_whole_experts(model: Any) -> list[MoEFeedForward]:
+    """The layers of a model whose experts are each a whole feed-forward: MPOE's, or copies."""
+    layers = moe_layers(model)
+    if not layers or model.config.quantization_config.experts == "split":
+        got = " with experts='split'" if layers else ""
+        raise UserError(
+            f"model: expected a model converted with experts='mpo' or 'copy', got {type(model).__name__}{got}"
+        )
+    return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -27,13 +28,15 @@ _GATE_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
 
 def convert_in_place(
     model: nn.Module, config: MoEConfig | None = None, *, importance: Tensor | None = None, seed: int = 0,
-    token_counts: Tensor | None = None, tables: Any = None,
+    token_counts: Tensor | None = None, tables: Any = None, num_sites: int = 5, force: bool = False, noise: float = 0.0,
 ) -> Any:  # fmt: skip
     """Put a mixture of experts in the place of every feed-forward of a transformers model.
 
     The model keeps its class, its configuration's `model_type` and the names of all other weights. `save_pretrained`
     saves it, and `AutoModel*.from_pretrained` loads it where `moebert_kernels.convert` was imported. What is random (a
-    missing importance, tables, gates) depends on `seed` alone; torch's own generators are left as they were.
+    missing importance, noise, tables, gates) depends on `seed` alone; torch's own generators are left as they were.
+    With experts of the whole layer ("copy", "mpo") and the routers' default form ("switch", "top2", hashes) it computes
+    what the dense model does, unless `max_bond` cuts bonds or `noise` tells the experts apart.
 
     Args:
         model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
@@ -44,19 +47,35 @@ def convert_in_place(
         seed: of everything random here.
         token_counts: (V,) integers, for router="hash-balance"; see `count_tokens`.
         tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are.
+        num_sites: with experts="mpo" and no factors in the configuration, the tensors that each weight becomes, 2 to 6.
+        force: with experts="mpo", take any `max_bond`. Bonds so low that building weights is slower than multiplying
+            by one tensor after the other are refused otherwise, with the arithmetic.
+        noise: with experts="copy" or "mpo", the standard deviation of normal noise on each expert's copy, or on its
+            auxiliary tensors, relative to the root mean square of the values.
 
     Raises:
         UserError: a model without feed-forwards of a known shape, one that is converted already, hash routing of one
-            without token ids, sizes that cannot be filled, scores, tables or counts that do not fit.
+            without token ids, sizes that cannot be filled, factors, bonds, noise, scores, tables or counts that do not
+            fit.
     """
+    if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+        raise UserError(f"noise: expected a finite number of at least 0, got {noise!r}")
     sites = find_sites(model, None if config is None or config.target_modules is None else tuple(config.target_modules))
     for site in sites:
         site.check()
     weights = [site.weights() for site in sites]
-    config = resolved(config or MoEConfig.moebert(), model, sites, weights[0])
+    config = resolved(config or MoEConfig.moebert(), model, sites, weights[0], num_sites)
+    if noise and config.experts == "split":
+        raise UserError(f"noise: expected 0 with experts='split', got {noise!r}")
+    if config.experts == "mpo" and not force:
+        for factors in (config.w1_factors, config.w2_factors):
+            check_caps(factors[0], factors[1], config.max_bond)
     generator = torch.Generator().manual_seed(seed)
     chosen = _split_of(config, sites, importance, generator) if config.experts == "split" else [None] * len(sites)
-    state = [expert_state(config, dense, site, idx) for site, dense, idx in zip(sites, weights, chosen, strict=True)]
+    state = [
+        expert_state(config, dense, site, indices, noise, generator)
+        for site, dense, indices in zip(sites, weights, chosen, strict=True)
+    ]
     for routers, made in zip(_router_states(model, config, sites, generator, token_counts, tables), state, strict=True):
         made |= routers
     layers = replace_feed_forwards(model, config)
@@ -77,24 +96,31 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
     layers = []
     for site in sites:
         w1 = site.weights().w1
-        with torch.device(w1.device):
+        with torch.device("meta"):  # draws nothing
             layer = make_layer(model, config, site)
-        layer.to(w1.dtype).train(site.module.training)
-        if layer.norm is not None:
+        layer.to(w1.dtype).to_empty(device=w1.device).train(site.module.training)
+        if config.norm == "layer":
             layer.norm = site.norm
         for parameter in layer.parameters():
             parameter.requires_grad_(True)
         site.install(layer)
         layers.append(layer)
-    for module in model.modules():
-        if getattr(module, "config", None) is not None:
-            module.config.quantization_config = config
+    set_config(model, config)
     install_routing(model, [site.name for site in sites])
     return layers
 
 
-def resolved(config: MoEConfig, model: nn.Module, sites: list[Site], dense: DenseWeights) -> MoEConfig:
-    """The configuration with every choice made for this model.
+def set_config(model: nn.Module, config: MoEConfig) -> None:
+    """Let the configurations of the model and of all models inside it say what their mixtures are."""
+    for module in model.modules():
+        if getattr(module, "config", None) is not None:
+            module.config.quantization_config = config
+
+
+def resolved(
+    config: MoEConfig, model: nn.Module, sites: list[Site], dense: DenseWeights, num_sites: int = 5
+) -> MoEConfig:
+    """The configuration with every choice made for this model; `num_sites` as for `convert_in_place`.
 
     Raises:
         UserError: a choice that the model does not allow; with the reason.
@@ -122,16 +148,15 @@ def resolved(config: MoEConfig, model: nn.Module, sites: list[Site], dense: Dens
         for name, weight in (("w1_factors", dense.w1), ("w2_factors", dense.w2)):
             factors = getattr(config, name)
             if factors is None:
-                plan = plan_factors(*weight.shape)[0]
+                plan = plan_factors(weight.shape[0], weight.shape[1], sites=num_sites)[0]
                 factors = (plan.row_factors, plan.col_factors)
             check_factors(name, factors, tuple(weight.shape))
-            check_caps(factors[0], factors[1], config.max_bond)
             changes[name] = [list(part) for part in factors]
     return replace(copy.deepcopy(config), **changes)
 
 
 def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
-    """The layer of a site, with new weights."""
+    """The layer of a site, with new weights and without the model's LayerNorm."""
     dense = site.weights()
     (H, D), E = dense.w2.shape, config.num_experts
     bias = (
@@ -150,8 +175,7 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
         experts = NormedExperts(H, config.expert_size, E, eps=eps, output_dropout=site.output_dropout, **options)
     else:
         experts = DenseExperts(H, config.expert_size or D, E, **options)
-    norm = site.norm if config.norm == "layer" else None
-    return MoEFeedForward(make_router(model, config, site, H), experts, output_dropout=site.output_dropout, norm=norm)
+    return MoEFeedForward(make_router(model, config, site, H), experts, output_dropout=site.output_dropout)
 
 
 def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> nn.Module:
@@ -171,13 +195,24 @@ def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> 
         ) from None
 
 
-def expert_state(config: MoEConfig, dense: DenseWeights, site: Site, indices: Tensor | None) -> dict[str, Tensor]:
+def expert_state(
+    config: MoEConfig, dense: DenseWeights, site: Site, indices: Tensor | None, noise: float, generator: torch.Generator
+) -> dict[str, Tensor]:
     """The tensors of a layer's experts and norm, by their names in the layer.
 
     Args:
         indices: (E, I) neurons of each expert, with experts="split".
+        noise: as for `convert_in_place`, drawn from `generator`.
     """
     E, made = config.num_experts, {}
+
+    def copies(tensor: Tensor) -> Tensor:
+        expanded = tensor.expand(E, *tensor.shape)
+        if not noise:
+            return expanded
+        drawn = torch.randn(expanded.shape, generator=generator).to(tensor)
+        return expanded + noise * tensor.float().square().mean().sqrt().to(tensor) * drawn
+
     biases = {"b1": dense.b1, "b2": dense.b2}
     if (dense.b1 is None) != (dense.b2 is None):
         raise UserError(f"model: expected both or none of the biases in {site.name}, got one")
@@ -194,13 +229,13 @@ def expert_state(config: MoEConfig, dense: DenseWeights, site: Site, indices: Te
     else:
         for name, weight, factors in (("w1", dense.w1, config.w1_factors), ("w2", dense.w2, config.w2_factors)):
             if config.experts == "copy":
-                made[name] = weight.expand(E, *weight.shape)
+                made[name] = copies(weight)
                 continue
             parts = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
             middle = (len(parts) - 1) // 2
             made[f"{name}.central"] = parts[middle]
             for k, part in enumerate((*parts[:middle], *parts[middle + 1 :])):
-                made[f"{name}.aux.{k}"] = part.expand(E, *part.shape)
+                made[f"{name}.aux.{k}"] = copies(part)
         for name, bias in biases.items():
             if bias is not None:
                 made[name] = bias.expand(E, -1) if config.expert_bias == "expert" else bias

@@ -116,6 +116,13 @@ class Site:
     def second_module(self) -> Any:
         return self.owner.get_submodule(self.second)
 
+    @property
+    def parts(self) -> list[Any]:
+        """The modules that compute the dense feed-forward, in their order."""
+        if self.shape == "inline":
+            return [*self.first_modules, self.second_module]
+        return [self.owner.intermediate, self.owner.output] if self.shape == "split" else [self.module]
+
     def weights(self) -> DenseWeights:
         """The dense weights in nn.Linear's layout, detached; those of a gate before those of the other branch."""
         w1, b1 = (_joined([_linear(module)[k] for module in self.first_modules]) for k in (0, 1))
@@ -131,7 +138,7 @@ class Site:
             return
         x = torch.linspace(-1.0, 1.0, 2 * w1.shape[1], device=w1.device).sin().view(2, -1)
         want = F.linear(reference.activate(F.linear(x, w1, b1), self.activation), w2, b2)
-        modules = [self.owner.intermediate, self.owner.output] if self.shape == "split" else [self.module]
+        modules = self.parts
         modes = [(module, module.training) for outer in modules for module in outer.modules()]
         try:
             for module in modules:

@@ -16,7 +16,7 @@ from moebert_kernels.convert import mpoe_report, parameter_counts
 from moebert_kernels.demo.report import aligned, millions
 from moebert_kernels.demo.timing import compare_models
 from moebert_kernels.errors import UserError
-from moebert_kernels.models.mpoe import MPOEMixin
+from moebert_kernels.layers import moe_layers
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,11 +45,14 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def sizes_of(model: nn.Module) -> dict[str, Any]:
-    """Parameters, in all and those that one token meets, and the memory they take; of MPOE models `mpoe_report`."""
+def sizes_of(model: Any) -> dict[str, Any]:
+    """Parameters, in all and those that one token meets, and the memory they take.
+
+    Of a model whose experts are whole feed-forwards also `mpoe_report`.
+    """
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     sizes: dict[str, Any] = parameter_counts(model) | {"weights_mib": size / 2**20}
-    if isinstance(model, MPOEMixin):
+    if moe_layers(model) and model.config.quantization_config.experts != "split":
         report = mpoe_report(model)
         sizes["mpoe"] = report.as_dict() | {"text": str(report)}
     return sizes

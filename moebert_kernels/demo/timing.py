@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.demo.clocks import peak_mib, timer
-from moebert_kernels.models.mpoe_layers import tokens_of
+from moebert_kernels.layers.routing import moe_layers, tokens_of
 from moebert_kernels.nn.context import Call, current, entered
 
 WARM_UP = 3
-PARTS = ("router", "experts", "intermediate", "output")  # of a layer, after its attention
 
 
 def compare_models(
@@ -26,8 +26,8 @@ def compare_models(
     """Times of whole models and of their feed-forward layers, in milliseconds, with quartiles over rounds.
 
     Args:
-        models: BERT-, GPT-2- or T5-style models of transformers, dense or MoE, on one device. A T5's decoder gets the
-            encoder's tokens. Ratios are over the last one.
+        models: models of transformers, dense or MoE, on one device. A decoder behind an encoder gets the encoder's
+            tokens. Ratios are over the last one.
         input_ids, attention_mask: (B, T) int64.
         rounds: each of them times every model and all its feed-forward layers, in an order that changes.
 
@@ -35,8 +35,8 @@ def compare_models(
         name -> `model_ms`, `ffn_ms` and the ratios `model_speed`, `ffn_speed`, each {"q1", "median", "q3"};
         `tokens_per_s`, of real tokens; `peak_mib` of one call beyond what was there, None on a CPU; `how`, on a GPU
         "graph" or "eager". `ffn_ms` is everything from a layer's attention to its output, summed over the layers, with
-        the grouping of the tokens, on the inputs that the model gives them; in GPT-2 without norm and residual
-        connection, which are not of its feed-forward's module.
+        the grouping of the tokens, on the inputs that the model gives them; without norm and residual connection where
+        these are not of the feed-forward's module, as in GPT-2 and T5.
     """
     device: Any = next(iter(models.values())).device
     batch = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
@@ -96,13 +96,13 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
             stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(**batch)
     hashed = getattr(model.config, "is_hash_routed", False)
-    stacks = [module for module in model.modules() if hasattr(module, "routes_tokens")]
+    stacks = [module for module in model.modules() if hasattr(module, "moe_layers")]
 
     def run() -> Any:
         if hashed:
             base.encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
         for stack in stacks:
-            tokens_of(stack, batch["input_ids"], batch["attention_mask"])
+            tokens_of(stack, batch)
         y = None
         for call, module, args, kwargs in calls:
             with entered(call):
@@ -114,11 +114,10 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
 
 def _parts(base: Any) -> list[nn.Module]:
     """The modules of all feed-forward layers, in the order in which they run."""
-    if hasattr(base, "h"):
-        return [layer.mlp for layer in base.h]
-    if base.config.is_encoder_decoder:
-        return [block.layer[-1] for stack in (base.encoder, base.decoder) for block in stack.block]
-    return [getattr(layer, name) for layer in base.encoder.layer for name in PARTS if hasattr(layer, name)]
+    if base.config.model_type == "moebert":
+        names = ("router", "experts")
+        return [getattr(layer, name) for layer in base.encoder.layer for name in names if hasattr(layer, name)]
+    return list(moe_layers(base)) or [part for site in find_sites(base) for part in site.parts]
 
 
 def decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

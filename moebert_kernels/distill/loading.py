@@ -23,10 +23,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import moebert_kernels.models  # makes the Auto classes know MoEBERT
+import moebert_kernels.convert  # transformers loads converted models
+import moebert_kernels.models  # and MoEBERT
 from moebert_kernels.distill.progress import quiet_transformers
 from moebert_kernels.distill.tasks import Task, label_order
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +125,11 @@ def load_config(name: str | Path) -> Any:
     name = resolve_model(name)
     with _one_line("model", name):
         return AutoConfig.from_pretrained(name)
+
+
+def is_moe(config: Any) -> bool:
+    """Whether a model of this configuration has experts."""
+    return config.model_type == "moebert" or moe_config(config) is not None
 
 
 def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
@@ -257,10 +264,7 @@ def longest_input(config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # relative positions reach any length
         return None
-    if (
-        config.model_type.removeprefix("mpoe-") in ("roberta", "xlm-roberta", "camembert")
-        or getattr(config, "style", "") == "roberta"
-    ):
+    if config.model_type in ("roberta", "xlm-roberta", "camembert") or getattr(config, "style", "") == "roberta":
         positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
     return positions
 

@@ -20,6 +20,7 @@ from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
 from moebert_kernels.distill.config import Batch
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config
 from moebert_kernels.models.outputs import balance_term
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ class LayerwiseObjective(Objective):
             raise UserError(
                 "preset: expected 'default' with cached teacher outputs, which hold no padded positions, got 'paper'"
             )
-        routes_padding = getattr(config, "route_padding", None)  # a dense student has no routing
+        routes_padding = getattr(moe_config(config) or config, "route_padding", None)  # a dense student has no routing
         if routes_padding is not None and routes_padding != (self.preset == "paper"):
             wanted, got = ("routed", "skipped") if self.preset == "paper" else ("skipped", "routed")
             raise UserError(

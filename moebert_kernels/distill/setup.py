@@ -19,14 +19,15 @@ from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher, check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config, moe_layers
 from moebert_kernels.models.configuration import HASH_ROUTERS, TASK_ROUTER
-from moebert_kernels.nn import GradientMask, MPOWeight
+from moebert_kernels.nn import GradientMask, HashRouter, MPOWeight
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
 # A task router's logits are a bias too.
 _UNDECAYED_NAMES = ("bias", "b1", "b2", "norm_weight", "norm_bias", "logits")
 # transformers sets these in the model's own config when it is used or saved
-_SET_IN_USE = ("architectures", "dtype", "problem_type", "transformers_version")
+_SET_IN_USE = ("architectures", "dtype", "problem_type", "quantization_config", "transformers_version")
 
 
 def check_teacher(
@@ -59,9 +60,18 @@ def check_experts(model: nn.Module, config: FitConfig, mask: GradientMask | None
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
 
 
-def has_balance_loss(config: Any) -> bool:
-    """Whether a model of this configuration routes by learned gates, the only routers that have a balance loss."""
-    return getattr(config, "router", None) not in (None, *HASH_ROUTERS, TASK_ROUTER)
+def has_balance_loss(model: Any) -> bool:
+    """Whether the model routes by learned gates, the only routers that have a balance loss."""
+    if layers := moe_layers(model):
+        return any(not isinstance(layer.router, HashRouter) for layer in layers)
+    return getattr(model.config, "router", None) not in (None, *HASH_ROUTERS, TASK_ROUTER)
+
+
+def balance_weight(model: Any) -> float:
+    """The weight of the balance loss, as the model's configuration has it; 0 of a dense model."""
+    if moe_layers(model):
+        return model.config.quantization_config.balance_weight
+    return getattr(model.config, "load_balance", 0.0)
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
@@ -149,9 +159,10 @@ def run_identity(
     """Flat JSON-able facts that must agree for a run to be resumed. The student's weights come from the checkpoint."""
     shapes = [(name, list(tensor.shape)) for name, tensor in sorted(model.state_dict().items())]
     model_config: Any = model.config
+    moe = moe_config(model_config)
     settings = {
         f"model.{name}": value
-        for name, value in model_config.to_dict().items()
+        for name, value in (model_config.to_dict() | ({} if moe is None else moe.to_dict())).items()
         if not name.startswith("_") and name not in _SET_IN_USE
     }
     identity = {

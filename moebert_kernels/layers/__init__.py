@@ -1,7 +1,15 @@
 """Mixtures of experts in the place of feed-forwards: their configuration, the layer, and how tokens reach it."""
 
-from moebert_kernels.layers.config import MoEConfig
+from moebert_kernels.layers.config import MoEConfig, moe_config
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
-from moebert_kernels.layers.routing import balance_losses, moe_layers
+from moebert_kernels.layers.routing import balance_losses, moe_layers, summed_losses
 
-__all__ = ["MoEConfig", "MoEFeedForward", "NormedExperts", "balance_losses", "moe_layers"]
+__all__ = [
+    "MoEConfig",
+    "MoEFeedForward",
+    "NormedExperts",
+    "balance_losses",
+    "moe_config",
+    "moe_layers",
+    "summed_losses",
+]

@@ -18,6 +18,7 @@ ROUTERS = (*HASH_ROUTERS, *LEARNED_ROUTERS)
 EXPERTS = ("split", "copy", "mpo")
 NORMS = ("expert", "layer")
 BIASES = ("expert", "common")
+MOST = 1 << 20  # experts, and neurons of one
 Factors = Sequence[Sequence[int]]
 
 
@@ -91,6 +92,11 @@ class MoEConfig(QuantizationConfigMixin):
         return self.router in HASH_ROUTERS
 
     @property
+    def experts_per_token(self) -> int:
+        """2 under top-2 routing, else 1."""
+        return 2 if self.router == "top2" else 1
+
+    @property
     def balance_weight(self) -> float:
         """Of the balance loss in the model's loss."""
         if self.load_balance is None:
@@ -147,6 +153,18 @@ class MoEConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def moe_config(model_config: Any) -> MoEConfig | None:
+    """What a converted model's configuration says of its mixtures; None: that of a model that is not converted.
+
+    Args:
+        model_config: of transformers, of a model or as `AutoConfig` reads it from a checkpoint.
+    """
+    found = getattr(model_config, "quantization_config", None)
+    if isinstance(found, Mapping) and found.get("quant_method") == METHOD:
+        return MoEConfig.from_dict(found)
+    return found if isinstance(found, MoEConfig) else None
+
+
 def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
@@ -155,3 +173,5 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def _check_integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    if value > MOST:
+        raise UserError(f"{name}: expected an integer of at most {MOST}, got {value!r}")

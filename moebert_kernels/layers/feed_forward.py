@@ -69,6 +69,7 @@ class MoEFeedForward(nn.Module):
         self.experts = experts
         self.output_dropout = output_dropout
         self.norm = norm
+        self.is_told_tokens = False  # whether a model around the layer tells it which tokens are padding
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         """(..., H) -> (..., H), the dtype of `hidden_states` (as autocast has it).
@@ -78,7 +79,7 @@ class MoEFeedForward(nn.Module):
             residual: of the same shape, where the model leaves the addition to the feed-forward; else None.
 
         Raises:
-            ValueError: hash routing outside of a forward that has token ids.
+            ValueError: outside of a forward of the model that gets the token ids, where there is one.
         """
         if isinstance(self.experts, NormedExperts):
             return self._experts(hidden_states)
@@ -90,11 +91,17 @@ class MoEFeedForward(nn.Module):
     def _experts(self, x: Tensor) -> Tensor:
         call = current()
         tokens = call.tokens
+        if tokens is None and self.is_told_tokens:
+            raise ValueError(
+                "forward: expected to run inside the forward of the model that gets the token ids, got a call of the "
+                "layer alone; recompute layers with model.gradient_checkpointing_enable()"
+            )
         if isinstance(self.router, HashRouter):
             if tokens is None or tokens.token_ids is None:
                 raise ValueError("input_ids: expected a forward with token ids, which hash routing needs, got none")
-            grouping = tokens.layers.get(self)
-            if grouping is None:  # there was none of all layers at once, as where tables are on several devices
+            # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
+            grouping = None if torch.compiler.is_compiling() else tokens.layers.get(self)
+            if grouping is None:  # nor where one step could not make those of all, as with tables on several devices
                 ids, mask = tokens.token_ids.to(x.device), tokens.token_mask
                 mask = None if mask is None else mask[:, -ids.shape[-1] :].to(x.device)
                 return self.experts(x, self.router(ids, mask).view(x.shape[:-1]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,8 @@ def install_routing(model: Any, names: list[str]) -> None:
         if stack is not None:
             _change_class(stack, stack_class)
             object.__setattr__(stack, "moe_layers", layers)  # a list, and so no submodule: the layers have their places
+            for layer in layers:
+                layer.is_told_tokens = True
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             _change_class(module, resizing_class)
@@ -80,11 +82,11 @@ def moe_layers(model: nn.Module) -> list[MoEFeedForward]:
 @functools.cache
 def stack_class(base: type) -> type:
     """The class of a stack whose forward tells its layers the tokens."""
-    return derived_class(stack_class, base, (base,), {"forward": routed(base.forward, _tokens_of)})  # type: ignore[attr-defined]
+    return derived_class(stack_class, base, (base,), {"forward": routed(base.forward, tokens_of)})  # type: ignore[attr-defined]
 
 
-def _tokens_of(stack: Any, inputs: dict[str, Any]) -> Tokens:
-    """What the layers of a stack are told of the arguments of its forward.
+def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
+    """What the layers of a stack, one with `moe_layers`, are told of the arguments of its forward.
 
     Raises:
         UserError: no token ids under hash routing.
@@ -128,6 +130,14 @@ def balance_losses() -> Iterator[list[Tensor]]:
         yield losses
 
 
+def summed_losses(losses: Sequence[Tensor]) -> Tensor:
+    """The balance loss () of a forward: the sum of its layers', which may be on several devices."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total.to(loss.device) + loss
+    return total
+
+
 @functools.cache
 def balanced_class(base: type) -> type:
     """The class of a model with learned routers: `loss` has the balance loss in it, as the configuration weighs it."""
@@ -142,10 +152,10 @@ def balanced_class(base: type) -> type:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         with balance_losses() as losses:
             output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
-        balance = weight * torch.stack(losses).sum()
+        balance = weight * summed_losses(losses)
         if isinstance(output, tuple):
-            return (output[0] + balance, *output[1:])
-        output.loss = output.loss + balance
+            return (output[0] + balance.to(output[0].device), *output[1:])
+        output.loss = output.loss + balance.to(output.loss.device)
         return output
 
     return derived_class(balanced_class, base, (base,), {"forward": forward})

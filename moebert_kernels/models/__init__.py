@@ -1,4 +1,4 @@
-"""MoEBERT and MPOE models for transformers. Importing this module makes `AutoConfig` and `AutoModel*` know them."""
+"""MoEBERT models for transformers. Importing this module makes `AutoConfig` and `AutoModel*` know them."""
 
 # ruff: noqa: E402  what is missing is named before the imports that need it
 from moebert_kernels.errors import require_extra
@@ -22,33 +22,9 @@ from moebert_kernels.models.heads import (
     MoEBertForTokenClassification,
 )
 from moebert_kernels.models.modeling import MoEBertModel
-from moebert_kernels.models.mpoe import CLASSES as MPOE_CLASSES
-from moebert_kernels.models.mpoe_configuration import (
-    MPOEBertConfig,
-    MPOECamembertConfig,
-    MPOEGPT2Config,
-    MPOELongT5Config,
-    MPOEMT5Config,
-    MPOERobertaConfig,
-    MPOET5Config,
-    MPOEUMT5Config,
-    MPOEXLMRobertaConfig,
-)
 from moebert_kernels.models.multi_task import MoEBertForMultiTaskClassification
 
-globals().update(MPOE_CLASSES)  # MPOET5ForConditionalGeneration, MPOEGPT2LMHeadModel, ...
-
 __all__ = [
-    "MPOE_CLASSES",
-    "MPOEBertConfig",
-    "MPOECamembertConfig",
-    "MPOEGPT2Config",
-    "MPOELongT5Config",
-    "MPOEMT5Config",
-    "MPOERobertaConfig",
-    "MPOET5Config",
-    "MPOEUMT5Config",
-    "MPOEXLMRobertaConfig",
     "MoEBertConfig",
     "MoEBertForMaskedLM",
     "MoEBertForMultiTaskClassification",

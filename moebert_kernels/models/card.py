@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from moebert_kernels.layers import moe_config
 from moebert_kernels.nn import MoEFeedForward
 from moebert_kernels.nn.experts import Experts
 
@@ -60,9 +61,10 @@ def write_card(
 
 def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
     """The text of the card; see `write_card`."""
-    is_moe, config = bool(_experts(model)), model.config
+    is_moe, config = bool(_experts(model)), moe_config(model.config) or model.config
     auto, kind = _loaded_by(model), type(model).__name__.removeprefix("FSDP")
-    loads = ["import moebert_kernels.models  # makes the Auto classes know it"] * is_moe
+    ours = "models" if config is model.config else "convert"
+    loads = [f"import moebert_kernels.{ours}  # makes the Auto classes know it"] * is_moe
     loads += [f'model = {auto}.from_pretrained("path/to/this/folder")']
     rows = {"class": kind, **(_moe_rows(model) if is_moe else {}), **_parameter_rows(model)}
     rows |= {f"{name} on validation data": f"{value:.4f}" for name, value in (scores or {}).items()}
@@ -84,7 +86,8 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
 def parameter_counts(model: Any) -> dict[str, int]:
     """All parameters of a model, and those that one token meets: all but the experts that it does not go to."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    E, top_k = getattr(model.config, "num_experts", 1), _top_k(model.config)
+    config = moe_config(model.config) or model.config
+    E, top_k = getattr(config, "num_experts", 1), _top_k(config)
     # what all experts have together, one norm or bias or a central tensor, is met by each token
     own = sum(
         parameter.numel()
@@ -103,7 +106,7 @@ def _experts(model: nn.Module) -> list[Any]:
 
 
 def _moe_rows(model: Any) -> dict[str, Any]:
-    config, experts = model.config, _experts(model)
+    config, experts = moe_config(model.config) or model.config, _experts(model)
     rows = {
         "layers with experts": len(experts),
         "experts of a layer": f"{config.num_experts}, of which a token meets {_top_k(config)}",

@@ -138,17 +138,19 @@ def _check_tensors(
     vocab_size = None if ignore_mismatched_sizes else config.vocab_size
     kinds = {key: tensor.is_floating_point() for key, tensor in model.state_dict().items()}
     base = f"{model.base_model_prefix}."
-    for key, tensor in _stored(state_dict, files, path):
+    for key, tensor in stored_tensors(state_dict, files, path):
         known = next((name for name in (key, base + key, key.removeprefix(base)) if name in kinds), None)
         if known is None:
             continue
         if known.endswith(_TABLE):
             checked_table(tensor, config.num_experts, vocab_size, key)
-        elif kinds[known] and not _holds_reals(tensor):
-            raise UserError(f"{key}: expected floating-point numbers, got {_dtype(tensor)} in {path}")
+        elif kinds[known] and not holds_reals(tensor):
+            raise UserError(f"{key}: expected floating-point numbers, got {dtype_of(tensor)} in {path}")
 
 
-def _stored(state_dict: Mapping[str, Tensor] | None, files: Sequence[str], path: Any) -> Iterator[tuple[str, Any]]:
+def stored_tensors(
+    state_dict: Mapping[str, Tensor] | None, files: Sequence[str], path: Any
+) -> Iterator[tuple[str, Any]]:
     """Keys with tensors, or in place of what is no table, with slices of a safetensors file."""
     yield from (state_dict or {}).items()
     for file in files:
@@ -169,11 +171,13 @@ def _is_inside(file: str, folder: str | os.PathLike) -> bool:
     return os.path.abspath(file).startswith(os.path.join(os.path.abspath(folder), ""))
 
 
-def _dtype(tensor: Any) -> str:
+def dtype_of(tensor: Any) -> str:
+    """The name of its dtype."""
     return str(tensor.dtype) if isinstance(tensor, Tensor) else tensor.get_dtype()
 
 
-def _holds_reals(tensor: Any) -> bool:
+def holds_reals(tensor: Any) -> bool:
+    """Whether a tensor, or a slice of a safetensors file, is of floating-point numbers."""
     return tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.get_dtype().startswith(("F", "BF"))
 
 

@@ -1,13 +1,12 @@
 """Modules that own parameters or tables: routers, experts and mixture-of-experts feed-forward layers."""
 
 from moebert_kernels.nn.balance import BalanceWindow, balance_loss
-from moebert_kernels.nn.experts import DenseExperts, Experts, MPOExperts
+from moebert_kernels.nn.experts import DenseExperts, Experts, MPOExperts, fold, unfold
 from moebert_kernels.nn.gate_router import GateRouter
 from moebert_kernels.nn.gradient_mask import GradientMask
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.nn.moe_feed_forward import MoEFeedForward
 from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, shared_fold
-from moebert_kernels.nn.routed_feed_forward import RoutedFeedForward
 from moebert_kernels.nn.switch_router import SwitchRouter
 from moebert_kernels.nn.task_router import TaskRouter
 from moebert_kernels.nn.top2_router import Top2Router
@@ -22,11 +21,12 @@ __all__ = [
     "MPOExperts",
     "MPOWeight",
     "MoEFeedForward",
-    "RoutedFeedForward",
     "SharedFold",
     "SwitchRouter",
     "TaskRouter",
     "Top2Router",
     "balance_loss",
+    "fold",
     "shared_fold",
+    "unfold",
 ]

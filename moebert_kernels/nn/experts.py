@@ -214,3 +214,20 @@ class MPOExperts(Experts):
         self._hot = None
         self.w1.unfold()
         self.w2.unfold()
+
+
+def fold(module: nn.Module, hot_experts: int | None = None) -> None:
+    """Fold the weights of all `MPOExperts` inside for inference, or keep those of `hot_experts` experts per layer.
+
+    Without it the first forward in eval mode folds and keeps all. See `MPOExperts.fold`.
+    """
+    for inside in module.modules():
+        if isinstance(inside, MPOExperts):
+            inside.fold(hot_experts)
+
+
+def unfold(module: nn.Module) -> None:
+    """Drop what the `MPOExperts` inside have folded and kept."""
+    for inside in module.modules():
+        if isinstance(inside, MPOExperts):
+            inside.unfold()

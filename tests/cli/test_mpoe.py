@@ -1,13 +1,14 @@
 """`moebert convert --method mpoe`."""
 
 import json
+import re
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from moebert_kernels.models import MPOEBertConfig
-from tests.cli.tiny import done, refused
+from moebert_kernels.layers import moe_config, moe_layers
+from tests.cli.tiny import TABLE, TRAINING, done, refused
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,9 @@ def test_converts_and_reports(base, tmp_path):
     assert "with 3 dense experts" in output and "1 / E = 0.3333" in output and "aux / dense" in output
     assert "folded for inference" in output
     model = AutoModel.from_pretrained(tmp_path / "out")
-    assert isinstance(model.config, MPOEBertConfig) and model.config.load_balance == 0.01
+    config = moe_config(model.config)
+    assert len(moe_layers(model)) == model.config.num_hidden_layers and model.config.model_type == "bert"
+    assert (config.router, config.experts, config.balance_weight) == ("switch", "mpo", 0.01)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the film was good", return_tensors="pt")
     dense = AutoModel.from_pretrained(base)
     torch.testing.assert_close(model(**ids)[0], dense(**ids)[0], rtol=0, atol=5e-6)
@@ -39,6 +42,27 @@ def test_converts_and_reports(base, tmp_path):
     assert entry["mpoe"]["parameters"] == entry["total_parameters"]
     line = refused(*words, "--noise", 0.1, "--output", tmp_path / "out")
     assert line.startswith("output: expected a new or empty folder")
+
+
+@pytest.mark.parametrize("router", ["switch", "hash-random"])
+def test_a_classifier_follows_its_teacher(router, teacher, data, tmp_path):
+    """Layer by layer, with the balance loss beside; then it is no teacher and no dense model any more."""
+    moe, out = tmp_path / "moe", tmp_path / "out"
+    done("convert", "--method", "mpoe", "--model", teacher, "--num-experts", 2, "--sites", 2, "--router", router,
+         "--noise", 0.1, "--output", moe)  # fmt: skip
+    words = (*TABLE, "--data", data, *TRAINING)
+    done("distill", "--model", moe, "--teacher", teacher, *words, "--cache", tmp_path / "cache", "--output", out)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert any("hidden" in line for line in lines)
+    assert any(line.get("balance", 0.0) > 0 for line in lines) == (router == "switch")
+    model = AutoModelForSequenceClassification.from_pretrained(out / "best")
+    assert type(model).__name__ == "BertForSequenceClassification" and len(moe_layers(model)) == 2
+    printed = done("eval", "--model", out, *TABLE, "--data", data)
+    assert float(re.search(r"accuracy ([\d.]+)", printed)[1]) > 0.9
+    line = refused("distill", "--model", moe, "--teacher", out, *words, "--output", tmp_path / "no")
+    assert line == "teacher: expected a dense model, got a MoE (model_type 'bert')"
+    scores = ("importance", "--model", out, *TABLE, "--data", data, "--output", tmp_path / "i.safetensors")
+    assert refused(*scores).endswith("which is a MoE already")
 
 
 def test_gpt2_with_hash_routing_and_dense_experts(gpt2, tmp_path):
@@ -53,8 +77,10 @@ def test_refusals(base, gpt2, tmp_path):
     assert line.startswith("max-bond: expected caps at which building the weight pays")
     line = refused(*words, base, "--importance", tmp_path / "scores.safetensors")
     assert line.startswith("importance: expected none with --method mpoe")
-    assert refused(*words, base, "--router", "gate-sentence").startswith("router: expected one of switch, top2,")
+    assert "switch, top2" in refused(*words, base, "--router", "task")
+    line = refused(*words, base, "--experts", "copies")
+    assert line == "experts: expected one of mpo, dense with --method mpoe, got 'copies'"
     done(*words, gpt2, "--max-bond", 1, "--low-bonds", "--sites", 2)
     assert not (tmp_path / "out2").exists()
     line = refused("convert", "--method", "mpoe", "--output", tmp_path / "out2", "--model", tmp_path / "out")
-    assert line.startswith("model: expected a dense model, got MPOEGPT2LMHeadModel")
+    assert line.startswith("model: expected a dense model, got GPT2LMHeadModel with experts in it")

@@ -139,7 +139,7 @@ def test_mpoe_goes_the_whole_way(router, gpt2, language_model, texts, tmp_path):
     done("distill", "--model", moe, "--teacher", language_model, *data, "--output", tmp_path / "student")
     assert perplexity(tmp_path / "student", texts, tmp_path) < 280
     line = refused("distill", "--model", gpt2, "--teacher", moe, *data, "--output", tmp_path / "no")
-    assert line == "teacher: expected a dense model, got a MoE (model_type 'mpoe-gpt2')"
+    assert line == "teacher: expected a dense model, got a MoE (model_type 'gpt2')"
     printed = done("bench", "--model", out, "--against", gpt2, "--length", 16, "--rounds", 2, "--output", result)
     assert "with 3 dense experts" in printed and "1 / E = 0.3333" in printed
     sizes = json.loads(result.read_text())["models"]

@@ -275,6 +275,7 @@ def test_what_does_not_fit_a_model_is_refused(family, config, message):
         ({"router": "random"}, "router: expected one of hash-random, .*, got 'random'"),
         ({"num_experts": 0}, "num_experts: expected an integer of at least 1, got 0"),
         ({"num_experts": True}, "num_experts: expected an integer of at least 1, got True"),
+        ({"num_experts": 10**9}, "num_experts: expected an integer of at most 1048576, got 1000000000"),
         ({"experts": "copy", "expert_size": 8}, "expert_size: expected none with experts='copy', got 8"),
         ({"max_bond": 4}, "max_bond: expected none with experts='split', got 4"),
         ({"load_balance": 0.1}, "load_balance: expected none with router='hash-random', got 0.1"),

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from moebert_kernels.convert import parameter_counts
+from moebert_kernels.convert import convert_in_place, parameter_counts
 from moebert_kernels.demo import timing
 from moebert_kernels.demo.benchmark import sizes_of
-from moebert_kernels.demo.timing import compare_models, feed_forwards, quartiles, random_inputs
+from moebert_kernels.demo.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
+from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.models import MoEBertConfig, MoEBertModel
+from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -32,13 +34,35 @@ def batch_of(B=3, T=8):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("make", [dense, moe, lambda: moe("gate-token")], ids=["dense", "hash", "gate"])
+def in_place():
+    return convert_in_place(dense(), MoEConfig.mpoe(num_experts=3, router="hash-random"), noise=1.0)
+
+
+@pytest.mark.parametrize(
+    "build", [dense, moe, lambda: moe("gate-token"), in_place], ids=["dense", "hash", "gate", "mpo"]
+)
 @torch.inference_mode()
-def test_feed_forwards_compute_what_the_model_computes(make):
-    model, batch = make().eval(), batch_of()
+def test_feed_forwards_compute_what_the_model_computes(build):
+    model, batch = build().eval(), batch_of()
     wanted = model(**batch).last_hidden_state
     got = feed_forwards(model, batch)()
     torch.testing.assert_close(got.reshape(wanted.shape), wanted)
+
+
+@pytest.mark.parametrize("family", [family for family in ONE_OF_EACH_SHAPE if family not in IMAGES])
+def test_feed_forwards_of_any_family(family):
+    """All of them, those of a decoder too, dense or converted in place."""
+    batch = make_inputs(family)
+    mask = batch["attention_mask"]
+    model = convert_in_place(make(family), MoEConfig.switch(num_experts=2))
+    result = compare_models({"moe": model, "dense": make(family)}, batch["input_ids"], mask, rounds=1)
+    assert all(entry["ffn_ms"]["median"] > 0 for entry in result.values())
+    seen = []
+    run = feed_forwards(model, batch | decoder_inputs(model, batch))
+    for layer in moe_layers(model):
+        layer.experts.register_forward_hook(lambda module, *_: seen.append(module))
+    run()
+    assert seen == [layer.experts for layer in moe_layers(model)] and len(seen) == (4 if family in TWO_STACKS else 2)
 
 
 def test_feed_forwards_run_every_layer(monkeypatch):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_in_place
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import GradientMask, MPOWeight
 from tests.distill.test_language import Windows
 from tests.distill.tiny import Interrupting, assert_same_weights, log, weights
@@ -19,7 +20,7 @@ def train(folder, model, probability=0.0, batches=None, **settings):
     return fit(model, batches or Batches(story(), 4), config=config, output_dir=folder, gradient_mask=mask)
 
 
-@pytest.mark.parametrize("experts", ["mpo", "dense"])
+@pytest.mark.parametrize("experts", ["mpo", "copy"])
 def test_the_balance_loss_is_a_term_of_the_loss(tmp_path, experts):
     train(tmp_path, tiny_mpoe(load_balance=0.5, experts=experts), epochs=1)
     for line in log(tmp_path, "balance"):
@@ -48,7 +49,7 @@ def test_text_to_text_has_a_balance_term_too(tmp_path):
     from tests.distill.test_text_to_text import rows
     from tests.distill.tiny_text import word_tokenizer
 
-    model = convert_to_mpoe(tiny_t5(), 2, sites=3, load_balance=0.5)
+    model = convert_in_place(tiny_t5(), MoEConfig.mpoe(num_experts=2, load_balance=0.5), num_sites=3)
     features = text_to_text_features(rows(8), get_task("rte"), word_tokenizer())
     train(tmp_path, model, batches=Batches(features, 4), epochs=1)
     for line in log(tmp_path, "balance"):
@@ -115,7 +116,7 @@ def test_an_interrupted_masked_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_what_does_not_fit_the_model(tmp_path):
-    for model in (tiny_gpt2(), tiny_mpoe(experts="dense")):
+    for model in (tiny_gpt2(), tiny_mpoe(experts="copy")):
         message = f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}"
         with pytest.raises(UserError, match=message):
             train(tmp_path, model, shared_fold=True)

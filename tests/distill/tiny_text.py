@@ -5,8 +5,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_in_place
 from moebert_kernels.distill.language import text_features
+from moebert_kernels.layers import MoEConfig
 
 STORY = "the old mill stood by the river and the river ran to the sea\nthe sea was cold \n\n and the mill was old\n"
 WORDS = "mrpc rte stsb custom sentence1: sentence2: text: sentence: warm cold day night the a is was very"
@@ -72,6 +73,5 @@ def story(length=8, overlap=1, documents=(STORY,)):
 
 def tiny_mpoe(seed=0, dropout=0.0, load_balance=0.0, **options):
     """A random GPT-2's conversion, with experts that differ."""
-    return convert_to_mpoe(
-        tiny_gpt2(seed, dropout=dropout), 3, sites=3, noise=0.1, seed=seed, load_balance=load_balance, **options
-    )
+    config = MoEConfig.mpoe(num_experts=3, load_balance=load_balance, **options)
+    return convert_in_place(tiny_gpt2(seed, dropout=dropout), config, num_sites=3, noise=0.1, seed=seed)

@@ -3,17 +3,20 @@
 import torch
 import transformers as tf
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_in_place
+from moebert_kernels.layers import MoEConfig
 from moebert_kernels.models import MoEBertForSequenceClassification
 from tests.convert import mpoe_models
 from tests.models import tiny
 
 V = tiny.V
-_ROUTERS = {"hash": "hash-random", "switch": "switch", "top2": "top2"}
+_ROUTERS = {"hash": "hash-random", "switch": "switch", "top2": "top2", "gate": "gate-token"}
 MOEBERT = ("moebert-hash", "moebert-gate", "moebert-task")
 MPOE = ("mpoe-bert-hash", "mpoe-bert-switch", "mpoe-gpt2-hash", "mpoe-gpt2-top2", "mpoe-t5-hash", "mpoe-t5-switch")
-CLASSIFIERS = (*MOEBERT, "mpoe-bert-hash", "mpoe-bert-switch")
-KINDS = (*MOEBERT, *MPOE)
+SPLIT = ("split-bert-hash", "split-bert-gate")
+IN_PLACE = (*MPOE, *SPLIT)
+CLASSIFIERS = (*MOEBERT, "mpoe-bert-hash", "mpoe-bert-switch", *SPLIT)
+KINDS = (*MOEBERT, *IN_PLACE)
 HASHED = tuple(kind for kind in KINDS if kind.endswith("hash"))
 
 
@@ -28,13 +31,16 @@ def model(kind, vocab_size=V):
         }[kind]
         config = tiny.config(**routing, num_labels=3, vocab_size=vocab_size, initializer_range=0.4)
         return MoEBertForSequenceClassification(config).eval()
-    _, family, router = kind.split("-")
+    method, family, router = kind.split("-")
     if family == "bert":
         config = tf.BertConfig(**mpoe_models._BERT | {"vocab_size": vocab_size, "initializer_range": 0.4}, num_labels=3)
         dense = tf.BertForSequenceClassification(config).eval()
     else:
         dense = mpoe_models.dense(family)
-    return convert_to_mpoe(dense, 3, sites=3, noise=1.0, router=_ROUTERS[router])
+    if method == "split":
+        config = MoEConfig(num_experts=3, expert_size=12, num_shared_neurons=6, router=_ROUTERS[router])
+        return convert_in_place(dense, config, importance=torch.arange(48.0).sin().view(2, 24) + 1)
+    return convert_in_place(dense, MoEConfig.mpoe(num_experts=3, router=_ROUTERS[router]), num_sites=3, noise=1.0)
 
 
 def batch(kind, seed=0, length=8, labels=False):

@@ -2,11 +2,17 @@
 
 import pytest
 
-from moebert_kernels.convert import convert_to_mpoe
+from moebert_kernels.convert import convert_in_place
+from moebert_kernels.layers import MoEConfig
 from moebert_kernels.models.card import card, parameter_counts, write_card
 from tests.convert import mpoe_models
 from tests.convert.models import dense_model
 from tests.models import tiny
+
+
+def in_place(name, **fields):
+    return convert_in_place(mpoe_models.dense(name), MoEConfig.mpoe(**fields), num_sites=3)
+
 
 MODELS = {
     "hash": tiny.model,
@@ -14,8 +20,8 @@ MODELS = {
     "task": lambda: tiny.model(router="task", tasks=["a", "b"]),
     "qa": lambda: tiny.model("qa", style="roberta"),
     "encoder": lambda: tiny.model().moebert,
-    "mpoe": lambda: convert_to_mpoe(mpoe_models.dense("t5"), 3, router="top2", sites=3),
-    "switch": lambda: convert_to_mpoe(mpoe_models.dense("gpt2"), 3, experts="dense"),
+    "mpoe": lambda: in_place("t5", router="top2", num_experts=3),
+    "switch": lambda: in_place("gpt2", num_experts=3, experts="copy"),
     "dense": lambda: dense_model("bert-cls"),
 }
 

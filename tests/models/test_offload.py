@@ -5,18 +5,26 @@ import pytest
 import torch
 from transformers import logging
 
-from moebert_kernels.convert import convert_to_moe, convert_to_mpoe
+from moebert_kernels.convert import convert_in_place, convert_to_moe
+from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import HashRouter, MPOWeight
 from tests.convert.models import dense_model, inputs
 from tests.models import tiny
 
 MOE = {"num_experts": 4, "expert_size": 12, "shared": 0}
+
+
+def in_place(config, **options):
+    return convert_in_place(dense_model("bert-cls"), config, **options)
+
+
 KINDS = {
     "hash": lambda: convert_to_moe(dense_model("bert-cls"), None, **MOE),
     "gate": lambda: convert_to_moe(dense_model("bert-cls"), None, router="gate-token", **MOE),
     "task": lambda: tiny.model(router="task"),
-    "mpoe hash": lambda: convert_to_mpoe(dense_model("bert-cls"), 4, router="hash-random", noise=0.1),
-    "mpoe switch": lambda: convert_to_mpoe(dense_model("bert-cls"), 4, router="switch", noise=0.1),
+    "mpoe hash": lambda: in_place(MoEConfig.mpoe(router="hash-random", num_experts=4), noise=0.1),
+    "mpoe switch": lambda: in_place(MoEConfig.mpoe(num_experts=4), noise=0.1),
+    "norm of each expert": lambda: in_place(MoEConfig(expert_size=12), importance=torch.rand(2, 48)),
 }
 BATCH = inputs()
 

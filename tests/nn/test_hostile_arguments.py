@@ -5,15 +5,16 @@ import math
 import pytest
 import torch
 
+from moebert_kernels.layers import MoEFeedForward
 from moebert_kernels.nn import (
     DenseExperts,
     GateRouter,
     HashRouter,
-    RoutedFeedForward,
     SwitchRouter,
     TaskRouter,
     Top2Router,
 )
+from tests.nn.mpo import routed
 
 B, T, H, E = 2, 5, 6, 4
 SIZES = {"hidden_size": H, "num_experts": E}
@@ -104,9 +105,9 @@ def test_few_or_no_tokens_with_any_capacity(shape, capacity_factor):
     ]
     for router in routers:
         for mask in (None, torch.zeros(shape), torch.ones(shape)):
-            layer = RoutedFeedForward(router, DenseExperts(H, 3, E))
+            layer = MoEFeedForward(router, DenseExperts(H, 3, E))
             x = torch.randn(*shape, H, requires_grad=True)
-            y, loss = layer(x, None, mask)
+            y, loss = routed(layer, x, None, mask)
             (y.square().sum() + loss).backward()
             found = [y, loss, x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
             assert y.shape == x.shape and all(bool(torch.isfinite(t).all()) for t in found), type(router).__name__

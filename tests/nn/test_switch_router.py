@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import DenseExperts, RoutedFeedForward, SwitchRouter, balance_loss
-from tests.nn.mpo import E, H, I, small_experts
+from moebert_kernels.layers import MoEFeedForward
+from moebert_kernels.nn import DenseExperts, SwitchRouter, balance_loss
+from tests.nn.mpo import E, H, I, routed, small_experts
 
 
 def test_ratio_has_value_one_and_the_routers_gradient():
@@ -26,24 +27,24 @@ def test_scaling_the_input_is_scaling_the_output_of_relu_experts_without_bias():
     x = torch.randn(2, 6, H)
     router, experts = SwitchRouter(H, E, scaling="probability"), small_experts()
     ids, p, *_ = router(x)
-    torch.testing.assert_close(RoutedFeedForward(router, experts)(x)[0], experts(x, ids, p))
+    torch.testing.assert_close(MoEFeedForward(router, experts)(x), experts(x, ids, p))
     gelu = small_experts(activation="gelu")
-    assert not torch.allclose(RoutedFeedForward(router, gelu)(x)[0], gelu(x, ids, p), atol=1e-2)
+    assert not torch.allclose(MoEFeedForward(router, gelu)(x), gelu(x, ids, p), atol=1e-2)
 
 
 def test_padding_is_neither_routed_nor_counted():
     router, x = SwitchRouter(H, E), torch.randn(2, 6, H)
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    layer = RoutedFeedForward(router, small_experts())
-    y, loss = layer(x, token_mask=mask)
+    layer = MoEFeedForward(router, small_experts())
+    y, loss = routed(layer, x, token_mask=mask)
     assert not y[0, 4:].any() and y[0, :4].any()
     ids = router(x, mask)[0]
     assert (ids[0, 4:] == -1).all()
     other = x.clone()
     other[0, 4:] = 7.0
-    torch.testing.assert_close(layer(other, token_mask=mask)[1], loss)
+    torch.testing.assert_close(routed(layer, other, token_mask=mask)[1], loss)
     router.route_padding = True
-    assert layer(x, token_mask=mask)[0][0, 4:].any()
+    assert routed(layer, x, token_mask=mask)[0][0, 4:].any()
 
 
 def test_capacity_keeps_the_first_tokens_and_passes_the_others_through():
@@ -51,7 +52,7 @@ def test_capacity_keeps_the_first_tokens_and_passes_the_others_through():
     torch.nn.init.zeros_(router.gate.weight)
     router.gate.bias.data = torch.tensor([0.0, 5.0, 0.0, 0.0])
     x = torch.randn(2, 4, H)
-    y, loss = RoutedFeedForward(router, small_experts())(x)
+    y, loss = routed(MoEFeedForward(router, small_experts()), x)
     ids, _, _, dropped = router(x)
     assert ids.flatten().tolist() == [1, 1, -1, -1, -1, -1, -1, -1]
     assert torch.equal(y.flatten(0, 1)[2:], x.flatten(0, 1)[2:]) and not torch.equal(y[0, :2], x[0, :2])
@@ -77,7 +78,7 @@ def test_autocast_does_not_reach_the_router():
     with torch.autocast("cpu", torch.bfloat16):
         ids, _, loss, _ = router(x)
         assert torch.equal(ids, wanted) and loss.dtype == torch.float32
-        y, _ = RoutedFeedForward(router, DenseExperts(H, I, E))(x[None])
+        y = MoEFeedForward(router, DenseExperts(H, I, E))(x[None])
     assert y.dtype == torch.bfloat16
 
 

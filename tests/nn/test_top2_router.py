@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import HashRouter, RoutedFeedForward, Top2Router, balance_loss
-from tests.nn.mpo import E, H, small_experts
+from moebert_kernels.layers import MoEFeedForward
+from moebert_kernels.nn import HashRouter, Top2Router, balance_loss
+from tests.nn.mpo import E, H, routed, small_experts
 
 
 def test_two_most_probable_experts_with_normalised_gates():
@@ -53,17 +54,19 @@ def test_padding_takes_no_place():
 def test_layers_with_top2_and_hash_routing():
     experts, x = small_experts(), torch.randn(2, 5, H)
     router = Top2Router(H, E, policy="all")
-    y, loss = RoutedFeedForward(router, experts)(x)
+    y, loss = routed(MoEFeedForward(router, experts), x)
     ids, p, _ = router(x)
     torch.testing.assert_close(y, experts(x, ids, p))
     loss.backward()
     assert router.gate.weight.grad.any()
-    layer = RoutedFeedForward(HashRouter(torch.arange(10) % E, E), experts)
+    layer = MoEFeedForward(HashRouter(torch.arange(10) % E, E), experts)
     tokens = torch.randint(0, 10, (2, 5))
-    y, loss = layer(x, tokens)
+    y, loss = routed(layer, x, tokens)
     torch.testing.assert_close(y, experts(x, tokens % E))
     assert loss is None
-    with pytest.raises(ValueError, match="token_ids: expected those that hash routing routes by, got None"):
+    with pytest.raises(
+        ValueError, match="input_ids: expected a forward with token ids, which hash routing needs, got none"
+    ):
         layer(x)
 
 
