@@ -132,7 +132,8 @@ def resolved(
         without = [site.name for site in sites if stack_of(model, site.name) is None]
         if without:
             raise UserError(
-                f"router: {config.router} routes by token ids, and {type(model).__name__} has none; take 'gate-token'"
+                f"router: {config.router} routes by token ids, and {without[0]} of {type(model).__name__} gets none; "
+                "take 'gate-token', or name other feed-forwards by target_modules"
             )
     if config.norm == "expert" and (not post_norm or config.experts != "split"):
         raise UserError(

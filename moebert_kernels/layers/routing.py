@@ -34,6 +34,8 @@ from moebert_kernels.nn.context import (
 )
 from moebert_kernels.nn.hash_router import HashRouter, group_by_hash
 
+_NO_TEXT = {"pixel_values", "input_features", "input_values"}  # inputs of image and audio encoders
+
 
 def takes_token_ids(module: nn.Module) -> bool:
     """Whether this is a model of transformers whose forward has `input_ids`."""
@@ -41,12 +43,17 @@ def takes_token_ids(module: nn.Module) -> bool:
 
 
 def stack_of(model: nn.Module, name: str) -> Any:
-    """The innermost model around the module of this dotted name that gets token ids; None: there is none."""
+    """The innermost model around the module of this dotted name that gets token ids; None: there is none.
+
+    The layers of an image or audio encoder have none, also where a model around it takes text beside its images.
+    """
     parts = name.split(".")
     for end in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:end]))
         if takes_token_ids(module):
             return module
+        if not _NO_TEXT.isdisjoint(inspect.signature(module.forward).parameters):
+            return None
     return None
 
 

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     Trainer,
     TrainingArguments,
 )
@@ -255,10 +257,33 @@ def test_resizing_the_vocabulary_resizes_the_tables(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:no importance scores given")
+def test_the_images_of_a_model_for_text_and_images_are_no_tokens():
+    """Their layers know nothing of the text's ids and padding."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "hidden_act": "gelu",
+    }
+    text, vision = sizes | {"vocab_size": 100}, sizes | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    with pytest.raises(UserError, match=r"and vision_model\.\S+ of CLIPModel gets none; take 'gate-token'"):
+        convert_in_place(copy.deepcopy(model), KINDS["hash"])
+    inputs = make_inputs("bert") | make_inputs("vit")
+    expected = model(**inputs).logits_per_image
+    whole = MoEConfig(router="switch", expert_size=48, num_shared_neurons=48)
+    moe = convert_in_place(model, whole)
+    assert [layer.is_told_tokens for layer in moe_layers(moe)] == [True, True, False, False]
+    assert_near(moe(**inputs).logits_per_image, expected, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:no importance scores given")
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("vit", {}, "router: hash-random routes by token ids, and ViTModel has none; take 'gate-token'"),
+        ("vit", {}, "router: hash-random routes by token ids, and .* of ViTModel gets none; take 'gate-token'"),
         ("bert", {"expert_size": 49}, "expert_size: expected 1 to"),
         ("bert", {"target_modules": ["mlp"]}, r"target_modules: expected names of feed-forwards \(output\), got 'mlp'"),
         ("bert", {"router": "switch", "router_options": {"warmth": 1}}, "router_options: expected options of router"),
