@@ -71,7 +71,7 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
     def compile(self, arch: int) -> dict[str, Any]:
-        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, and its asynchronous copies."""
+        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, its length and asynchronous copies."""
         module = sys.modules[self.module]
         fn = getattr(module, self.kernel)
         position = {name: i for i, name in enumerate(fn.arg_names)}
@@ -87,6 +87,7 @@ class Launch:
             # a stack may also be that of a called function, such as an exact division
             "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
             "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+            "instructions": _instructions(compiled.asm["cubin"]),
             # 16 bytes at a time, from memory to shared memory: what a load that is not coalesced cannot be
             "async_copies": compiled.asm["ptx"].count("cp.async.cg.shared.global"),
         }
@@ -104,6 +105,14 @@ def _usage(cubin: bytes) -> dict[str, int]:
             [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _instructions(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+    return len(re.findall(r"^\s*/\*[0-9a-f]+\*/", printed.stdout, re.MULTILINE))
 
 
 def _spilled(ptx: str, arch: int) -> int:

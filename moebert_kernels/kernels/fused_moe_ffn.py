@@ -21,13 +21,15 @@ from moebert_kernels.kernels.activation import activate, activate_grad
 from moebert_kernels.kernels.config import Config, Device, pick_config
 from moebert_kernels.kernels.dropout import keep_tile
 from moebert_kernels.kernels.expert_gemm import dot_options, dot_rows
-from moebert_kernels.kernels.tiles import expert_of_rows, num_row_tiles, padded_experts, row_tile
+from moebert_kernels.kernels.tiles import column_slices, expert_of_rows, num_row_tiles, padded_experts, row_tile
 
 _HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
 
-# Elements of a tile per thread. Two accumulators, or an epilogue with a derivative, need registers of their own: with
-# more, ptxas spills (benchmarks/results/triton-resources.json).
-_GATED_ACCUMULATORS, _BACKWARD_ACCUMULATORS = 32, 32
+# Elements of a tile per thread: of a whole tile where the epilogue has gates or masks besides, and of the part of it
+# that goes through the epilogue at a time. With more, ptxas spills or leaves a multiprocessor to one program
+# (benchmarks/results/triton-resources.json).
+_GATED_ACCUMULATORS = 32
+_SLICE_ELEMENTS = {False: 16, True: 8}
 
 
 @triton.jit
@@ -58,6 +60,44 @@ def _dot_rows_pair(
 
 
 @triton.jit
+def _hidden_slice(
+    acc, up, expert, assignment, row0, mask_m, first_n,  # (BLOCK_M, COLUMNS) and what belongs to its rows and columns
+    B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, HALF: tl.constexpr,
+    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store some columns of a tile's h and h_pre."""
+    offs_n = first_n + tl.arange(0, COLUMNS)
+    mask_n = offs_n < I
+    mask = mask_m[:, None] & mask_n[None, :]
+    local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
+    if HAS_BIAS:
+        owner = tl.minimum(expert, E - 1).to(tl.int64)
+        bias_ptrs = B1 + owner * stride_be + offs_n.to(tl.int64) * stride_bn
+        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if expert == E:
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        if GATED:
+            up = acc
+    if STORE_PRE:
+        pre_width = 2 * I if GATED else I
+        pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
+        tl.store(pre_ptrs, acc.to(HPre.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(pre_ptrs + I, up.to(HPre.dtype.element_ty), mask=mask)
+    if STORE_H:
+        h = activate(acc, ACTIVATION, HALF)
+        if GATED:
+            h *= up
+        if DROPOUT:
+            keep = keep_tile(Seed, assignment, first_n, threshold, COLUMNS, _HIDDEN_STREAM)
+            h = tl.where(keep, h * scale, 0.0)
+        tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _hidden_kernel(
     X, stride_xm, stride_xk,  # (T, K)
     W1, stride_we, stride_wn, stride_wk,  # (E, I or 2I, K)
@@ -69,7 +109,7 @@ def _hidden_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_H: tl.constexpr, STORE_PRE: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
@@ -81,7 +121,6 @@ def _hidden_kernel(
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
     mask_n = offs_n < I
-    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
     depth = tl.where(expert < E, K, 0)  # rows without an expert: nothing to sum, zeros to write
     owner = tl.minimum(expert, E - 1).to(tl.int64)
@@ -97,30 +136,55 @@ def _hidden_kernel(
         )
     else:
         acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST)
-    if HAS_BIAS:
-        bias_ptrs = B1 + owner * stride_be + column * stride_bn
-        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if expert == E:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if GATED:
-            up = acc
+    gates = column_slices(acc, SLICES)
+    ups = column_slices(up, SLICES) if GATED else gates
+    for i in tl.static_range(SLICES):
+        _hidden_slice(
+            gates[i], ups[i], expert, assignment, row0, mask_m, first_n + i * (BLOCK_N // SLICES),
+            B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, X.dtype.element_ty != tl.float32,
+            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _hidden_backward_slice(
+    dh, weight, assignment, row0, mask_m, first_n,  # (BLOCK_M, COLUMNS) and what belongs to its rows and columns
+    HPre, DHPre, A, Seed, I, threshold, scale, HALF: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr,
+    BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store some columns of a tile's dh_pre and a. Returns their part of <dh, h>, (BLOCK_M,)."""
+    offs_n = first_n + tl.arange(0, COLUMNS)
+    mask = mask_m[:, None] & (offs_n < I)[None, :]
     local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
+    pre_width = 2 * I if GATED else I
+    pre_base, pre_offsets = row0.to(tl.int64) * pre_width, local * pre_width + offs_n[None, :]
+    pre_ptrs = HPre + pre_base + pre_offsets
+    pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
+    h = activate(pre, ACTIVATION, HALF)
+    if GATED:
+        gate_h = h
+        up = tl.load(pre_ptrs + I, mask=mask, other=0.0).to(tl.float32)
+        h *= up
+    if DROPOUT:
+        keep = keep_tile(Seed, assignment, first_n, threshold, COLUMNS, _HIDDEN_STREAM)
+        h = tl.where(keep, h * scale, 0.0)
+    part = tl.sum(tl.where(mask, dh * h, 0.0), 1)
+    if HAS_WEIGHTS:
+        h *= weight[:, None]
+        dh *= weight[:, None]
+    if STORE_A:
+        tl.store(A + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(A.dtype.element_ty), mask=mask)
     if STORE_PRE:
-        pre_width = 2 * I if GATED else I
-        pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
-        tl.store(pre_ptrs, acc.to(HPre.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(pre_ptrs + I, up.to(HPre.dtype.element_ty), mask=mask)
-    if STORE_H:
-        h = activate(acc, ACTIVATION)
-        if GATED:
-            h *= up
         if DROPOUT:
-            keep = keep_tile(Seed, assignment, first_n, threshold, BLOCK_N, _HIDDEN_STREAM)
-            h = tl.where(keep, h * scale, 0.0)
-        tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
+            dh = tl.where(keep, dh * scale, 0.0)
+        dpre_ptrs = DHPre + pre_base + pre_offsets
+        if GATED:
+            tl.store(dpre_ptrs + I, (dh * gate_h).to(DHPre.dtype.element_ty), mask=mask)
+            dh *= up
+        tl.store(dpre_ptrs, (dh * activate_grad(pre, ACTIVATION, HALF)).to(DHPre.dtype.element_ty), mask=mask)
+    return part
 
 
 @triton.jit
@@ -136,7 +200,7 @@ def _hidden_backward_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, GATHER: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
@@ -148,7 +212,6 @@ def _hidden_backward_kernel(
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
     mask_n = offs_n < I
-    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
     row = tl.where(mask_m, row, row0).to(tl.int64)
     column = offs_n.to(tl.int64)
@@ -160,36 +223,21 @@ def _hidden_backward_kernel(
         mask_n, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, BLOCK_K, EVEN, PRECISION, UPCAST,
     )  # fmt: skip
 
-    local = tl.arange(0, BLOCK_M)[:, None]
-    pre_width = 2 * I if GATED else I
-    pre_base, pre_offsets = row0.to(tl.int64) * pre_width, local * pre_width + offs_n[None, :]
-    pre_ptrs = HPre + pre_base + pre_offsets
-    pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
-    h = activate(pre, ACTIVATION)
-    if GATED:
-        gate_h = h
-        up = tl.load(pre_ptrs + I, mask=mask, other=0.0).to(tl.float32)
-        h *= up
-    if DROPOUT:
-        keep = keep_tile(Seed, assignment, tile_n * BLOCK_N, threshold, BLOCK_N, _HIDDEN_STREAM)
-        h = tl.where(keep, h * scale, 0.0)
-    if STORE_DWEIGHTS:
-        part = tl.sum(tl.where(mask, dh * h, 0.0), 1)
-        tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
+    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
     if HAS_WEIGHTS:
-        weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-        h *= weight
-        dh *= weight
-    if STORE_A:
-        tl.store(A + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(A.dtype.element_ty), mask=mask)
-    if STORE_PRE:
-        if DROPOUT:
-            dh = tl.where(keep, dh * scale, 0.0)
-        dpre_ptrs = DHPre + pre_base + pre_offsets
-        if GATED:
-            tl.store(dpre_ptrs + I, (dh * gate_h).to(DHPre.dtype.element_ty), mask=mask)
-            dh *= up
-        tl.store(dpre_ptrs, (dh * activate_grad(pre, ACTIVATION)).to(DHPre.dtype.element_ty), mask=mask)
+        weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)
+    part = tl.zeros((BLOCK_M,), tl.float32)
+    first = tile_n * BLOCK_N
+    half: tl.constexpr = DY.dtype.element_ty != tl.float32
+    slices = column_slices(dh, SLICES)
+    for i in tl.static_range(SLICES):
+        part += _hidden_backward_slice(
+            slices[i], weight, assignment, row0, mask_m, first + i * (BLOCK_N // SLICES),
+            HPre, DHPre, A, Seed, I, threshold, scale, half,
+            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, BLOCK_M, BLOCK_N // SLICES,
+        )  # fmt: skip
+    if STORE_DWEIGHTS:
+        tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
 
 
 @triton.jit
@@ -239,6 +287,12 @@ def _routing_weights_grad_kernel(
     tl.store(DWeights + assignment, total.to(DWeights.dtype.element_ty), mask=row < rows)
 
 
+def _slices(config: Config, gated: bool) -> int:
+    """How many parts of a tile's columns go through the epilogue one after the other."""
+    elements = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
+    return max(1, min(4, elements // _SLICE_ELEMENTS[gated], config.BLOCK_N // 16))
+
+
 def _gated_options(activation: str) -> dict[str, object]:
     return {"ACTIVATION": GATED.get(activation, activation), "GATED": is_gated(activation)}
 
@@ -273,7 +327,7 @@ def hidden(
         E=num_experts, E_POW2=padded_experts(num_experts),
         **_gated_options(activation), HAS_BIAS=b1 is not None, DROPOUT=dropped,
         STORE_H=h is not None, STORE_PRE=h_pre is not None,
-        **dot_options(x, columns, depth, config), **config.options(),
+        **dot_options(x, columns, depth, config), SLICES=_slices(config, gated or dropped), **config.options(),
     )  # fmt: skip
 
 
@@ -285,7 +339,7 @@ def hidden_backward_config(
     if config is None:
         config = pick_config("rows", grouping.num_rows, num_experts, columns, depth, dy.dtype, Device.of(dy.device))
     plain = hidden_dropout_p == 0 and not is_gated(activation)
-    return config.narrowed(_BACKWARD_ACCUMULATORS if plain else _BACKWARD_ACCUMULATORS // 2)
+    return config if plain else config.narrowed(_GATED_ACCUMULATORS)
 
 
 def hidden_backward(
@@ -312,6 +366,7 @@ def hidden_backward(
         E=num_experts, E_POW2=padded_experts(num_experts),
         **_gated_options(activation), DROPOUT=dropped, GATHER=gather, HAS_WEIGHTS=weights is not None,
         STORE_PRE=dh_pre is not None, STORE_A=a is not None, STORE_DWEIGHTS=dweights is not None,
+        SLICES=_slices(config, dropped or is_gated(activation)),
         **dot_options(dy, columns, depth, config), **config.options(),
     )  # fmt: skip
 

@@ -71,3 +71,25 @@ def expert_of_rows(Offsets, rows, E: tl.constexpr, E_POW2: tl.constexpr):
     end = tl.load(Offsets + e + 1, mask=e < E, other=0)
     passed = (rows[:, None] >= end[None, :]) & (e < E)[None, :]
     return tl.sum(passed.to(tl.int32), 1)
+
+
+@triton.jit
+def _column_halves(tile):
+    by_half = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(by_half, (0, 2, 1)))
+
+
+@triton.jit
+def column_slices(tile, SLICES: tl.constexpr):
+    """1, 2 or 4 equal parts of a tile's columns. A thread of a matrix product's tile holds columns of each."""
+    if SLICES == 1:
+        slices = (tile,)
+    elif SLICES == 2:
+        slices = _column_halves(tile)
+    else:
+        tl.static_assert(SLICES == 4)
+        left, right = _column_halves(tile)
+        first, second = _column_halves(left)
+        third, last = _column_halves(right)
+        slices = (first, second, third, last)
+    return slices
