@@ -7,9 +7,10 @@ loading the marks of a quantised model are taken off, so that it trains, casts a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 
@@ -17,8 +18,9 @@ from moebert_kernels.convert.replace import replace_feed_forwards
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import METHOD, MoEConfig
 from moebert_kernels.layers.feed_forward import MoEFeedForward
-from moebert_kernels.models.checkpoint import dtype_of, holds_reals, stored_tensors
 from moebert_kernels.nn.hash_router import checked_table
+
+_TABLE = ".router.table"
 
 
 class MoELoader(HfQuantizer):
@@ -69,7 +71,7 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
     ours, found = _tensors(model), set()
     base = f"{model.base_model_prefix}."  # the file may be of the model with a head, or without one
     num_experts = model.config.quantization_config.num_experts
-    for key, stored in stored_tensors(None, files, None):
+    for key, stored in _stored_tensors(files):
         name = next((name for name in (key, base + key, key.removeprefix(base)) if name in ours), None)
         if name is None:
             continue
@@ -78,8 +80,8 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
         shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
         if shape != wanted:
             raise UserError(f"{key}: expected shape {wanted}, got {shape}")
-        if ours[name].is_floating_point() and not holds_reals(stored):
-            raise UserError(f"{key}: expected floating-point numbers, got {dtype_of(stored)}")
+        if ours[name].is_floating_point() and not _holds_reals(stored):
+            raise UserError(f"{key}: expected floating-point numbers, got {_dtype_of(stored)}")
         if isinstance(stored, Tensor):
             checked_table(stored, num_experts, name=key)
     return found
@@ -97,8 +99,32 @@ def check_loaded(model: Any, found: Collection[str]) -> None:
         on_disk = tensor.is_meta and (name in found or not found)  # nothing is found of files with other names
         if not getattr(tensor, "_is_hf_initialized", False) and not on_disk:
             raise UserError(f"checkpoint: expected a tensor {name}, got none")
-        if name.endswith(".router.table"):
+        if name.endswith(_TABLE):
             checked_table(tensor, model.config.quantization_config.num_experts, name=name)
+
+
+def _stored_tensors(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Keys of safetensors files with slices, or with tensors where a key is a table's."""
+    for file in files:
+        if file.endswith(".safetensors"):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for key in list(opened.keys()):
+                        yield key, opened.get_tensor(key) if key.endswith(_TABLE) else opened.get_slice(key)
+            except SafetensorError as error:
+                raise UserError(
+                    f"checkpoint: expected a whole safetensors file, got a damaged {file} ({error})"
+                ) from error
+
+
+def _dtype_of(tensor: Any) -> str:
+    """The name of its dtype."""
+    return str(tensor.dtype) if isinstance(tensor, Tensor) else tensor.get_dtype()
+
+
+def _holds_reals(tensor: Any) -> bool:
+    """Whether a tensor, or a slice of a safetensors file, is of floating-point numbers."""
+    return tensor.is_floating_point() if isinstance(tensor, Tensor) else tensor.get_dtype().startswith(("F", "BF"))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

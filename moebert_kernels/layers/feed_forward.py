@@ -13,6 +13,7 @@ from moebert_kernels.nn.context import current
 from moebert_kernels.nn.experts import DenseExperts, Experts
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.nn.switch_router import SwitchRouter
+from moebert_kernels.nn.task_router import TaskRouter
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 
 
@@ -114,6 +115,9 @@ class MoEFeedForward(nn.Module):
             mask = mask[:, -x.shape[1] :]  # with a key-value cache it covers earlier tokens too
         elif x.ndim == 2:
             x = x.unsqueeze(0)
+        if isinstance(self.router, TaskRouter):
+            assert tokens is not None and tokens.task_ids is not None
+            return self.experts(x, *self.router(tokens.task_ids, x, mask, check=False)).view(shape)
         if isinstance(self.router, SwitchRouter):
             expert_ids, factor, loss, dropped = self.router(x, mask)
             scaled = x if factor is None else x * factor.unsqueeze(-1)

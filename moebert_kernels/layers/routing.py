@@ -23,9 +23,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.layers.tasks import install_tasks, task_ids_of
 from moebert_kernels.nn.context import (
     RecomputedLayer,
     Tokens,
+    argument_names,
     current,
     derived_class,
     entered,
@@ -73,8 +75,11 @@ def install_routing(model: Any, names: list[str]) -> None:
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
-    if any(not isinstance(layer.router, HashRouter) for layers in stacks.values() for layer in layers):
+    config = model.config.quantization_config
+    if config.is_learned:
         _change_class(model, balanced_class)
+    if config.is_task_routed:
+        install_tasks(model, config)
 
 
 def _change_class(module: Any, make: Callable[[Any], type]) -> None:
@@ -96,20 +101,28 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
     """What the layers of a stack, one with `moe_layers`, are told of the arguments of its forward.
 
     Raises:
-        UserError: no token ids under hash routing.
+        UserError: no token ids under hash routing, no task under task routing, or one out of range.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    layers = stack.moe_layers
-    if stack.config.quantization_config.route_padding or not isinstance(mask, Tensor) or mask.ndim != 2:
-        mask = None
+    config, layers = stack.config.quantization_config, stack.moe_layers
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (config.is_hash_routed and config.route_padding):
+        mask = None  # other routers know themselves whether they route padding
     groupings: list[Any] = [None] * len(layers)
     routers = [layer.router for layer in layers]
+    task_ids = inputs.get("task_ids")
+    if config.is_task_routed:
+        like = ids if ids is not None else inputs.get("inputs_embeds")
+        if like is None:
+            raise UserError("input_ids: expected token ids or inputs_embeds, got neither")
+        task_ids = task_ids_of(stack, task_ids, like)
+    elif task_ids is not None:
+        raise UserError(f"task_ids: expected none with router={config.router!r}, got some")
     if isinstance(routers[0], HashRouter):
         if ids is None:
             raise UserError("input_ids: expected token ids, which hash routing needs, got inputs_embeds alone")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
-    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask)
+    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)
 
 
 @functools.cache
@@ -148,7 +161,7 @@ def summed_losses(losses: Sequence[Tensor]) -> Tensor:
 @functools.cache
 def balanced_class(base: type) -> type:
     """The class of a model with learned routers: `loss` has the balance loss in it, as the configuration weighs it."""
-    names = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+    names = argument_names(base.forward)  # type: ignore[attr-defined]
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,9 +12,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from moebert_kernels.layers import moe_config
-from moebert_kernels.nn import MoEFeedForward
-from moebert_kernels.nn.experts import Experts
+from moebert_kernels.layers import MoEConfig, moe_config, moe_layers
 
 NAME = "README.md"
 _MARK = re.compile(r"\n<!-- written by moebert_kernels ([0-9a-f]{8}) -->\n\Z")
@@ -61,16 +59,15 @@ def write_card(
 
 def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
     """The text of the card; see `write_card`."""
-    is_moe, config = bool(_experts(model)), moe_config(model.config) or model.config
+    config = moe_config(model.config)
     auto, kind = _loaded_by(model), type(model).__name__.removeprefix("FSDP")
-    ours = "models" if config is model.config else "convert"
-    loads = [f"import moebert_kernels.{ours}  # makes the Auto classes know it"] * is_moe
+    loads = [] if config is None else ["import moebert_kernels.convert  # makes the Auto classes know it"]
     loads += [f'model = {auto}.from_pretrained("path/to/this/folder")']
-    rows = {"class": kind, **(_moe_rows(model) if is_moe else {}), **_parameter_rows(model)}
+    rows = {"class": kind, **({} if config is None else _moe_rows(model, config)), **_parameter_rows(model)}
     rows |= {f"{name} on validation data": f"{value:.4f}" for name, value in (scores or {}).items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = "A Transformer, made with `moebert_kernels`."
-    if is_moe:
+    if config is not None:
         what = (
             f"A Transformer whose feed-forward layers are mixtures of {config.num_experts} experts, made with "
             "`moebert_kernels`, which has to be installed and imported to load it."
@@ -86,8 +83,8 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
 def parameter_counts(model: Any) -> dict[str, int]:
     """All parameters of a model, and those that one token meets: all but the experts that it does not go to."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    config = moe_config(model.config) or model.config
-    E, top_k = getattr(config, "num_experts", 1), _top_k(config)
+    config = moe_config(model.config)
+    E, top_k = (1, 1) if config is None else (config.num_experts, config.experts_per_token)
     # what all experts have together, one norm or bias or a central tensor, is met by each token
     own = sum(
         parameter.numel()
@@ -97,23 +94,16 @@ def parameter_counts(model: Any) -> dict[str, int]:
     return {"total_parameters": total, "active_parameters": total - own * (E - top_k) // E}
 
 
-def _top_k(config: Any) -> int:
-    return getattr(config, "experts_per_token", None) or getattr(config, "top_k", None) or 1
-
-
-def _experts(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, (MoEFeedForward, Experts))]
-
-
-def _moe_rows(model: Any) -> dict[str, Any]:
-    config, experts = moe_config(model.config) or model.config, _experts(model)
+def _moe_rows(model: Any, config: MoEConfig) -> dict[str, Any]:
+    layers = moe_layers(model)
+    w2: Any = layers[0].experts.w2
     rows = {
-        "layers with experts": len(experts),
-        "experts of a layer": f"{config.num_experts}, of which a token meets {_top_k(config)}",
-        "neurons of an expert": experts[0].w2.shape[-1],
+        "layers with experts": len(layers),
+        "experts of a layer": f"{config.num_experts}, of which a token meets {config.experts_per_token}",
+        "neurons of an expert": w2.shape[-1],
         "router": config.router,
     }
-    if getattr(config, "tasks", None):
+    if config.tasks:
         rows["tasks"] = ", ".join(config.tasks)
     return rows
 
