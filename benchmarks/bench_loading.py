@@ -121,6 +121,7 @@ def _loading(target: Target, model: str) -> dict[str, Provider]:
 def _loaded(saved: Any, target: Target) -> Provider:
     folder = tempfile.TemporaryDirectory()  # goes when the provider goes
     saved.save_pretrained(folder.name)
+
     def state(model: nn.Module) -> Outputs:
         tensors = dict(sorted(model.state_dict().items()))
         return tuple(tensor for tensor in tensors.values() if tensor.is_floating_point())

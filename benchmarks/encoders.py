@@ -20,7 +20,7 @@ from benchmarks.measuring import Outputs, Target
 from benchmarks.model import Cost, Encoder, encoder_cost
 from moebert_kernels import reference
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.layers import MoEConfig, MoEFeedForward, moe_layers
+from moebert_kernels.layers import MoEConfig, MoEFeedForward
 
 NUM_EXPERTS = 4
 EXPERT_PARAMETERS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")  # in the order of the layer's op
