@@ -127,7 +127,7 @@ class Step:
         """The loss terms of the batch, with their graph."""
         with self.autocast():
             outputs = self.student(**self.batch, output_hidden_states=True)
-        terms = {"task": task_loss(outputs, self.batch, load_balance=0.0)}
+        terms = {"task": task_loss(outputs, self.batch)}
         return terms | self.objective(outputs, self.teacher(self.batch), self.batch)
 
     def terms_and_gradients(self) -> Outputs:

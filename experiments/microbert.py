@@ -39,7 +39,7 @@ from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.held_out import hold_out
 from moebert_kernels.distill.identity import changed, described, files_of
-from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_model, load_tokenizer
+from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
 from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 from moebert_kernels.distill.recipe import Recipe, load_recipe
@@ -193,7 +193,9 @@ class Study:
         step("teacher", f"{self.settings.num_experts} experts, {self.settings.top_k} for each task, all tasks")
         labels = {name: TASKS[name].label_names for name in FOLDERS}
         experts = {"experts": "copy", "num_experts": self.settings.num_experts, "top_k": self.settings.top_k}
-        model = convert_to_moe(load_encoder(self.base), MoEConfig.task(labels, **experts))
+        torch.manual_seed(0)
+        dense = load_model(self.base, TASKS["mrpc"], new_head=True)  # whose head gives way to one for each task
+        model = convert_to_moe(dense, MoEConfig.task(labels, **experts))
         batches = {name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS}
         begun = time.monotonic()
         fitted = fit(
