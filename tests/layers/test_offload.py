@@ -9,7 +9,7 @@ from moebert_kernels.convert import convert_to_moe, convert_to_moe
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import HashRouter, MPOWeight
 from tests.convert.models import dense_model, inputs
-from tests.models import tiny
+from tests.layers import tiny
 
 MOE = {"num_experts": 4, "expert_size": 12, "shared": 0}
 

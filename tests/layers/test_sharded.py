@@ -7,8 +7,8 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.models import tiny
-from tests.models.test_offload import KINDS
+from tests.layers import tiny
+from tests.layers.test_offload import KINDS
 
 
 @pytest.fixture
