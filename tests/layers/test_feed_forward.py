@@ -1,88 +1,84 @@
+"""The layer and MoEBERT's experts, against the reference: residual and norm of each expert, and shared by all."""
+
 import pytest
 import torch
 
 from moebert_kernels import group_tokens, reference
-from moebert_kernels.errors import UserError
-from moebert_kernels.nn import MoEFeedForward
+from moebert_kernels.layers import MoEFeedForward, NormedExperts
+from moebert_kernels.nn import DenseExperts, GateRouter, MPOExperts
+from tests.nn.mpo import FACTORS, routed
 
-H, I, E = 6, 5, 3
-
-
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_is_the_reference(activation):
-    layer = MoEFeedForward(H, I, E, activation=activation).double()
-    x, ids = torch.randn(2, 4, H, dtype=torch.float64), torch.randint(-1, E, (2, 4))
-    weights = torch.rand(2, 4, dtype=torch.float64)
-    wanted = reference.fused_moe_ffn_add_norm(
-        x.view(-1, H), ids.view(-1), **dict(layer.named_parameters()), routing_weights=weights, activation=activation
-    )
-    for routing in (ids, group_tokens(ids.view(-1), E)):
-        torch.testing.assert_close(layer(x, routing, weights), wanted.view_as(x))
+H, I, E = 12, 24, 3
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_one_norm_around_the_experts_is_the_reference(activation, top_k):
-    layer = MoEFeedForward(H, I, E, activation=activation, norm="layer", eps=1e-5).double()
+def normed(activation="gelu", bias="expert", **options):
+    """Experts whose every parameter is random."""
+    experts = NormedExperts(H, I, E, activation=activation, bias=bias, **options)
     with torch.no_grad():
-        for norm in (layer.norm_weight, layer.norm_bias):
-            norm.copy_(torch.randn(H))
-    x, ids = torch.randn(2, 4, H, dtype=torch.float64), torch.randint(-1, E, (2, 4, top_k))
-    weights = torch.rand(2, 4, top_k, dtype=torch.float64)
-    mixed = reference.fused_moe_ffn(
-        x.view(-1, H), ids.view(-1, top_k), layer.w1, layer.b1, layer.w2, layer.b2,
-        routing_weights=weights.view(-1, top_k), activation=activation,
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.5)
+    return experts
+
+
+@pytest.mark.parametrize("bias", ["expert", "shared", "none"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_normed_experts_are_the_reference(activation, bias):
+    experts = normed(activation, bias, eps=1e-5).double()
+    x, ids = torch.randn(2, 4, H, dtype=torch.float64), torch.randint(-1, E, (2, 4))
+    weights, (b1, b2) = torch.rand(2, 4, dtype=torch.float64), experts.biases()
+    wanted = reference.fused_moe_ffn_add_norm(
+        x.view(-1, H), ids.view(-1), experts.w1, b1, experts.w2, b2, experts.norm_weight, experts.norm_bias,
+        routing_weights=weights, activation=activation, eps=1e-5,
     )  # fmt: skip
-    wanted = torch.nn.functional.layer_norm(x + mixed.view_as(x), (H,), layer.norm_weight, layer.norm_bias, 1e-5)
-    for routing in (ids, group_tokens(ids.view(-1, top_k), E)):
-        torch.testing.assert_close(layer(x, routing, weights), wanted)
+    for routing in (ids, group_tokens(ids.view(-1), E)):
+        torch.testing.assert_close(experts(x, routing, weights), wanted.view_as(x))
 
 
-@pytest.mark.parametrize("norm", ["expert", "layer"])
-def test_experts_with_a_shared_central_tensor(norm):
-    factors = {"w1_factors": [[2, 2], [3, 2]], "w2_factors": [[3, 2], [2, 2]]}
-    shared = MoEFeedForward(H, 4, E, norm=norm, **factors).double()
-    plain = MoEFeedForward(H, 4, E, norm=norm).double()
-    w1, w2 = shared.weights()
-    rest = {name: value for name, value in shared.state_dict().items() if "." not in name}
-    plain.load_state_dict({"w1": w1.detach(), "w2": w2.detach(), **rest})
-    x, ids = torch.randn(9, H, dtype=torch.float64), torch.randint(0, E, (9,))
-    torch.testing.assert_close(shared(x, ids), plain(x, ids))
-    shared(x, ids).square().sum().backward()
-    plain(x, ids).square().sum().backward()
-    for name, weight in (("w1", w1), ("w2", w2)):
-        module = getattr(shared, name)
-        wanted = torch.autograd.grad(weight, list(module.parameters()), getattr(plain, name).grad)
-        for parameter, gradient in zip(module.parameters(), wanted, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient)
-    assert "expert_size=4" in repr(shared)
+@pytest.mark.parametrize("kind", ["dense", "mpo"])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_one_norm_around_the_experts(activation, kind):
+    """y = norm(residual + experts(x)), where transformers' code leaves the residual to the feed-forward."""
+    if kind == "mpo":
+        factors = FACTORS | ({"w1_factors": ([4, 3, 4], [2, 3, 2])} if activation == "swiglu" else {})
+        experts = MPOExperts(H, I, E, activation=activation, bias="expert", **factors)
+        experts.reset_parameters(std=0.3)
+    else:
+        experts = DenseExperts(H, I, E, activation=activation, bias="shared")
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    norm = torch.nn.LayerNorm(H, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    layer = MoEFeedForward(GateRouter(H, E), experts, norm=norm).double()
+    x, residual = torch.randn(2, 2, 4, H, dtype=torch.float64)
+    ids, weights, _ = layer.router(x)
+    (w1, w2), (b1, b2) = experts.weights(), experts.biases()
+    mixed = reference.fused_moe_ffn(
+        x.view(-1, H), ids.view(-1, 1), w1, b1, w2, b2, routing_weights=weights.view(-1, 1), activation=activation
+    )
+    torch.testing.assert_close(layer(x), norm(mixed.view_as(x)))
+    torch.testing.assert_close(layer(x, residual), norm(residual + mixed.view_as(x)))
+    y, loss = routed(layer, x)
+    assert y.shape == x.shape and loss.ndim == 0
 
 
-def test_rejects_factors_of_another_shape():
-    with pytest.raises(UserError, match=r"w1_factors: expected products \(4, 6\), got \(4, 9\)"):
-        MoEFeedForward(H, 4, E, w1_factors=[[2, 2], [3, 3]], w2_factors=[[3, 2], [2, 2]])
-
-
-def test_rejects_an_unknown_norm():
-    with pytest.raises(UserError, match="norm: expected 'expert' or 'layer', got 'pre'"):
-        MoEFeedForward(H, I, E, norm="pre")
-
-
-@pytest.mark.parametrize("norm", ["expert", "layer"])
-def test_dropout_only_in_training(norm):
-    layer = MoEFeedForward(H, I, E, dropout=0.5, norm=norm)
-    x, ids = torch.randn(9, H), torch.randint(0, E, (9,))
-    assert not torch.equal(layer(x, ids), layer(x, ids))
+@pytest.mark.parametrize("kind", ["normed", "dense"])
+def test_dropout_only_in_training(kind):
+    experts = normed(output_dropout=0.5) if kind == "normed" else DenseExperts(H, I, E, bias="expert")
+    torch.nn.init.normal_(experts.w1), torch.nn.init.normal_(experts.w2)
+    layer = MoEFeedForward(GateRouter(H, E), experts, output_dropout=0.5)
+    x = torch.randn(1, 9, H)
+    assert not torch.equal(layer(x, x), layer(x, x))
     torch.manual_seed(3)
-    first = layer(x, ids)
+    first = layer(x, x)
     torch.manual_seed(3)
-    assert torch.equal(layer(x, ids), first)
+    assert torch.equal(layer(x, x), first)
     layer.eval()
-    assert torch.equal(layer(x, ids), layer(x, ids))
+    assert torch.equal(layer(x, x), layer(x, x))
 
 
 def test_state():
-    layer = MoEFeedForward(H, I, E)
-    assert list(layer.state_dict()) == ["w1", "b1", "w2", "b2", "norm_weight", "norm_bias"]
-    assert all(p.isfinite().all() for p in layer.parameters())
-    assert "num_experts=3" in repr(layer)
+    layer = MoEFeedForward(GateRouter(H, E), normed(), norm=None)
+    names = ["w1", "b1", "w2", "b2", "norm_weight", "norm_bias"]
+    assert sorted(layer.state_dict()) == sorted([*(f"experts.{name}" for name in names), "router.gate.weight"])
+    assert (layer.experts.norm_weight.shape, layer.experts.b1.shape) == ((E, H), (E, I))
+    assert "output_dropout=0.0" in repr(layer)
