@@ -116,9 +116,7 @@ def test_the_students_start_is_the_converted_teacher():
     differences = []
     for shared in range(F + 1):
         config = MoEConfig(num_experts=E, expert_size=F, num_shared_neurons=shared)
-        ours = convert_to_moe(
-            teacher("cls_hash"), config, importance=arrays["importance"], tables=arrays["hash_lists"]
-        )
+        ours = convert_to_moe(teacher("cls_hash"), config, importance=arrays["importance"], tables=arrays["hash_lists"])
         pairs = zip(moe_layers(ours), moe_layers(student), strict=True)
         differences.append(sum((a.experts.w1 - b.experts.w1).std().item() for a, b in pairs) / 2)
     assert min(differences) < 0.06

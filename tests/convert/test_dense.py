@@ -1,4 +1,4 @@
-"""Dense models from others: what experts merge into, with the same numbers and names, and students with fewer neurons."""
+"""Dense models from others: what experts merge into, with the same numbers and names, and narrower students."""
 
 import copy
 import subprocess

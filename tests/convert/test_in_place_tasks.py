@@ -105,6 +105,6 @@ def test_students_keep_the_most_important_neurons(family):
 
 
 def test_images_have_no_tasks():
-    with pytest.raises(UserError, match="router: task routes in models with token ids, and .* of ViTModel gets none"):
+    with pytest.raises(UserError, match=r"router: task routes in models with token ids, and .* of ViTModel gets none"):
         convert_to_moe(make("vit"), MoEConfig.task(["a"], experts="copy"))
     assert len(FAMILIES) == 32 and set(FAST) <= FAMILIES.keys()

@@ -44,7 +44,8 @@ def test_an_expert_that_cannot_be_filled_says_what_could_be():
     arrays = golden("a_split", "short.")
     D, E, F, S, _ = arrays["params"].tolist()
     with pytest.raises(
-        UserError, match=rf"expert_size: expected at most 36 .* the dense layer's {D} neurons .*num_shared_neurons >= 22\), got {F}"
+        UserError,
+        match=rf"expert_size: expected at most 36 .* the dense layer's {D} neurons .*_neurons >= 22\), got {F}",
     ):
         expert_indices(arrays["scores"], E, F, S)
     assert torch.equal(expert_indices(arrays["scores"], E, 36, S), arrays["expert_idx"])

@@ -84,7 +84,8 @@ def test_two_threads_with_many_calls(kind, eager_threads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-bert-switch", "split-bert-hash", "split-bert-gate", "split-bert-task"]
+    "kind",
+    ["mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-bert-switch", "split-bert-hash", "split-bert-gate", "split-bert-task"],
 )
 def test_two_threads_with_a_compiled_model(kind, eager_threads):
     torch._dynamo.reset()

@@ -5,7 +5,8 @@ import torch
 
 from moebert_kernels import group_tokens, reference
 from moebert_kernels.layers import MoEFeedForward, NormedExperts
-from moebert_kernels.nn import DenseExperts, GateRouter, MPOExperts
+from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts
+from moebert_kernels.nn.context import Call, Tokens, entered
 from tests.nn.mpo import FACTORS, routed
 
 H, I, E = 12, 24, 3
@@ -61,19 +62,45 @@ def test_one_norm_around_the_experts(activation, kind):
     assert y.shape == x.shape and loss.ndim == 0
 
 
-@pytest.mark.parametrize("kind", ["normed", "dense"])
+def test_a_shared_norm_under_hash_routing_is_one_op_with_the_experts():
+    """As fast as with a norm in each expert: it is the same op, with one norm for all."""
+    table, ids, mask = torch.randint(0, E, (9,)), torch.randint(0, 9, (2, 5)), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    norm = torch.nn.LayerNorm(H, eps=1e-5)
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    layer = MoEFeedForward(HashRouter(table, E), DenseExperts(H, I, E, activation="gelu", bias="expert"), norm=norm)
+    torch.nn.init.normal_(layer.experts.w1, std=0.3), torch.nn.init.normal_(layer.experts.w2, std=0.3)
+    layer = layer.double()
+    x, dy = torch.randn(2, 2, 5, H, dtype=torch.float64)
+    x.requires_grad_()
+    results = []
+    for one_op in (True, False):
+        layer.zero_grad()
+        x.grad = None
+        with entered(Call(Tokens({}, ids, mask))):
+            y = layer(x, x if one_op else x + 0)
+        (y * dy)[mask != 0].sum().backward()
+        results.append([y[mask != 0], x.grad, *(p.grad.clone() for p in layer.parameters())])
+        assert torch.equal(y[mask == 0], x[mask == 0]) == one_op
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["norm of each", "no norm", "shared norm"])
 def test_dropout_only_in_training(kind):
-    experts = normed(output_dropout=0.5) if kind == "normed" else DenseExperts(H, I, E, bias="expert")
+    experts = normed(output_dropout=0.5) if kind == "norm of each" else DenseExperts(H, I, E, bias="expert")
     torch.nn.init.normal_(experts.w1), torch.nn.init.normal_(experts.w2)
-    layer = MoEFeedForward(GateRouter(H, E), experts, output_dropout=0.5)
+    router = HashRouter(torch.zeros(9, dtype=torch.long), E) if kind == "shared norm" else GateRouter(H, E)
+    norm = torch.nn.LayerNorm(H) if kind == "shared norm" else None
+    layer = MoEFeedForward(router, experts, output_dropout=0.5, norm=norm)
     x = torch.randn(1, 9, H)
-    assert not torch.equal(layer(x, x), layer(x, x))
-    torch.manual_seed(3)
-    first = layer(x, x)
-    torch.manual_seed(3)
-    assert torch.equal(layer(x, x), first)
-    layer.eval()
-    assert torch.equal(layer(x, x), layer(x, x))
+    with entered(Call(Tokens({}, torch.arange(9)[None]))):
+        assert not torch.equal(layer(x, x), layer(x, x))
+        torch.manual_seed(3)
+        first = layer(x, x)
+        torch.manual_seed(3)
+        assert torch.equal(layer(x, x), first)
+        layer.eval()
+        assert torch.equal(layer(x, x), layer(x, x))
 
 
 def test_state():

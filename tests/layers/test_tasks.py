@@ -78,9 +78,7 @@ def test_a_task_can_be_set_and_is_not_needed_if_there_is_one():
     set_task(model, "logic")
     assert get_task(model) == get_task(model.bert) == "logic"
     assert torch.equal(model(**batch).logits, model(**batch, task_ids=2).logits)
-    assert torch.equal(
-        model.bert(**batch).last_hidden_state, model.bert(**batch, task_ids=2).last_hidden_state
-    )
+    assert torch.equal(model.bert(**batch).last_hidden_state, model.bert(**batch, task_ids=2).last_hidden_state)
     assert model(**batch, task_ids=1).logits.shape == (4, 1)
     set_task(model, None)
     with pytest.raises(
