@@ -7,6 +7,7 @@ loading the marks of a quantised model are taken off, so that it trains, casts a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -66,9 +67,12 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
         The names, in the model, of the layers' tensors that are in the files.
 
     Raises:
-        UserError: a damaged file, a tensor with another kind of numbers, one of a layer with another shape, or a table
-            with experts that there are not.
+        UserError: files of several folders, a damaged one, a tensor with another kind of numbers, one of a layer with
+            another shape, or a table with experts that there are not.
     """
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    if len(folders) > 1:
+        raise UserError(f"checkpoint: expected files of one folder in its index, got {', '.join(sorted(folders))}")
     ours, found = _tensors(model), set()
     tensors = model.state_dict()
     base = f"{model.base_model_prefix}."  # the file may be of the model with a head, or without one

@@ -138,6 +138,16 @@ def leave_out(folder, key):
     change_tensor(folder, key, None)
 
 
+def change_index(folder, file):
+    """Say of one tensor that it lies in this file."""
+    (folder / "model.safetensors").unlink()
+    moe_model().save_pretrained(folder, max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][f"{LAYER}.experts.w1"] = file
+    index.write_text(json.dumps(content))
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -181,6 +191,10 @@ DAMAGE = {
     "experts in a file that is not loaded": (
         lambda folder: leave_out(folder, f"{LAYER}.experts.w1"),
         f"expected a tensor {LAYER}.experts.w1, got none",
+    ),
+    "index out of the folder": (
+        lambda folder: change_index(folder, "../other.safetensors"),
+        "checkpoint: expected files of one folder in its index, got ",
     ),
     "table of floats": (
         lambda folder: change_tensor(folder, TABLE, torch.zeros(60)),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moebert_kernels.errors import UserError
 from moebert_kernels.layers import balance_losses, moe_layers, summed_losses
 from moebert_kernels.nn import hash_router
 from tests.convert.models import ROUTERS, D, L, dense_model, inputs, labels, moe_model
@@ -79,6 +80,15 @@ def test_each_layer_uses_its_own_table():
     router.set_table((router.table + 1) % 4)
     after = model(**batch, output_hidden_states=True).hidden_states
     assert torch.equal(before[1], after[1]) and not torch.allclose(before[2], after[2])
+
+
+def test_no_input_is_refused():
+    with pytest.raises(UserError, match="input_ids: expected token ids, which hash routing needs, got none"):
+        moe_model("bert")()
+    with pytest.raises(UserError, match="input_ids: expected token ids or inputs_embeds, got neither"):
+        moe_model("bert", router="task")()
+    with pytest.raises(UserError, match=r"task_ids: expected none with router='hash-random', got some"):
+        moe_model("bert")(**inputs(), task_ids=0)
 
 
 def test_outputs_are_those_of_the_dense_class():
