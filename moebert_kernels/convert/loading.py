@@ -64,7 +64,7 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
     """Check what safetensors files hold, before transformers casts it to what it wants or draws anything.
 
     Returns:
-        The names, in the model, of the layers' tensors that are in the files.
+        The names, in the model, of the tensors that are in the files.
 
     Raises:
         UserError: files of several folders, a damaged one, a tensor with another kind of numbers, one of a layer with
@@ -81,11 +81,11 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
         name = next((name for name in (key, base + key, key.removeprefix(base)) if name in tensors), None)
         if name is None:
             continue
+        found.add(name)
         if tensors[name].is_floating_point() and not _holds_reals(stored):
             raise UserError(f"{key}: expected floating-point numbers, got {_dtype_of(stored)}")
         if name not in ours:
             continue
-        found.add(name)
         wanted = tuple(ours[name].shape)
         shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
         if shape != wanted:
@@ -102,19 +102,21 @@ def check_loaded(model: Any, found: Collection[str]) -> None:
     transformers draws missing tensors at random and only warns.
 
     Args:
-        found: what `check_files` gave, for tensors that stay on a disk.
+        found: what `check_files` gave, for tensors that stay on a disk or may have another shape.
     """
-    for name, tensor in _tensors(model).items():
-        on_disk = tensor.is_meta and (name in found or not found)  # nothing is found of files with other names
+    ours = _tensors(model)
+    has_other_names = ours.keys().isdisjoint(found)
+    for name, tensor in ours.items():
+        on_disk = tensor.is_meta and (name in found or has_other_names)
         if not _is_loaded(tensor) and not on_disk:
             raise UserError(f"checkpoint: expected a tensor {name}, got none")
         if name.endswith(_TABLE):
             checked_table(tensor, model.config.quantization_config.num_experts, name=name)
     tied, may_be_missing = model.all_tied_weights_keys, model._keys_to_ignore_on_load_missing or ()
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
-    missing = sorted(name for name, tensor in tensors.items() if not _is_loaded(tensor) and not tensor.is_meta)
-    known = {_head_of(model, name) for name in tensors.keys() - set(missing)} | {None}
-    for name in missing:
+    missing = {name for name, tensor in tensors.items() if not _is_loaded(tensor) and not tensor.is_meta}
+    known = {_head_of(model, name) for name in tensors.keys() - missing} | {None}
+    for name in sorted(missing - set(found)):  # of another shape transformers has its own option and error
         if _head_of(model, name) in known and not any(re.search(pattern, name) for pattern in may_be_missing):
             raise UserError(f"checkpoint: expected a tensor {name}, got none")
 

@@ -100,6 +100,13 @@ def test_dtype_and_options_on_load(tmp_path):
     assert five.classifier.out_features == 5
     model, info = BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(model, BertForSequenceClassification) and not info["missing_keys"]
+    moe_model("roberta-cls").save_pretrained(tmp_path / "roberta")
+    five = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "roberta", num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert five.classifier.out_proj.out_features == 5  # the other layer of the head is that of the checkpoint
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):  # transformers' own
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "roberta", num_labels=5)
 
 
 @pytest.mark.parametrize("name", ["bert-cls", "bert-mlm"])
