@@ -31,7 +31,6 @@ from moebert_kernels.nn.context import (
     current,
     derived_class,
     entered,
-    plain_class,
     recomputed_class,
     routed,
 )
@@ -62,7 +61,6 @@ def stack_of(model: nn.Module, name: str) -> Any:
 
 def install_routing(model: Any, names: list[str]) -> None:
     """Let the layers at these dotted names know their tokens, and the model's loss their balance losses."""
-    model.__class__ = plain_class(type(model))  # a model being loaded may be of the class of a converted one
     stacks: dict[Any, list[MoEFeedForward]] = {}
     for name in names:
         stacks.setdefault(stack_of(model, name), []).append(model.get_submodule(name))
