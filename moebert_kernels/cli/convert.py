@@ -221,7 +221,8 @@ def convert(
     }  # fmt: skip
     of_mpo = {"sites": sites, "low_bonds": low_bonds}
     _check_unused("--model", from_original is not None,
-                  fields | of_mpo | {"importance": importance, "expert_size": expert_size, "noise": noise})  # fmt: skip
+                  fields | of_mpo | {"importance": importance, "expert_size": expert_size, "noise": noise,
+                                     "method": None if method == "moebert" else method})  # fmt: skip
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     _check_unused("--method moebert or mpoe", method == "dense",
@@ -308,7 +309,7 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if unused and value is not None:
             got = str(value) if isinstance(value, Path) else value
-            raise UserError(f"{name}: expected it with {where} alone, got {got!r}")
+            raise UserError(f"{name.replace('_', '-')}: expected it with {where} alone, got {got!r}")
 
 
 def _check_dense(name: str) -> None:

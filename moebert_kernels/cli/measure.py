@@ -108,7 +108,7 @@ def bench(
     for encoder in models.values():
         moe = moe_config(encoder.config)
         if moe is not None and moe.is_task_routed:
-            set_task(encoder, list(moe.tasks or ())[0])  # all tasks take equally long
+            set_task(encoder, next(iter(moe.tasks or ())))  # all tasks take equally long
     if task is None:
         batches = _random_batches(models.values(), batch_size or [8], length or [128], seed)
     else:

@@ -74,9 +74,8 @@ def say_sizes(model: Any, before: Sizes | None = None) -> None:
         print(f"the most important {sizes(model).width} neurons{of_dense}")
     elif config.experts == "split":
         shared = config.num_shared_neurons
-        print(
-            f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}, {shared:,} of them in every expert"
-        )
+        experts = f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}"
+        print(f"{experts}, {shared:,} of them in every expert")
     else:
         print(mpoe_report(model))
     dense = "" if before is None else f"; the dense model has {before.parameters:,}"
