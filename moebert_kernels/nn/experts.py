@@ -61,7 +61,11 @@ class Experts(nn.Module):
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """b1 (E, I or 2I) and b2 (E, H), or None."""
-        b1, b2 = (None if b is None else b.expand(self.num_experts, -1) for b in (self.b1, self.b2))
+        b1, b2 = self.b1, self.b2
+        if b1 is not None and b1.ndim == 1:  # one for all experts
+            b1 = b1.expand(self.num_experts, -1)
+        if b2 is not None and b2.ndim == 1:
+            b2 = b2.expand(self.num_experts, -1)
         return b1, b2
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
