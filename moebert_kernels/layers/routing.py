@@ -122,7 +122,8 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
         raise UserError(f"task_ids: expected none with router={config.router!r}, got some")
     if isinstance(routers[0], HashRouter):
         if ids is None:
-            raise UserError("input_ids: expected token ids, which hash routing needs, got inputs_embeds alone")
+            got = "none" if inputs.get("inputs_embeds") is None else "inputs_embeds alone"
+            raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
     return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)

@@ -1,4 +1,4 @@
-"""A converted model in any caller, and other ways of loading; see `tests/models/test_calls.py` for more calls."""
+"""A converted model in any caller, and other ways of loading; see `tests/layers/test_calls.py` for more calls."""
 
 import inspect
 import subprocess
