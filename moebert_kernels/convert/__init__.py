@@ -5,22 +5,20 @@ from moebert_kernels.errors import require_extra
 
 require_extra("train", "transformers")
 
+from moebert_kernels.convert.card import parameter_counts
+from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.loading import MoELoader
-from moebert_kernels.convert.moe import convert_to_moe, dense_student
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.mpoe import MPOEReport, mpoe_report, to_dense_experts
 from moebert_kernels.convert.original import from_original
-from moebert_kernels.convert.replace import convert_in_place
+from moebert_kernels.convert.replace import convert_to_moe
 from moebert_kernels.convert.sizes import Share, importance_kept
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
-from moebert_kernels.convert.task_moe import convert_to_task_moe
-from moebert_kernels.convert.to_dense import collapse
-from moebert_kernels.models.card import parameter_counts
 
 __all__ = [
     "STUDENT_SHAPES",
@@ -33,10 +31,7 @@ __all__ = [
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
-    "collapse",
-    "convert_in_place",
     "convert_to_moe",
-    "convert_to_task_moe",
     "count_tokens",
     "default_split",
     "dense_student",
@@ -48,6 +43,7 @@ __all__ = [
     "layer_map",
     "load_importance",
     "make_student",
+    "merge",
     "model_fingerprint",
     "mpo_decompose",
     "mpo_reconstruct",

@@ -17,12 +17,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
-from moebert_kernels import models
-from moebert_kernels.convert.moe import build_model, moe_config, router_state
 from moebert_kernels.convert.plain_pickle import read_plain_pickle
+from moebert_kernels.convert.replace import replace_feed_forwards, resolved
+from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.convert.state import router_states
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers.config import MoEConfig
 
 _EXPERT = re.compile(r"bert\.encoder\.layer\.(\d+)\.experts\.experts\.(\d+)\.(fc1|fc2|LayerNorm)\.(weight|bias)")
 _GATE = re.compile(r"bert\.encoder\.layer\.(\d+)\.experts\.gate\.weight")
@@ -34,6 +37,8 @@ _PARAMETERS = {
     "norm_weight": "LayerNorm.weight",
     "norm_bias": "LayerNorm.bias",
 }
+# fields of the original's configuration that say nothing of the model
+_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "use_cache", "quantization_config")
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -43,9 +48,9 @@ def from_original(
     *,
     hash_tables: Any = None,
     seed: int = 0,
-    **config_options: Any,
+    **changes: Any,
 ) -> Any:
-    """Return the MoEBert model of a checkpoint that the original code wrote.
+    """Return a BERT with the experts of a checkpoint that the original code wrote.
 
     Args:
         checkpoint: its folder (`config.json` and `pytorch_model.bin` or `model.safetensors`, whole or in shards), one
@@ -54,10 +59,10 @@ def from_original(
         hash_tables: (V,) or (L, V) integers, or the path of a pickled `balance_hash_bucket_*.pkl`. Without them
             "hash-random" draws new ones, with a warning: such a model computes something else than the trained one.
         seed: of new tables.
-        config_options: fields of MoEBertConfig over what the checkpoint says (`router`, `preset`, ...).
+        changes: fields of MoEConfig over what the checkpoint says (`router`, `route_padding`, ...).
 
     Returns:
-        MoEBertForSequenceClassification or MoEBertForQuestionAnswering, in eval mode.
+        A converted BertForSequenceClassification or BertForQuestionAnswering, in eval mode.
 
     Raises:
         UserError: no such checkpoint or a damaged one, a dense one, tables that do not fit or are missing for
@@ -70,34 +75,43 @@ def from_original(
     experts, gates = _collect(state)
     E, I = next(iter(experts.values()))["w1"].shape[:2]
 
-    head, num_labels = _head(state)
+    model_class, num_labels = _head(state)
     fields.setdefault("id2label", {i: f"LABEL_{i}" for i in range(num_labels)})
     if len(fields["id2label"]) != num_labels:
         raise UserError(f"config: expected {num_labels} labels as in the checkpoint, got {len(fields['id2label'])}")
     options = {
         "router": fields.get("moebert_route_method") or ("gate-token" if gates else "hash-random"),
         "expert_dropout": fields.get("moebert_expert_dropout"),
-        "load_balance": fields.get("moebert_load_balance") or 0.0,
-        "shared": fields.get("moebert_share_importance", 0),
-        **config_options,
-        "num_experts": E,
-        "expert_size": I,
-        "style": "bert",
+        "load_balance": (fields.get("moebert_load_balance") or 0.0) if gates else None,
+        "num_shared_neurons": fields.get("moebert_share_importance", 0),
+        **changes,
     }
-    dense = {name: value for name, value in fields.items() if not name.startswith("moebert")}
-    moe = moe_config(dense, **options)
-    if moe.is_hash_routed == bool(gates):
+    moe = MoEConfig(experts="split", num_experts=E, expert_size=I, norm="expert", **options)
+    if moe.is_learned != bool(gates) or moe.is_task_routed:
         found = "gates" if gates else "no gates"
         raise UserError(f"router: expected one that fits a checkpoint with {found}, got {moe.router!r}")
 
-    moved = {re.sub(r"^bert\.", "moebert.", key): tensor for key, tensor in state.items()}
+    own = {name: value for name, value in fields.items() if not name.startswith("moebert") and name not in _NOT_CARRIED}
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model = model_class(BertConfig(**own))
+    sites = find_sites(model)
+    moe = resolved(moe, model, sites, sites[0].weights())
     for layer, tensors in experts.items():
-        moved |= {f"moebert.encoder.layer.{layer}.experts.{name}": tensor for name, tensor in tensors.items()}
-    if gates:
-        moved |= {f"moebert.encoder.layer.{layer}.router.gate.weight": gate for layer, gate in gates.items()}
-    else:
-        moved |= router_state(moe, "moebert.", tables=_tables(hash_tables, moe), token_counts=None, seed=seed)
-    return build_model(head, moe, moved).eval()
+        state |= {f"bert.encoder.layer.{layer}.output.experts.{name}": tensor for name, tensor in tensors.items()}
+    for layer, gate in gates.items():
+        state[f"bert.encoder.layer.{layer}.output.router.gate.weight"] = gate
+    if not gates:
+        tables, generator = _tables(hash_tables, moe), torch.Generator().manual_seed(seed)
+        for site, router in zip(sites, router_states(model, moe, sites, generator, None, tables), strict=True):
+            state |= {f"{site.name}.{name}": tensor for name, tensor in router.items()}
+    replace_feed_forwards(model, moe)
+    model.tie_weights()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint: expected the weights of the original MoEBERT, got others: {reason}") from error
+    return model.eval()
 
 
 def _collect(state: dict[str, Tensor]) -> tuple[dict[int, dict[str, Tensor]], dict[int, Tensor]]:
@@ -128,15 +142,15 @@ def _collect(state: dict[str, Tensor]) -> tuple[dict[int, dict[str, Tensor]], di
 
 def _head(state: Mapping[str, Tensor]) -> tuple[Any, int]:
     for key, head in (
-        ("classifier.weight", models.MoEBertForSequenceClassification),
-        ("qa_outputs.weight", models.MoEBertForQuestionAnswering),
+        ("classifier.weight", BertForSequenceClassification),
+        ("qa_outputs.weight", BertForQuestionAnswering),
     ):
         if key in state:
             return head, state[key].shape[0]
     raise UserError("checkpoint: expected classifier.weight or qa_outputs.weight, got neither")
 
 
-def _tables(given: Any, config: models.MoEBertConfig) -> Any:
+def _tables(given: Any, config: MoEConfig) -> Any:
     if isinstance(given, (str, os.PathLike)):
         return read_plain_pickle(Path(given))
     if given is None and config.router == "hash-balance":

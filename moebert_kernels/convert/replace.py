@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.convert.mpo import mpo_decompose
+from moebert_kernels.convert.dense import head_name
 from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
-from moebert_kernels.convert.sites import DenseWeights, Site, common_width, find_sites
-from moebert_kernels.convert.split import check_split, default_split, expert_indices
-from moebert_kernels.convert.tables import balanced_hash_table, random_hash_table, stacked_tables
+from moebert_kernels.convert.sites import DenseWeights, Site, find_sites
+from moebert_kernels.convert.split import check_split, default_split
+from moebert_kernels.convert.state import expert_state, router_states, split_of
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import install_routing, stack_of
-from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, Top2Router
+from moebert_kernels.layers.tasks import row_names
+from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, TaskRouter, Top2Router
+from moebert_kernels.nn.context import plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
-_GATE_STD = 0.02  # of a new gate: close to even, so that all experts get tokens
+_HEAD_STD = 0.02  # of the rows of a new classifier, where the model's configuration does not say
 
 
-def convert_in_place(
+def convert_to_moe(
     model: nn.Module, config: MoEConfig | None = None, *, importance: Tensor | None = None, seed: int = 0,
     token_counts: Tensor | None = None, tables: Any = None, num_sites: int = 5, force: bool = False, noise: float = 0.0,
 ) -> Any:  # fmt: skip
@@ -36,7 +37,9 @@ def convert_in_place(
     saves it, and `AutoModel*.from_pretrained` loads it where `moebert_kernels.convert` was imported. What is random (a
     missing importance, noise, tables, gates) depends on `seed` alone; torch's own generators are left as they were.
     With experts of the whole layer ("copy", "mpo") and the routers' default form ("switch", "top2", hashes) it computes
-    what the dense model does, unless `max_bond` cuts bonds or `noise` tells the experts apart.
+    what the dense model does, unless `max_bond` cuts bonds or `noise` tells the experts apart. Under task routing the
+    first probabilities are about 1/E each and the experts are scaled by the inverse, so that it does so too, as far as
+    the experts of a task hold the neurons.
 
     Args:
         model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
@@ -71,26 +74,47 @@ def convert_in_place(
         for factors in (config.w1_factors, config.w2_factors):
             check_caps(factors[0], factors[1], config.max_bond)
     generator = torch.Generator().manual_seed(seed)
-    chosen = _split_of(config, sites, importance, generator) if config.experts == "split" else [None] * len(sites)
+    chosen = split_of(config, sites, importance, generator) if config.experts == "split" else [None] * len(sites)
     state = [
         expert_state(config, dense, site, indices, noise, generator)
         for site, dense, indices in zip(sites, weights, chosen, strict=True)
     ]
-    for routers, made in zip(_router_states(model, config, sites, generator, token_counts, tables), state, strict=True):
+    for routers, made in zip(router_states(model, config, sites, generator, token_counts, tables), state, strict=True):
         made |= routers
+    head = None if config.task_labels is None else head_name(model)
     layers = replace_feed_forwards(model, config)
     for layer, made in zip(layers, state, strict=True):
         layer.load_state_dict(made, strict=True)
+    if head is not None:
+        _put_heads(model, head, config, generator)
     return model
+
+
+def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Generator) -> None:
+    """Put a classifier with new rows for each task in the place of the model's."""
+    rows, old = row_names(config), model.get_submodule(name)
+    with torch.device("meta"):  # draws nothing
+        new = nn.Linear(old.in_features, len(rows), dtype=old.weight.dtype)
+    new = new.to_empty(device=old.weight.device)
+    with torch.no_grad():
+        std = getattr(model.config.get_text_config(), "initializer_range", _HEAD_STD)
+        new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * std)
+        new.bias.zero_()
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, new)
+    model.config.id2label = dict(enumerate(rows))
+    model.config.label2id = {row: number for number, row in enumerate(rows)}
+    model.num_labels = len(rows)
 
 
 def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]:
     """Put layers with weights of no meaning in the place of the dense ones, on their devices and in their dtypes.
 
     Args:
-        model: as for `convert_in_place`; on the meta device too.
+        model: as for `convert_to_moe`; on the meta device too.
         config: with every choice made; the model's configuration gets it.
     """
+    model.__class__ = plain_class(type(model))  # type(converted).from_pretrained makes instances of what was derived
     targets = None if config.target_modules is None else tuple(config.target_modules)
     sites = find_sites(model, targets)
     layers = []
@@ -120,29 +144,37 @@ def set_config(model: nn.Module, config: MoEConfig) -> None:
 def resolved(
     config: MoEConfig, model: nn.Module, sites: list[Site], dense: DenseWeights, num_sites: int = 5
 ) -> MoEConfig:
-    """The configuration with every choice made for this model; `num_sites` as for `convert_in_place`.
+    """The configuration with every choice made for this model; `num_sites` as for `convert_to_moe`.
 
     Raises:
         UserError: a choice that the model does not allow; with the reason.
     """
-    D = dense.w2.shape[1]
+    D, by_task = dense.w2.shape[1], config.is_task_routed
     post_norm = all(site.norm is not None for site in sites)
     changes: dict[str, Any] = {}
-    if config.is_hash_routed:
+    if not config.is_learned:
         without = [site.name for site in sites if stack_of(model, site.name) is None]
         if without:
+            needs = "routes in models with token ids" if by_task else "routes by token ids"
             raise UserError(
-                f"router: {config.router} routes by token ids, and {without[0]} of {type(model).__name__} gets none; "
+                f"router: {config.router} {needs}, and {without[0]} of {type(model).__name__} gets none; "
                 "take 'gate-token', or name other feed-forwards by target_modules"
             )
-    if config.norm == "expert" and (not post_norm or config.experts != "split"):
+    if config.norm == "expert" and (not post_norm or config.experts == "mpo" or config.router == "top2"):
         raise UserError(
-            "norm: 'expert' needs experts='split' and a model whose feed-forwards end in a LayerNorm; take 'layer'"
+            "norm: 'expert' needs experts of their own weights, one for a token, and a model whose feed-forwards end "
+            "in a LayerNorm; take 'layer'"
         )
     if config.norm is None:
-        changes["norm"] = "expert" if post_norm and config.experts == "split" and config.router != "top2" else "layer"
+        one_split = config.experts == "split" and config.router not in ("top2", "task")
+        changes["norm"] = "expert" if post_norm and one_split else "layer"
+    if by_task and config.top_k is None:
+        changes["top_k"] = 1 if config.norm == "expert" else min(2, config.num_experts)
     if config.experts == "split":
-        size, shared = default_split(D, config.expert_size, config.num_shared_neurons)
+        size, shared = config.expert_size, config.num_shared_neurons
+        if by_task:
+            size, shared = size or max(D // config.num_experts, 1), shared or 0
+        size, shared = default_split(D, size, shared)
         check_split(D, config.num_experts, size, shared)
         changes |= {"expert_size": size, "num_shared_neurons": shared}
     if config.experts == "mpo":
@@ -166,6 +198,7 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
         else {"expert": "expert", "common": "shared"}[config.expert_bias]
     )
     options: dict[str, Any] = {"activation": site.activation, "bias": bias, "hidden_dropout": site.hidden_dropout}
+    dropout = site.output_dropout if config.expert_dropout is None else config.expert_dropout
     experts: Any
     if config.experts == "mpo":
         experts = MPOExperts(
@@ -173,10 +206,10 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
         )
     elif config.norm == "expert":
         eps = getattr(site.norm, "eps", None) or site.norm.variance_epsilon
-        experts = NormedExperts(H, config.expert_size, E, eps=eps, output_dropout=site.output_dropout, **options)
+        experts = NormedExperts(H, config.expert_size or D, E, eps=eps, output_dropout=dropout, **options)
     else:
         experts = DenseExperts(H, config.expert_size or D, E, **options)
-    return MoEFeedForward(make_router(model, config, site, H), experts, output_dropout=site.output_dropout)
+    return MoEFeedForward(make_router(model, config, site, H), experts, output_dropout=dropout)
 
 
 def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> nn.Module:
@@ -185,6 +218,8 @@ def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> 
     if config.is_hash_routed:
         vocab_size = stack_of(model, site.name).get_input_embeddings().num_embeddings
         return HashRouter(torch.zeros(vocab_size, dtype=torch.long), E)
+    if config.is_task_routed:
+        return TaskRouter(len(config.tasks or ()), E, config.experts_per_token, route_padding=config.route_padding)
     classes: dict[str, Any] = {"switch": SwitchRouter, "top2": Top2Router}
     if config.router.startswith("gate-"):
         classes[config.router], options["per"] = GateRouter, config.router.removeprefix("gate-")
@@ -194,99 +229,3 @@ def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> 
         raise UserError(
             f"router_options: expected options of router {config.router!r}, got {options} ({error})"
         ) from None
-
-
-def expert_state(
-    config: MoEConfig, dense: DenseWeights, site: Site, indices: Tensor | None, noise: float, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The tensors of a layer's experts and norm, by their names in the layer.
-
-    Args:
-        indices: (E, I) neurons of each expert, with experts="split".
-        noise: as for `convert_in_place`, drawn from `generator`.
-    """
-    E, made = config.num_experts, {}
-
-    def copies(tensor: Tensor) -> Tensor:
-        expanded = tensor.expand(E, *tensor.shape)
-        if not noise:
-            return expanded
-        drawn = torch.randn(expanded.shape, generator=generator).to(tensor)
-        return expanded + noise * tensor.float().square().mean().sqrt().to(tensor) * drawn
-
-    biases = {"b1": dense.b1, "b2": dense.b2}
-    if (dense.b1 is None) != (dense.b2 is None):
-        raise UserError(f"model: expected both or none of the biases in {site.name}, got one")
-    if indices is not None:
-        rows = indices if len(dense.w1) == dense.w2.shape[1] else torch.cat([indices, indices + dense.w2.shape[1]], 1)
-        flat_rows, flat = rows.flatten().to(dense.w1.device), indices.flatten().to(dense.w1.device)
-        made["w1"] = dense.w1.index_select(0, flat_rows).unflatten(0, rows.shape)
-        made["w2"] = (
-            dense.w2.index_select(1, flat).unflatten(1, indices.shape).transpose(0, 1)
-        )  # (H, E, I) -> (E, H, I)
-        if dense.b1 is not None:
-            made["b1"] = dense.b1.index_select(0, flat_rows).unflatten(0, rows.shape)
-            made["b2"] = dense.b2.expand(E, -1)
-    else:
-        for name, weight, factors in (("w1", dense.w1, config.w1_factors), ("w2", dense.w2, config.w2_factors)):
-            if config.experts == "copy":
-                made[name] = copies(weight)
-                continue
-            parts = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
-            middle = (len(parts) - 1) // 2
-            made[f"{name}.central"] = parts[middle]
-            for k, part in enumerate((*parts[:middle], *parts[middle + 1 :])):
-                made[f"{name}.aux.{k}"] = copies(part)
-        for name, bias in biases.items():
-            if bias is not None:
-                made[name] = bias.expand(E, -1) if config.expert_bias == "expert" else bias
-    if config.norm == "expert":
-        made |= {
-            "norm_weight": site.norm.weight.detach().expand(E, -1),
-            "norm_bias": site.norm.bias.detach().expand(E, -1),
-        }
-    state = {f"experts.{name}": tensor for name, tensor in made.items()}
-    if config.norm == "layer" and site.norm is not None:
-        state |= {f"norm.{name}": tensor for name, tensor in site.norm.state_dict().items()}
-    return state
-
-
-def _split_of(
-    config: MoEConfig, sites: list[Site], importance: Tensor | None, generator: torch.Generator
-) -> list[Tensor]:
-    """(E, I) neurons of the experts of each layer."""
-    shape = (len(sites), common_width(sites))
-    if importance is None:
-        warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
-        importance = torch.rand(shape, generator=generator)
-    if importance.shape != shape:
-        raise UserError(f"importance: expected shape (L={shape[0]}, D={shape[1]}), got {tuple(importance.shape)}")
-    split = expert_indices(importance.detach().cpu(), config.num_experts, config.expert_size, config.num_shared_neurons)
-    return list(split)
-
-
-def _router_states(
-    model: Any,
-    config: MoEConfig,
-    sites: list[Site],
-    generator: torch.Generator,
-    token_counts: Tensor | None,
-    tables: Any,
-) -> list[dict[str, Tensor]]:
-    """The tensors of each layer's router, by their names in the layer."""
-    E = config.num_experts
-    if not config.is_hash_routed:
-        if tables is not None:
-            raise UserError(f"tables: expected none with router={config.router!r}, got some")
-        H = sites[0].weights().w2.shape[0]
-        gates = [{"router.gate.weight": torch.randn(E, H, generator=generator) * _GATE_STD} for _ in sites]
-        return [gate | {"router.gate.bias": torch.zeros(E)} for gate in gates] if config.router == "switch" else gates
-    V = stack_of(model, sites[0].name).get_input_embeddings().num_embeddings
-    if tables is None and config.router == "hash-random":
-        tables = torch.stack([random_hash_table(V, E, generator) for _ in sites])
-    elif tables is None:
-        if token_counts is None or token_counts.shape != (V,):
-            got = "none" if token_counts is None else tuple(token_counts.shape)
-            raise UserError(f"token_counts: expected shape (V={V},) with router='hash-balance', got {got}")
-        tables = balanced_hash_table(token_counts, E, seed=generator.initial_seed())
-    return [{"router.table": table} for table in stacked_tables(tables, len(sites), V, E)]

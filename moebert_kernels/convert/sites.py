@@ -16,7 +16,7 @@ anything else than w2 act(w1 x + b1) + b2 is refused: `check` compares both on r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ class Site:
     def parts(self) -> list[Any]:
         """The modules that compute the dense feed-forward, in their order."""
         if self.shape == "inline":
-            return [*self.first_modules, self.second_module]
+            return self.linear_modules
         return [self.owner.intermediate, self.owner.output] if self.shape == "split" else [self.module]
 
     def weights(self) -> DenseWeights:
@@ -129,6 +129,19 @@ class Site:
         w2, b2 = _linear(self.second_module)
         assert w1 is not None and w2 is not None
         return DenseWeights(w1, b1, w2, b2)
+
+    @property
+    def linear_modules(self) -> list[Any]:
+        return [*self.first_modules, self.second_module]
+
+    def put(self, weights: DenseWeights) -> None:
+        """Write weights, of the form that `weights` returns, into the dense feed-forward."""
+        branches = len(self.first_modules)
+        firsts = zip(self.first_modules, weights.w1.chunk(branches), _chunks(weights.b1, branches), strict=True)
+        for module, weight, bias in (*firsts, (self.second_module, weights.w2, weights.b2)):
+            for target, value in zip(_linear(module), (weight, bias), strict=True):
+                if target is not None and value is not None:
+                    target.copy_(value)
 
     def check(self) -> None:
         """Raise a UserError unless the module computes w2 act(w1 x + b1) + b2 with the weights that were read."""
@@ -250,6 +263,10 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
     return (weight.T if type(module).__name__ == "Conv1D" else weight), bias
+
+
+def _chunks(bias: Tensor | None, number: int) -> Sequence[Tensor | None]:
+    return [None] * number if bias is None else bias.chunk(number)
 
 
 def _joined(parts: list[Any]) -> Tensor | None:

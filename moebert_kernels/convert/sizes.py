@@ -22,14 +22,14 @@ class Share(NamedTuple):
         return f"{100 * self.mean:.1f} % on average, {100 * self.least:.1f} % in layer {self.layer}, which keeps least"
 
 
-def importance_kept(scores: Tensor, num_experts: int, expert_size: int, shared: int) -> Share:
+def importance_kept(scores: Tensor, num_experts: int, expert_size: int, num_shared_neurons: int) -> Share:
     """The importance of an expert's neurons over that of all neurons of its layer, as a mean over the experts.
 
     It is the share that a token meets. Layers count alike, whatever their sums.
 
     Args:
         scores: (L, D), at least 0.
-        num_experts, expert_size, shared: the split; see `expert_indices`.
+        num_experts, expert_size, num_shared_neurons: the split; see `expert_indices`.
 
     Raises:
         UserError: a split that cannot be filled, or a layer without any importance.
@@ -38,6 +38,6 @@ def importance_kept(scores: Tensor, num_experts: int, expert_size: int, shared: 
     totals = scores.sum(-1)
     if not (totals > 0).all():
         raise UserError("importance: expected a sum above 0 in each layer, got one without")
-    indices = expert_indices(scores, num_experts, expert_size, shared)  # (L, E, F)
+    indices = expert_indices(scores, num_experts, expert_size, num_shared_neurons)  # (L, E, F)
     kept = torch.gather(scores, 1, indices.flatten(1)).sum(-1) / (num_experts * totals)
     return Share(float(kept.mean()), float(kept.min()), int(kept.argmin()) + 1)

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from moebert_kernels.convert.encoders import dense_ffns
-from moebert_kernels.convert.moe import build_model
+from moebert_kernels.convert.dense import build_model, constructor_options
+from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 
 
@@ -72,7 +72,7 @@ def make_student(
     """Return a smaller dense model with the class, the head and the label names of `teacher`, which is not changed.
 
     Args:
-        teacher: a dense BERT- or RoBERTa-style model with any head; of a task-routed MoE first `collapse`.
+        teacher: a dense BERT- or RoBERTa-style model with any head; of a task-routed MoE first `merge`.
         shape: its sizes; see `STUDENT_SHAPES`. None: those of `init`, if that is a model.
         init: "layers": embeddings, head and the chosen layers of the teacher, whose sizes the shape must have but for
             the number of layers. "random". Or a model of the same family and vocabulary, whose encoder is taken.
@@ -85,7 +85,7 @@ def make_student(
     Raises:
         UserError: sizes, layers, families or vocabularies that do not fit.
     """
-    dense_ffns(teacher)
+    _check_encoder(teacher)
     source = cast(Any, teacher)
     given = init if isinstance(init, nn.Module) else None
     if given is not None:
@@ -108,18 +108,24 @@ def make_student(
     if given is not None:
         base = cast(Any, given).base_model.state_dict()
         state, new = {prefix + key: tensor for key, tensor in base.items()}, (*_NEW_IN_ENCODER, f"{prefix}pooler.")
-        if source.base_model.pooler is None:
+        if getattr(source.base_model, "pooler", None) is None:
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{prefix}pooler.")}
     elif init == "layers":
         state, new = _chosen_layers(source, prefix, shape, layers), ()
-    options: dict[str, Any] = {} if prefix or source.pooler is not None else {"add_pooling_layer": False}
+    options = constructor_options(source)
     return build_model(type(source), config, state, like=source, new=new, seed=seed, **options)
 
 
+def _check_encoder(model: nn.Module) -> None:
+    """Raise a UserError unless the layers of a dense model have the names of BERT's."""
+    if any(site.shape != "split" for site in find_sites(model)):
+        raise UserError(f"model: expected a BERT-style encoder, got {type(model).__name__}")
+
+
 def _shape_of_given(given: Any, teacher: Any, shape: StudentShape | None) -> StudentShape:
-    dense_ffns(given)
+    _check_encoder(given)
     for name in ("model_type", "vocab_size", "type_vocab_size", "max_position_embeddings"):
-        wanted, got = getattr(teacher.config, name), getattr(given.config, name)
+        wanted, got = (getattr(model.config, name, None) for model in (teacher, given))  # MPNet has no token types
         if wanted != got:
             raise UserError(f"init: expected a model with the teacher's {name} {wanted}, got {got}")
     found = StudentShape(given.config.num_hidden_layers, *(getattr(given.config, name) for name in _SIZES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -14,7 +15,8 @@ METHOD = "moebert"  # the `quant_method` by which transformers finds what loads 
 FORMAT_VERSION = 1
 HASH_ROUTERS = ("hash-random", "hash-balance")
 LEARNED_ROUTERS = ("gate-token", "gate-sentence", "switch", "top2")
-ROUTERS = (*HASH_ROUTERS, *LEARNED_ROUTERS)
+TASK_ROUTER = "task"
+ROUTERS = (*HASH_ROUTERS, *LEARNED_ROUTERS, TASK_ROUTER)
 EXPERTS = ("split", "copy", "mpo")
 NORMS = ("expert", "layer")
 BIASES = ("expert", "common")
@@ -26,27 +28,35 @@ Factors = Sequence[Sequence[int]]
 class MoEConfig(QuantizationConfigMixin):
     """A mixture of experts in the place of a dense feed-forward: `router` x `experts`.
 
-    `moebert`, `mpoe` and `switch` give the published systems. A converted model has one as its configuration's
+    `moebert`, `mpoe`, `switch` and `task` give the published systems. A converted model has one as its configuration's
     `quantization_config`: that is the one place where transformers lets a package replace modules before weights are
     loaded. Nothing is quantised.
 
     Args:
         router: by token ids "hash-random" or "hash-balance" (Hash Layers, 2106.04426); learned "gate-token" or
-            "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668).
+            "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668); "task": by the
+            task of each sequence, of which a forward is told (Task-MoE, 2110.03742; MicroBERT).
         experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "copy": each starts as the
             whole dense layer (Switch); "mpo": as "copy", with one central tensor shared by all experts of a layer
             (MPOE, 2203.01104).
         num_experts: E, in each layer.
-        expert_size: with "split", neurons of an expert. None: a quarter of the dense layer's.
+        expert_size: with "split", neurons of an expert. None: a quarter of the dense layer's; with router="task" the
+            E-th part of them, so that none is lost.
         num_shared_neurons: with "split", how many of them, the most important, are in every expert. None: two thirds
-            of an expert's, which of the default is a sixth of the dense layer's.
+            of an expert's, which of the default is a sixth of the dense layer's; with router="task" 0.
         norm: "expert": every expert has its own copy of the residual's LayerNorm, where a model has one behind its
-            feed-forward (MoEBERT); "layer": the model's stays. None: "expert" with "split" there, else "layer".
+            feed-forward (MoEBERT); "layer": the model's stays. None: "expert" there with "split" and one expert for a
+            token, else "layer".
+        top_k: experts of a token with router="task". None: 2, or 1 with norm="expert".
+        tasks: with router="task", names of the tasks, by task id.
+        task_labels: of each task the names of its classes, none for a score. The model, one for sequence
+            classification, then has rows in its classifier for each task. None: all tasks have the model's own head.
         expert_bias: "expert" or "common": a bias for each expert, or one for all.
         w1_factors, w2_factors, max_bond: with "mpo", the row and column factors of w1 (I or 2I, H) and w2 (H, I), and
             caps of the bonds. None: chosen by `plan_factors`; full bonds.
         router_options: keyword arguments of the learned router (`jitter`, `capacity_factor`, ...).
-        load_balance: weight of the balance loss in the model's `loss`. None: 0.01, and 0 under hash routing.
+        load_balance: weight of the balance loss in the model's `loss`. None: 0.01, and 0 for routers without one.
+        expert_dropout: probability of dropping an output of the experts in training. None: the dense layer's.
         route_padding: route and compute padding like any token, as the original code of MoEBERT does.
         target_modules: names of the feed-forwards to convert. None: all that are known.
         format_version: of a checkpoint's keys.
@@ -62,8 +72,12 @@ class MoEConfig(QuantizationConfigMixin):
     w1_factors: Factors | None = None
     w2_factors: Factors | None = None
     max_bond: int | Sequence[int] | None = None
+    top_k: int | None = None
+    tasks: Sequence[str] | None = None
+    task_labels: Mapping[str, Sequence[str]] | None = None
     router_options: dict[str, Any] = field(default_factory=dict)
     load_balance: float | None = None
+    expert_dropout: float | None = None
     route_padding: bool = False
     target_modules: Sequence[str] | None = None
     format_version: int = FORMAT_VERSION
@@ -87,21 +101,58 @@ class MoEConfig(QuantizationConfigMixin):
         fields: dict[str, Any] = {"router": "switch", "experts": "copy", "num_experts": 8}
         return cls(**fields | changes)
 
+    @classmethod
+    def task(cls, tasks: Mapping[str, Sequence[str]] | Sequence[str], **changes: Any) -> MoEConfig:
+        """MicroBERT's teacher: four experts that hold all neurons between them, two for each task.
+
+        Args:
+            tasks: name -> names of its classes, none for a score; or names alone, see `task_labels`.
+            changes: further fields.
+        """
+        labels = {name: list(of_task) for name, of_task in tasks.items()} if isinstance(tasks, Mapping) else None
+        fields: dict[str, Any] = {"router": TASK_ROUTER, "experts": "split", "num_experts": 4}
+        return cls(**fields | {"tasks": list(tasks), "task_labels": labels} | changes)
+
     @property
     def is_hash_routed(self) -> bool:
         return self.router in HASH_ROUTERS
 
     @property
+    def is_task_routed(self) -> bool:
+        return self.router == TASK_ROUTER
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether a gate routes, which has a balance loss."""
+        return self.router in LEARNED_ROUTERS
+
+    @property
     def experts_per_token(self) -> int:
-        """2 under top-2 routing, else 1."""
-        return 2 if self.router == "top2" else 1
+        """Of a model's configuration, in which every choice is made."""
+        return 2 if self.router == "top2" else self.top_k or 1
 
     @property
     def balance_weight(self) -> float:
         """Of the balance loss in the model's loss."""
         if self.load_balance is None:
-            return 0.0 if self.is_hash_routed else 0.01
+            return 0.01 if self.is_learned else 0.0
         return self.load_balance
+
+    @property
+    def outputs_per_task(self) -> list[int]:
+        """With `task_labels`: of each task the number of classes, 1 for a score."""
+        return [len((self.task_labels or {})[name]) or 1 for name in self.tasks or ()]
+
+    def task_id(self, name: str) -> int:
+        """The number of a task.
+
+        Raises:
+            UserError: there is no such task, or the model does not route by task.
+        """
+        if name not in (self.tasks or ()):
+            have = ", ".join(self.tasks) if self.tasks else f"none (router={self.router!r})"
+            raise UserError(f"task: expected one of the model's tasks, {have}, got {name!r}")
+        return list(self.tasks or ()).index(name)
 
     def __post_init__(self) -> None:
         _check_choice("router", self.router, ROUTERS)
@@ -121,23 +172,43 @@ class MoEConfig(QuantizationConfigMixin):
                 raise UserError(f"{name}: expected none with experts={self.experts!r}, got {getattr(self, name)!r}")
         if not isinstance(self.router_options, Mapping):
             raise UserError(f"router_options: expected names and values, got {self.router_options!r}")
-        weight = self.load_balance
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0):
-            raise UserError(f"load_balance: expected a number of at least 0, got {weight!r}")
+        _check_number("load_balance", self.load_balance)
+        _check_number("expert_dropout", self.expert_dropout, below=1)
         for name in ("load_balance", "router_options"):
-            if self.is_hash_routed and getattr(self, name):
+            if not self.is_learned and getattr(self, name):
                 raise UserError(f"{name}: expected none with router={self.router!r}, got {getattr(self, name)!r}")
+        self._check_tasks()
         if not isinstance(self.route_padding, bool):
             raise UserError(f"route_padding: expected true or false, got {self.route_padding!r}")
         targets = self.target_modules
-        if targets is not None and (isinstance(targets, str) or not all(isinstance(name, str) for name in targets)):
+        if targets is not None and not _are_texts(targets):
             raise UserError(f"target_modules: expected a list of names, got {targets!r}")
         if self.format_version != FORMAT_VERSION:
             raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")
 
+    def _check_tasks(self) -> None:
+        if not self.is_task_routed:
+            for name in ("top_k", "tasks", "task_labels"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"{name}: expected none with router={self.router!r}, got {getattr(self, name)!r}")
+            return
+        if not _are_texts(self.tasks) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"tasks: expected different names with router='task', got {self.tasks!r}")
+        if self.top_k is not None:
+            _check_integer("top_k", self.top_k, 1, 1 if self.norm == "expert" else self.num_experts)
+        labels = self.task_labels
+        if labels is not None and not (
+            isinstance(labels, Mapping) and labels.keys() == set(self.tasks) and all(map(_are_texts, labels.values()))
+        ):
+            raise UserError(f"task_labels: expected lists of names for {', '.join(self.tasks)}, got {labels!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, for JSON."""
         return asdict(self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, as of the mapping that a file has in this place: transformers asks so for `config=model.config`."""
+        return getattr(self, name, default)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -170,8 +241,20 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise UserError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def _check_integer(name: str, value: Any, least: int, most: int = MOST) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{name}: expected an integer of at least {least}, got {value!r}")
-    if value > MOST:
-        raise UserError(f"{name}: expected an integer of at most {MOST}, got {value!r}")
+    if value > most:
+        raise UserError(f"{name}: expected an integer of at most {most}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, below: float = math.inf) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+        limit = "" if below == math.inf else f" and below {below}"
+        raise UserError(f"{name}: expected a number of at least 0{limit}, got {value!r}")
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(text, str) for text in value)

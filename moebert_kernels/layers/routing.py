@@ -3,7 +3,8 @@
 The model stays transformers': `install_routing` gives some modules in it a class made for their own class.
 
 - A stack, which gets `input_ids` and holds layers: its forward groups the tokens of all layers before the first runs.
-- A layer that transformers checkpoints: every run of it sees the routing of its first one.
+- A layer that transformers checkpoints: every run of it sees the routing of its first one. Where its feed-forward is a
+  function that transformers may call in chunks, it is one whose signature is known.
 - The model itself: with a learned router, its forward adds the balance loss to `loss`. As every model inside it, it
   resizes the hash tables with the vocabulary.
 """
@@ -23,9 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.layers.tasks import install_tasks, task_ids_of
 from moebert_kernels.nn.context import (
     RecomputedLayer,
     Tokens,
+    argument_names,
     current,
     derived_class,
     entered,
@@ -73,8 +76,13 @@ def install_routing(model: Any, names: list[str]) -> None:
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
-    if any(not isinstance(layer.router, HashRouter) for layers in stacks.values() for layer in layers):
+            if hasattr(module, "feed_forward_chunk"):
+                _change_class(module, chunked_class)
+    config = model.config.quantization_config
+    if config.is_learned:
         _change_class(model, balanced_class)
+    if config.is_task_routed:
+        install_tasks(model, config)
 
 
 def _change_class(module: Any, make: Callable[[Any], type]) -> None:
@@ -96,20 +104,29 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
     """What the layers of a stack, one with `moe_layers`, are told of the arguments of its forward.
 
     Raises:
-        UserError: no token ids under hash routing.
+        UserError: no token ids under hash routing, no task under task routing, or one out of range.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    layers = stack.moe_layers
-    if stack.config.quantization_config.route_padding or not isinstance(mask, Tensor) or mask.ndim != 2:
-        mask = None
+    config, layers = stack.config.quantization_config, stack.moe_layers
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or (config.is_hash_routed and config.route_padding):
+        mask = None  # other routers know themselves whether they route padding
     groupings: list[Any] = [None] * len(layers)
     routers = [layer.router for layer in layers]
+    task_ids = inputs.get("task_ids")
+    if config.is_task_routed:
+        like = ids if ids is not None else inputs.get("inputs_embeds")
+        if like is None:
+            raise UserError("input_ids: expected token ids or inputs_embeds, got neither")
+        task_ids = task_ids_of(stack, task_ids, like)
+    elif task_ids is not None:
+        raise UserError(f"task_ids: expected none with router={config.router!r}, got some")
     if isinstance(routers[0], HashRouter):
         if ids is None:
-            raise UserError("input_ids: expected token ids, which hash routing needs, got inputs_embeds alone")
+            got = "none" if inputs.get("inputs_embeds") is None else "inputs_embeds alone"
+            raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
-    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask)
+    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)
 
 
 @functools.cache
@@ -127,6 +144,25 @@ def resizing_class(base: Any) -> type:
         return embeddings
 
     return derived_class(resizing_class, base, (base,), {"resize_token_embeddings": resize_token_embeddings})
+
+
+@functools.cache
+def chunked_class(base: Any) -> type:
+    """The class of a layer, as BERT's, whose `feed_forward_chunk` tells its signature at once.
+
+    transformers inspects it in each layer of each forward. That is a twentieth of the time of a very small model.
+    """
+    chunk, signature = base.feed_forward_chunk, inspect.signature(base.feed_forward_chunk)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def feed_forward_chunk(self: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return chunk.__get__(self)
+        bound: Any = functools.partial(chunk, self)
+        bound.__signature__ = signature
+        return bound
+
+    return derived_class(chunked_class, base, (base,), {"feed_forward_chunk": property(feed_forward_chunk)})
 
 
 @contextmanager
@@ -148,7 +184,7 @@ def summed_losses(losses: Sequence[Tensor]) -> Tensor:
 @functools.cache
 def balanced_class(base: type) -> type:
     """The class of a model with learned routers: `loss` has the balance loss in it, as the configuration weighs it."""
-    names = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+    names = argument_names(base.forward)  # type: ignore[attr-defined]
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,6 @@ from moebert_kernels.nn.experts import DenseExperts, Experts, MPOExperts, fold, 
 from moebert_kernels.nn.gate_router import GateRouter
 from moebert_kernels.nn.gradient_mask import GradientMask
 from moebert_kernels.nn.hash_router import HashRouter
-from moebert_kernels.nn.moe_feed_forward import MoEFeedForward
 from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, shared_fold
 from moebert_kernels.nn.switch_router import SwitchRouter
 from moebert_kernels.nn.task_router import TaskRouter
@@ -20,7 +19,6 @@ __all__ = [
     "HashRouter",
     "MPOExperts",
     "MPOWeight",
-    "MoEFeedForward",
     "SharedFold",
     "SwitchRouter",
     "TaskRouter",

@@ -36,11 +36,13 @@ class Tokens(NamedTuple):
         token_ids: (B, T) integers, or None.
         token_mask: (B, T or more), 0 where a token is padding, or None. With a key-value cache it begins with the
             tokens of earlier calls.
+        task_ids: (B,) int64, the task of every sequence, or None.
     """
 
     layers: dict[nn.Module, Grouping | None]
     token_ids: Tensor | None = None
     token_mask: Tensor | None = None
+    task_ids: Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -50,19 +52,26 @@ class Call(NamedTuple):
         tokens: of the innermost stack, or None.
         losses: where its routers put their balance losses, each (); None: nobody asks for them.
         held: what `hold` keeps for a recomputation; None outside of what is checkpointed.
+        task_ids: (B,) integers or one for all sequences, that a model around the stack was given, or None.
     """
 
     tokens: Tokens | None = None
     losses: list[Tensor] | None = None
     held: dict[Any, Any] | None = None
+    task_ids: Tensor | int | None = None
 
 
-_local = threading.local()
+class _Local(threading.local):
+    def __init__(self) -> None:  # in each thread, so that its second forward finds what the first one compiled for
+        self.call: Call | None = None
+
+
+_local = _Local()
 
 
 def current() -> Call:
     """The innermost call that runs in this thread; an empty one where none does."""
-    return getattr(_local, "call", None) or Call()
+    return _local.call or Call()
 
 
 class entered:
@@ -72,7 +81,7 @@ class entered:
         self.call = call
 
     def __enter__(self) -> Call:
-        self.before = getattr(_local, "call", None)
+        self.before = _local.call
         _local.call = self.call
         return self.call
 
@@ -87,15 +96,21 @@ def routed(forward: Callable[..., Any], tokens_of: Callable[[Any, dict[str, Any]
         forward: of a class, with `self`. Libraries call it directly, so that hooks of `__call__` would not do.
         tokens_of: of the model and the arguments of forward by their names.
     """
-    names = tuple(inspect.signature(forward).parameters)[1:]
+    names = argument_names(forward)
 
     @functools.wraps(forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = dict(zip(names, args, strict=False)) | kwargs
+        kwargs.pop("task_ids", None)
         with entered(current()._replace(tokens=tokens_of(self, inputs))):
             return forward(self, *args, **kwargs)
 
     return wrapped
+
+
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the arguments of a class's function behind `self`, in their order."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def hold(owner: object, value: Held) -> Held:
@@ -115,7 +130,7 @@ def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args:
     """
     if torch.compiler.is_compiling():  # what is traced is replayed, and no Python runs again
         return checkpoint(run, *args)
-    tokens, losses, _ = current()
+    tokens, losses = current()[:2]
     asked = losses is not None  # not the list itself: what is checkpointed would keep its own graph alive
     held: dict[Any, Any] = {}
     was_tuple, count = False, 0
@@ -179,6 +194,13 @@ def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...
 
     named = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, bases, {**named, "_made_of": (make, base), "__reduce_ex__": _reduce, **members})
+
+
+def plain_class(named: Any) -> Any:
+    """The class that other packages know, of one that `derived_class` made of it."""
+    while made_of := named.__dict__.get("_made_of"):
+        named = made_of[1]
+    return named
 
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
