@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 0.1  # d, of the mean of G's diagonal over the neurons kept
+_PRUNING_RIDGE = 0.001  # the same, while it is asked which neurons to keep
 _BLOCK = 96  # neurons cut between two updates
 _ENTRANTS = 2  # times the neurons to keep: as many of the strongest may be kept
 
@@ -70,9 +71,11 @@ def prune(w2: Tensor, moments: Moments, size: int, always: Tensor | None = None)
         strength[always] = torch.inf
     entrants = strength.argsort(descending=True, stable=True)[: _ENTRANTS * size]
     protected = 0 if always is None else len(always)
-    current = _solved(w2, moments, entrants, RIDGE)
+    current = _solved(w2, moments, entrants, _PRUNING_RIDGE)
     G = moments.covariance[entrants][:, entrants]
-    inverse = torch.linalg.inv(G + RIDGE * G.diagonal().mean() * torch.eye(len(G)).to(G))
+    if not G.diagonal().mean() > 0:
+        return entrants[:size]
+    inverse = torch.linalg.inv(G + _PRUNING_RIDGE * G.diagonal().mean() * torch.eye(len(G)).to(G))
     inside = torch.arange(len(entrants), device=w2.device)
     while len(inside) > size:
         cost = current.square().sum(0) / inverse.diagonal().clamp(min=1e-30)
