@@ -6,7 +6,7 @@ from moebert_kernels.errors import require_extra
 require_extra("train", "transformers")
 
 from moebert_kernels.convert.card import parameter_counts
-from moebert_kernels.convert.chosen import choose_experts, report_table
+from moebert_kernels.convert.chosen import choose_experts, judge_experts, report_table
 from moebert_kernels.convert.chosen_site import SiteChoice, SiteReport
 from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
@@ -45,6 +45,7 @@ __all__ = [
     "from_original",
     "importance_kept",
     "importance_scores",
+    "judge_experts",
     "layer_map",
     "load_importance",
     "make_student",

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from moebert_kernels.convert.chosen_site import SiteChoice, SiteChooser, SiteReport
+from moebert_kernels.convert.chosen_site import SiteChoice, SiteChooser, SiteReport, judge
+from moebert_kernels.convert.correction import Refit
 from moebert_kernels.convert.importance_file import model_fingerprint
 from moebert_kernels.convert.site_errors import SiteErrors
 from moebert_kernels.convert.sites import Site, find_sites
@@ -91,16 +92,46 @@ def choose_experts(
     return [done[n] for n in range(len(sites))]
 
 
+def judge_experts(
+    model: nn.Module, choices: Sequence[SiteChoice], batches: Iterable[Mapping[str, Any]], *,
+    target_modules: Sequence[str] | None = None, max_tokens: int = MOST_TOKENS, progress: bool = False,
+) -> list[SiteReport]:  # fmt: skip
+    """Measure choices on other text: their errors, how even the experts' tokens are, how many ids are new.
+
+    Args:
+        model: the dense model that they are for; not changed.
+        choices: of `choose_experts`.
+        batches, max_tokens, progress: as for `choose_experts`; all tokens are judged.
+        target_modules: as in the configuration of the choice.
+
+    Raises:
+        UserError: no text, or choices for another model.
+    """
+    sites = find_sites(model, None if target_modules is None else tuple(target_modules))
+    if len(sites) != len(choices):
+        raise UserError(f"choices: expected {len(sites)}, one for each feed-forward, got {len(choices)}")
+    texts = read_text(model, sites, batches, max_tokens, progress)
+    reports = []
+    with torch.no_grad():
+        for site, text, choice in zip(sites, texts, choices, strict=True):
+            errors = SiteErrors(site.weights(), site.activation, text)
+            reports.append(judge(site.name, errors, choice, torch.arange(len(text.ids), device=text.ids.device)))
+    return reports
+
+
 def report_table(reports: Iterable[SiteReport]) -> str:
     """The reports as text of fixed width: a row for each feed-forward, and the means."""
     rows = list(reports)
     names = [entry.name for entry in fields(SiteReport) if entry.name != "name"]
-    means = {name: sum(getattr(row, name) for row in rows) / len(rows) for name in names}
+    means: dict[str, Any] = {}
+    for name in names:
+        values = [getattr(row, name) for row in rows]
+        means[name] = None if None in values else sum(values) / len(values)
     width = max(len("feed-forward"), *(len(row.name) for row in rows))
 
     def line(name: str, values: Mapping[str, Any]) -> str:
-        shown = [f"{values[n]:8.0f}" if n == "common" else f"{values[n]:8.4f}" for n in names]
-        return f"{name:{width}}" + "".join(shown)
+        shown = ["-" if values[n] is None else f"{values[n]:.{0 if n == 'common' else 4}f}" for n in names]
+        return f"{name:{width}}" + "".join(f"{cell:>8}" for cell in shown)
 
     lines = [f"{'feed-forward':{width}}" + "".join(f"{name:>8}" for name in names)]
     lines += [line(row.name, asdict(row)) for row in rows]
@@ -148,7 +179,8 @@ class _Folder:
         return {n: _read_choice(self._file(n)) for n in range(count) if self._file(n).exists()}
 
     def write(self, n: int, choice: SiteChoice) -> None:
-        tensors = {name: t.contiguous() for name, t in choice._asdict().items() if isinstance(t, Tensor)}
+        named = choice._asdict() | {f"dense.{name}": t for name, t in choice.dense._asdict().items()}
+        tensors = {name: t.contiguous() for name, t in named.items() if isinstance(t, Tensor)}
         temporary = self._file(n).with_suffix(".part")
         save_file(tensors, temporary, {"report": json.dumps(asdict(choice.report))})
         temporary.replace(self._file(n))
@@ -159,6 +191,7 @@ def _read_choice(path: Path) -> SiteChoice:
         with safe_open(path, "pt") as file:
             report = SiteReport(**json.loads(file.metadata()["report"]))
             tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        return SiteChoice(**{"w2": None, "b2": None} | tensors, report=report)
+        dense = Refit(**{name: tensors.pop(f"dense.{name}", None) for name in Refit._fields})
+        return SiteChoice(**{"b2": None} | tensors, dense=dense, report=report)
     except (SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected a choice of experts, got a damaged file; remove it ({error})") from None

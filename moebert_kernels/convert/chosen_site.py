@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,9 @@ from moebert_kernels.convert.correction import Moments, Refit, prune, refit, str
 from moebert_kernels.convert.site_errors import SiteErrors
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.tables import random_hash_table
-from moebert_kernels.convert.text_pass import unseen_share
 from moebert_kernels.layers.config import MoEConfig
 
-_ROUNDS = 4  # of experts and tables in turns
+_ROUNDS = 3  # of experts and tables in turns
 _CLUSTER_ROUNDS = 10
 _CLUSTERED_IDS = 4096  # the most frequent ids, which make the first clusters
 _PRIOR_TOKENS = 1.0  # as many tokens the embeddings' prediction counts
@@ -39,7 +38,7 @@ class SiteReport:
     Attributes:
         name: of the feed-forward.
         dense: of one feed-forward for all tokens, with as many neurons as an expert and the same correction.
-        random: of MoEBERT's split with a random table.
+        random: of MoEBERT's split with a random table, uncorrected; None where it is not measured.
         chosen: of the experts and the table.
         best: of these experts if each token had its best one.
         load: tokens of the fullest expert, relative to the E-th part.
@@ -49,7 +48,7 @@ class SiteReport:
 
     name: str
     dense: float
-    random: float
+    random: float | None
     chosen: float
     best: float
     load: float
@@ -63,15 +62,26 @@ class SiteChoice(NamedTuple):
     Attributes:
         indices: (E, I) neurons of each expert.
         table: (V,) expert of each token id.
-        w2, b2: (E, H, I), (E, H) after the correction; None: the dense layer's, or it has none.
+        w2, b2: (E, H, I), (E, H) float32, as corrected; b2 is None where the dense layer has none.
+        known: (V,) bool, ids that the text had.
+        strength: (D,) how much each neuron's part of the output varies, a ranking without labels.
+        dense: the best feed-forward of I neurons for all tokens, corrected.
         report: how good it is.
     """
 
     indices: Tensor
     table: Tensor
-    w2: Tensor | None
+    w2: Tensor
     b2: Tensor | None
+    known: Tensor
+    strength: Tensor
+    dense: Refit
     report: SiteReport
+
+    def experts(self, device: torch.device) -> list[Refit]:
+        """The experts' neurons and second weights, on a device."""
+        parts = zip(self.indices, self.w2, [None] * len(self.w2) if self.b2 is None else self.b2, strict=True)
+        return [_on(Refit(*part), device) for part in parts]
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of a layer's experts that the correction changes, by their names in the layer."""
@@ -102,6 +112,7 @@ class SiteChooser:
         ids = site.text.ids[site.train]
         self.types, self.type_of = ids.unique(return_inverse=True)  # (n,), and of each choosing token
         self.counts = torch.bincount(self.type_of, minlength=len(self.types)).float()
+        self.whole: Moments | None = None  # of all tokens that choose
         self.embeddings = embeddings.detach().float().to(ids.device)
 
     def choose(self, indices: Tensor | None = None) -> SiteChoice:
@@ -110,7 +121,7 @@ class SiteChooser:
         if indices is not None:
             experts = [self._plain(kept) for kept in indices.to(site.w2.device)]
             table = self._table(experts)
-            return self._choice(experts, table, corrected=False)
+            return self._choice(experts, table)
         table = self._first_clusters() if self.given is None else self.given.to(site.w2.device)
         for _ in range(_ROUNDS if self.given is None else 1):
             experts = self._experts(table)
@@ -118,7 +129,7 @@ class SiteChooser:
         if config.correction:
             experts = self._corrected(table)
             table = self._table(experts)
-        return self._choice(experts, table, config.correction)
+        return self._choice(experts, table)
 
     def _plain(self, kept: Tensor) -> Refit:
         return Refit(kept, self.site.w2[:, kept], self.site.b2)
@@ -218,40 +229,46 @@ class SiteChooser:
         slope = torch.linalg.solve(gram, z.T @ (weight * (values - middle)))
         return (self.embeddings - centre) / scale @ slope + middle
 
-    def _choice(self, experts: list[Refit], table: Tensor, corrected: bool) -> SiteChoice:
-        site, E = self.site, self.E
-        errors = site.errors(experts, site.judged)
-        expert = table[site.text.ids[site.judged]]
-        load = float(torch.bincount(expert, minlength=E).max()) * E / len(expert)
-        everywhere = torch.bincount(torch.cat([e.kept for e in experts]), minlength=site.w2.shape[1]) == E
-        report = SiteReport(
-            self.name, self._dense_error(), self._random_error(),
-            float(errors.gather(1, expert[:, None]).mean()), float(errors.min(1).values.mean()),
-            load, int(everywhere.sum()), unseen_share(site.text),
+    def _choice(self, experts: list[Refit], table: Tensor) -> SiteChoice:
+        site = self.site
+        if self.whole is None:
+            self.whole = site.moments(torch.zeros_like(self.type_of), 1)[-1]
+        strength = self.whole.covariance.diagonal() * site.w2.square().sum(0)
+        known = torch.zeros(len(self.embeddings), dtype=torch.bool, device=table.device)
+        known[self.types] = True
+        choice = SiteChoice(
+            torch.stack([e.kept for e in experts]).cpu(), table.cpu(), torch.stack([e.w2 for e in experts]).cpu(),
+            None if site.b2 is None else torch.stack([e.b2 for e in experts]).cpu(), known.cpu(), strength.cpu(),
+            _on(self._least_squares(self.whole), torch.device("cpu")), SiteReport(self.name, *[0.0] * 5, 0, 0.0),
         )  # fmt: skip
-        return SiteChoice(
-            torch.stack([e.kept for e in experts]).cpu(), table.cpu(),
-            torch.stack([e.w2 for e in experts]).cpu() if corrected else None,
-            torch.stack([e.b2 for e in experts]).cpu() if corrected and site.b2 is not None else None,
-            report,
-        )  # fmt: skip
+        report = judge(self.name, site, choice, site.judged)
+        return choice._replace(report=replace(report, random=self._random_error(strength.cpu())))
 
-    def _dense_error(self) -> float:
-        whole = getattr(self, "whole", None)
-        if whole is None:
-            whole = self.site.moments(torch.zeros_like(self.type_of), 1)[-1]
-        self.whole = whole
-        return float(self.site.errors([self._least_squares(whole)], self.site.judged).mean())
-
-    def _random_error(self) -> float:
+    def _random_error(self, strength: Tensor) -> float:
         """Of MoEBERT's split by the activations' strength, with a random table and no correction."""
         site, D = self.site, self.site.w2.shape[1]
-        strength = (self.whole.covariance.diagonal() * site.w2.square().sum(0)).cpu()
         size, shared = default_split(D, self.size)
-        shared = max(shared, size - (D - size) // self.E)  # experts of many neurons must share more
-        while shared + (D - shared) // self.E < size:
+        while shared + (D - shared) // self.E < size:  # experts of many neurons share more
             shared += 1
         split = expert_indices(strength, self.E, size, shared).to(site.w2.device)
         errors = site.errors([self._plain(kept) for kept in split], site.judged)
         table = random_hash_table(len(self.embeddings), self.E, self.generator).to(errors.device)
         return float(errors.gather(1, table[site.text.ids[site.judged]][:, None]).mean())
+
+
+def judge(name: str, site: SiteErrors, choice: SiteChoice, tokens: Tensor) -> SiteReport:
+    """The report of a choice on some tokens of a text, without the error of random tables."""
+    device, E = site.w2.device, len(choice.indices)
+    ids = site.text.ids[tokens]
+    errors, expert = site.errors(choice.experts(device), tokens), choice.table.to(device)[ids]
+    dense = site.errors([_on(choice.dense, device)], tokens)
+    inside = torch.bincount(choice.indices.flatten(), minlength=site.w2.shape[1])
+    return SiteReport(
+        name, float(dense.mean()), None, float(errors.gather(1, expert[:, None]).mean()),
+        float(errors.min(1).values.mean()), float(torch.bincount(expert, minlength=E).max()) * E / len(ids),
+        int((inside == E).sum()), 1.0 - float(choice.known.to(device)[ids].float().mean()),
+    )  # fmt: skip
+
+
+def _on(part: Refit, device: torch.device) -> Refit:
+    return Refit(part.kept.to(device), part.w2.to(device), None if part.b2 is None else part.b2.to(device))

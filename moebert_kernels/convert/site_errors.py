@@ -13,7 +13,9 @@ from moebert_kernels.convert.correction import Moments, Refit
 from moebert_kernels.convert.sites import DenseWeights
 from moebert_kernels.convert.text_pass import SiteText
 
-_CHUNK = 2048  # tokens whose activations are in memory at once
+_CHUNK = 2048  # tokens whose activations are in memory at once,
+_KEPT_BYTES = 1 << 30  # unless those of all tokens take no more than this
+_FEW_GROUPS = 64  # summed by a matrix product, and more by index
 
 
 class SiteErrors:
@@ -36,7 +38,14 @@ class SiteErrors:
         self.train = torch.nonzero(~text.held_out).flatten()
         judged = torch.nonzero(text.held_out).flatten()
         self.judged = judged if len(judged) else self.train
-        self.output = torch.cat([F.linear(h, w2, b2) for _, _, h in self._chunks(torch.arange(len(text.x)))])
+        self._kept: Tensor | None = None
+        kept, output = [], []
+        keeps = len(text.x) * w2.shape[1] * 4 <= _KEPT_BYTES
+        for _, _, h in self._chunks(torch.arange(len(text.x))):
+            output.append(F.linear(h, w2, b2))
+            kept += [h] if keeps else []
+        self.output, self._kept = torch.cat(output), torch.cat(kept) if keeps else None
+        del kept
         behind = text.x.float() + self.output
         size = behind.var(1, unbiased=False) if text.is_normed else text.stream
         self.weight = 1.0 / size.clamp(min=1e-12)  # (N,), s^2
@@ -45,7 +54,10 @@ class SiteErrors:
         """Tokens (n,), their inputs (n, H) and activations (n, D)."""
         for part in tokens.to(self.text.x.device).split(_CHUNK):
             x = self.text.x[part].float()
-            yield part, x, reference.activate(F.linear(x, self.w1, self.b1), self.activation)
+            if self._kept is not None:
+                yield part, x, self._kept[part]
+            else:
+                yield part, x, reference.activate(F.linear(x, self.w1, self.b1), self.activation)
 
     def errors(self, experts: Sequence[Refit], tokens: Tensor) -> Tensor:
         """(n, E) error of each token with each expert."""
@@ -76,8 +88,13 @@ class SiteErrors:
             weight, into = self.weight[part], group[at : at + len(part)]
             at += len(part)
             total.index_add_(0, into, weight)
-            sums.index_add_(0, into, weight[:, None] * h)
-            squares.index_add_(0, into, weight[:, None] * h.square())
+            if num_groups <= _FEW_GROUPS:
+                member = F.one_hot(into, num_groups).T * weight
+                sums.addmm_(member, h)
+                squares.addmm_(member, h.square())
+            else:
+                sums.index_add_(0, into, weight[:, None] * h)
+                squares.index_add_(0, into, weight[:, None] * h.square())
         scale = total.clamp(min=1e-30)[:, None]
         return total, sums / scale, squares / scale
 
