@@ -1,4 +1,4 @@
-"""Experts and hash tables that fit the text: one pass over it, feed-forward by feed-forward; kept, if asked, on disk."""
+"""Experts and hash tables that fit some text, for all feed-forwards of a model; if asked, kept on disk one by one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _MEMORY = 2 << 30  # bytes of inputs that one pass may keep; more feed-forwards 
 
 
 def choose_experts(
-    model: nn.Module, config: MoEConfig, batches: Iterable[Mapping[str, Any]], *, indices: Sequence[Tensor] | None = None,
-    tables: Tensor | None = None, seed: int = 0, max_tokens: int = MOST_TOKENS, folder: str | Path | None = None,
-    progress: bool = False,
+    model: nn.Module, config: MoEConfig, batches: Iterable[Mapping[str, Any]], *,
+    indices: Sequence[Tensor] | None = None, tables: Tensor | None = None, seed: int = 0,
+    max_tokens: int = MOST_TOKENS, folder: str | Path | None = None, progress: bool = False,
 ) -> list[SiteChoice]:  # fmt: skip
     """Choose the neurons of the experts, their correction and the hash tables by unlabelled text.
 

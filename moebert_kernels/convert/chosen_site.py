@@ -239,7 +239,8 @@ class SiteChooser:
         choice = SiteChoice(
             torch.stack([e.kept for e in experts]).cpu(), table.cpu(), torch.stack([e.w2 for e in experts]).cpu(),
             None if site.b2 is None else torch.stack([e.b2 for e in experts]).cpu(), known.cpu(), strength.cpu(),
-            _on(self._least_squares(self.whole), torch.device("cpu")), SiteReport(self.name, *[0.0] * 5, 0, 0.0),
+            _on(self._least_squares(self.whole), torch.device("cpu")),
+            SiteReport(self.name, 0.0, None, 0.0, 0.0, 0.0, 0, 0.0),
         )  # fmt: skip
         report = judge(self.name, site, choice, site.judged)
         return choice._replace(report=replace(report, random=self._random_error(strength.cpu())))

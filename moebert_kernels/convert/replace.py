@@ -46,8 +46,8 @@ def convert_to_moe(
 
     Args:
         model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
-        config: what to make; None: `MoEConfig.moebert()`, or with text `MoEConfig.chosen()`. The model gets a copy with every choice made, as
-            `model.config.quantization_config`.
+        config: what to make; None: `MoEConfig.moebert()`, or with text `MoEConfig.chosen()`. The model gets a copy with
+            every choice made, as `model.config.quantization_config`.
         importance: with experts="split", (L, D) scores of the L feed-forwards' neurons; None: a random ranking, with a
             warning.
         seed: of everything random here.
@@ -122,7 +122,9 @@ def _checked(chosen: Sequence[SiteChoice], config: MoEConfig, weights: Sequence[
     shapes = [tuple(made.indices.shape) for made in chosen]
     D = weights[0].w2.shape[1]
     if {(len(chosen), *shape) for shape in shapes} != {wanted} or max(int(made.indices.max()) for made in chosen) >= D:
-        raise UserError(f"chosen: expected {wanted[0]} choices of {wanted[1]} experts of {wanted[2]}, got another model's")
+        raise UserError(
+            f"chosen: expected {wanted[0]} choices of {wanted[1]} experts of {wanted[2]}, got another model's"
+        )
     return [made.indices for made in chosen]
 
 

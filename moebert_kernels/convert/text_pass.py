@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,10 @@ class _Recorder:
         self.parts: list[tuple[Tensor, ...]] = []
         self.count = self.rows = 0
         self.is_normed: bool | None = None
-        self.ids = self.mask = self.x = self.y = None
+        self.ids: Any = None
+        self.mask: Any = None
+        self.x: Any = None
+        self.y: Any = None
 
     def hooks(self) -> list[Any]:
         names = tuple(inspect.signature(self.stack.forward).parameters)
@@ -80,7 +83,7 @@ class _Recorder:
 
     def keep(self, behind: Tensor) -> None:
         """Keep the tokens of a forward, `behind` being the residual stream behind the block, up to `most` in all."""
-        ids: Any = self.ids
+        ids = self.ids
         mask = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(self.mask, Tensor) and self.mask.ndim == 2:
             mask = self.mask[:, -ids.shape[1] :] != 0

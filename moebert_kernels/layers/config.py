@@ -40,11 +40,11 @@ class MoEConfig(QuantizationConfigMixin):
             "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668); "task": by the
             task of each sequence, of which a forward is told (Task-MoE, 2110.03742; MicroBERT).
         experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "clustered": it has those that
-            its tokens move on some text; "copy": each starts as the whole dense layer (Switch); "mpo": as "copy", with one central tensor shared by all experts of a layer
-            (MPOE, 2203.01104).
+            its tokens move on some text; "copy": each starts as the whole dense layer (Switch); "mpo": as "copy", with
+            one central tensor shared by all experts of a layer (MPOE, 2203.01104).
         num_experts: E, in each layer.
-        expert_size: with "split" and "clustered", neurons of an expert. None: a quarter of the dense layer's; with router="task" the
-            E-th part of them, so that none is lost.
+        expert_size: with "split" and "clustered", neurons of an expert. None: a quarter of the dense layer's; with
+            router="task" the E-th part of them, so that none is lost.
         num_shared_neurons: with "split", how many of them, the most important, are in every expert. None: two thirds
             of an expert's, which of the default is a sixth of the dense layer's; with router="task" 0; with "clustered"
             as many as the text makes common.
@@ -208,7 +208,9 @@ class MoEConfig(QuantizationConfigMixin):
 
     def _check_chosen(self) -> None:
         if self.router == CHOSEN_ROUTER and self.experts not in SPLITS:
-            raise UserError(f"router: {self.router!r} needs experts that differ, {' or '.join(SPLITS)}, got {self.experts}")
+            raise UserError(
+                f"router: {self.router!r} needs experts that differ, {' or '.join(SPLITS)}, got {self.experts}"
+            )
         if self.experts == "clustered" and not self.is_hash_routed:
             raise UserError(f"experts: 'clustered' needs routing by token ids, as 'hash-chosen', got {self.router!r}")
         if self.experts == "clustered" and self.expert_bias != "expert":

@@ -154,7 +154,7 @@ def test_the_axes_of_the_configuration_are_free_of_each_other(config):
         assert all(len(of_expert) == config.expert_size for of_expert in neurons)
         assert len(set.intersection(*neurons)) >= (config.num_shared_neurons or 0)
         kept = layer.experts.w2[0][:, 0]
-        is_dense = bool((other.output.dense.weight.T == kept).all(1).any())
+        is_dense = bool((kept == other.output.dense.weight.T).all(1).any())
         corrected = config.experts == "clustered" and config.correction and config.expert_size < 48
         assert is_dense == (not corrected)
     with torch.no_grad():
@@ -265,10 +265,20 @@ def test_the_report_is_a_table():
         ("bert", {}, {}, "batches: expected text to choose experts by with router='hash-chosen' .* got none"),
         ("bert", {"router": "hash-random", "experts": "split"}, {"batches": text()}, "batches: expected none with"),
         ("bert", {"expert_size": 49}, {"batches": text()}, "expert_size: expected 1 to the dense layer's 48 neurons"),
-        ("bert", {"expert_size": 8, "num_shared_neurons": 9}, {"batches": text()}, "num_shared_neurons: expected 0 to expert_size=8"),
+        (
+            "bert",
+            {"expert_size": 8, "num_shared_neurons": 9},
+            {"batches": text()},
+            "num_shared_neurons: expected 0 to expert_size=8",
+        ),
         ("vit", {}, {"batches": text()}, "router: hash-chosen routes by token ids, and .* of ViTModel gets none"),
         ("bert", {}, {"batches": []}, "batches: expected text to choose experts by, got no tokens"),
-        ("bert", {}, {"batches": text(), "tables": torch.zeros(100)}, "tables: expected none with router='hash-chosen'"),
+        (
+            "bert",
+            {},
+            {"batches": text(), "tables": torch.zeros(100)},
+            "tables: expected none with router='hash-chosen'",
+        ),
         ("bert", {}, {"batches": text(vocab=(3, 6))}, "at least 8 different token ids for 4 experts, got 3 in"),
     ],
 )
@@ -280,7 +290,7 @@ def test_what_cannot_be_chosen_is_refused(family, fields, options, message):
 def test_a_choice_for_another_model_is_refused():
     choices = chosen_for(strong())
     for config in (MoEConfig.chosen(num_experts=4, expert_size=16), MoEConfig.chosen(num_experts=3)):
-        with pytest.raises(UserError, match="chosen: expected 2 choices of . experts of .., got another model's"):
+        with pytest.raises(UserError, match=r"chosen: expected 2 choices of . experts of \d+, got another model's"):
             convert_to_moe(make("bert"), config, chosen=choices)
     with pytest.raises(UserError, match="chosen: expected 1 choices"):
         convert_to_moe(make("bert", num_hidden_layers=1), CONFIG, chosen=choices)
@@ -289,7 +299,10 @@ def test_a_choice_for_another_model_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"router": "hash-chosen", "experts": "copy"}, "router: 'hash-chosen' needs experts that differ, split or clust"),
+        (
+            {"router": "hash-chosen", "experts": "copy"},
+            "router: 'hash-chosen' needs experts that differ, split or clust",
+        ),
         ({"router": "gate-token", "experts": "clustered"}, "experts: 'clustered' needs routing by token ids"),
         ({"experts": "clustered", "expert_bias": "common"}, "expert_bias: expected 'expert' with experts='clustered'"),
         ({"max_load": 0.9}, "max_load: expected a number of at least 1, got 0.9"),

@@ -25,7 +25,6 @@ def moments_of(h, weight, centred=True):
     return Moments(float(weight.sum()), mean, c.T @ c)
 
 
-
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_without_ridge_it_is_the_least_squares(layer, has_bias):
     h, weight, w2, b2 = layer
