@@ -40,8 +40,6 @@ from moebert_kernels.convert import (
     judge_experts,
     report_table,
 )
-from moebert_kernels.convert.replace import resolved
-from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.layers import MoEConfig
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
@@ -95,11 +93,7 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
 
 
 def choose(model: nn.Module, tokenizer: Any, texts: Sequence[str], folder: Path) -> list[SiteChoice]:
-    sites = find_sites(model)
-    config = resolved(MoEConfig.chosen(), model, sites, sites[0].weights())
-    return choose_experts(
-        model, config, Texts(tokenizer, texts), max_tokens=CHOOSING, folder=folder, progress=True
-    )  # fmt: skip
+    return choose_experts(model, Texts(tokenizer, texts), max_tokens=CHOOSING, folder=folder, progress=True)
 
 
 def errors(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from moebert_kernels.convert.chosen_site import SiteChoice, SiteChooser, SiteRep
 from moebert_kernels.convert.correction import Refit
 from moebert_kernels.convert.importance_file import model_fingerprint
 from moebert_kernels.convert.site_errors import SiteErrors
-from moebert_kernels.convert.sites import Site, find_sites
+from moebert_kernels.convert.sites import Site, common_width, find_sites
+from moebert_kernels.convert.split import check_split, default_split
 from moebert_kernels.convert.text_pass import check_text, read_text
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
@@ -30,7 +31,7 @@ _MEMORY = 2 << 30  # bytes of inputs that one pass may keep; more feed-forwards 
 
 
 def choose_experts(
-    model: nn.Module, config: MoEConfig, batches: Iterable[Mapping[str, Any]], *,
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], config: MoEConfig | None = None, *,
     indices: Sequence[Tensor] | None = None, tables: Tensor | None = None, seed: int = 0,
     max_tokens: int = MOST_TOKENS, folder: str | Path | None = None, progress: bool = False,
 ) -> list[SiteChoice]:  # fmt: skip
@@ -42,9 +43,9 @@ def choose_experts(
 
     Args:
         model: a dense model of transformers; not changed.
-        config: with every choice made, as `resolved` gives it.
         batches: mappings of tensors with `input_ids` and, where there is padding, `attention_mask`. 20,000 tokens are
             enough to beat random tables; reading ends at `max_tokens`.
+        config: of the conversion; None: `MoEConfig.chosen()`.
         indices: L times (E, I), the neurons of the experts, of which only the tables are chosen. None: chosen too.
         tables: (L, V) tables for which the experts are chosen. None: chosen too.
         seed: of all that is random.
@@ -55,10 +56,17 @@ def choose_experts(
         A choice for each feed-forward.
 
     Raises:
-        UserError: text of which no table can be made (none, a few ids, mostly ids unseen in the rest of it, one id for
+        UserError: a model or sizes that do not fit, as for `convert_to_moe`; text of which no table can be made (none, a few ids, mostly ids unseen in the rest of it, one id for
             most tokens), batches that cannot be read twice where they must be, a folder of another choice.
     """
+    config = config or MoEConfig.chosen()
     sites = find_sites(model, None if config.target_modules is None else tuple(config.target_modules))
+    D = common_width(sites)
+    config = replace(config, expert_size=default_split(D, config.expert_size)[0])
+    check_split(D, 1, config.expert_size or D, config.num_shared_neurons or 0)
+    without = [site.name for site in sites if stack_of(model, site.name) is None]
+    if without:
+        raise UserError(f"model: expected feed-forwards behind token ids, got {without[0]} of {type(model).__name__}")
     kept = None if folder is None else _Folder(Path(folder), model, config, seed, max_tokens)
     done: dict[int, SiteChoice] = {} if kept is None else kept.read(len(sites))
     missing = [n for n in range(len(sites)) if n not in done]

@@ -23,6 +23,7 @@ from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.convert.tables import random_hash_table
 from moebert_kernels.layers.config import MoEConfig
 
+_MARGIN = 0.5  # of what `max_load` allows beyond an even share: other text of the kind is less even
 _ROUNDS = 3  # of experts and tables in turns
 _CLUSTER_ROUNDS = 10
 _CLUSTERED_IDS = 4096  # the most frequent ids, which make the first clusters
@@ -113,6 +114,7 @@ class SiteChooser:
         self.types, self.type_of = ids.unique(return_inverse=True)  # (n,), and of each choosing token
         self.counts = torch.bincount(self.type_of, minlength=len(self.types)).float()
         self.whole: Moments | None = None  # of all tokens that choose
+        self.max_load = 1 + _MARGIN * (config.max_load - 1)
         self.embeddings = embeddings.detach().float().to(ids.device)
 
     def choose(self, indices: Tensor | None = None) -> SiteChoice:
@@ -157,7 +159,7 @@ class SiteChooser:
         centres = points[chosen]
         for _ in range(_CLUSTER_ROUNDS):
             far = 1 - points @ F.normalize(centres, dim=1).T
-            expert = balanced_assignment(far, counts, self.config.max_load).expert.to(points.device)
+            expert = balanced_assignment(far, counts, self.max_load).expert.to(points.device)
             centres = torch.zeros_like(centres).index_add_(0, expert, points * counts[:, None])
         table = random_hash_table(len(self.embeddings), self.E, self.generator).to(points.device)
         table[self.types[often]] = expert
@@ -213,7 +215,7 @@ class SiteChooser:
         seen = predicted[self.types]
         share = (self.counts / (self.counts + _PRIOR_TOKENS))[:, None]
         judged = share * (mean - level) + (1 - share) * seen
-        found = balanced_assignment(judged, self.counts, self.config.max_load)
+        found = balanced_assignment(judged, self.counts, self.max_load)
         table = (predicted.double() + found.prices.to(predicted.device)).argmin(1)
         table[self.types] = found.expert.to(table.device)
         return table

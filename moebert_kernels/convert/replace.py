@@ -99,7 +99,7 @@ def convert_to_moe(
     if config.needs_text:
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
         neurons = split if config.experts == "split" else None
-        chosen = chosen or choose_experts(model, config, batches or (), indices=neurons, tables=given, seed=seed)
+        chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
         split, routers = _checked(chosen, config, weights), [{"router.table": made.table} for made in chosen]
     state = [
         expert_state(config, dense, site, indices, noise, generator)

@@ -51,7 +51,8 @@ class MoEConfig(QuantizationConfigMixin):
         norm: "expert": every expert has its own copy of the residual's LayerNorm, where a model has one behind its
             feed-forward (MoEBERT); "layer": the model's stays. None: "expert" there with "split" or "clustered" and
             one expert for a token, else "layer".
-        max_load: with "hash-chosen", the most tokens of an expert on that text, relative to the E-th part of them.
+        max_load: with "hash-chosen", the most tokens of an expert on text of that kind, relative to the E-th part of
+            them. Half of what it allows beyond that part is used on the text that chooses.
         correction: with "clustered", correct w2 and b2 for the neurons that were cut, by least squares on that text.
         top_k: experts of a token with router="task". None: 2, or 1 with norm="expert".
         tasks: with router="task", names of the tasks, by task id.
