@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of the guides to conversion and routing run as printed, each in a process of its own."""
+"""The Python snippets of the README and of two guides run as printed, each in a process of its own."""
 
 import os
 import re

@@ -56,8 +56,9 @@ def choose_experts(
         A choice for each feed-forward.
 
     Raises:
-        UserError: a model or sizes that do not fit, as for `convert_to_moe`; text of which no table can be made (none, a few ids, mostly ids unseen in the rest of it, one id for
-            most tokens), batches that cannot be read twice where they must be, a folder of another choice.
+        UserError: a model or sizes that do not fit, as for `convert_to_moe`; text of which no table can be made (none,
+            a few ids, mostly ids unseen in the rest of it, one id for most tokens); batches that cannot be read twice
+            where they must be; a folder of another choice.
     """
     config = config or MoEConfig.chosen()
     sites = find_sites(model, None if config.target_modules is None else tuple(config.target_modules))

@@ -285,7 +285,7 @@ def test_what_cannot_be_chosen_is_refused(family, fields, options, message):
 
 
 def test_a_choice_for_another_model_is_refused():
-    with pytest.raises(UserError, match="model: expected feed-forwards behind token ids, got .* of ViTModel"):
+    with pytest.raises(UserError, match=r"model: expected feed-forwards behind token ids, got .* of ViTModel"):
         choose_experts(make("vit"), text())
     choices = chosen_for(strong())
     for config in (MoEConfig.chosen(num_experts=4, expert_size=16), MoEConfig.chosen(num_experts=3)):
