@@ -8,7 +8,7 @@
 judged layer by layer on text of each kind that chose nothing. `distil`: students of three kinds follow the model
 without labels, for the same steps; loss, and the correlation of the embeddings' cosines with people's scores on STS-B
 and SICK. The data is that of GLUE and SICK, gzipped. Both go on where they were interrupted. `report` writes table.md
-and chart.png.
+and a chart for each model.
 """
 
 from __future__ import annotations
@@ -208,6 +208,95 @@ def distil(args: argparse.Namespace) -> None:
             file.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def report(_: argparse.Namespace) -> None:
+    """Write table.md and chart.png of all results that there are."""
+    parts = []
+    for file in sorted(HERE.glob("errors-*.json")):
+        found, name = json.loads(file.read_text()), file.stem.removeprefix("errors-")
+        parts += [error_tables(name, found)]
+        draw(name, found)
+    for file in sorted(HERE.glob("distil-*.json")):
+        parts += [distil_table(file.stem.removeprefix("distil-"), json.loads(file.read_text()))]
+    (HERE / "table.md").write_text("\n\n".join(parts) + "\n")
+
+
+def error_tables(name: str, found: dict[str, Any]) -> str:
+    kind, of_kind = next(iter(found.items()))
+    rows = [
+        f"### {name}: error of each layer, chosen by and judged on {kind}, {of_kind['seconds']:.0f} s",
+        "| layer | dense of the same FLOPs | MoEBERT's split, random table | **chosen** | best expert for each token | "
+        "chosen below dense | fullest expert | common neurons |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    layers = of_kind["choice"]
+    mean = {key: statistics.mean(row[key] for row in layers) for key in layers[0] if key != "name"}
+    for label, row in [*((str(n + 1), row) for n, row in enumerate(layers)), ("mean", mean)]:
+        rows.append(
+            f"| {label} | {row['dense']:.4f} | {row['random']:.4f} | **{row['chosen']:.4f}** | {row['best']:.4f} | "
+            f"{100 - 100 * row['chosen'] / row['dense']:.0f} % | {row['load']:.2f} | {row['common']:.0f} |"
+        )
+    rows += ["", f"### {name}: means over the layers, by the text that chose and the text that judged"]
+    rows += ["| chose | judged | dense | chosen | below dense | fullest expert, mean, worst layer | unseen tokens |"]
+    rows += ["|---|---|---|---|---|---|---|"]
+    for one, of_one in found.items():
+        for other, reports in of_one["judged"].items():
+            dense, chosen, load = (statistics.mean(row[key] for row in reports) for key in ("dense", "chosen", "load"))
+            rows.append(
+                f"| {one} | {other} | {dense:.4f} | {chosen:.4f} | {100 - 100 * chosen / dense:.0f} % | {load:.2f}, "
+                f"{max(row['load'] for row in reports):.2f} | {100 * reports[0]['unseen']:.0f} % |"
+            )
+    return "\n".join(rows)
+
+
+def distil_table(name: str, found: dict[str, Any]) -> str:
+    """Means over the seeds that are done, and differences to the dense student, paired."""
+    seeds = [of_seed for seed, of_seed in found.items() if seed != "teacher" and all(arm in of_seed for arm in ARMS)]
+    teacher = ", ".join(f"{task} {value:.1f}" for task, value in found["teacher"].items())
+    if not seeds:
+        return f"### {name}: distilled without labels: no seed is done"
+    steps = seeds[0]["dense"]["steps"]
+    rows = [
+        f"### {name}: {steps} steps without labels, {len(seeds)} seeds; teacher {teacher}",
+        "| student | STS-B, SICK before | loss, last sixth | loss minus dense's | STS-B, SICK after | minus dense's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        tasks = list(found["teacher"])
+        before, after = (
+            ", ".join(f"{statistics.mean(seed[arm][when][task] for seed in seeds):.1f}" for task in tasks)
+            for when in ("before", "after")
+        )
+        loss = statistics.mean(seed[arm]["losses"][-1] for seed in seeds)
+        lower = spread([seed[arm]["losses"][-1] - seed["dense"]["losses"][-1] for seed in seeds], 4)
+        gains = [spread([s[arm]["after"][task] - s["dense"]["after"][task] for s in seeds], 2) for task in tasks]
+        rows.append(f"| {arm} | {before} | {loss:.4f} | {lower} | {after} | {', '.join(gains)} |")
+    return "\n".join(rows)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    shown = f"{statistics.mean(values):+.{digits}f}"
+    return shown if len(values) < 2 else f"{shown} +- {statistics.stdev(values):.{digits}f}"
+
+
+def draw(name: str, found: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kind, of_kind = next(iter(found.items()))
+    layers = of_kind["choice"]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for key, label in (("random", "MoEBERT's split, random table"), ("dense", "dense of the same FLOPs, corrected"),
+                       ("chosen", "chosen"), ("best", "best expert for each token")):  # fmt: skip
+        axes.plot(range(1, len(layers) + 1), [row[key] for row in layers], "o-", label=label)
+    axes.set(xlabel="layer", ylabel="error behind the feed-forward", title=f"{name}, {kind}", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(HERE / f"chart-{name}.png", dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("errors", "distil", "report"))
@@ -223,7 +312,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="no importance scores")
-    {"errors": errors, "distil": distil}[args.what](args)
+    {"errors": errors, "distil": distil, "report": report}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def choose_experts(
 ) -> list[SiteChoice]:  # fmt: skip
     """Choose the neurons of the experts, their correction and the hash tables by unlabelled text.
 
-    Of the text one sequence in eight only judges: the reports' errors are of text that chose nothing. The same text and
-    seed give the same choice. Memory: `max_tokens` x H numbers for each feed-forward of a pass (2 GiB in all, or one
+    Of the text one sequence in eight only judges: the reports' errors are of text that chose nothing (of fewer than eight
+    sequences all choose and judge). On a CPU the same text and seed give the same choice. Memory: `max_tokens` x H numbers for each feed-forward of a pass (2 GiB in all, or one
     feed-forward; more feed-forwards take more passes over the batches), and (E + 3) D^2 float32 for the one at work.
 
     Args:

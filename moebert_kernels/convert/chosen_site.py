@@ -229,7 +229,7 @@ class SiteChooser:
         z = (known - centre) / scale
         gram = z.T @ (weight * z) + _PRIOR_RIDGE * torch.eye(z.shape[1]).to(z)
         slope = torch.linalg.solve(gram, z.T @ (weight * (values - middle)))
-        return (self.embeddings - centre) / scale @ slope + middle
+        return self.embeddings @ (slope / scale) + (middle - centre @ slope / scale)
 
     def _choice(self, experts: list[Refit], table: Tensor) -> SiteChoice:
         site = self.site
