@@ -187,7 +187,7 @@ def distil(args: argparse.Namespace) -> None:
     """Write distil-NAME.json: seed -> arm -> losses by sixths of the steps, correlations before and after."""
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     texts = sentences(args.data, "news")
-    choosing, training = texts[:1600], texts[1600:]
+    choosing, training = texts[:2000], texts[2000:]  # the choice of `errors` serves here too
     file = HERE / f"distil-{args.name}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found.setdefault("teacher", correlations(teacher, tokenizer, args.data))
@@ -195,7 +195,7 @@ def distil(args: argparse.Namespace) -> None:
         done = found.setdefault(str(seed), {})
         if all(arm in done for arm in args.arms):
             continue
-        made = students(teacher, tokenizer, choosing, args.work / args.name / "distil", seed)
+        made = students(teacher, tokenizer, choosing, args.work / args.name / "news", seed)
         order = list(training)
         random.Random(seed).shuffle(order)
         order = order * (1 + args.batch * args.steps // len(order))

@@ -38,9 +38,9 @@ def choose_experts(
     """Choose the neurons of the experts, their correction and the hash tables by unlabelled text.
 
     Of the text one sequence in eight only judges: the reports' errors are of text that chose nothing (of fewer than
-    eight sequences all choose and judge). On a CPU the same text and seed give the same choice. Memory: `max_tokens` x H
-    numbers for each feed-forward of a pass (2 GiB in all, or one feed-forward; more feed-forwards take more passes over
-    the batches), 1 GiB of activations at most, and (E + 3) D^2 float32 for the feed-forward at work.
+    eight sequences all choose and judge). On a CPU the same text and seed give the same choice. Memory: `max_tokens` x
+    H numbers for each feed-forward of a pass (2 GiB in all, or one feed-forward; more feed-forwards take more passes
+    over the batches), 1 GiB of activations at most, and (E + 3) D^2 float32 for the feed-forward at work.
 
     Args:
         model: a dense model of transformers; not changed.
