@@ -136,7 +136,7 @@ def _layers_of_whole_experts(model: Any) -> list[MoEFeedForward]:
     """The layers of a model whose experts are each a whole feed-forward: MPOE's, or copies."""
     layers = moe_layers(model)
     if not layers or model.config.quantization_config.experts in SPLITS:
-        got = " with experts='split'" if layers else ""
+        got = f" with experts={model.config.quantization_config.experts!r}" if layers else ""
         raise UserError(
             f"model: expected a model converted with experts='mpo' or 'copy', got {type(model).__name__}{got}"
         )
