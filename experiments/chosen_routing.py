@@ -221,7 +221,8 @@ def report(_: argparse.Namespace) -> None:
 
 
 def error_tables(name: str, found: dict[str, Any]) -> str:
-    kind, of_kind = next(iter(found.items()))
+    kind = next(kind for kind in KINDS if kind in found)
+    of_kind = found[kind]
     rows = [
         f"### {name}: error of each layer, chosen by and judged on {kind}, {of_kind['seconds']:.0f} s",
         "| layer | dense of the same FLOPs | MoEBERT's split, random table | **chosen** | best expert for each token | "
@@ -284,7 +285,8 @@ def draw(name: str, found: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kind, of_kind = next(iter(found.items()))
+    kind = next(kind for kind in KINDS if kind in found)
+    of_kind = found[kind]
     layers = of_kind["choice"]
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, label in (("random", "MoEBERT's split, random table"), ("dense", "dense of the same FLOPs, corrected"),

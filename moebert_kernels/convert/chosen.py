@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.layers.routing import stack_of
 
 MOST_TOKENS = 32768  # of the text, read by default
+_FEW_TOKENS = 4  # for each neuron of an expert: with fewer the least squares see little but noise
 _MEMORY = 2 << 30  # bytes of inputs that one pass may keep; more feed-forwards take more passes
 
 
@@ -64,8 +66,9 @@ def choose_experts(
     config = config or MoEConfig.chosen()
     sites = find_sites(model, None if config.target_modules is None else tuple(config.target_modules))
     D = common_width(sites)
-    config = replace(config, expert_size=default_split(D, config.expert_size)[0])
-    check_split(D, 1, config.expert_size or D, config.num_shared_neurons or 0)
+    size = default_split(D, config.expert_size)[0]
+    config = replace(config, expert_size=size)
+    check_split(D, 1, size, config.num_shared_neurons or 0)
     without = [site.name for site in sites if stack_of(model, site.name) is None]
     if without:
         raise UserError(f"model: expected feed-forwards behind token ids, got {without[0]} of {type(model).__name__}")
@@ -86,6 +89,11 @@ def choose_experts(
             for place, n in enumerate(numbers):
                 text, texts[place] = texts[place], None  # what is done with is let go
                 check_text(text, config.num_experts)
+                if n == 0 and len(text.ids) < _FEW_TOKENS * size:
+                    warnings.warn(
+                        f"batches: {len(text.ids)} tokens are few to correct experts of {size} neurons by; 20,000 do",
+                        stacklevel=2,
+                    )
                 if kept is not None:
                     kept.check_text(text.ids)
                 site = sites[n]

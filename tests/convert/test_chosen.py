@@ -284,6 +284,11 @@ def test_what_cannot_be_chosen_is_refused(family, fields, options, message):
         convert_to_moe(make(family), MoEConfig.chosen(**fields), **options)
 
 
+def test_few_tokens_are_a_warning():
+    with pytest.warns(UserWarning, match="batches: 44 tokens are few to correct experts of 16 neurons by; 20,000 do"):
+        chosen_for(strong(), batches=text(count=1, vocab=(3, 12)))
+
+
 def test_a_choice_for_another_model_is_refused():
     with pytest.raises(UserError, match=r"model: expected feed-forwards behind token ids, got .* of ViTModel"):
         choose_experts(make("vit"), text())
