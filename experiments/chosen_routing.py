@@ -73,7 +73,7 @@ def sentences(data: Path, kind: str) -> list[str]:
 def scored_pairs(data: Path, name: str) -> tuple[list[str], list[str], list[float]]:
     head, *rows = lines(data, name)
     one, two, score = (head.index(column) for column in SCORE_COLUMNS[name])
-    rows = [row for row in rows if len(row) == len(head)][:1000]
+    rows = [row for row in rows if len(row) == len(head)][:500]
     return [row[one] for row in rows], [row[two] for row in rows], [float(row[score]) for row in rows]
 
 
