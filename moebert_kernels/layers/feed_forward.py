@@ -28,6 +28,8 @@ class NormedExperts(DenseExperts):
     Parameters: those of `DenseExperts`, norm_weight and norm_bias (E, H).
     """
 
+    adds_residual = True
+
     def __init__(
         self, hidden_size: int, expert_size: int, num_experts: int, *,
         eps: float = 1e-12, output_dropout: float = 0.0, **options: Any,
@@ -82,7 +84,7 @@ class MoEFeedForward(nn.Module):
         Raises:
             ValueError: outside of a forward of the model that gets the token ids, where there is one.
         """
-        if isinstance(self.experts, NormedExperts):
+        if self.experts.adds_residual:
             return self._experts(hidden_states)
         y = F.dropout(self._experts(hidden_states), self.output_dropout, self.training)
         if residual is not None:
