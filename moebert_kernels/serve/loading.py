@@ -16,7 +16,7 @@ from moebert_kernels.convert.replace import replace_feed_forwards, set_config
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.serve.config import METHOD, PreparedConfig
-from moebert_kernels.serve.cpu import warn_if_slow
+from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.packed import DTYPES
 from moebert_kernels.serve.prepare import finish, replace_modules

@@ -6,7 +6,7 @@ form of an engine, and `state_dict` turns that back into the same buffers, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,11 @@ from moebert_kernels.activation import is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
-from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, pack, quantised
+from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, pack
+from moebert_kernels.torch_backend.activation import activate
 
+# of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
+_FEW_ROWS = 32
 Engines = Callable[[tuple[int, int], bool], str]  # shape (N, K), and whether of experts -> engine
 
 
@@ -173,7 +176,7 @@ class PackedExperts(PackedModule):
         taken = self._take()
         if self.adds_residual:
             rows = zip(taken["norm_weight"], taken["norm_bias"], strict=True)
-            self._norms = [(weight.clone(), bias.clone()) for weight, bias in rows]
+            self._norms = [(weight.float(), bias.float()) for weight, bias in rows]
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -183,7 +186,7 @@ class PackedExperts(PackedModule):
                 if values[0] is not None:
                     found[key] = torch.stack(list(values))
         for key, values in zip(("norm_weight", "norm_bias"), zip(*self._norms, strict=True), strict=False):
-            found[key] = torch.stack(list(values))
+            found[key] = torch.stack(list(values)).to(torch.float32 if self.dtype == "int8" else DTYPES[self.dtype])
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
@@ -218,18 +221,19 @@ class PackedExperts(PackedModule):
 
     def _outputs(self, rows: Tensor, bounds: list[int]) -> Iterator[Tensor]:
         """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them."""
-        for e, (lo, hi) in enumerate(pairwise(bounds)):
-            if lo == hi:
-                continue
-            x = rows[lo:hi]
-            y = self._second[e](self._first[e](x, self.activation))
+        counts = [hi - lo for lo, hi in pairwise(bounds)]
+        experts = [e for e, count in enumerate(counts) if count]
+        inputs = rows.split_with_sizes([counts[e] for e in experts])
+        hidden: Sequence[Tensor] | None = None
+        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses:
+            together = torch.cat([self._first[e](x) for e, x in zip(experts, inputs, strict=True)])
+            hidden = activate(together, self.activation, inplace=True).split_with_sizes([len(x) for x in inputs])
+        for k, (e, x) in enumerate(zip(experts, inputs, strict=True)):
+            y = self._second[e](self._first[e](x, self.activation) if hidden is None else hidden[k])
             if self.adds_residual:
                 weight, bias = self._norms[e]
-                if y.dtype == torch.float32:
-                    y = torch.layer_norm(y.add_(x), (y.shape[1],), weight, bias, self.eps)
-                else:
-                    z = y.float().add_(x)
-                    y = torch.layer_norm(z, (y.shape[1],), weight.float(), bias.float(), self.eps).to(y.dtype)
+                z = y.add_(x) if y.dtype == torch.float32 else y.float().add_(x)
+                y = torch.layer_norm(z, (z.shape[1],), weight, bias, self.eps).to(y.dtype)
             yield y
 
     def extra_repr(self) -> str:

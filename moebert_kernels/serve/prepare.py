@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.nn.context import derived_class
+from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.config import PreparedConfig
-from moebert_kernels.serve.cpu import warn_if_slow
+from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest
 
@@ -110,6 +111,10 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
 
 def finish(model: Any, config: PreparedConfig) -> None:
     """Choose engines, pack all modules, and let the model know what it is."""
+    for stack in model.modules():
+        routers = [layer.router for layer in getattr(stack, "moe_layers", ())]
+        if routers and isinstance(routers[0], HashRouter):
+            join_tables(routers)
     choices = choose_engines(model, config)
     engines = {(choice.shape, experts): choice.engine for experts, choice in choices}
     for module in model.modules():
@@ -139,8 +144,8 @@ def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool,
 def describe(model: Any) -> str:
     """One line for each kind of linear layer of a prepared model: shape, engine, and what was measured."""
     lines = []
-    for of_experts, (engine, (N, K), rows, median_us) in model.prepared_choices:
-        times = ", ".join(f"{name} {us:.0f} us" for name, us in median_us.items()) or "the only one"
+    for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
+        times = ", ".join(f"{name} {us:.0f} us" for name, us in best_us.items()) or "the only one"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""What the CPU can multiply fast."""
+"""What the CPU is, and what it can multiply fast."""
 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -16,6 +17,16 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 def capabilities() -> dict[str, Any]:
     """torch's list of instructions by name; empty where torch has none."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether MKL's and oneDNN's fast paths for Intel's CPUs are somebody else's here."""
+    name = capabilities().get("cpu_name")
+    if name is None and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line for line in lines if line.startswith("vendor_id")), None)
+    return "AMD" in (name or "")
 
 
 def has_int8_instructions() -> bool:
