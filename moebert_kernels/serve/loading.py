@@ -18,8 +18,8 @@ from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.serve.config import METHOD, PreparedConfig
 from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedModule
-from moebert_kernels.serve.packed import DTYPES
-from moebert_kernels.serve.prepare import finish, replace_modules
+from moebert_kernels.serve.packed import input_dtype
+from moebert_kernels.serve.prepare import finish, replace_modules, untie
 
 
 class PreparedLoader(MoELoader):
@@ -31,8 +31,7 @@ class PreparedLoader(MoELoader):
 
     @property
     def _dtype(self) -> torch.dtype:
-        name = self.quantization_config.dtype  # type: ignore[attr-defined]
-        return torch.float32 if name == "int8" else DTYPES[name]
+        return input_dtype(self.quantization_config.dtype)  # type: ignore[attr-defined]
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -44,18 +43,17 @@ class PreparedLoader(MoELoader):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         replace_modules(model, config.dtype)
+        untie(model)
         self.found = set() if self.moe is None else check_files(model, checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config: Any = self.quantization_config
-        set_config(model, self.moe)
         if self.moe is not None:
+            set_config(model, self.moe)
             check_loaded(model, self.found)
         else:
-            for module in model.modules():
-                if getattr(module, "config", None) is not None:
-                    del module.config.quantization_config
+            vars(model.config).pop("quantization_config", None)
         check_packed(model)
         self._take_marks_off(model)
         warn_if_slow(config.dtype)

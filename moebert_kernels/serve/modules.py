@@ -18,7 +18,7 @@ from moebert_kernels.activation import is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
-from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, pack
+from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, pack
 from moebert_kernels.torch_backend.activation import activate
 
 # of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
@@ -152,7 +152,7 @@ class PackedExperts(PackedModule):
                 for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
                     tensors[key] = None if parts[0] is None else torch.stack(list(parts))
             if experts.adds_residual:
-                to = torch.float32 if dtype == "int8" else DTYPES[dtype]
+                to = input_dtype(dtype)
                 tensors |= {name: getattr(experts, name).detach().to(to) for name in ("norm_weight", "norm_bias")}
         return cls(tensors, dtype, experts.activation, getattr(experts, "eps", None))
 
@@ -186,7 +186,7 @@ class PackedExperts(PackedModule):
                 if values[0] is not None:
                     found[key] = torch.stack(list(values))
         for key, values in zip(("norm_weight", "norm_bias"), zip(*self._norms, strict=True), strict=False):
-            found[key] = torch.stack(list(values)).to(torch.float32 if self.dtype == "int8" else DTYPES[self.dtype])
+            found[key] = torch.stack(list(values)).to(input_dtype(self.dtype))
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
@@ -278,7 +278,7 @@ def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     """`converted`, on the meta device too, where there are no values."""
     if not weight.is_meta:
         return converted(weight, bias, dtype)
-    to = torch.float32 if dtype == "int8" else DTYPES[dtype]
+    to = input_dtype(dtype)
     scale = torch.empty(len(weight), device="meta") if dtype == "int8" else None
     bias = None if bias is None else torch.empty_like(bias, dtype=to)
     return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)

@@ -138,12 +138,17 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
-    """A dense layer's weight and bias in one of `DTYPES`."""
-    bias = None if bias is None else bias.detach()
+    """A dense layer's weight and bias in one of `DTYPES`, in memory of their own."""
+    to = input_dtype(dtype)
+    bias = None if bias is None else bias.detach().to(to, copy=True)
     if dtype == "int8":
-        return Weights(*quantised(weight), None if bias is None else bias.float())
-    to = DTYPES[dtype]
-    return Weights(weight.detach().to(to), None, None if bias is None else bias.to(to))
+        return Weights(*quantised(weight), bias)
+    return Weights(weight.detach().to(to, copy=True), None, bias)
+
+
+def input_dtype(dtype: str) -> torch.dtype:
+    """Of activations, in a model prepared as one of `DTYPES`."""
+    return torch.float32 if dtype == "int8" else DTYPES[dtype]
 
 
 def available(dtype: str) -> list[str]:
@@ -195,7 +200,7 @@ def fastest(dtype: str, samples: Sequence[Weights], rows: int) -> Choice:
     (N, K) = samples[0].weight.shape
     if len(engines) == 1:
         return Choice(engines[0], (N, K), rows, {})
-    x = torch.linspace(-2, 2, rows * K).sin().view(rows, K).to(_input_dtype(dtype))
+    x = torch.linspace(-2, 2, rows * K).sin().view(rows, K).to(input_dtype(dtype))
     layers = {engine: [pack(engine, *weights) for weights in samples] for engine in engines}
     shortest = {engine: [float("inf")] * len(samples) for engine in engines}
     with torch.inference_mode():
@@ -214,10 +219,6 @@ def fastest(dtype: str, samples: Sequence[Weights], rows: int) -> Choice:
     # what is too close to tell apart goes to the first one, so that two models of a machine get the same
     chosen = next(engine for engine in engines if best[engine] <= _CLOSE * min(best.values()))
     return Choice(chosen, (N, K), rows, best)
-
-
-def _input_dtype(dtype: str) -> torch.dtype:
-    return torch.float32 if dtype == "int8" else DTYPES[dtype]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
-from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest
+from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
 FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a fifth of a BERT, others are small
@@ -48,10 +48,7 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
     model.eval().requires_grad_(False)
     if not replace_modules(model, dtype):
         raise UserError(f"model: expected linear layers with at least {FEWEST_OUTPUTS} outputs, found none")
-    if dtype != "int8":
-        model.to(DTYPES[dtype])
-    elif model.dtype != torch.float32:
-        model.float()
+    cast(model, input_dtype(dtype))
     finish(model, PreparedConfig(dtype=dtype, tokens=tokens, moe=None if moe is None else moe.to_dict()))
     return model
 
@@ -107,6 +104,27 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
     routers = {id(layer.router) for layer in model.modules() if isinstance(layer, MoEFeedForward)}
     inside = {id(m) for r in model.modules() if id(r) in routers for m in r.modules()}
     yield from (module for module in model.modules() if id(module) not in inside)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+
+
+def untie(model: Any) -> None:
+    """Packed weights are nobody else's, also where the model's were: a head's and the embedding's."""
+    packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))
+    tied = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        target: source for target, source in tied.items() if not target.startswith(packed) and not source.startswith(packed)
+    }
 
 
 def finish(model: Any, config: PreparedConfig) -> None:
@@ -177,11 +195,11 @@ class saved_config:
 
     def __enter__(self) -> None:
         config = self.config
-        self.before = {k: config.__dict__[k] for k in ("quantization_config", "tie_word_embeddings") if k in config.__dict__}
+        self.before = vars(config).get("quantization_config")
         config.quantization_config = self.prepared
-        config.tie_word_embeddings = False  # the head has packed weights of its own
 
     def __exit__(self, *_: object) -> None:
-        del self.config.quantization_config
-        for name, value in self.before.items():
-            setattr(self.config, name, value)
+        if self.before is None:
+            del self.config.quantization_config
+        else:
+            self.config.quantization_config = self.before
