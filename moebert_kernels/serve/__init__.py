@@ -7,6 +7,6 @@ require_extra("train", "transformers")
 
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.loading import PreparedLoader
-from moebert_kernels.serve.prepare import describe, prepare
+from moebert_kernels.serve.preparation import describe, prepare
 
 __all__ = ["PreparedConfig", "PreparedLoader", "describe", "prepare"]

@@ -19,7 +19,7 @@ from moebert_kernels.serve.config import METHOD, PreparedConfig
 from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.packed import input_dtype
-from moebert_kernels.serve.prepare import finish, replace_modules, untie
+from moebert_kernels.serve.preparation import finish, replace_modules, untie
 
 
 class PreparedLoader(MoELoader):

@@ -59,7 +59,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
         program = torch.onnx.export(
             module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
-            dynamic_shapes=({name: _free(name, value) for name, value in inputs.items()},),
+            dynamic_shapes=(tuple(_free(name) for name in inputs),),
         )  # fmt: skip
     program.save(path)
 
@@ -186,6 +186,6 @@ def _is_encoder(model: Any) -> bool:
     return not (model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False) or model.can_generate())
 
 
-def _free(name: str, value: Tensor) -> dict[int, Any]:
-    batch = torch.export.Dim.DYNAMIC
-    return {0: batch} if name == "pixel_values" else {0: batch, 1: torch.export.Dim.DYNAMIC}
+def _free(name: str) -> dict[int, Any]:
+    """The sizes of an input that are not fixed."""
+    return {axis: torch.export.Dim.DYNAMIC for axis in ((0,) if name == "pixel_values" else (0, 1))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -73,8 +74,9 @@ class _Int8(Packed):
         weight, scale, bias = weights
         assert scale is not None
         zeros = torch.zeros(len(scale), dtype=torch.int64)
-        quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
-        with quantised_engine(engine):
+        with quantised_engine(engine), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # a form torch will give up
+            quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
         self._has_bias = bias is not None
         # without these instructions products of 8-bit numbers are added in 16 bits, which overflow

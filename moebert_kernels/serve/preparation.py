@@ -77,7 +77,11 @@ def moe_of(model: Any) -> Any:
 
 
 def replace_modules(model: nn.Module, dtype: str) -> int:
-    """Put empty packed modules in the place of what can be packed; on the meta device too. Returns how many."""
+    """Put empty packed modules in the place of what can be packed; on the meta device too.
+
+    Returns:
+        How many of them are layers or experts, and no embeddings.
+    """
     places = [
         (parent, name, child) for parent in _outside_routers(model) for name, child in parent.named_children()
     ]  # a list first: what is replaced is not visited
@@ -96,7 +100,7 @@ def replace_modules(model: nn.Module, dtype: str) -> int:
             continue
         made.training = False
         setattr(parent, name, made)
-        count += 1
+        count += not isinstance(made, PackedEmbedding)
     return count
 
 
