@@ -7,6 +7,7 @@ require_extra("train", "transformers")
 
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.loading import PreparedLoader
+from moebert_kernels.serve.onnx import export_onnx, quantise_onnx
 from moebert_kernels.serve.preparation import describe, prepare
 
-__all__ = ["PreparedConfig", "PreparedLoader", "describe", "prepare"]
+__all__ = ["PreparedConfig", "PreparedLoader", "describe", "export_onnx", "prepare", "quantise_onnx"]

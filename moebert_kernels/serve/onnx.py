@@ -44,16 +44,16 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
         UserError: a model that is no encoder, is prepared, or routes by task; another dtype.
         MissingExtra: a package of the extra `serve` is not installed.
     """
-    require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
     if dtype not in ("float32", "int8"):
         raise UserError(f"dtype: expected float32 or int8 in an ONNX file, got {dtype!r}")
+    inputs, outputs = _example(model)
+    require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
     path = Path(path)
     if dtype == "int8":
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(model, Path(folder) / "model.onnx")
             quantise_onnx(Path(folder) / "model.onnx", path)
         return
-    inputs, outputs = _example(model)
     module = _Flat(standard(copy.deepcopy(model).float().cpu().eval()), tuple(inputs), outputs)
     with torch.no_grad():
         program = torch.onnx.export(
