@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from moebert_kernels.convert import convert_in_place, parameter_counts
+from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.demo.report import millions
 from moebert_kernels.demo.run import machine, step
 from moebert_kernels.distill import FitConfig, fit
@@ -222,7 +222,7 @@ def converted(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> nn.Modul
     if arm.option is None:
         return model
     config = MoEConfig.mpoe(num_experts=E, experts=arm.option, load_balance=recipe.load_balance)
-    return convert_in_place(model, config, seed=seed)
+    return convert_to_moe(model, config, seed=seed)
 
 
 def step_times(recipe: Recipe, rounds: int = 11) -> dict[str, float]:

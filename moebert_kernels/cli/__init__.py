@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import moebert_kernels
 from moebert_kernels.cli.ablate import ablate
 from moebert_kernels.cli.convert import convert, importance
 from moebert_kernels.cli.dense import collapse, student
@@ -40,6 +43,21 @@ for _name, _function in (
         context_settings=_OPEN if _name in ("distill", "ablate") else None,
         epilog=DEFAULTS_BY_TASK if _name in ("finetune", "distill") else None,
     )(command(_function))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"moebert_kernels {moebert_kernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def main() -> None:

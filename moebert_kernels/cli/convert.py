@@ -272,7 +272,7 @@ def convert(
             options["token_counts"] = counts
         if method == "mpoe":
             options |= shape | {"num_experts": num_experts, "router": router or "switch", "seed": seed}
-            converted, tokenizer = _convert_in_place(model, **options)
+            converted, tokenizer = _convert_to_moe(model, **options)
         elif by_task:
             _check_dense(model)
             options |= {"preset": preset, "num_experts": num_experts, "seed": seed} | by_task_options
@@ -315,9 +315,9 @@ def _convert(
     return moe, tokenizer
 
 
-def _convert_in_place(name: str, *, experts: str, **options: Any) -> tuple[Any, Any]:
+def _convert_to_moe(name: str, *, experts: str, **options: Any) -> tuple[Any, Any]:
     """The model with experts that are whole feed-forwards."""
-    from moebert_kernels.convert import convert_in_place, mpoe_report
+    from moebert_kernels.convert import convert_to_moe, mpoe_report
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.layers import MoEConfig
 
@@ -326,7 +326,7 @@ def _convert_in_place(name: str, *, experts: str, **options: Any) -> tuple[Any, 
     fields = {field: options.pop(field) for field in ("num_experts", "router", "max_bond", "load_balance")}
     config = MoEConfig(experts=_EXPERTS[experts], **fields)
     model, tokenizer = load_as_saved(name), load_tokenizer(name)
-    convert_in_place(model, config, **options)
+    convert_to_moe(model, config, **options)
     print(mpoe_report(model))
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_kernels.convert import convert_in_place, importance_scores
+from moebert_kernels.convert import convert_to_moe, importance_scores
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, NormedExperts, moe_layers
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs, valid
@@ -44,7 +44,7 @@ def routers_of(family):
 
 def converted(family, kind="hash", auto=AutoModel, **changes):
     model = make(family, auto, **changes)
-    return convert_in_place(model, KINDS[kind], importance=scores_of(model))
+    return convert_to_moe(model, KINDS[kind], importance=scores_of(model))
 
 
 def scores_of(model):
@@ -74,7 +74,7 @@ def test_equal_to_dense_with_all_neurons(family):
     router = {"router": "switch"} if family in IMAGES else {}
     for E in (1, 4):
         config = MoEConfig(num_experts=E, expert_size=48, num_shared_neurons=48, **router)
-        moe = convert_in_place(copy.deepcopy(model), config, importance=scores_of(model))
+        moe = convert_to_moe(copy.deepcopy(model), config, importance=scores_of(model))
         assert type(moe).__name__ == type(model).__name__
         assert moe.config.model_type == model.config.model_type
         assert_near(valid(family, hidden(moe, inputs), inputs), expected, 1e-5)
@@ -106,8 +106,8 @@ def test_norm_of_each_expert_only_behind_a_post_norm_feed_forward(family):
     experts = moe_layers(converted(family))[0].experts
     assert isinstance(experts, NormedExperts) == (family == "bert")
     if family != "bert":
-        with pytest.raises(UserError, match=r"norm: 'expert' needs experts=.split. and a model whose feed-forwards"):
-            convert_in_place(make(family), MoEConfig(norm="expert", **SPLIT))
+        with pytest.raises(UserError, match=r"norm: 'expert' needs experts of their own weights"):
+            convert_to_moe(make(family), MoEConfig(norm="expert", **SPLIT))
 
 
 @pytest.mark.parametrize("family", slow_unless(()))
@@ -203,7 +203,7 @@ def test_the_balance_loss_is_in_the_loss_of_training(tmp_path):
     batch = make_inputs("bert") | {"labels": torch.tensor([0, 1])}
     model = make("bert", AutoModelForSequenceClassification)
     losses = [
-        convert_in_place(
+        convert_to_moe(
             copy.deepcopy(model),
             MoEConfig(router="gate-token", load_balance=weight, **SPLIT),
             importance=scores_of(model),
@@ -270,11 +270,11 @@ def test_the_images_of_a_model_for_text_and_images_are_no_tokens():
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
     with pytest.raises(UserError, match=r"and vision_model\.\S+ of CLIPModel gets none; take 'gate-token'"):
-        convert_in_place(copy.deepcopy(model), KINDS["hash"])
+        convert_to_moe(copy.deepcopy(model), KINDS["hash"])
     inputs = make_inputs("bert") | make_inputs("vit")
     expected = model(**inputs).logits_per_image
     whole = MoEConfig(router="switch", expert_size=48, num_shared_neurons=48)
-    moe = convert_in_place(model, whole)
+    moe = convert_to_moe(model, whole)
     assert [layer.is_told_tokens for layer in moe_layers(moe)] == [True, True, False, False]
     assert_near(moe(**inputs).logits_per_image, expected, 1e-5)
 
@@ -291,7 +291,7 @@ def test_the_images_of_a_model_for_text_and_images_are_no_tokens():
 )
 def test_what_does_not_fit_a_model_is_refused(family, config, message):
     with pytest.raises(UserError, match=message):
-        convert_in_place(make(family), MoEConfig(**config))
+        convert_to_moe(make(family), MoEConfig(**config))
 
 
 @pytest.mark.parametrize(
@@ -318,12 +318,12 @@ def test_a_configuration_without_meaning_is_refused(fields, message):
 def test_a_converted_model_and_a_model_without_token_ids_are_refused():
     model = converted("bert")
     with pytest.raises(UserError, match="model: expected a dense model, got BertModel with experts in it"):
-        convert_in_place(model)
+        convert_to_moe(model)
     with pytest.raises(UserError, match="input_ids: expected token ids, which hash routing needs, got inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(UserError, match="model: albert cannot be converted: all of its layers share one feed-forward"):
         FAMILIES["albert"] = ("albert", FAMILIES["electra"][1])
         try:
-            convert_in_place(make("albert"))
+            convert_to_moe(make("albert"))
         finally:
             del FAMILIES["albert"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from moebert_kernels.convert import convert_in_place
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers
 from tests.convert.families import make, make_inputs
 from tests.convert.test_in_place import KINDS, assert_near, converted, hidden
@@ -79,7 +79,7 @@ def test_what_is_not_a_feed_forward_stays_the_same_object():
     model = make("bert", AutoModelForSequenceClassification)
     embeddings, attention = model.bert.embeddings, model.bert.encoder.layer[0].attention
     norm = model.bert.encoder.layer[0].output.LayerNorm
-    moe = convert_in_place(model, MoEConfig(norm="layer", expert_size=18, num_shared_neurons=8, router="gate-token"))
+    moe = convert_to_moe(model, MoEConfig(norm="layer", expert_size=18, num_shared_neurons=8, router="gate-token"))
     assert moe is model
     assert moe.bert.embeddings is embeddings and moe.bert.encoder.layer[0].attention is attention
     assert moe.bert.encoder.layer[0].output.norm is norm

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from moebert_kernels.convert import convert_in_place, mpoe_report, parameter_counts, to_dense_experts
+from moebert_kernels.convert import convert_to_moe, mpoe_report, parameter_counts, to_dense_experts
 from moebert_kernels.convert.mpo_plan import PUBLISHED
 from moebert_kernels.convert.replace import replace_feed_forwards
 from moebert_kernels.errors import UserError
@@ -27,7 +27,7 @@ def assert_same_outputs(a, b):
 
 def converted(name, num_experts=3, *, num_sites=5, force=False, noise=0.0, seed=0, token_counts=None, **fields):
     how = {"num_sites": num_sites, "force": force, "noise": noise, "seed": seed, "token_counts": token_counts}
-    return convert_in_place(tiny.dense(name), MoEConfig.mpoe(num_experts=num_experts, **fields), **how)
+    return convert_to_moe(tiny.dense(name), MoEConfig.mpoe(num_experts=num_experts, **fields), **how)
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -35,7 +35,7 @@ def test_starts_as_the_dense_model(name):
     dense, batch = tiny.dense(name), tiny.inputs(name)
     model, wanted = tiny.dense(name), tiny.outputs(dense, name, batch)
     random_state = torch.get_rng_state()
-    moe = convert_in_place(model, MoEConfig.mpoe(num_experts=3))
+    moe = convert_to_moe(model, MoEConfig.mpoe(num_experts=3))
     assert torch.equal(torch.get_rng_state(), random_state)
     assert moe is model and type(moe).__name__ == type(dense).__name__ and isinstance(moe, type(dense))
     assert not moe.training
@@ -121,7 +121,7 @@ def test_cut_bonds_and_given_factors():
 
 def test_half_precision_and_mode_are_kept():
     dense = tiny.dense("gpt2").to(torch.bfloat16).train()
-    moe = convert_in_place(tiny.dense("gpt2").to(torch.bfloat16).train(), MoEConfig.mpoe(num_experts=2))
+    moe = convert_to_moe(tiny.dense("gpt2").to(torch.bfloat16).train(), MoEConfig.mpoe(num_experts=2))
     assert moe.training and {p.dtype for p in moe.parameters()} == {torch.bfloat16}
     batch = tiny.inputs("gpt2", padded=False)
     moe, dense = moe.eval(), dense.eval()
@@ -171,15 +171,15 @@ def test_wrong_options_are_refused(options, message):
 
 @pytest.mark.filterwarnings("ignore:no importance scores given")
 def test_models_of_which_nothing_can_be_said():
-    split = convert_in_place(tiny.dense("gpt2"), MoEConfig())
+    split = convert_to_moe(tiny.dense("gpt2"), MoEConfig())
     for ask in (to_dense_experts, mpoe_report):
         for model, got in ((tiny.dense("gpt2"), "GPT2LMHeadModel$"), (split, "GPT2LMHeadModel with experts='split'$")):
             with pytest.raises(UserError, match=f"model: expected a model converted with experts='mpo' .*, got {got}"):
                 ask(model)
     with pytest.raises(UserError, match="model: expected feed-forward layers of a known shape, found none in Linear"):
-        convert_in_place(torch.nn.Linear(2, 2), MoEConfig.mpoe())
+        convert_to_moe(torch.nn.Linear(2, 2), MoEConfig.mpoe())
     with pytest.raises(UserError, match="tables: expected none with router='switch', got some"):
-        convert_in_place(tiny.dense("gpt2"), MoEConfig.mpoe(), tables=torch.zeros(60))
+        convert_to_moe(tiny.dense("gpt2"), MoEConfig.mpoe(), tables=torch.zeros(60))
 
 
 def test_report_counts_what_is_there():

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 
-from moebert_kernels.convert import convert_in_place, to_dense_experts
+from moebert_kernels.convert import convert_to_moe, to_dense_experts
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers, summed_losses
 from moebert_kernels.nn import GradientMask, fold, shared_fold, unfold
@@ -25,7 +25,7 @@ def fresh_dynamo():
 
 
 def moe(name="gpt2", **fields):
-    return convert_in_place(tiny.dense(name), MoEConfig.mpoe(num_experts=3, **fields), num_sites=3, noise=0.1)
+    return convert_to_moe(tiny.dense(name), MoEConfig.mpoe(num_experts=3, **fields), num_sites=3, noise=0.1)
 
 
 def labelled(name):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from moebert_kernels.convert import convert_in_place, parameter_counts
+from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.demo import timing
 from moebert_kernels.demo.benchmark import sizes_of
 from moebert_kernels.demo.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
@@ -35,7 +35,7 @@ def batch_of(B=3, T=8):
 
 
 def in_place():
-    return convert_in_place(dense(), MoEConfig.mpoe(num_experts=3, router="hash-random"), noise=1.0)
+    return convert_to_moe(dense(), MoEConfig.mpoe(num_experts=3, router="hash-random"), noise=1.0)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_feed_forwards_of_any_family(family):
     """All of them, those of a decoder too, dense or converted in place."""
     batch = make_inputs(family)
     mask = batch["attention_mask"]
-    model = convert_in_place(make(family), MoEConfig.switch(num_experts=2))
+    model = convert_to_moe(make(family), MoEConfig.switch(num_experts=2))
     result = compare_models({"moe": model, "dense": make(family)}, batch["input_ids"], mask, rounds=1)
     assert all(entry["ffn_ms"]["median"] > 0 for entry in result.values())
     seen = []

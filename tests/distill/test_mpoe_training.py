@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebert_kernels.convert import convert_in_place
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.features import Batches
 from moebert_kernels.errors import UserError
@@ -49,7 +49,7 @@ def test_text_to_text_has_a_balance_term_too(tmp_path):
     from tests.distill.test_text_to_text import rows
     from tests.distill.tiny_text import word_tokenizer
 
-    model = convert_in_place(tiny_t5(), MoEConfig.mpoe(num_experts=2, load_balance=0.5), num_sites=3)
+    model = convert_to_moe(tiny_t5(), MoEConfig.mpoe(num_experts=2, load_balance=0.5), num_sites=3)
     features = text_to_text_features(rows(8), get_task("rte"), word_tokenizer())
     train(tmp_path, model, batches=Batches(features, 4), epochs=1)
     for line in log(tmp_path, "balance"):

@@ -5,7 +5,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from moebert_kernels.convert import convert_in_place
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.language import text_features
 from moebert_kernels.layers import MoEConfig
 
@@ -74,4 +74,4 @@ def story(length=8, overlap=1, documents=(STORY,)):
 def tiny_mpoe(seed=0, dropout=0.0, load_balance=0.0, **options):
     """A random GPT-2's conversion, with experts that differ."""
     config = MoEConfig.mpoe(num_experts=3, load_balance=load_balance, **options)
-    return convert_in_place(tiny_gpt2(seed, dropout=dropout), config, num_sites=3, noise=0.1, seed=seed)
+    return convert_to_moe(tiny_gpt2(seed, dropout=dropout), config, num_sites=3, noise=0.1, seed=seed)

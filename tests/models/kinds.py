@@ -3,7 +3,7 @@
 import torch
 import transformers as tf
 
-from moebert_kernels.convert import convert_in_place
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.models import MoEBertForSequenceClassification
 from tests.convert import mpoe_models
@@ -39,8 +39,8 @@ def model(kind, vocab_size=V):
         dense = mpoe_models.dense(family)
     if method == "split":
         config = MoEConfig(num_experts=3, expert_size=12, num_shared_neurons=6, router=_ROUTERS[router])
-        return convert_in_place(dense, config, importance=torch.arange(48.0).sin().view(2, 24) + 1)
-    return convert_in_place(dense, MoEConfig.mpoe(num_experts=3, router=_ROUTERS[router]), num_sites=3, noise=1.0)
+        return convert_to_moe(dense, config, importance=torch.arange(48.0).sin().view(2, 24) + 1)
+    return convert_to_moe(dense, MoEConfig.mpoe(num_experts=3, router=_ROUTERS[router]), num_sites=3, noise=1.0)
 
 
 def batch(kind, seed=0, length=8, labels=False):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moebert_kernels.convert import convert_in_place
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.models.card import card, parameter_counts, write_card
 from tests.convert import mpoe_models
@@ -11,7 +11,7 @@ from tests.models import tiny
 
 
 def in_place(name, **fields):
-    return convert_in_place(mpoe_models.dense(name), MoEConfig.mpoe(**fields), num_sites=3)
+    return convert_to_moe(mpoe_models.dense(name), MoEConfig.mpoe(**fields), num_sites=3)
 
 
 MODELS = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import logging
 
-from moebert_kernels.convert import convert_in_place, convert_to_moe
+from moebert_kernels.convert import convert_to_moe, convert_to_moe
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import HashRouter, MPOWeight
 from tests.convert.models import dense_model, inputs
@@ -15,7 +15,7 @@ MOE = {"num_experts": 4, "expert_size": 12, "shared": 0}
 
 
 def in_place(config, **options):
-    return convert_in_place(dense_model("bert-cls"), config, **options)
+    return convert_to_moe(dense_model("bert-cls"), config, **options)
 
 
 KINDS = {
