@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,12 @@ def quantise_onnx(source: str | Path, target: str | Path) -> None:
     require_extra("serve", "onnx", "onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it reports every tensor of integers as one that it cannot quantise
+    try:
+        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+    finally:
+        logging.disable(level)
 
 
 def standard(model: Any) -> Any:
