@@ -32,7 +32,7 @@ from moebert_kernels.serve import describe, export_onnx, prepare, quantise_onnx
 
 SHAPES = ((1, 32), (1, 128), (8, 128))  # sequences, tokens of each
 ROUNDS = {(1, 32): 31, (1, 128): 15, (8, 128): 7}
-# relative distance of the hidden states from those of the float32 model; random weights, which round worse than real ones
+# relative distance of the hidden states from those of the float32 model, whose weights are random
 ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
 # ours, over what, at least how many times as fast at each of SHAPES
 REQUIRED = (
@@ -167,13 +167,23 @@ def main() -> int:
         for B, T in SHAPES:
             rounds = 2 if options.smoke else ROUNDS[B, T]
             times = measure(runs, B, T, rounds)
-            case: dict[str, Any] = {"B": B, "T": T, "rounds": rounds, "load_average": load_average(), "ms": {}, "over": {}}
+            case: dict[str, Any] = {
+                "B": B,
+                "T": T,
+                "rounds": rounds,
+                "load_average": load_average(),
+                "ms": {},
+                "over": {},
+            }
             print(f"\nB={B} T={T}, {rounds} rounds, load {case['load_average']}")
             for name in runs:
                 case["ms"][name] = spread(times[name])
                 case["over"][name] = ratio(times, name, plain)
                 q1, median, q3 = case["over"][name]
-                print(f"  {name:24} {statistics.median(times[name]):9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] times {plain}")
+                print(
+                    f"  {name:24} {statistics.median(times[name]):9.2f} ms"
+                    f"   {median:5.2f} [{q1:.2f}, {q3:.2f}] times {plain}"
+                )
             for ours, over, least in REQUIRED:
                 wanted = least[SHAPES.index((B, T))]
                 if wanted is not None and ours in runs and over in runs:

@@ -52,7 +52,7 @@ def quantize(
         print(f"{output} is there already")
         return
     tokenizer = load_tokenizer(model)
-    scores: Callable[[Any], None] | None = None
+    scores: Callable[[Any], str] | None = None
     if task is None:
         source = load_as_saved(model)
     else:

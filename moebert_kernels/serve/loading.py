@@ -13,10 +13,10 @@ from transformers.quantizers import register_quantization_config, register_quant
 
 from moebert_kernels.convert.loading import MoELoader, check_files, check_loaded
 from moebert_kernels.convert.replace import replace_feed_forwards, set_config
+from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.serve.config import METHOD, PreparedConfig
-from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.packed import input_dtype
 from moebert_kernels.serve.preparation import finish, replace_modules, untie
@@ -74,7 +74,9 @@ def check_packed(model: Any) -> None:
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"checkpoint: expected a tensor {prefix}.{name}, got none")
                 if tensor.device.type != "cpu":
-                    raise UserError(f"device_map: expected a prepared model on the CPU, got {prefix} on {tensor.device}")
+                    raise UserError(
+                        f"device_map: expected a prepared model on the CPU, got {prefix} on {tensor.device}"
+                    )
 
 
 register_quantization_config(METHOD)(PreparedConfig)

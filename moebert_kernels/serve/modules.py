@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebert_kernels.activation import is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
@@ -94,7 +93,7 @@ class PackedLinear(PackedModule):
         self.weight = torch.empty(self.out_features, self.in_features, dtype=self._packed.dtype, device="meta")
 
     def _weights(self) -> Weights:
-        return Weights(*(self._buffers.get(name) for name in Weights._fields))  # type: ignore[arg-type]
+        return Weights(*(self._buffers.get(name) for name in Weights._fields))
 
     def tensors(self) -> dict[str, Tensor]:
         assert self._packed is not None
@@ -113,7 +112,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedExperts(PackedModule):
-    """The experts of a layer with packed weights, as `Experts` and `NormedExperts` compute; residual and norm in float32.
+    """The experts of a layer with packed weights; residual and norm are computed in float32.
 
     Buffers: w1 (E, I or 2I, H), w2 (E, H, I), of int8 ones w1_scale (E, I or 2I) and w2_scale (E, H); b1, b2 as wide as
     the scales, or none; norm_weight, norm_bias (E, H) of `NormedExperts`.
@@ -134,7 +133,7 @@ class PackedExperts(PackedModule):
         w1, w2 = tensors["w1"], tensors["w2"]
         assert w1 is not None and w2 is not None
         self.num_experts = w1.shape[0]
-        self._shapes: dict[str, tuple[int, int]] = {"w1": tuple(w1.shape[1:]), "w2": tuple(w2.shape[1:])}
+        self._shapes = {"w1": (w1.shape[1], w1.shape[2]), "w2": (w2.shape[1], w2.shape[2])}
         self._first: list[Packed] = []
         self._second: list[Packed] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -268,7 +267,9 @@ class PackedEmbedding(PackedModule):
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale.unsqueeze(1))  # type: ignore[operator]
+        weight, scale = self._buffers["weight"], self._buffers["scale"]
+        assert weight is not None and scale is not None
+        return F.embedding(ids, weight).float() * F.embedding(ids, scale.unsqueeze(1))
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype=int8"

@@ -55,7 +55,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
             export_onnx(model, Path(folder) / "model.onnx")
             quantise_onnx(Path(folder) / "model.onnx", path)
         return
-    module = _Flat(standard(copy.deepcopy(model).float().cpu().eval()), tuple(inputs), outputs)
+    module = _Flat(standard(copy.deepcopy(model).float().cpu()), tuple(inputs), outputs).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
@@ -81,7 +81,7 @@ def quantise_onnx(source: str | Path, target: str | Path) -> None:
 def standard(model: Any) -> Any:
     """The model, whose layers become `StandardExperts` and whose hash routers look up in plain torch; in place."""
     for layer in moe_layers(model):
-        layer.experts = StandardExperts(layer)
+        layer.experts = StandardExperts(layer)  # type: ignore[assignment]
         if isinstance(layer.router, HashRouter):
             layer.router.__class__ = _StandardHashRouter
     return model
@@ -162,9 +162,8 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     kind, config = type(model).__name__, model.config
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise UserError("model: expected one that is not prepared: export the model, then quantise the file")
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or "past_key_values" in _parameters(model):
-        if not _is_encoder(model):
-            raise UserError(f"model: expected an encoder, got {kind}; decoders are exported by engines for generation")
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or model.can_generate():
+        raise UserError(f"model: expected an encoder, got {kind}; engines for generation export decoders")
     if getattr(getattr(config, "quantization_config", None), "is_task_routed", False):
         raise UserError("model: expected one without routing by task, got one; merge it for a task first")
     names = [name for name in _INPUTS if name in _parameters(model)]
@@ -185,11 +184,6 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 def _parameters(model: Any) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
-
-
-def _is_encoder(model: Any) -> bool:
-    """BERT's classes take the arguments of a decoder, which they are not unless their configuration says so."""
-    return not (model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False) or model.can_generate())
 
 
 def _free(name: str) -> dict[int, Any]:

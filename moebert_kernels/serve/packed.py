@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moebert_kernels.errors import UserError
 from moebert_kernels.cpu import has_int8_instructions
+from moebert_kernels.errors import UserError
 from moebert_kernels.torch_backend.activation import activate
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}

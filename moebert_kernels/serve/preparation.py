@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.nn.context import derived_class
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.config import PreparedConfig
-from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype
 
@@ -127,7 +127,9 @@ def untie(model: Any) -> None:
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))
     tied = model.all_tied_weights_keys
     model.all_tied_weights_keys = {
-        target: source for target, source in tied.items() if not target.startswith(packed) and not source.startswith(packed)
+        target: source
+        for target, source in tied.items()
+        if not target.startswith(packed) and not source.startswith(packed)
     }
 
 
@@ -144,7 +146,8 @@ def finish(model: Any, config: PreparedConfig) -> None:
             module.pack(lambda shape, experts: engines[shape, experts])
     object.__setattr__(model, "prepared", config)
     object.__setattr__(model, "prepared_choices", choices)
-    model.__class__ = prepared_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = prepared_class(kind)
 
 
 def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool, Choice]]:

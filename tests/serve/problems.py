@@ -53,7 +53,9 @@ class Problem:
         low, high = rng.choice([(0, E), (-1, E), (-2, E + 2), (0, max(E - 2, 1)), (-1, 0)])
         ids = torch.randint(low, high, (T,) if top_k == 1 else (T, top_k))
         weights = torch.rand(ids.shape, dtype=to) if rng.random() < 0.5 else None
-        return Problem(dtype, rng.choice([e for e in ENGINES[dtype] if e in available(dtype)]), experts, x, ids, weights)
+        return Problem(
+            dtype, rng.choice([e for e in ENGINES[dtype] if e in available(dtype)]), experts, x, ids, weights
+        )
 
     def packed(self) -> PackedExperts:
         made = PackedExperts.of(self.experts, self.dtype)
@@ -85,7 +87,9 @@ class Problem:
     def _check_int8(self, got: Tensor) -> None:
         """Each expert's rows with torch's own quantisation of its inputs and activations, all else in float64."""
         tensors = PackedExperts.of(self.experts, "int8")
-        w1, w2 = (getattr(tensors, n).double() * getattr(tensors, f"{n}_scale").double()[..., None] for n in ("w1", "w2"))
+        w1, w2 = (
+            getattr(tensors, n).double() * getattr(tensors, f"{n}_scale").double()[..., None] for n in ("w1", "w2")
+        )
         T, H = self.x.shape
         top_k = 1 if self.ids.ndim == 1 else self.ids.shape[1]
         ids = self.ids.view(T, top_k)
@@ -97,18 +101,24 @@ class Problem:
             rows, columns = (ids == e).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            x, step_x = _rounded(self.x[rows].double())
+            x, _ = _rounded(self.x[rows].double())
             h = reference.activate(_linear(x, w1[e], b1, e), experts.activation)
             h_rounded, step_h = _rounded(h)
             z = _linear(h_rounded, w2[e], b2, e)
             # a number that lies between two steps may fall on either one, in a handful of the activations
             bound = 3 * step_h * w2[e].abs().max() + 1e-5 * (z.abs().max() + self.x.abs().max()) + 1e-6
-            scale = torch.ones(len(rows), 1, dtype=torch.float64) if p is None else p.reshape(T, top_k)[rows, columns, None].double()
+            scale = (
+                torch.ones(len(rows), 1, dtype=torch.float64)
+                if p is None
+                else p.reshape(T, top_k)[rows, columns, None].double()
+            )
             if experts.adds_residual:
                 z = self.x[rows].double() + z
                 deviation = (z.var(1, correction=0, keepdim=True) + experts.eps).sqrt()
                 bound = 3 * bound * experts.norm_weight[e].abs().max().double() / deviation + 1e-5
-                z = torch.layer_norm(z, (H,), experts.norm_weight[e].double(), experts.norm_bias[e].double(), experts.eps)
+                z = torch.layer_norm(
+                    z, (H,), experts.norm_weight[e].double(), experts.norm_bias[e].double(), experts.eps
+                )
                 y[rows] = z * scale
             else:
                 y.index_add_(0, rows, z * scale)

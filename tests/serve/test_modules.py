@@ -39,7 +39,12 @@ def test_linear_layers(dtype, engine, bias):
     weight, b = torch.randn(33, 20), torch.randn(33) if bias else None
     layer = pack(engine, *converted(weight, b, dtype))
     stored = layer.weights()
-    for x in (torch.randint(-128, 128, (7, 20)), torch.randint(-128, 128, (20, 6)).t(), torch.zeros(0, 20), torch.randint(-128, 128, (2, 3, 20))):
+    for x in (
+        torch.randint(-128, 128, (7, 20)),
+        torch.randint(-128, 128, (20, 6)).t(),
+        torch.zeros(0, 20),
+        torch.randint(-128, 128, (2, 3, 20)),
+    ):
         x = x.to(layer.dtype)
         if x.numel():
             x[..., 0], x[..., 1] = -128, 127
@@ -94,7 +99,7 @@ def test_layers_refuse_another_dtype_and_new_weights(dtype):
     layer = PackedLinear.of(nn.Linear(20, 33), dtype)
     layer.pack(lambda shape, experts: available(dtype)[0])
     assert layer.weight.shape == (33, 20) and layer.weight.is_meta
-    with pytest.raises(ValueError, match="x: expected torch..* in a model prepared as"):
+    with pytest.raises(ValueError, match=r"x: expected torch\..* in a model prepared as"):
         layer(torch.randn(2, 20, dtype=torch.float64))
     with pytest.raises(UserError, match="load_state_dict: expected a model that is not prepared"):
         layer.load_state_dict(layer.state_dict())

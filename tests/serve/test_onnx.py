@@ -114,7 +114,9 @@ def test_int8(tmp_path):
     check(model, session_of(model, tmp_path / "model.onnx", dtype="int8"), 10, close=0.05)
     operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     experts = model.config.quantization_config.num_experts
-    assert operators.count("MatMulInteger") == 2 * (4 + 2 * experts) + 1  # attention and experts of two layers, a pooler
+    assert (
+        operators.count("MatMulInteger") == 2 * (4 + 2 * experts) + 1
+    )  # attention and experts of two layers, a pooler
 
 
 @needs_onnx
@@ -148,6 +150,6 @@ def test_the_extra_is_named(monkeypatch, tmp_path):
 
 def test_routing_by_task_is_refused(tmp_path):
     model = make("bert")
-    model.config.quantization_config = MoEConfig(router="task", num_tasks=2)
+    model.config.quantization_config = MoEConfig.task(["a", "b"])
     with pytest.raises(UserError, match="model: expected one without routing by task"):
         export_onnx(model, tmp_path / "model.onnx")

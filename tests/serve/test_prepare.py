@@ -61,7 +61,9 @@ class _nothing:
 
 
 def kinds_of(family):
-    return [kind for kind, config in KINDS.items() if family not in IMAGES or config is None or not config.is_hash_routed]
+    return [
+        kind for kind, config in KINDS.items() if family not in IMAGES or config is None or not config.is_hash_routed
+    ]
 
 
 def run(model, inputs):
@@ -69,7 +71,7 @@ def run(model, inputs):
     inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():
         output = model(**inputs)
-    return output["logits"] if "logits" in output else output.last_hidden_state
+    return next(output[name] for name in ("logits", "last_hidden_state") if name in output)
 
 
 def distance(got, wanted):
@@ -214,7 +216,9 @@ def test_warns_on_slow_cpus(monkeypatch):
 def test_a_trainer_refuses_in_one_line(tmp_path):
     model = prepare(made("bert", "hash", AutoModelForSequenceClassification))
     data = [{**{k: v[0] for k, v in make_inputs("bert").items()}, "labels": 1}]
-    trainer = Trainer(model, TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True), train_dataset=data)
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True), train_dataset=data
+    )
     with pytest.raises(UserError, match="train: a prepared model is for inference"):
         trainer.train()
 
@@ -266,12 +270,14 @@ def test_the_dtype_is_that_of_the_checkpoint(folder):
 def test_an_int8_checkpoint_has_a_quarter_of_the_size(tmp_path, monkeypatch):
     monkeypatch.undo()
     model = convert_to_moe(
-        BertModel(BertConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=256, intermediate_size=1024, vocab_size=4000)),
+        BertModel(
+            BertConfig(
+                num_hidden_layers=2, num_attention_heads=4, hidden_size=256, intermediate_size=1024, vocab_size=4000
+            )
+        ),
         importance=torch.rand(2, 1024),
     )
     model.save_pretrained(tmp_path / "float")
     prepare(model).save_pretrained(tmp_path / "int8")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("float", "int8")]
     assert sizes[1] < 0.3 * sizes[0]  # embeddings of positions, norms and tables stay as they are
-
-
