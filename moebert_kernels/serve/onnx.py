@@ -84,6 +84,8 @@ def standard(model: Any) -> Any:
         layer.experts = StandardExperts(layer)  # type: ignore[assignment]
         if isinstance(layer.router, HashRouter):
             layer.router.__class__ = _StandardHashRouter
+        elif hasattr(layer.router, "balance"):
+            layer.router.balance = _NoLoss()  # of training alone
     return model
 
 
@@ -132,6 +134,11 @@ class _StandardHashRouter(HashRouter):
     def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         experts = self.table.long()[token_ids]
         return experts if attention_mask is None else experts.masked_fill(attention_mask == 0, -1)
+
+
+class _NoLoss(nn.Module):
+    def forward(self, probabilities: Tensor, *_: Any) -> Tensor:
+        return probabilities.new_zeros(())
 
 
 class _Flat(nn.Module):
