@@ -8,9 +8,10 @@ import typer
 
 import moebert_kernels
 from moebert_kernels.cli.ablate import ablate
-from moebert_kernels.cli.convert import convert, importance
-from moebert_kernels.cli.dense import collapse, student
+from moebert_kernels.cli.convert import convert
+from moebert_kernels.cli.dense import merge, student
 from moebert_kernels.cli.export import export
+from moebert_kernels.cli.importance import importance
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.quantize import quantize
@@ -18,8 +19,9 @@ from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
 
 app = typer.Typer(
-    help="Turn a BERT's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it stays"
-    " accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run again.",
+    help="Turn a Transformer's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it"
+    " stays accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run"
+    " again.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,7 +36,7 @@ for _name, _function in (
     ("convert", convert),
     ("distill", distill),
     ("ablate", ablate),
-    ("collapse", collapse),
+    ("merge", merge),
     ("student", student),
     ("quantize", quantize),
     ("export", export),

@@ -66,6 +66,14 @@ def _check_model(option: str, name: str) -> None:
         raise UserError(f"{option}: {reason}") from error
 
 
+def check_dense(name: str) -> None:
+    """Raise UserError for a model with experts."""
+    from moebert_kernels.distill.loading import is_moe, load_config
+
+    if is_moe(load_config(name)):
+        raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
+
+
 def _is_run(folder: Path) -> bool:
     note = read_note(folder)
     return (folder / "state").is_dir() or (note is not None and note["command"] in ("finetune", "distill"))
@@ -226,7 +234,10 @@ def lengths_for(
 
 def padding_for(config: Any, max_length: int) -> int | None:
     """The published recipe pads everything to the full length, and routes the padding."""
-    return max_length if getattr(config, "preset", "default") == "paper" else None
+    from moebert_kernels.layers import moe_config
+
+    moe = moe_config(config)
+    return max_length if moe is not None and moe.route_padding else None
 
 
 def device() -> torch.device:
@@ -265,10 +276,9 @@ def _tokenized(
     from moebert_kernels.distill.language import text_features
     from moebert_kernels.distill.text_to_text import text_to_text_features
 
-    if len(tokenizer) > model_config.vocab_size:
-        raise UserError(
-            f"tokenizer: expected at most {model_config.vocab_size} tokens, as the model has, got {len(tokenizer)}"
-        )
+    most = model_config.get_text_config().vocab_size
+    if len(tokenizer) > most:
+        raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
     rows, task = data.split(split), data.task
     if task.kind == "lm":
         overlap = 1 if doc_stride is None else doc_stride

@@ -21,9 +21,10 @@ from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import install_routing, stack_of
 from moebert_kernels.layers.tasks import row_names
 from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, TaskRouter, Top2Router
+from moebert_kernels.nn.context import plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
-_HEAD_STD = 0.02  # of the rows of a new classifier
+_HEAD_STD = 0.02  # of the rows of a new classifier, where the model's configuration does not say
 
 
 def convert_to_moe(
@@ -96,7 +97,8 @@ def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Genera
         new = nn.Linear(old.in_features, len(rows), dtype=old.weight.dtype)
     new = new.to_empty(device=old.weight.device)
     with torch.no_grad():
-        new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * _HEAD_STD)
+        std = getattr(model.config.get_text_config(), "initializer_range", _HEAD_STD)
+        new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * std)
         new.bias.zero_()
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, new)
@@ -112,6 +114,7 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         model: as for `convert_to_moe`; on the meta device too.
         config: with every choice made; the model's configuration gets it.
     """
+    model.__class__ = plain_class(type(model))  # type(converted).from_pretrained makes instances of what was derived
     targets = None if config.target_modules is None else tuple(config.target_modules)
     sites = find_sites(model, targets)
     layers = []
@@ -152,8 +155,9 @@ def resolved(
     if not config.is_learned:
         without = [site.name for site in sites if stack_of(model, site.name) is None]
         if without:
+            needs = "routes in models with token ids" if by_task else "routes by token ids"
             raise UserError(
-                f"router: {config.router} routes by token ids, and {without[0]} of {type(model).__name__} gets none; "
+                f"router: {config.router} {needs}, and {without[0]} of {type(model).__name__} gets none; "
                 "take 'gate-token', or name other feed-forwards by target_modules"
             )
     if config.norm == "expert" and (not post_norm or config.experts == "mpo" or config.router == "top2"):

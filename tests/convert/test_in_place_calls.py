@@ -1,7 +1,9 @@
-"""A converted model in any caller, and other ways of loading; see `tests/models/test_calls.py` for more calls."""
+"""A converted model in any caller, and other ways of loading; see `tests/layers/test_calls.py` for more calls."""
 
+import inspect
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -25,6 +27,32 @@ def test_every_way_to_call_it(kind):
         assert torch.equal(model(**inputs, return_dict=False)[0], expected)
         encoded = model.bert.forward(**inputs)
         assert torch.equal(model.classifier(encoded.pooler_output), expected)
+
+
+@pytest.mark.slow
+def test_the_second_forward_of_a_thread_runs_what_the_first_one_compiled():
+    torch.compiler.reset()
+    model, inputs, outputs = converted("bert"), make_inputs("bert"), []
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    run = threading.Thread(target=lambda: outputs.extend(hidden(compiled, inputs) for _ in range(2)))
+    torch._dynamo.utils.counters.clear()
+    run.start()
+    run.join()
+    assert len(outputs) == 2 and torch.equal(*outputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "megatron-bert"])
+def test_a_feed_forward_in_chunks_is_the_model_s_own(family):
+    """transformers inspects the function in each forward; ours tells its signature without being inspected."""
+    model = converted(family)
+    layer = model.encoder.layer[0]
+    known, own = layer.feed_forward_chunk, type(layer).__mro__[1].feed_forward_chunk
+    assert known.__signature__ == inspect.signature(own.__get__(layer))
+    expected = hidden(model, make_inputs(family))
+    for layer in model.encoder.layer:
+        layer.__class__ = type(layer).__mro__[1]
+    assert torch.equal(hidden(model, make_inputs(family)), expected)
 
 
 def test_a_call_inside_a_call():
