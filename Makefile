@@ -15,7 +15,7 @@ OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor venv clean
+.PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor site venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
@@ -69,6 +69,9 @@ cuda-resources: build  ## the same table of the CUDA kernels, from what make bui
 
 doctor: $(VENV)/package.stamp  ## what runs each op here and why, and a self-test of each
 	$(BIN)/moebert doctor $(ARGS)
+
+site: $(VENV)/dev.stamp  ## the documentation as a web site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 venv: $(VENV)/dev.stamp  ## the virtual environment alone
 

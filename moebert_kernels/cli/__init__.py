@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+import moebert_kernels
 from moebert_kernels.cli.ablate import ablate
 from moebert_kernels.cli.convert import convert, importance
-from moebert_kernels.cli.dense import collapse, student
+from moebert_kernels.cli.dense import merge, student
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
 
 app = typer.Typer(
-    help="Turn a BERT's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it stays"
-    " accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run again.",
+    help="Turn a Transformer's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it"
+    " stays accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run"
+    " again.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +33,7 @@ for _name, _function in (
     ("convert", convert),
     ("distill", distill),
     ("ablate", ablate),
-    ("collapse", collapse),
+    ("merge", merge),
     ("student", student),
     ("eval", evaluate),
     ("bench", bench),
@@ -40,6 +44,21 @@ for _name, _function in (
         context_settings=_OPEN if _name in ("distill", "ablate") else None,
         epilog=DEFAULTS_BY_TASK if _name in ("finetune", "distill") else None,
     )(command(_function))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"moebert_kernels {moebert_kernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 def main() -> None:

@@ -11,13 +11,12 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import already_written, check_output_file, write_model
-from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes
-from moebert_kernels.cli.tasks import convert_for_tasks
+from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes, sizes
+from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
 
-METHODS = ("moebert", "dense", "mpoe")
-_EXPERTS = {"mpo": "mpo", "dense": "copy"}  # of --method mpoe: option -> field of MoEConfig
-_MPOE, _TASKS = "With --method mpoe", "With --router task"
+METHODS = ("moebert", "mpoe", "dense")
+_COPIES, _TASKS = "With --experts mpo or copy", "With --router task"
 
 
 def importance(
@@ -43,7 +42,7 @@ def importance(
     force: o.Force = False,
 ) -> None:
     """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
-    from moebert_kernels.convert.encoders import dense_ffns
+    from moebert_kernels.convert.sites import common_width, find_sites
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.scoring import score_split
     from moebert_kernels.distill.tasks import TaskData
@@ -55,7 +54,7 @@ def importance(
     wanted = inputs.make_task(task, text_column, label_column, regression, model)
     loaded = inputs.load_data(wanted, data, split, hold_out)
     teacher = load_model(model, loaded.task)
-    dense_ffns(teacher)
+    common_width(find_sites(teacher))  # which refuses others
     loaded = inputs.labels_as_in(loaded, teacher.config)
     tokenizer = load_tokenizer(model)
     length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
@@ -87,8 +86,7 @@ def convert(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model",
-            help="The fine-tuned dense model: a folder or a name on the Hub. Default: none; see --from-original.",
+            "--model", help="A dense model: a folder or a name on the Hub. Default: none; see --from-original."
         ),
     ] = None,
     importance: Annotated[
@@ -98,54 +96,66 @@ def convert(
     data: o.Data = None,
     seed: o.Seed = 0,
     method: Annotated[
-        str | None,
+        str,
         typer.Option(
             "--method",
-            help="Default: moebert, experts out of a BERT's neurons. Or dense: its top --expert-size neurons, for"
-            " comparison; or mpoe: experts of the whole feed-forward, of models of other families too, that share a"
-            " central tensor.",
+            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. mpoe: experts of the whole"
+            " feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most"
+            " important neurons, for comparison. Other options change what a method makes.",
+        ),
+    ] = "moebert",
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router",
+            help="hash-random, hash-balance (counts --data), gate-token, gate-sentence, switch, top2, or task (with a"
+            " head for each --task). Default: hash-random, with --method mpoe switch.",
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            "--experts",
+            help="split: parts of the neurons; copy: the whole feed-forward, as in Switch; mpo: the same with a shared"
+            " central tensor. Default: split, with --method mpoe mpo.",
         ),
     ] = None,
     num_experts: Annotated[
-        int | None, typer.Option("--num-experts", min=1, help="Experts of a layer. Default: 4.")
+        int | None, typer.Option("--num-experts", min=1, help="Experts of a layer. Default: 4, with --method mpoe 8.")
     ] = None,
     expert_size: Annotated[
         int | None,
         typer.Option(
             "--expert-size",
             min=1,
-            help="Neurons of an expert. Default: a quarter of the dense layer's, 768 of BERT-base's"
+            help="Neurons of an expert of --experts split. Default: a quarter of the dense layer's, 768 of BERT-base's"
             " 3,072; with --router task all of them, divided up. With --method dense: the neurons that are kept.",
         ),
     ] = None,
-    shared: Annotated[
+    num_shared_neurons: Annotated[
         int | None,
         typer.Option(
-            "--shared",
+            "--num-shared-neurons",
             min=0,
-            help="Most important neurons, in every expert. Default: two thirds of an expert's,"
-            " 512 of 768; with --router task 0.",
+            help="Most important neurons, in every expert of --experts split. Default: two thirds of an expert's, 512"
+            " of 768; with --router task 0.",
         ),
     ] = None,
-    router: Annotated[
+    norm: Annotated[
         str | None,
         typer.Option(
-            "--router",
-            help="Default: hash-random. Or hash-balance (counts --data), gate-token, gate-sentence or task (with a"
-            " head for each --task); with --method mpoe switch (its default), top2, gate-token, gate-sentence,"
-            " hash-random or hash-balance.",
+            "--norm",
+            help="expert: a LayerNorm in each expert, where a model has one behind its feed-forward; layer: the"
+            " model's. Default: expert with --experts split and one expert for a token, else layer.",
         ),
     ] = None,
     load_balance: Annotated[
         float | None,
-        typer.Option("--load-balance", min=0.0, help="Weight of the gates' loss. Default: 0, with --method mpoe 0.01."),
+        typer.Option("--load-balance", min=0.0, help="Weight of a learned router's balance loss. Default: 0.01."),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset", help="Default: default, which skips padding; paper routes it, as the original code does."
-        ),
-    ] = None,
+    route_padding: Annotated[
+        bool, typer.Option("--route-padding", help="Route padding too, as the original code of MoEBERT does.")
+    ] = False,
     from_original: Annotated[
         Path | None,
         typer.Option(
@@ -166,38 +176,29 @@ def convert(
             "--top-k", min=1, help="Experts of a task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
         ),
     ] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            "--norm", help="Default: layer, around all experts; expert: in each, one per task.", rich_help_panel=_TASKS
-        ),
-    ] = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            "--experts",
-            help="Default: mpo; or dense: whole copies, as in Switch. With --router task importance (its default), copy"
-            " (whole copies) or mpo.",
-            rich_help_panel=_MPOE,
-        ),
-    ] = None,
     sites: Annotated[
         int | None,
-        typer.Option("--sites", min=2, max=6, help="Tensors of each weight. Default: 5.", rich_help_panel=_MPOE),
+        typer.Option("--sites", min=2, max=6, help="mpo: tensors of each weight. Default: 5.", rich_help_panel=_COPIES),
     ] = None,
     max_bond: Annotated[
-        int | None, typer.Option("--max-bond", min=1, help="Cut the bonds. Default: exact.", rich_help_panel=_MPOE)
+        int | None,
+        typer.Option("--max-bond", min=1, help="mpo: cut the bonds. Default: exact.", rich_help_panel=_COPIES),
     ] = None,
     low_bonds: Annotated[
         bool | None,
         typer.Option(
-            "--low-bonds", help="Take bonds at which experts are slow. Default: refuse them.", rich_help_panel=_MPOE
+            "--low-bonds",
+            help="mpo: take bonds at which experts are slow. Default: refuse them.",
+            rich_help_panel=_COPIES,
         ),
     ] = None,
     noise: Annotated[
         float | None,
         typer.Option(
-            "--noise", min=0.0, help="On auxiliary tensors, relative to their size. Default: 0.", rich_help_panel=_MPOE
+            "--noise",
+            min=0.0,
+            help="On each expert's copy, or its auxiliary tensors, relative to their size. Default: 0.",
+            rich_help_panel=_COPIES,
         ),
     ] = None,
     text_column: o.TextColumns = None,
@@ -205,54 +206,44 @@ def convert(
     max_length: o.MaxLength = None,
     force: o.Force = False,
 ) -> None:
-    """Make a dense model's feed-forward layers mixtures of experts, or import a checkpoint of the original code."""
+    """Make a dense model's feed-forward layers mixtures of experts: of any family and with any head. Or import a
+    checkpoint of the original code."""
     from moebert_kernels.distill.identity import file_digest, model_files
 
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
         )
-    split = {"shared": shared, "preset": preset}
-    bonds = {"sites": sites, "max-bond": max_bond, "low-bonds": low_bonds}
-    for_any = {"router": router, "load-balance": load_balance, "num-experts": num_experts}
-    by_task_alone = {"top-k": top_k, "norm": norm}
-    ours = {"method": method, "importance": importance, "expert-size": expert_size, "experts": experts, "noise": noise}
-    _check_unused("--model", from_original is not None, ours | for_any | split | bonds | by_task_alone)
-    method = method or "moebert"
+    fields = {
+        "router": router, "experts": experts, "num_experts": num_experts, "num_shared_neurons": num_shared_neurons,
+        "norm": norm, "load_balance": load_balance, "route_padding": route_padding or None, "top_k": top_k,
+        "max_bond": max_bond,
+    }  # fmt: skip
+    of_mpo = {"sites": sites, "low_bonds": low_bonds}
+    _check_unused("--model", from_original is not None,
+                  fields | of_mpo | {"importance": importance, "expert_size": expert_size, "noise": noise,
+                                     "method": None if method == "moebert" else method})  # fmt: skip
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if method == "mpoe" and importance is not None:
-        raise UserError(f"importance: expected none with --method mpoe, which keeps all neurons, got {importance}")
-    by_task = method == "moebert" and router == "task"
-    _check_unused("--router task", not by_task, by_task_alone)
-    _check_unused("--method mpoe or --router task", method != "mpoe" and not by_task, {"experts": experts})
-    _check_unused("--method mpoe", method != "mpoe", bonds | {"noise": noise})
-    _check_unused("--experts mpo", method == "mpoe" and experts == "dense", bonds)
-    _check_unused("--method moebert", method != "moebert", split)
-    _check_unused("--method moebert or dense", method == "mpoe", {"expert-size": expert_size})
-    _check_unused("--method moebert or mpoe", method == "dense", for_any | {"hash-tables": hash_tables})
-    num_experts, preset = num_experts or 4, preset or "default"
-    if method != "mpoe":
-        router, load_balance = router or "hash-random", load_balance or 0.0
+    _check_unused("--method moebert or mpoe", method == "dense",
+                  fields | of_mpo | {"noise": noise, "hash_tables": hash_tables})  # fmt: skip
+    config = None
+    if method != "dense" and from_original is None:
+        config = _config(method, task or [], fields | {"expert_size": expert_size})
+        _check_unused("--experts split", config.experts != "split", {"importance": importance})
+        _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
+        _check_unused("--experts copy or mpo", config.experts == "split", {"noise": noise})
+        _check_unused("--router hash-random or hash-balance", not config.is_hash_routed, {"hash_tables": hash_tables})
+    inputs.check_models(model=model)
+    if model is not None:
+        _check_dense(model)
+    counted = config is not None and config.router == "hash-balance" and hash_tables is None
+    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
     identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
-        "task": task, "data": data, "seed": seed, "method": method, "num_experts": num_experts,
-        "expert_size": expert_size, "shared": shared, "router": router, "load_balance": load_balance, "preset": preset,
+        "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
+        "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-    }  # fmt: skip
-    shape = {
-        "experts": experts or "mpo", "max_bond": max_bond, "num_sites": sites or 5, "force": bool(low_bonds),
-        "noise": noise or 0.0,
-    }  # fmt: skip
-    if method == "mpoe":
-        identity |= shape
-    by_task_options = {"top_k": top_k, "norm": norm or "layer", "experts": experts or "importance"}
-    if by_task:
-        identity |= by_task_options
-    inputs.check_models(model=model)
-    counted = method != "dense" and router == "hash-balance" and hash_tables is None and model is not None
-    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
-    identity |= {
         "training texts": None if counts is None else sha256(repr(counts.tolist()).encode()).hexdigest()[:16],
         "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
         "file of hash tables": file_digest(hash_tables),
@@ -260,82 +251,65 @@ def convert(
     if already_written(output, identity, force, model, from_original):
         print(f"{output} is there already")
         return
+    tables = None if hash_tables is None else inputs.read_tables(hash_tables)
     if from_original is not None:
-        tables = None if hash_tables is None else inputs.read_tables(hash_tables)
         converted, tokenizer = _import_original(from_original, tables, seed)
+    elif config is None:
+        converted, tokenizer = _dense_student(model, importance, expert_size, seed)
     else:
-        assert model is not None
-        options: dict[str, Any] = {"load_balance": load_balance}
-        if hash_tables is not None:
-            options["tables"] = inputs.read_tables(hash_tables)
-        elif router == "hash-balance":
-            options["token_counts"] = counts
-        if method == "mpoe":
-            options |= shape | {"num_experts": num_experts, "router": router or "switch", "seed": seed}
-            converted, tokenizer = _convert_to_moe(model, **options)
-        elif by_task:
-            _check_dense(model)
-            options |= {"preset": preset, "num_experts": num_experts, "seed": seed} | by_task_options
-            converted, tokenizer = convert_for_tasks(model, task or [], importance, expert_size, shared, options)
-        else:
-            assert router is not None
-            converted, tokenizer = _convert(
-                model, importance, method, num_experts, expert_size, shared, router, seed, options | {"preset": preset}
-            )
+        options = {
+            "seed": seed, "token_counts": counts, "tables": tables, "num_sites": sites or 5, "force": bool(low_bonds),
+            "noise": noise or 0.0,
+        }  # fmt: skip
+        converted, tokenizer = _converted(model, config, importance, options)
     write_model(output, converted, tokenizer, identity)
 
 
-def _convert(
-    name: str, importance: Path | None, method: str, num_experts: int, expert_size: int | None, shared: int | None,
-    router: str, seed: int, options: dict[str, Any],
-) -> tuple[Any, Any]:  # fmt: skip
-    from moebert_kernels.convert import convert_to_moe, dense_student, load_importance
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
-
-    _check_dense(name)
-    dense, tokenizer = load_as_saved(name), load_tokenizer(name)
-    scores = None if importance is None else load_importance(importance, dense).scores
-    if method == "dense":
-        student = dense_student(dense, scores, expert_size, seed)
-        say_sizes(student, dense)
-        say_kept(scores, student.config)
-        return student, tokenizer
-    moe = convert_to_moe(
-        dense,
-        scores,
-        num_experts=num_experts,
-        expert_size=expert_size,
-        shared=shared,
-        router=router,
-        seed=seed,
-        **options,
-    )
-    say_sizes(moe, dense)
-    say_kept(scores, moe.config)
-    return moe, tokenizer
-
-
-def _convert_to_moe(name: str, *, experts: str, **options: Any) -> tuple[Any, Any]:
-    """The model with experts that are whole feed-forwards."""
-    from moebert_kernels.convert import convert_to_moe, mpoe_report
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
+    """What a method makes, with the fields that are given; MoEConfig says what is wrong with them."""
     from moebert_kernels.layers import MoEConfig
 
-    if experts not in _EXPERTS:
-        raise UserError(f"experts: expected one of {', '.join(_EXPERTS)} with --method mpoe, got {experts!r}")
-    fields = {field: options.pop(field) for field in ("num_experts", "router", "max_bond", "load_balance")}
-    config = MoEConfig(experts=_EXPERTS[experts], **fields)
-    model, tokenizer = load_as_saved(name), load_tokenizer(name)
-    convert_to_moe(model, config, **options)
-    print(mpoe_report(model))
+    given = {name: value for name, value in fields.items() if value is not None}
+    if given.get("router") == "task":
+        labels = {name: list(known.label_names) for name, known in known_tasks(tasks).items()}
+        given |= {"tasks": list(labels), "task_labels": labels}
+    config = (MoEConfig.mpoe if method == "mpoe" else MoEConfig.moebert)(**given)
+    needs_task = config.is_task_routed or config.router == "hash-balance"
+    _check_unused("--router hash-balance or task", not needs_task, {"task": tasks or None})
+    return config
+
+
+def _converted(name: Any, config: Any, importance: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    from moebert_kernels.convert import convert_to_moe, load_importance
+    from moebert_kernels.distill.loading import load_as_saved, load_classifier, load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    model = load_as_saved(name) if config.task_labels is None else load_classifier(name, options["seed"])
+    scores = None if importance is None else load_importance(importance, model).scores
+    before = sizes(model)
+    convert_to_moe(model, config, importance=scores, **options)
+    say_sizes(model, before)
+    say_kept(scores, model)
     return model, tokenizer
+
+
+def _dense_student(name: Any, importance: Path | None, width: int | None, seed: int) -> tuple[Any, Any]:
+    from moebert_kernels.convert import dense_student, load_importance
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+
+    model, tokenizer = load_as_saved(name), load_tokenizer(name)
+    scores = None if importance is None else load_importance(importance, model).scores
+    student = dense_student(model, scores, width, seed)
+    say_sizes(student, sizes(model))
+    say_kept(scores, student)
+    return student, tokenizer
 
 
 def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if unused and value is not None:
             got = str(value) if isinstance(value, Path) else value
-            raise UserError(f"{name}: expected it with {where} alone, got {got!r}")
+            raise UserError(f"{name.replace('_', '-')}: expected it with {where} alone, got {got!r}")
 
 
 def _check_dense(name: str) -> None:
@@ -378,7 +352,7 @@ def _count(
     tokenizer = load_tokenizer(model)
     length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
     features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
-    return count_tokens(features.input_ids, config.vocab_size)
+    return count_tokens(features.input_ids, config.get_text_config().vocab_size)
 
 
 def _joined(parts: list[Any]) -> Any:

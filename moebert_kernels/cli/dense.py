@@ -1,4 +1,4 @@
-"""`moebert collapse` and `moebert student`: dense models that transformers alone can load."""
+"""`moebert merge` and `moebert student`: dense models that transformers alone can load."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from moebert_kernels.cli.outputs import already_written, write_model
 from moebert_kernels.errors import UserError
 
 
-def collapse(
+def merge(
     model: o.ModelName,
-    task: Annotated[str, typer.Option("--task", help="One of the model's tasks.")],
     output: o.OutputFolder,
+    task: Annotated[
+        str | None, typer.Option("--task", help="One of the model's tasks. Default: none, for a model with one expert.")
+    ] = None,
     force: o.Force = False,
 ) -> None:
-    """Turn a task-routed MoE into the plain BERT that it is for one task: transformers alone can serve it."""
-    from moebert_kernels.convert import collapse as collapsed
+    """Turn a task-routed MoE into the dense model that it is for one task: transformers alone can serve it."""
+    from moebert_kernels.convert import merge as merged
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 
     inputs.check_models(model=model)
     identity = {
-        "command": "collapse", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
+        "command": "merge", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
     }  # fmt: skip
     if already_written(output, identity, force, model):
         print(f"{output} is there already")
         return
     tokenizer = load_tokenizer(model)
-    write_model(output, collapsed(load_as_saved(model), task), tokenizer, identity)
+    write_model(output, merged(load_as_saved(model), task), tokenizer, identity)
 
 
 def student(
@@ -112,12 +114,12 @@ def student(
 
 
 def _dense_teacher(model: Any, task: str | None) -> Any:
-    from moebert_kernels.convert import collapse as collapsed
+    from moebert_kernels.convert import merge as merged
+    from moebert_kernels.layers import moe_config
 
-    if getattr(model.config, "is_task_routed", False):
-        if task is None:
-            raise UserError(f"task: expected one of the model's tasks, {', '.join(model.config.tasks)}, got none")
-        return collapsed(model, task)
+    moe = moe_config(model.config)
+    if moe is not None and moe.is_task_routed:
+        return merged(model, task)
     if task is not None:
         raise UserError(f"task: expected none with a model that does not route by task, got {task!r}")
     return model

@@ -226,7 +226,10 @@ def lengths_for(
 
 def padding_for(config: Any, max_length: int) -> int | None:
     """The published recipe pads everything to the full length, and routes the padding."""
-    return max_length if getattr(config, "preset", "default") == "paper" else None
+    from moebert_kernels.layers import moe_config
+
+    moe = moe_config(config)
+    return max_length if moe is not None and moe.route_padding else None
 
 
 def device() -> torch.device:
@@ -265,10 +268,9 @@ def _tokenized(
     from moebert_kernels.distill.language import text_features
     from moebert_kernels.distill.text_to_text import text_to_text_features
 
-    if len(tokenizer) > model_config.vocab_size:
-        raise UserError(
-            f"tokenizer: expected at most {model_config.vocab_size} tokens, as the model has, got {len(tokenizer)}"
-        )
+    most = model_config.get_text_config().vocab_size
+    if len(tokenizer) > most:
+        raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
     rows, task = data.split(split), data.task
     if task.kind == "lm":
         overlap = 1 if doc_stride is None else doc_stride

@@ -92,6 +92,7 @@ def bench(
     from moebert_kernels.demo.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.distill.loading import load_encoder
     from moebert_kernels.doctor import self_test
+    from moebert_kernels.layers import moe_config, set_task
 
     if output is not None:
         check_output_file(output, is_result("cases"), "bench.json")
@@ -105,8 +106,9 @@ def bench(
     paths = {"model": model, "against": against}
     models = {name: load_encoder(path).to(device, wanted) for name, path in paths.items()}
     for encoder in models.values():
-        if getattr(encoder.config, "is_task_routed", False):
-            encoder.set_task(encoder.config.tasks[0])  # all tasks take equally long
+        moe = moe_config(encoder.config)
+        if moe is not None and moe.is_task_routed:
+            set_task(encoder, next(iter(moe.tasks or ())))  # all tasks take equally long
     if task is None:
         batches = _random_batches(models.values(), batch_size or [8], length or [128], seed)
     else:
@@ -149,13 +151,13 @@ def _random_batches(
 ) -> list[tuple[Any, Any]]:
     """Ids and mask of random tokens, one batch for each size and length."""
     from moebert_kernels.demo.timing import random_inputs
+    from moebert_kernels.distill.loading import longest_input
 
     models = list(models)
-    # T5's positions are relative, of any length
-    positions = min(getattr(model.config, "max_position_embeddings", max(lengths)) for model in models)
+    positions = min(longest_input(model.config) or max(lengths) for model in models)
     if max(lengths) > positions:
         raise UserError(f"length: expected at most {positions}, the models' positions, got {max(lengths)}")
-    vocabulary = min(model.config.vocab_size for model in models)
+    vocabulary = min(model.config.get_text_config().vocab_size for model in models)
     return [random_inputs(vocabulary, B, T, seed) for B in batch_sizes for T in lengths]
 
 

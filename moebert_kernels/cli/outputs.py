@@ -16,7 +16,7 @@ from typing import Any
 from moebert_kernels.errors import UserError
 
 NOTE = "moebert.json"
-_MODELS = ("convert", "collapse", "student")  # these replace a folder whole
+_MODELS = ("convert", "merge", "student")  # these replace a folder whole
 
 
 def check_writable(folder: Path) -> None:
@@ -101,9 +101,9 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
 
 def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
     """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
+    from moebert_kernels.convert.card import save_with_card
     from moebert_kernels.distill.checkpoint import write_folder
     from moebert_kernels.distill.progress import quiet_transformers
-    from moebert_kernels.convert.card import save_with_card
 
     output = folder
 

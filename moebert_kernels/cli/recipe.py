@@ -94,11 +94,13 @@ def load_teacher(name: str, task: Task) -> Any:
     Raises:
         UserError: no such model, or one of another task or with other classes.
     """
-    from moebert_kernels.convert import collapse
+    from moebert_kernels.convert import merge
     from moebert_kernels.distill.loading import check_labels, load_as_saved, load_config, load_model
+    from moebert_kernels.layers import moe_config
 
-    if getattr(load_config(name), "tasks", None):
-        teacher = collapse(load_as_saved(name), task.name)
+    moe = moe_config(load_config(name))
+    if moe is not None and moe.is_task_routed:
+        teacher = merge(load_as_saved(name), task.name)
         check_labels(task, teacher.config)
         return teacher
     return load_model(name, task)

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moebert_kernels.errors import UserError
+
+
+class Sizes(NamedTuple):
+    """Neurons of a dense model's feed-forwards, as text, and all its parameters."""
+
+    width: str
+    parameters: int
+
+
+def sizes(dense: Any) -> Sizes:
+    """The sizes of a dense model."""
+    from moebert_kernels.convert import parameter_counts
+    from moebert_kernels.convert.sites import find_sites
+
+    widths = sorted({site.weights().w2.shape[1] for site in find_sites(dense)})
+    return Sizes(" and ".join(f"{width:,}" for width in widths), parameter_counts(dense)["total_parameters"])
 
 
 def holds_scores(file: Path) -> bool:
@@ -47,32 +63,39 @@ def say_scores(file: Path) -> None:
     )
 
 
-def say_sizes(converted: Any, dense: Any = None) -> None:
-    """Say how many neurons and parameters a conversion left."""
-    from moebert_kernels.convert import parameter_counts
+def say_sizes(model: Any, before: Sizes | None = None) -> None:
+    """Say how many neurons and parameters a conversion left of those that were there before, if that is known."""
+    from moebert_kernels.convert import mpoe_report, parameter_counts
+    from moebert_kernels.layers import moe_config
 
-    config, counts = converted.config, parameter_counts(converted)
-    of_dense = "" if dense is None else f" of the dense layer's {dense.config.intermediate_size:,}"
-    if hasattr(config, "expert_size"):
-        print(
-            f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}, {config.shared:,} of them in"
-            " every expert"
-        )
+    config, counts = moe_config(model.config), parameter_counts(model)
+    of_dense = "" if before is None else f" of the dense layer's {before.width}"
+    if config is None:
+        print(f"the most important {sizes(model).width} neurons{of_dense}")
+    elif config.experts == "split":
+        shared = config.num_shared_neurons
+        experts = f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}"
+        print(f"{experts}, {shared:,} of them in every expert")
     else:
-        print(f"the most important {config.intermediate_size:,} neurons{of_dense}")
-    before = "" if dense is None else f"; the dense model has {parameter_counts(dense)['total_parameters']:,}"
-    print(f"parameters: {counts['total_parameters']:,}, of which a token meets {counts['active_parameters']:,}{before}")
+        print(mpoe_report(model))
+    dense = "" if before is None else f"; the dense model has {before.parameters:,}"
+    print(f"parameters: {counts['total_parameters']:,}, of which a token meets {counts['active_parameters']:,}{dense}")
 
 
-def say_kept(scores: Any, config: Any) -> None:
+def say_kept(scores: Any, model: Any) -> None:
     """Say how much of the importance `scores`, None where none were given, a token still meets."""
     from moebert_kernels.convert import importance_kept
+    from moebert_kernels.convert.sites import common_width, find_sites
+    from moebert_kernels.layers import moe_config
 
+    config = moe_config(model.config)
+    if config is not None and config.experts != "split":  # they hold all neurons
+        return
     if scores is None:
         print("importance kept: not known, as no --importance was given and neurons were ranked at random")
-        return
-    if hasattr(config, "expert_size"):
-        kept = importance_kept(scores, config.num_experts, config.expert_size, config.shared)
+    elif config is None:
+        width = common_width(find_sites(model))
+        print(f"importance kept by the model: {importance_kept(scores, 1, width, width)}")
     else:
-        kept = importance_kept(scores, 1, config.intermediate_size, config.intermediate_size)
-    print(f"importance kept by {'an expert' if hasattr(config, 'expert_size') else 'the model'}: {kept}")
+        kept = importance_kept(scores, config.num_experts, config.expert_size or 0, config.num_shared_neurons or 0)
+        print(f"importance kept by an expert: {kept}")

@@ -1,4 +1,4 @@
-"""Several tasks in one model: what `moebert convert --router task` and `moebert finetune` with several --task do."""
+"""Several tasks in one model: what `moebert finetune` with several --task does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
 from moebert_kernels.cli.running import print_metrics, print_settings, run_settings
-from moebert_kernels.cli.sizes import say_sizes
 from moebert_kernels.errors import UserError
 
 _DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
@@ -33,22 +32,6 @@ def known_tasks(names: Sequence[str]) -> dict[str, Any]:
     return tasks
 
 
-def convert_for_tasks(
-    name: str, tasks: Sequence[str], importance: Path | None, expert_size: int | None, shared: int | None,
-    options: dict[str, Any],
-) -> tuple[Any, Any]:  # fmt: skip
-    """A task-routed model with a head for each task, and the dense one's tokenizer."""
-    from moebert_kernels.convert import convert_to_task_moe, load_importance
-    from moebert_kernels.distill.loading import load_for_new_heads, load_tokenizer
-
-    labels = {task: known.label_names for task, known in known_tasks(tasks).items()}
-    dense = load_for_new_heads(name)
-    scores = None if importance is None else load_importance(importance, dense).scores
-    moe = convert_to_task_moe(dense, labels, importance=scores, expert_size=expert_size, shared=shared or 0, **options)
-    say_sizes(moe, dense)
-    return moe, load_tokenizer(name)
-
-
 def refuse_for_tasks(**options: Any) -> None:
     """Raise UserError for the first of these options that is given: they are for one task."""
     for name, value in options.items():
@@ -68,16 +51,18 @@ def finetune_tasks(
     from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
     from moebert_kernels.distill.loop import fit
     from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
+    from moebert_kernels.layers import moe_config
 
     known, files = known_tasks(tasks), data_by_task(data, tasks)
     student, tokenizer = load_as_saved(name), load_tokenizer(name)
-    if getattr(student.config, "task_labels", None) is None:
+    moe = moe_config(student.config)
+    if moe is None or moe.task_labels is None:
         raise UserError(
             f"model: expected one with a head for each of several tasks, got a {type(student).__name__} in {name};"
             " moebert convert --router task makes one"
         )
     for task_name in known:
-        student.config.task_id(task_name)  # which refuses others
+        moe.task_id(task_name)  # which refuses others
     facts: dict[str, Any] = {
         "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature, "max_length": max_length,
         "model weights": model_fingerprint(student), "tokens of the tokenizer": tokenizer_digest(tokenizer),
@@ -103,7 +88,7 @@ def finetune_tasks(
     claim(output, "finetune")
     result = fit(
         student,
-        MultiTaskBatches(batches, student.config.tasks, config.seed, temperature=temperature),
+        MultiTaskBatches(batches, moe.tasks or (), config.seed, temperature=temperature),
         config=config,
         output_dir=output,
         evaluate=MultiTaskEvaluator(evaluators, main),

@@ -122,7 +122,10 @@ def distill(
     ] = None,
     preset: Annotated[
         str,
-        typer.Option("--preset", help="default masks padding; paper is the published loss, for a model converted so."),
+        typer.Option(
+            "--preset",
+            help="default masks padding; paper is the published loss, for a model converted with --route-padding.",
+        ),
     ] = "default",
     cache: Annotated[
         Path | None,
@@ -167,7 +170,7 @@ def distill(
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer, or a small dense student by a --recipe, whose
     values any further --KEY VALUE overrides. Writes OUTPUT/best."""
-    from moebert_kernels.distill.loading import check_reach, load_config, load_model, load_tokenizer
+    from moebert_kernels.distill.loading import check_reach, is_moe, load_config, load_model, load_tokenizer
     from moebert_kernels.distill.presets import preset_for
     from moebert_kernels.distill.teacher_cache import TeacherCache
     from moebert_kernels.distill.token_objective import TokenObjective
@@ -190,7 +193,8 @@ def distill(
         if (name == "teacher") == (value is None):
             expected = "one" if value is None else "it with --recipe alone"
             raise UserError(f"{name}: expected {expected}, got {'none' if value is None else value}")
-    _check_student(load_config(model), load_config(teacher), model)
+    if is_moe(config := load_config(teacher)):
+        raise UserError(f"teacher: expected a dense model, got a MoE (model_type {config.model_type!r})")
     wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
     loaded = inputs.load_data(wanted, data, "train", hold_out)
     loaded.split("train"), loaded.split("validation")
@@ -199,7 +203,11 @@ def distill(
     values = preset_for(task)
     weight = values.distill_weight if distill_weight is None else distill_weight
     objective = _objective(loaded.task, student, preset, cache)
-    terms = ("prediction",) if isinstance(objective, TokenObjective) else ("hidden", "prediction")
+    if isinstance(objective, TokenObjective):  # follows predictions alone, whatever the widths
+        terms: tuple[str, ...] = ("prediction",)
+    else:
+        terms = ("hidden", "prediction")
+        _check_student(student, guide, model)
     config = _fit_config(
         values, loaded.task, seed, epochs, max_steps, learning_rate, batch_size, accumulation,
         weight_decay, warmup_ratio, mixed_precision, eval_steps, save_steps, patience, label_smoothing=label_smoothing,
@@ -240,17 +248,17 @@ def _objective(task: Any, student: Any, preset: str, cache: Path | None) -> Any:
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:
+    """Raise UserError for a dense student that is as wide as its teacher: nobody means to train that."""
+    from moebert_kernels.convert.sites import common_width, find_sites
     from moebert_kernels.distill.loading import is_moe
 
-    if is_moe(teacher):
-        raise UserError(f"teacher: expected a dense model, got a MoE (model_type {teacher.model_type!r})")
-    if not hasattr(student, "intermediate_size"):  # a language model follows its teacher's predictions alone
+    if is_moe(student.config):
         return
-    narrower = student.model_type == teacher.model_type and student.intermediate_size < teacher.intermediate_size
-    if not is_moe(student) and not narrower:
+    kind, ours, theirs = student.config.model_type, find_sites(student), find_sites(teacher)
+    if kind != teacher.config.model_type or common_width(ours) >= common_width(theirs):
         raise UserError(
             f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
-            f" {student.model_type}; moebert convert makes a MoE"
+            f" {kind}; moebert convert makes a MoE"
         )
 
 

@@ -21,6 +21,7 @@ from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import install_routing, stack_of
 from moebert_kernels.layers.tasks import row_names
 from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, TaskRouter, Top2Router
+from moebert_kernels.nn.context import plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
 _HEAD_STD = 0.02  # of the rows of a new classifier
@@ -112,6 +113,7 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         model: as for `convert_to_moe`; on the meta device too.
         config: with every choice made; the model's configuration gets it.
     """
+    model.__class__ = plain_class(type(model))  # type(converted).from_pretrained makes instances of what was derived
     targets = None if config.target_modules is None else tuple(config.target_modules)
     sites = find_sites(model, targets)
     layers = []

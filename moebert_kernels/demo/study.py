@@ -6,6 +6,7 @@ The teacher's outputs are computed once for all students.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ from moebert_kernels.distill.scoring import score_split
 from moebert_kernels.distill.tasks import TaskData, load_task
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -124,10 +126,8 @@ class Study:
         teacher = load_model(self.teacher()["path"], REVIEWS)
         importance = self._importance(teacher)
         if kind == "moe":
-            student = convert_to_moe(
-                teacher, importance, num_experts=self.recipe.num_experts, expert_size=size, shared=shared,
-                router="hash-random", seed=self.seed,
-            )  # fmt: skip
+            config = MoEConfig.moebert(num_experts=self.recipe.num_experts, expert_size=size, num_shared_neurons=shared)
+            student = convert_to_moe(copy.deepcopy(teacher), config, importance=importance, seed=self.seed)
         else:
             student = dense_student(teacher, importance, size)
         before = self._before(name, student)

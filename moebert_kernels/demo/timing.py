@@ -92,15 +92,12 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
 
     base = getattr(model, "base_model", model)
     with ExitStack() as stack:
-        for part in _parts(base):
+        for part in moe_layers(base) or [part for site in find_sites(base) for part in site.parts]:
             stack.callback(part.register_forward_pre_hook(record, with_kwargs=True).remove)
         model(**batch)
-    hashed = getattr(model.config, "is_hash_routed", False)
     stacks = [module for module in model.modules() if hasattr(module, "moe_layers")]
 
     def run() -> Any:
-        if hashed:
-            base.encoder.group_tokens(batch["input_ids"], batch["attention_mask"])
         for stack in stacks:
             tokens_of(stack, batch)
         y = None
@@ -110,14 +107,6 @@ def feed_forwards(model: Any, batch: Mapping[str, Tensor]) -> Callable[[], Any]:
         return y
 
     return run
-
-
-def _parts(base: Any) -> list[nn.Module]:
-    """The modules of all feed-forward layers, in the order in which they run."""
-    if base.config.model_type == "moebert":
-        names = ("router", "experts")
-        return [getattr(layer, name) for layer in base.encoder.layer for name in names if hasattr(layer, name)]
-    return list(moe_layers(base)) or [part for site in find_sites(base) for part in site.parts]
 
 
 def decoder_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,18 +23,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import moebert_kernels.convert  # transformers loads converted models
-import moebert_kernels.models  # and MoEBERT
+import moebert_kernels.convert  # noqa: F401  transformers loads converted models
 from moebert_kernels.distill.progress import quiet_transformers
 from moebert_kernels.distill.tasks import Task, label_order
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import moe_config
+from moebert_kernels.layers import moe_config, set_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 _LENGTHS = "moebert_lengths"  # in tokenizer_config.json: by task
+# these count positions from behind the padding's
+_POSITIONS_BEHIND_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 def resolve_model(name: str | Path) -> str:
@@ -129,7 +130,7 @@ def load_config(name: str | Path) -> Any:
 
 def is_moe(config: Any) -> bool:
     """Whether a model of this configuration has experts."""
-    return config.model_type == "moebert" or moe_config(config) is not None
+    return moe_config(config) is not None
 
 
 def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
@@ -144,10 +145,12 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     """
     name = resolve_model(name)
     config = load_config(name)
-    if getattr(config, "task_labels", None) is not None:
+    moe = moe_config(config)
+    if moe is not None and moe.is_task_routed:
+        moe.task_id(task.name)  # which refuses others
         check_labels(task, config)
         model = load_as_saved(name)
-        model.set_task(task.name)
+        set_task(model, task.name)
         return model
     if task.kind == "lm" or config.is_encoder_decoder:
         return _load_generator(name, task, config, new_head)
@@ -163,7 +166,7 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
         check_labels(task, config)
     with _one_line("model", name):
         model, info = auto.from_pretrained(name, output_loading_info=True, **options)
-    missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key))]
+    missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key, model))]
     if missing:
         raise UserError(f"model: expected a checkpoint fine-tuned on {task.name}, got {name} (no {min(missing)})")
     if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
@@ -211,7 +214,7 @@ def load_as_saved(name: str | Path) -> Any:
     """
     name = resolve_model(name)
     architecture = (load_config(name).architectures or ["none"])[0]
-    model_class = getattr(moebert_kernels.models, architecture, None) or getattr(transformers, architecture, None)
+    model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise UserError(f"model: expected a class of transformers, got {architecture} in {name}")
     with _one_line("model", name):
@@ -234,28 +237,23 @@ def load_encoder(name: str | Path) -> Any:
         return AutoModel.from_pretrained(name)
 
 
-def load_for_new_heads(name: str | Path) -> Any:
-    """A model to be given other heads: as it was saved or, of a pretraining checkpoint, its encoder.
+def load_classifier(name: str | Path, seed: int = 0) -> Any:
+    """A model for sequence classification, whose classifier may be new: of any checkpoint of a family that has one.
 
-    The class of such a checkpoint may have no pooler where the file has one, as with bert-base-uncased. Where the file
-    has none either, the encoder comes without one, with a warning.
+    What the checkpoint has no weights for is drawn by `seed`, with a warning if it is a pooler.
 
     Raises:
-        UserError: no such model, or a damaged one.
+        UserError: no such model, a damaged one, or one of a family without a classifier.
     """
     name = resolve_model(name)
-    config = load_config(name)
-    if not (config.architectures or [""])[0].endswith(("ForMaskedLM", "ForPreTraining")):
-        return load_as_saved(name)
-    with _one_line("model", name):
-        model, info = AutoModel.from_pretrained(name, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+    with _one_line("model", name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
+    missing = [key for key in info["missing_keys"] if not _is_new_in_fine_tuning(key, model)]
     if missing:
         raise UserError(f"model: expected every weight of an encoder in {name}, got no {min(missing)}")
-    if info["missing_keys"]:
-        model.pooler = None
-        if config.model_type == "bert":  # RoBERTa's heads have a layer of their own in its place
-            warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=2)
+    if any(".pooler." in key for key in info["missing_keys"]):
+        warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=2)
     return model
 
 
@@ -264,8 +262,8 @@ def longest_input(config: Any) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # relative positions reach any length
         return None
-    if config.model_type in ("roberta", "xlm-roberta", "camembert") or getattr(config, "style", "") == "roberta":
-        positions -= config.pad_token_id + 1  # RoBERTa counts positions from behind the padding's
+    if config.model_type in _POSITIONS_BEHIND_PADDING:
+        positions -= config.pad_token_id + 1
     return positions
 
 
@@ -281,8 +279,8 @@ def _name_classes(config: Any, task: Task) -> None:
     config.label2id = {label: number for number, label in enumerate(task.label_names)}
 
 
-def _is_new_in_fine_tuning(key: str) -> bool:
-    return key.startswith(("classifier.", "qa_outputs.")) or ".pooler." in key
+def _is_new_in_fine_tuning(key: str, model: Any) -> bool:
+    return not key.startswith(f"{model.base_model_prefix}.") or ".pooler." in key
 
 
 def is_unnamed(names: Sequence[str]) -> bool:
@@ -305,6 +303,8 @@ def label_names(config: Any, task: str | None = None) -> list[str]:
     Raises:
         UserError: the model has heads for other tasks.
     """
-    if task is not None and getattr(config, "task_labels", None) is not None:
-        return config.task_labels[config.tasks[config.task_id(task)]] or [task]
+    moe = moe_config(config)
+    if task is not None and moe is not None and moe.task_labels is not None:
+        moe.task_id(task)  # which refuses others
+        return list(moe.task_labels[task]) or [task]
     return [str(config.id2label[number]) for number in sorted(config.id2label)]

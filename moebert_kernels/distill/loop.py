@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from moebert_kernels.convert.card import save_with_card
 from moebert_kernels.distill.checkpoint import (
     Checkpoints,
     Part,
@@ -41,7 +42,6 @@ from moebert_kernels.distill.progress import RunLog, StopRequest, TermMeter, qui
 from moebert_kernels.distill.setup import check_experts, check_teacher, new_optimizer, prepare_folder, run_identity
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.convert.card import save_with_card
 from moebert_kernels.nn import GradientMask, shared_fold
 
 MAPS = "state/maps.safetensors"  # the objective's maps as a finished run left them, in its output folder

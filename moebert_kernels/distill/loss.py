@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from moebert_kernels.distill.config import Batch, FitConfig
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.objectives import Objective, Preset, is_causal, task_loss
-from moebert_kernels.distill.setup import balance_weight, has_balance_loss
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import balance_losses, summed_losses
-from moebert_kernels.models.outputs import balance_term
+from moebert_kernels.layers import balance_losses, moe_config, summed_losses
 from moebert_kernels.nn import BalanceWindow
 
 
@@ -57,9 +55,9 @@ class Loss:
         self.causal = is_causal(student)
         # a causal model's loss is not its own (task_loss): with the labels it would compute a second one in vain
         self._forward_keys = [key for key in forward_keys(student) if not (self.causal and key == "labels")]
-        self._load_balance = balance_weight(student)
-        self._weights = {"balance": self._load_balance, **config.weights}
-        if self._weights["balance"] and not has_balance_loss(student):
+        moe = moe_config(student.config)
+        self._weights = {"balance": 0.0 if moe is None else moe.balance_weight, **config.weights}
+        if self._weights["balance"] and not (moe is not None and moe.is_learned):
             raise UserError(
                 f"balance: expected the weight 0 for a {type(student).__name__} without gates, whose balance would be a"
                 f" loss, got {self._weights['balance']}"
@@ -83,7 +81,7 @@ class Loss:
     def summary(self) -> str:
         """A line for people: which of the teacher's states the student's follow."""
         config: Any = self._student.config
-        return self._objective.summary(config.num_hidden_layers, self.teacher.info.num_layers)
+        return self._objective.summary(config.get_text_config().num_hidden_layers, self.teacher.info.num_layers)
 
     def parameters_beside(self) -> list[nn.Parameter]:
         """What is trained with the student and no part of it."""
@@ -112,15 +110,13 @@ class Loss:
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The named, unweighted terms of a batch, each (); `model` is the student, as the accelerator wraps it."""
         recording = nullcontext() if self._objective is None else self._objective.recording()
-        with recording, balance_losses() as losses:
+        with recording, balance_losses() as losses:  # which `outputs.loss` is without
             outputs = model(**self._inputs(batch), output_hidden_states=self._objective is not None)
         terms = {}
         if self._weights.get("task", 1.0):
-            terms["task"] = task_loss(
-                outputs, batch, self._load_balance, self._preset, self.causal, self._config.label_smoothing
-            )
+            terms["task"] = task_loss(outputs, batch, self._preset, self.causal, self._config.label_smoothing)
         if self._weights["balance"]:
-            terms["balance"] = summed_losses(losses) if losses else balance_term(outputs)
+            terms["balance"] = summed_losses(losses)
         if self._objective is not None:
             terms |= self._objective(outputs, self.teacher(batch), batch)
         if self.weighted is None:

@@ -24,6 +24,7 @@ from moebert_kernels.distill.objectives import (
     Kind,
     Objective,
     at_least_float32,
+    check_sizes,
     checked_pairs,
     hidden_mse,
     named_output,
@@ -33,6 +34,7 @@ from moebert_kernels.distill.objectives import (
 from moebert_kernels.distill.relations import Recorder, relation_heads, relation_kl
 from moebert_kernels.distill.teacher import TeacherInfo, named_labels
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config
 
 TERMS = ("embedding", "hidden", "alignment", "relation", "soft", ADVERSARIAL)
 _BY_TOKEN = ("embedding", "hidden")  # which pooled teacher outputs cannot give
@@ -145,12 +147,11 @@ class MicroBertObjective(Objective):
         return {layer: pairs[layer] for layer in sorted(used)}
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
-        config: Any = student.config
+        outer: Any = student.config
+        config = outer.get_text_config()
         needed = set(self.pairs(config.num_hidden_layers, teacher.num_layers).values())
-        for name in ("vocab_size", "num_labels"):
-            if getattr(config, name) != getattr(teacher, name):
-                raise UserError(f"{name}: expected the teacher's {getattr(teacher, name)}, got {getattr(config, name)}")
-        ours = named_labels(config)
+        check_sizes(outer, teacher, "vocab_size", "num_labels")
+        ours = named_labels(outer)
         if self.kind == "classification" and ours and teacher.label_names and ours != teacher.label_names:
             raise UserError(f"labels: expected the teacher's {', '.join(teacher.label_names)}, got {', '.join(ours)}")
         if needed and not self.project and config.hidden_size != teacher.hidden_size:
@@ -165,11 +166,11 @@ class MicroBertObjective(Objective):
             raise UserError(f"teacher: expected states by token for the term {by_token[0]!r}, got pooled ones")
         if teacher.stored_as is not None and "relation" in self.terms:
             raise UserError("teacher: expected a model for the term 'relation', got cached outputs, which lack queries")
-        if getattr(config, "route_padding", False):
+        if getattr(moe_config(outer), "route_padding", False):
             raise UserError("model: expected a student that skips padding, got a model that routes it")
 
     def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
-        config: Any = student.config
+        config: Any = student.config.get_text_config()
         device = next(student.parameters()).device
         self._pairs = self.pairs(config.num_hidden_layers, teacher.num_layers)
         self._last = config.num_hidden_layers
@@ -179,7 +180,7 @@ class MicroBertObjective(Objective):
             self.maps = FeatureMaps(self._pairs, config.hidden_size, teacher.hidden_size, seed, first).to(device)
         self.adversary = None
         if self._sees:
-            size = (self._sees != "pooled") * config.num_labels + (self._sees != "logits") * teacher.hidden_size
+            size = (self._sees != "pooled") * teacher.num_labels + (self._sees != "logits") * teacher.hidden_size
             self.adversary = Adversary(self.adversary_config, size, seed, device)
         if "relation" in self.terms:
             pairs = checked_pairs(self.layer_map, config.num_hidden_layers, teacher.num_layers)

@@ -14,6 +14,7 @@ from torch import nn
 
 from moebert_kernels.distill.config import Batch, Batches, Metrics
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import get_task, moe_layers, set_task
 
 MEAN = "mean"  # the metric that judges checkpoints
 
@@ -110,23 +111,24 @@ class MultiTaskEvaluator:
 @contextmanager
 def on_task(model: Any, name: str) -> Iterator[None]:
     """Within the block a task-routed model takes this task where it is given none."""
-    before = model.base_model.task_id
-    model.set_task(name)
+    before = get_task(model)
+    set_task(model, name)
     try:
         yield
     finally:
-        model.base_model.task_id = before
+        set_task(model, before)
 
 
 def load_report(model: Any) -> list[str]:
     """A line per layer of a task-routed model: each task's experts with their probabilities, and tasks per expert."""
-    lines = []
-    for number, layer in enumerate(model.base_model.encoder.layer, 1):
-        experts, probabilities = layer.router.chosen()
+    lines, config = [], model.config.quantization_config
+    for number, layer in enumerate(moe_layers(model), 1):
+        router: Any = layer.router
+        experts, probabilities = router.chosen()
         tasks = ", ".join(
             f"{name} {'+'.join(map(str, chosen))} ({' '.join(f'{p:.3f}' for p in gates)})"
-            for name, chosen, gates in zip(model.config.tasks, experts.tolist(), probabilities.tolist(), strict=True)
+            for name, chosen, gates in zip(config.tasks, experts.tolist(), probabilities.tolist(), strict=True)
         )
-        load = torch.bincount(experts.flatten(), minlength=model.config.num_experts).tolist()
+        load = torch.bincount(experts.flatten(), minlength=config.num_experts).tolist()
         lines.append(f"layer {number}: {tasks}; tasks per expert {' '.join(map(str, load))}")
     return lines

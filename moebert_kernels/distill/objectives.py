@@ -21,7 +21,6 @@ from moebert_kernels.convert import layer_map as even_layer_map
 from moebert_kernels.distill.config import Batch
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
-from moebert_kernels.models.outputs import balance_term
 
 if TYPE_CHECKING:
     from moebert_kernels.distill.discriminator import Adversary
@@ -190,22 +189,20 @@ class LayerwiseObjective(Objective):
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
-        needed = set(self.pairs(config.num_hidden_layers, teacher.num_layers).values())
-        for name in ("hidden_size", "vocab_size", "num_labels"):
-            if getattr(config, name) != getattr(teacher, name):
-                raise UserError(f"{name}: expected the teacher's {getattr(teacher, name)}, got {getattr(config, name)}")
+        needed = set(self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers).values())
+        check_sizes(config, teacher, "hidden_size", "vocab_size", "num_labels")
         if not needed <= set(teacher.layers):
             raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
         if self.preset == "paper" and teacher.stored_as is not None:
             raise UserError(
                 "preset: expected 'default' with cached teacher outputs, which hold no padded positions, got 'paper'"
             )
-        routes_padding = getattr(moe_config(config) or config, "route_padding", None)  # a dense student has no routing
-        if routes_padding is not None and routes_padding != (self.preset == "paper"):
+        moe = moe_config(config)
+        if moe is not None and moe.route_padding != (self.preset == "paper"):
             wanted, got = ("routed", "skipped") if self.preset == "paper" else ("skipped", "routed")
             raise UserError(
                 f"preset: expected padding to be {wanted} by a student of the {self.preset!r} losses, got a model that"
-                f" has it {got} (convert it with the same preset)"
+                f" has it {got} (route_padding={moe.route_padding})"
             )
 
     def __call__(self, student_outputs: Any, teacher_outputs: Any, batch: Batch) -> dict[str, Tensor]:
@@ -254,6 +251,17 @@ class LayerwiseObjective(Objective):
         return symmetric_kl(logits, teacher_logits)
 
 
+def check_sizes(student: Any, teacher: TeacherInfo, *names: str) -> None:
+    """Raise UserError unless the student's configuration says the teacher's sizes."""
+    for name in names:
+        wanted, got = (
+            getattr(teacher, name),
+            getattr(student if name == "num_labels" else student.get_text_config(), name),
+        )
+        if wanted != got:
+            raise UserError(f"{name}: expected the teacher's {wanted}, got {got}")
+
+
 def named_output(outputs: Any, name: str) -> Any:
     value = getattr(outputs, name, None)
     if value is None:
@@ -285,12 +293,11 @@ def batch_weight(batch: Batch, causal: bool) -> int:
 def task_loss(
     outputs: Any,
     batch: Batch,
-    load_balance: float,
     preset: Preset = "default",
     causal: bool = False,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss against the labels, without a balance term; a mean over sequences, for a causal model over labels.
+    """The loss against the labels; a mean over sequences, for a causal model over labels.
 
     It is the model's own loss but for the cases that accumulation could not equal, or that padding would enter:
     token-level labels (B, T) give a mean over each sequence's labelled tokens, then over the sequences (for a causal
@@ -321,8 +328,7 @@ def task_loss(
             for name in ("start", "end")
         )
         return (start + end) / 2
-    balance = balance_term(outputs)
-    return outputs.loss if balance is None or not load_balance else outputs.loss - load_balance * balance
+    return outputs.loss
 
 
 def _loss_of_labelled(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:

@@ -17,39 +17,53 @@ from moebert_kernels.distill.objectives import at_least_float32, sequence_weight
 from moebert_kernels.errors import UserError
 
 QKV = tuple[Tensor, ...]  # queries, keys and values, each (B, T, H)
-_NAMES = ("query", "key", "value")
+# what models call the projections, or one whose output is queries, keys and values one behind the other
+_NAMES = (
+    ("query", "key", "value"),  # bert, roberta, electra
+    ("query_proj", "key_proj", "value_proj"),  # deberta-v2
+    ("q_lin", "k_lin", "v_lin"),  # distilbert
+    ("q", "k", "v"),  # mpnet
+    ("q_proj", "k_proj", "v_proj"),  # llama
+    ("Wqkv",),  # modernbert
+    ("c_attn",),  # gpt2
+)
 
 
 class Recorder:
-    """While entered, keeps what a layer's query, key and value projections gave last.
+    """While entered, keeps what a layer's query, key and value projections give first.
+
+    What DeBERTa-v2's give later in the same forward is of its relative positions.
 
     Args:
-        model: a BERT-, RoBERTa- or MoEBERT-style model of transformers.
+        model: a model of transformers whose layers have projections of known names.
         layer: from 1.
 
     Raises:
-        UserError: no such layer, or one without projections of these names.
+        UserError: no such layer, or one without such projections.
     """
 
     def __init__(self, model: nn.Module, layer: int):
-        base: Any = getattr(model, "base_model", model)
-        layers = getattr(getattr(base, "encoder", None), "layer", ())
-        if not 1 <= layer <= len(layers):
-            raise UserError(f"relation_layer: expected 1 to {len(layers)}, the model's layers, got {layer}")
-        attention = getattr(getattr(layers[layer - 1], "attention", None), "self", None)
-        if not all(hasattr(attention, name) for name in _NAMES):
+        config: Any = model.config
+        number = config.get_text_config().num_hidden_layers
+        if not 1 <= layer <= number:
+            raise UserError(f"relation_layer: expected 1 to {number}, the model's layers, got {layer}")
+        lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == number)
+        parts = (part for layers in lists for part in layers[layer - 1].modules())
+        found = ((part, names) for part in parts for names in _NAMES if all(hasattr(part, name) for name in names))
+        attention, names = next(found, (None, ()))
+        if attention is None:
             kind = type(model).__name__
-            raise UserError(f"relation: expected a model with attention.self.query, key and value, got a {kind}")
-        self._modules = [getattr(attention, name) for name in _NAMES]
+            raise UserError(f"relation: expected a model with projections to queries, keys and values, got a {kind}")
+        self._modules = [attention.get_submodule(name) for name in names]
         self._outputs: dict[int, Tensor] = {}
         self._hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
-        self._hooks = ExitStack()
+        self._hooks, self._outputs = ExitStack(), {}
         for number, module in enumerate(self._modules):
 
             def keep(module: nn.Module, inputs: Any, output: Tensor, number: int = number) -> None:
-                self._outputs[number] = output
+                self._outputs.setdefault(number, output)
 
             self._hooks.callback(module.register_forward_hook(keep).remove)
         return self
@@ -58,15 +72,15 @@ class Recorder:
         self._hooks.close()
 
     def take(self) -> QKV:
-        """What was recorded last, and forget it.
+        """What was recorded, and forget it.
 
         Raises:
             UserError: nothing was.
         """
         taken, self._outputs = self._outputs, {}
-        if len(taken) != len(_NAMES):
+        if len(taken) != len(self._modules):
             raise UserError("relation: expected queries, keys and values of a forward pass, got none")
-        return tuple(taken[number] for number in range(len(_NAMES)))
+        return taken[0].chunk(3, -1) if len(taken) == 1 else tuple(taken[number] for number in range(3))
 
 
 def relation_heads(student: Any, teacher_heads: int, teacher_size: int, wanted: int | None) -> int:

@@ -19,9 +19,8 @@ from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.teacher import Teacher, check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import moe_config, moe_layers
-from moebert_kernels.models.configuration import HASH_ROUTERS, TASK_ROUTER
-from moebert_kernels.nn import GradientMask, HashRouter, MPOWeight
+from moebert_kernels.layers import moe_config
+from moebert_kernels.nn import GradientMask, MPOWeight
 
 # Experts' biases and norms are stacked in one (E, I) or (E, H) parameter, so their names tell, not their dimensions.
 # A task router's logits are a bias too.
@@ -58,20 +57,6 @@ def check_experts(model: nn.Module, config: FitConfig, mask: GradientMask | None
             raise UserError("gradient_mask: expected one of the model that is trained, got one of another")
     if config.shared_fold and not any(isinstance(module, MPOWeight) for module in model.modules()):
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
-
-
-def has_balance_loss(model: Any) -> bool:
-    """Whether the model routes by learned gates, the only routers that have a balance loss."""
-    if layers := moe_layers(model):
-        return any(not isinstance(layer.router, HashRouter) for layer in layers)
-    return getattr(model.config, "router", None) not in (None, *HASH_ROUTERS, TASK_ROUTER)
-
-
-def balance_weight(model: Any) -> float:
-    """The weight of the balance loss, as the model's configuration has it; 0 of a dense model."""
-    if moe_layers(model):
-        return model.config.quantization_config.balance_weight
-    return getattr(model.config, "load_balance", 0.0)
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:

@@ -131,8 +131,8 @@ def _to_be_cached(
         UserError: one does not.
     """
     some = [objective for objective in objectives if objective is not None]
-    pairs = [o.pairs(student.config.num_hidden_layers, teacher.config.num_hidden_layers) for o in some]
-    layers = sorted({layer for found in pairs for layer in found.values()}) or [teacher.config.num_hidden_layers]
+    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
+    layers = sorted({layer for o in some for layer in o.pairs(ours, theirs).values()}) or [theirs]
     info = replace(teacher_info(teacher, layers), stored_as=dtype or "as it computes", pooled=pooled)
     for objective in some:
         objective.check(student, info)

@@ -16,6 +16,7 @@ from moebert_kernels.distill.config import Batch
 from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config
 
 LABEL_KEYS = ("labels", "start_positions", "end_positions")
 
@@ -71,29 +72,30 @@ def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> Teach
     """
     check_one_head("teacher", model)
     config: Any = model.config
-    available = config.num_hidden_layers + 1
+    sizes = config.get_text_config()
+    available = sizes.num_hidden_layers + 1
     chosen = tuple(range(available)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= available:
         raise UserError(f"layers: expected hidden states between 0 and {available - 1}, got {list(chosen)}")
     return TeacherInfo(
         fingerprint=model_fingerprint(model),
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
+        num_layers=sizes.num_hidden_layers,
+        hidden_size=sizes.hidden_size,
+        vocab_size=sizes.vocab_size,
         num_labels=config.num_labels,
         layers=chosen,
-        num_attention_heads=getattr(config, "num_attention_heads", 1),
+        num_attention_heads=getattr(sizes, "num_attention_heads", 1),
         label_names=named_labels(config),
     )
 
 
 def check_one_head(name: str, model: nn.Module) -> None:
     """Raise UserError if `model`, called `name`, is a task-routed one with a head for each task."""
-    config: Any = model.config
-    if getattr(config, "task_labels", None) is not None:
+    moe = moe_config(model.config)
+    if moe is not None and moe.task_labels is not None:
         raise UserError(
             f"{name}: expected a model with one head, got a {type(model).__name__} with heads for"
-            f" {', '.join(config.tasks)} (moebert_kernels.convert.collapse(model, task) makes the dense one of a task)"
+            f" {', '.join(moe.tasks or ())} (moebert_kernels.convert.merge(model, task) makes the dense one of a task)"
         )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cli.tiny import TABLE, TRAINING, done, write_base, write_data
+from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, write_base, write_data
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +32,7 @@ def importance(teacher, data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def moe(teacher, importance, tmp_path_factory):
     output = tmp_path_factory.mktemp("moe") / "out"
-    done(
-        "convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4, "--output", output
-    )
+    done("convert", "--model", teacher, "--importance", importance, *SPLIT, "--output", output)
     return output
 
 

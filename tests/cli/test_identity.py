@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from tests.cli.test_tasks import data_of, write_tasks
-from tests.cli.tiny import TABLE, done, moebert, refused, write_data
+from tests.cli.tiny import SPLIT, TABLE, done, moebert, refused, write_data
 
 SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--epochs", "1", "--max-length", "12")
 
@@ -123,7 +123,7 @@ def test_products_of_other_models_and_files_are_not_there_already(teacher, impor
     shutil.copy(importance, scores)
     table = tmp_path / "data"
     shutil.copytree(small, table)
-    sizes = ("--expert-size", 8, "--shared", 4, "--importance", scores, "--model", model)
+    sizes = (*SPLIT, "--importance", scores, "--model", model)
     balanced = (*sizes, "--router", "hash-balance", *TABLE, "--data", table)
     calls = {
         "moe": ("convert", *sizes), "balanced": ("convert", *balanced),
@@ -165,7 +165,17 @@ def test_eval_cuts_as_training_did(base, small, tmp_path):
         printed = done("eval", "--model", tmp_path / "out", *words, *more)
         assert f"--max-length {length}: the model was trained with 8" in printed
         assert (f"are longer than {length} tokens" in printed) == (length == 9)
-    done("convert", "--model", tmp_path / "out", "--expert-size", 8, "--shared", 4, "--output", tmp_path / "moe")
+    done(
+        "convert",
+        "--model",
+        tmp_path / "out",
+        "--expert-size",
+        8,
+        "--num-shared-neurons",
+        4,
+        "--output",
+        tmp_path / "moe",
+    )
     assert "1 of 17 validation texts are longer than 8 tokens" in done("eval", "--model", tmp_path / "moe", *words)
 
 

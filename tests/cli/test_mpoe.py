@@ -66,7 +66,7 @@ def test_a_classifier_follows_its_teacher(router, teacher, data, tmp_path):
 
 
 def test_gpt2_with_hash_routing_and_dense_experts(gpt2, tmp_path):
-    words = ("convert", "--method", "mpoe", "--model", gpt2, "--experts", "dense", "--router", "hash-random")
+    words = ("convert", "--method", "mpoe", "--model", gpt2, "--experts", "copy", "--router", "hash-random")
     output = done(*words, "--output", tmp_path / "out")
     assert "(1.00 times)" in output
 
@@ -76,11 +76,11 @@ def test_refusals(base, gpt2, tmp_path):
     line = refused(*words, base, "--max-bond", 1)
     assert line.startswith("max-bond: expected caps at which building the weight pays")
     line = refused(*words, base, "--importance", tmp_path / "scores.safetensors")
-    assert line.startswith("importance: expected none with --method mpoe")
-    assert "switch, top2" in refused(*words, base, "--router", "task")
+    assert line.startswith("importance: expected it with --experts split alone")
+    assert refused(*words, base, "--router", "task") == "task: expected different tasks, got none"
     line = refused(*words, base, "--experts", "copies")
-    assert line == "experts: expected one of mpo, dense with --method mpoe, got 'copies'"
+    assert line == "experts: expected one of split, copy, mpo, got 'copies'"
     done(*words, gpt2, "--max-bond", 1, "--low-bonds", "--sites", 2)
     assert not (tmp_path / "out2").exists()
     line = refused("convert", "--method", "mpoe", "--output", tmp_path / "out2", "--model", tmp_path / "out")
-    assert line.startswith("model: expected a dense model, got GPT2LMHeadModel with experts in it")
+    assert line.startswith("model: expected a dense checkpoint, got ") and line.endswith("which is a MoE already")

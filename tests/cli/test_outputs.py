@@ -22,7 +22,7 @@ def command_words(name, model, data):
         "distill": ("distill", "--model", model, "--teacher", model, *TABLE, "--data", data),
         "ablate": ("ablate", "--model", model, "--teacher", model, "--arm", "full", *trained[:2]),
         "convert": ("convert", "--model", model),
-        "collapse": ("collapse", "--model", model, "--task", "sst2"),
+        "merge": ("merge", "--model", model, "--task", "sst2"),
         "student": ("student", "--model", model),
         "demo": ("demo", "--quick"),
     }[name]
@@ -36,7 +36,7 @@ def test_every_command_that_writes_a_folder_is_looked_at():
             assert command_words(name, "model", "data")[0] == name
 
 
-FOLDER_COMMANDS = ("finetune", "distill", "ablate", "convert", "collapse", "student", "demo")
+FOLDER_COMMANDS = ("finetune", "distill", "ablate", "convert", "merge", "student", "demo")
 
 
 @pytest.mark.parametrize("name", FOLDER_COMMANDS)

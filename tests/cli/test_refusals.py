@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
-from tests.cli.tiny import TABLE, TRAINING, done, refused, write_base
+from moebert_kernels.layers import moe_config
+from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, refused, write_base
 
 
 def copy(folder, at):
@@ -21,7 +23,7 @@ def test_help_of_every_command():
         "importance",
         "convert",
         "distill",
-        "collapse",
+        "merge",
         "student",
         "eval",
         "bench",
@@ -125,16 +127,16 @@ def test_mixing_the_published_loss_with_skipped_padding(teacher, moe, data, tmp_
 
 def test_tables_for_another_vocabulary(teacher, importance, tmp_path):
     (tmp_path / "tables.json").write_text(json.dumps([0, 1, 2, 3]))
-    line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4,
+    line = refused("convert", "--model", teacher, "--importance", importance, *SPLIT,
                    "--hash-tables", tmp_path / "tables.json", "--output", tmp_path / "out")  # fmt: skip
     assert line.startswith("hash-tables: expected shape ") and "got (4,)" in line
 
 
 def test_an_expert_size_that_cannot_be_filled(teacher, importance, tmp_path):
-    line = refused("convert", "--model", teacher, "--importance", importance, "--expert-size", 30, "--shared", 4,
-                   "--output", tmp_path / "out")  # fmt: skip
-    assert line.startswith(
-        "expert-size: expected at most 11 for 4 experts with 4 shared of the dense layer's 32 neurons (or --shared >= "
+    words = ("--importance", importance, "--expert-size", 30, "--num-shared-neurons", 4, "--output", tmp_path / "out")
+    assert refused("convert", "--model", teacher, *words).startswith(
+        "expert-size: expected at most 11 for 4 experts with 4 shared of the dense layer's 32 neurons (or"
+        " --num-shared-neurons >= "
     )
 
 
@@ -154,29 +156,37 @@ def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "where"),
+    ("words", "line"),
     [
-        (("--method", "mpoe", "--expert-size", 7), "expert-size", "--method moebert or dense alone, got 7"),
-        (("--method", "mpoe", "--shared", 0), "shared", "--method moebert alone, got 0"),
-        (("--method", "mpoe", "--preset", "paper"), "preset", "--method moebert alone, got 'paper'"),
-        (("--method", "mpoe", "--experts", "dense", "--sites", 3), "sites", "--experts mpo alone, got 3"),
-        (("--method", "moebert", "--sites", 3), "sites", "--method mpoe alone, got 3"),
-        (("--max-bond", 2), "max-bond", "--method mpoe alone, got 2"),
-        (("--noise", 0.5), "noise", "--method mpoe alone, got 0.5"),
-        (("--router", "task", "--low-bonds"), "low-bonds", "--method mpoe alone, got True"),
-        (("--method", "dense", "--shared", 3), "shared", "--method moebert alone, got 3"),
-        (("--method", "dense", "--num-experts", 4), "num-experts", "--method moebert or mpoe alone, got 4"),
-        (("--method", "dense", "--hash-tables", "a"), "hash-tables", "--method moebert or mpoe alone, got 'a'"),
+        (("--method", "mpoe", "--importance", "a"), "importance: expected it with --experts split alone, got 'a'"),
+        (("--method", "mpoe", "--expert-size", 7), "expert-size: expected none with --experts='mpo', got 7"),
+        (("--experts", "copy", "--num-shared-neurons", 0), "num-shared-neurons: expected none with --experts='copy', "),
+        (("--method", "mpoe", "--experts", "copy", "--sites", 3), "sites: expected it with --experts mpo alone, got 3"),
+        (("--sites", 3), "sites: expected it with --experts mpo alone, got 3"),
+        (("--max-bond", 2), "max-bond: expected none with --experts='split', got 2"),
+        (("--noise", 0.5), "noise: expected it with --experts copy or mpo alone, got 0.5"),
+        (("--low-bonds",), "low-bonds: expected it with --experts mpo alone, got True"),
+        (("--load-balance", 0.1), "load-balance: expected none with --router='hash-random', got 0.1"),
+        (("--top-k", 2), "top-k: expected none with --router='hash-random', got 2"),
+        (("--router", "round"), "router: expected one of hash-random, hash-balance, gate-token, "),
+        (("--experts", "dense"), "experts: expected one of split, copy, mpo, got 'dense'"),
+        (("--norm", "both"), "norm: expected one of expert, layer, got 'both'"),
+        (("--task", "sst2"), "task: expected it with --router hash-balance or task alone, got ['sst2']"),
+        (("--router", "switch", "--hash-tables", "a"), "hash-tables: expected it with --router hash-"),
+        (("--method", "moe"), "method: expected one of moebert, mpoe, dense, got 'moe'"),
+        (("--method", "dense", "--num-experts", 4), "num-experts: expected it with --method moebert or "),
+        (("--method", "dense", "--route-padding"), "route-padding: expected it with --method moebert or mpoe alone, "),
+        (("--method", "dense", "--hash-tables", "a"), "hash-tables: expected it with --method moebert or mpoe alone, "),
     ],
-)
-def test_options_of_another_method(words, name, where, tmp_path):
-    line = refused("convert", "--model", "never-read", *words, "--output", tmp_path / "out")
-    assert line == f"{name}: expected it with {where}"
+)  # fmt: skip
+def test_options_that_do_not_fit_each_other(words, line, tmp_path):
+    """Before a model is read."""
+    assert refused("convert", "--model", "never-read", *words, "--output", tmp_path / "out").startswith(line)
 
 
 @pytest.mark.parametrize(
     "words",
-    [("method", "mpoe"), ("importance", "file"), ("expert-size", 7), ("preset", "paper"), ("noise", 0.0), ("top-k", 2)],
+    [("method", "mpoe"), ("importance", "file"), ("expert-size", 7), ("experts", "mpo"), ("noise", 0.0), ("top-k", 2)],
 )
 def test_an_import_takes_no_options_of_a_conversion(words, tmp_path):
     name, value = words
@@ -188,7 +198,7 @@ def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    sizes = ("--expert-size", 8, "--shared", 2)
+    sizes = ("--expert-size", 8, "--num-shared-neurons", 2)
     for force in ((), ("--force",)):
         line = refused("convert", "--model", teacher, "--importance", importance, *sizes, "--output", mine, *force)
         assert line.startswith("output: expected a new ")
@@ -197,9 +207,9 @@ def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):
     other = copy(moe, tmp_path / "moe")
     words = ("convert", "--model", teacher, "--importance", importance, *sizes, "--output", other)
     assert "is in use (--force replaces it)" in refused(*words)
-    assert json.loads((other / "config.json").read_text())["shared"] == 4
+    assert moe_config(AutoConfig.from_pretrained(other)).num_shared_neurons == 4
     done(*words, "--force")
-    assert json.loads((other / "config.json").read_text())["shared"] == 2
+    assert moe_config(AutoConfig.from_pretrained(other)).num_shared_neurons == 2
 
 
 def test_outputs_that_cannot_be_written(base, teacher, data, tmp_path):

@@ -1,4 +1,4 @@
-"""Several tasks in one task-routed model, its collapse and its students, by the commands."""
+"""Several tasks in one task-routed model, its merging and its students, by the commands."""
 
 import shlex
 from itertools import pairwise
@@ -15,6 +15,7 @@ from transformers import (
     BertForPreTraining,
 )
 
+from moebert_kernels.layers import moe_config, set_task
 from tests.cli.test_workflow import logits_of
 from tests.cli.tiny import BAD, GOOD, TABLE, done, moebert, refused, write_base
 from tests.helpers import ROOT
@@ -68,7 +69,7 @@ def trained(routed, tasks, tmp_path_factory):
 
 
 def test_the_routed_model_says_what_it_is(routed):
-    config = AutoModelForSequenceClassification.from_pretrained(routed).config
+    config = moe_config(AutoModelForSequenceClassification.from_pretrained(routed).config)
     assert (config.router, config.tasks, config.top_k, config.norm) == ("task", ["sst2", "cola", "stsb"], 2, "layer")
     assert config.task_labels == {"sst2": ["negative", "positive"], "cola": ["unacceptable", "acceptable"], "stsb": []}
 
@@ -88,7 +89,7 @@ def test_a_pretraining_checkpoint_keeps_its_pooler(base, tmp_path):
         assert ("its weights are drawn anew" in result.stderr) == (folder == "bare")
     kept = load_file(tmp_path / "whole-moe/model.safetensors")
     for name, tensor in pretrained.bert.pooler.state_dict().items():
-        assert torch.equal(kept[f"moebert.pooler.{name}"], tensor)
+        assert torch.equal(kept[f"bert.pooler.{name}"], tensor)
     first = load_file(tmp_path / "bare-moe/model.safetensors")
     done(*words, "--model", tmp_path / "bare", "--output", tmp_path / "again")
     again = load_file(tmp_path / "again/model.safetensors")
@@ -102,16 +103,16 @@ def test_it_learns_every_task_and_each_can_be_evaluated(trained, tasks):
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
-def test_collapse_keeps_the_logits_labels_and_tokenizer(trained, task, tmp_path):
-    done("collapse", "--model", trained, "--task", task, "--output", tmp_path / "plain")
+def test_merging_keeps_the_logits_labels_and_tokenizer(trained, task, tmp_path):
+    done("merge", "--model", trained, "--task", task, "--output", tmp_path / "plain")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
     moe = AutoModelForSequenceClassification.from_pretrained(trained / "best").eval()
-    moe.set_task(task)
+    set_task(moe, task)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "plain")(SENTENCES, padding=True, return_tensors="pt")
     torch.testing.assert_close(logits_of(tmp_path / "plain"), moe(**tokens).logits, rtol=0, atol=1e-5)
-    assert plain.config.model_type == "bert" and plain.config.intermediate_size == 2 * moe.config.expert_size
+    assert plain.config.model_type == "bert" and plain.config.intermediate_size == 2 * 32
     assert plain.config.id2label == ({0: "negative", 1: "positive"} if task == "sst2" else {0: "LABEL_0"})
-    assert "there already" in done("collapse", "--model", trained, "--task", task, "--output", tmp_path / "plain")
+    assert "there already" in done("merge", "--model", trained, "--task", task, "--output", tmp_path / "plain")
 
 
 def test_students(base, teacher, trained, tmp_path):
@@ -156,9 +157,6 @@ def test_refusals_of_convert(base, teacher, tmp_path):
     for name in ("custom", "squad"):
         wanted = f"task: expected tasks of GLUE, which several can share a model, got '{name}'"
         assert line("--router", "task", "--task", name) == wanted
-    assert line("--top-k", "2") == "top-k: expected it with --router task alone, got 2"
-    assert line("--experts", "copy") == "experts: expected it with --method mpoe or --router task alone, got 'copy'"
-    assert line("--norm", "layer") == "norm: expected it with --router task alone, got 'layer'"
 
 
 def test_refusals_of_finetune(base, routed, tasks, tmp_path):
@@ -180,24 +178,22 @@ def test_refusals_of_finetune(base, routed, tasks, tmp_path):
     )  # fmt: skip
 
 
-def test_refusals_of_collapse_and_student(teacher, moe, trained, base, data, tmp_path):
+def test_refusals_of_merge_and_student(teacher, moe, trained, base, data, tmp_path):
     def line(command, model, *words):
         return refused(command, "--model", model, *words, "--output", tmp_path / "out")
 
-    assert line("collapse", trained, "--task", "rte").startswith(
+    assert line("merge", trained, "--task", "rte").startswith(
         "task: expected one of the model's tasks, sst2, cola, stsb"
     )
-    assert line("collapse", teacher, "--task", "sst2").startswith(
-        "model: expected a MoEBERT with router='task', got a BertFor"
-    )
-    assert line("collapse", moe, "--task", "sst2").endswith("got router='hash-random', by tokens")
+    assert line("merge", teacher, "--task", "sst2").startswith("model: expected one with experts, got a BertFor")
+    assert line("merge", moe, "--task", "sst2").startswith("task: expected one of the model's tasks, none (router=")
     assert line("student", trained) == "task: expected one of the model's tasks, sst2, cola, stsb, got none"
     assert line("student", teacher, "--task", "sst2").startswith("task: expected none with a model that does not route")
     assert line("student", teacher, "--shape", "5l").startswith(
         "shape: expected one of 4l-312, 6l-384, 6l-768, 3l-384, got"
     )
     assert line("student", teacher, "--layers", 3).startswith("layer_map: expected 1 to 2 student layers, as many as")
-    assert line("student", moe).startswith("model: expected a dense encoder, got MoEBertForSequenceClassification")
+    assert line("student", moe).startswith("model: expected a dense model, got BertForSequenceClassification with")
     other = write_base(tmp_path / "other")
     vocab = other / "tokenizer.json"
     vocab.write_text(vocab.read_text().replace('"film"', '"movie"'))

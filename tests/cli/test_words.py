@@ -80,10 +80,13 @@ def test_parameters_are_called_as_their_options():
         ("mixed_precision: expected 'no', got 'int8'", "--mixed-precision: expected 'no', got 'int8'"),
         ("text_columns: expected one or two names, got 3", "--text-column: expected one or two names, got 3"),
         ("text-column: expected one, got 2", "--text-column: expected one, got 2"),
-        ("shared: expected 0 to expert_size=8, got 9", "--shared: expected 0 to --expert-size=8, got 9"),
         (
-            "expert_size: expected 4 for a shared layer (or shared >= 3), got 9",
-            "--expert-size: expected 4 for a shared layer (or --shared >= 3), got 9",
+            "num_shared_neurons: expected 0 to expert_size=8, got 9",
+            "--num-shared-neurons: expected 0 to --expert-size=8, got 9",
+        ),
+        (
+            "expert_size: expected 4 for a shared layer (or num_shared_neurons >= 3), got 9",
+            "--expert-size: expected 4 for a shared layer (or --num-shared-neurons >= 3), got 9",
         ),
         ("output_dir: expected a folder, got a/text_column", "--output: expected a folder, got a/text_column"),
         ("tables: expected integers, got expert_size", "--hash-tables: expected integers, got expert_size"),
@@ -93,7 +96,7 @@ def test_parameters_are_called_as_their_options():
     ],
 )
 def test_messages_name_options_as_they_are_typed(message, wanted):
-    options = {"mixed_precision", "text_column", "expert_size", "shared", "output", "hash_tables"}
+    options = {"mixed_precision", "text_column", "expert_size", "num_shared_neurons", "output", "hash_tables"}
     assert as_typed(message, options) == wanted
 
 
@@ -173,7 +176,7 @@ def test_a_wrong_model_is_named_by_its_option_before_data_is_read(base, teacher,
         ("model", ("eval", *TABLE, *data)),
         ("model", ("convert", *data, "--task", "sst2", "--router", "hash-balance", *out)),
         ("model", ("student", *out)),
-        ("model", ("collapse", "--task", "sst2", *out)),
+        ("model", ("merge", "--task", "sst2", *out)),
         ("teacher", ("distill", "--model", base, *TABLE, *data, *out)),
         ("against", ("bench", "--model", base, *TABLE, *data)),
         ("init", ("student", "--model", base, *out)),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import moebert_kernels.models  # noqa: F401 - makes AutoModel* know MoEBERT
 from moebert_kernels.convert import importance_scores, load_importance
 from moebert_kernels.distill.features import Batches, tokenize
 from moebert_kernels.distill.tasks import custom_task, load_task
-from tests.cli.tiny import TABLE, TRAINING, done, moebert
+from moebert_kernels.layers import moe_config, moe_layers
+from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert
 from tests.helpers import ROOT
 
 
@@ -53,7 +53,9 @@ def test_importance_can_be_that_of_the_validation_split(teacher, importance, dat
 
 def test_a_converted_model_says_what_it_is(moe):
     config = AutoModelForSequenceClassification.from_pretrained(moe).config
-    assert (config.model_type, config.expert_size, config.shared, config.router) == ("moebert", 8, 4, "hash-random")
+    made = moe_config(config)
+    assert (config.model_type, made.expert_size, made.num_shared_neurons) == ("bert", 8, 4)
+    assert (made.router, made.experts, made.norm) == ("hash-random", "split", "expert")
 
 
 def test_a_student_is_as_good_as_its_teacher_here(student, data, tmp_path):
@@ -65,7 +67,7 @@ def test_a_student_is_as_good_as_its_teacher_here(student, data, tmp_path):
 @pytest.mark.slow
 def test_a_student_gives_the_same_logits_in_a_new_process(student):
     code = (
-        "import sys, torch, moebert_kernels.models\n"
+        "import sys, torch, moebert_kernels.convert\n"
         "from tests.cli.test_workflow import logits_of\n"
         "torch.save(logits_of(sys.argv[1]), sys.argv[2])"
     )
@@ -79,7 +81,7 @@ def test_a_finished_command_changes_nothing_when_run_again(teacher, moe, student
     scoring = ("importance", "--model", teacher, *TABLE, "--data", data, "--output", importance)
     assert "there already" in done(*scoring)
     assert before == {path: path.stat().st_mtime_ns for path in importance.parent.iterdir()}
-    again = ("--importance", importance, "--expert-size", 8, "--shared", 4, "--output", moe)
+    again = ("--importance", importance, *SPLIT, "--output", moe)
     assert "there already" in done("convert", "--model", teacher, *again)
     words = ("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data, "--output", student, *TRAINING)
     weights = student / "best" / "model.safetensors"
@@ -154,19 +156,20 @@ def test_interrupted_scoring_goes_on(teacher, importance, data, tmp_path, monkey
 
 
 def test_balanced_tables_count_the_train_split(teacher, importance, data, tmp_path):
-    done("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4, "--router",
+    done("convert", "--model", teacher, "--importance", importance, *SPLIT, "--router",
          "hash-balance", *TABLE, "--data", data, "--output", tmp_path / "moe")  # fmt: skip
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe")
-    first, second = (layer.router.table for layer in model.moebert.encoder.layer)
+    first, second = (layer.router.table for layer in moe_layers(model))
     assert torch.equal(first, second)
 
 
 def test_the_published_recipe_pads_and_routes_padding(teacher, importance, data, tmp_path):
-    done("convert", "--model", teacher, "--importance", importance, "--expert-size", 8, "--shared", 4, "--preset",
-         "paper", "--output", tmp_path / "moe")  # fmt: skip
+    done("convert", "--model", teacher, "--importance", importance, *SPLIT,
+         "--route-padding", "--output", tmp_path / "moe")  # fmt: skip
     done("distill", "--model", tmp_path / "moe", "--teacher", teacher, *TABLE, "--data", data, "--preset", "paper",
          "--output", tmp_path / "out", *TRAINING, "--teacher-dropout")  # fmt: skip
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "best").config.route_padding
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "best")
+    assert moe_config(trained.config).route_padding
 
 
 def test_squad_goes_all_the_way(base, tmp_path):
@@ -183,7 +186,7 @@ def test_squad_goes_all_the_way(base, tmp_path):
     short = ("--batch-size", 4, "--epochs", 1, "--learning-rate", "1e-3")
     done("finetune", "--model", base, "--output", teacher, *common, *short)
     done("importance", "--model", teacher, "--output", tmp_path / "i.safetensors", *common)
-    done("convert", "--model", teacher, "--importance", tmp_path / "i.safetensors", "--expert-size", 8, "--shared", 4,
+    done("convert", "--model", teacher, "--importance", tmp_path / "i.safetensors", *SPLIT,
          "--output", moe)  # fmt: skip
     done("distill", "--model", moe, "--teacher", teacher, "--output", tmp_path / "student", *common, *short)
     assert "exact_match" in done("eval", "--model", tmp_path / "student", *common)
@@ -223,8 +226,8 @@ def test_doctor_runs():
 
 
 def test_every_model_has_a_card(teacher, moe, student):
-    for folder, kind in ((teacher / "best", "Bert"), (moe, "MoEBert"), (student / "best", "MoEBert")):
+    for folder, converted in ((teacher / "best", False), (moe, True), (student / "best", True)):
         card = (folder / "README.md").read_text()
-        assert f"# {kind}ForSequenceClassification\n" in card
-        assert ("import moebert_kernels.models" in card) == (kind == "MoEBert")
+        assert "# BertForSequenceClassification\n" in card
+        assert ("import moebert_kernels.convert" in card) == converted
         assert ("accuracy on validation data" in card) == (folder != moe)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-import moebert_kernels.models  # noqa: F401 - makes AutoModel* know MoEBERT
+import moebert_kernels.convert  # noqa: F401 - makes AutoModel* know converted models
 from moebert_kernels.demo import run
 from moebert_kernels.demo.report import difference, text_table
 from moebert_kernels.demo.study import Recipe, Study

@@ -8,8 +8,7 @@ from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.demo import timing
 from moebert_kernels.demo.benchmark import sizes_of
 from moebert_kernels.demo.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
-from moebert_kernels.layers import MoEConfig, moe_layers
-from moebert_kernels.models import MoEBertConfig, MoEBertModel
+from moebert_kernels.layers import MoEConfig, moe_layers, routing
 from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs
 
 SIZES = {
@@ -24,8 +23,7 @@ def dense():
 
 
 def moe(router="hash-random"):
-    torch.manual_seed(0)
-    return MoEBertModel(MoEBertConfig(expert_size=8, num_experts=4, router=router, **SIZES))
+    return convert_to_moe(dense(), MoEConfig.moebert(router=router, expert_size=8), importance=torch.rand(2, 32))
 
 
 def batch_of(B=3, T=8):
@@ -69,17 +67,18 @@ def test_feed_forwards_run_every_layer(monkeypatch):
     model = moe("gate-token").eval()
     run = feed_forwards(model, batch_of())
     seen = []
-    for layer in model.encoder.layer:
+    for layer in moe_layers(model):
         for part in (layer.router, layer.experts):
             part.register_forward_hook(lambda module, *_: seen.append(module))
     run()
-    assert seen == [part for layer in model.encoder.layer for part in (layer.router, layer.experts)]
+    assert seen == [part for layer in moe_layers(model) for part in (layer.router, layer.experts)]
 
 
 def test_hash_routing_groups_in_the_time(monkeypatch):
     model, groups = moe().eval(), []
     run = feed_forwards(model, batch_of())
-    monkeypatch.setattr(model.encoder, "group_tokens", lambda ids, mask: groups.append(ids.shape))
+    grouped = routing.group_by_hash
+    monkeypatch.setattr(routing, "group_by_hash", lambda *args: groups.append(args[1].shape) or grouped(*args))
     run()
     assert groups == [(3, 8)]
 

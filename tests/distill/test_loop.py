@@ -8,23 +8,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import FitConfig, LayerwiseObjective, TeacherCache, fit
 from moebert_kernels.distill.setup import parameter_groups
 from moebert_kernels.errors import UserError
-from moebert_kernels.models import MoEBertConfig, MoEBertForSequenceClassification
-from tests.distill.tiny import CONFIG, VOCAB, TinyBatches, assert_same_weights, log, run, tiny_bert, weights
+from moebert_kernels.layers import MoEConfig, moe_layers
+from tests.distill.tiny import CONFIG, TinyBatches, assert_same_weights, log, run, tiny_bert, weights
 from tests.helpers import ROOT
 
 
 def tiny_moe(router="hash-random", **options):
-    torch.manual_seed(3)
-    return MoEBertForSequenceClassification(
-        MoEBertConfig(
-            vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, expert_size=8, num_labels=3,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16, router=router,
-            **options,
-        )
-    )  # fmt: skip
+    config = MoEConfig.moebert(router=router, expert_size=8, **{"load_balance": 0.0} | options)
+    return convert_to_moe(tiny_bert(3), config, importance=torch.rand(2, 32), seed=3)
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression", "qa"])
@@ -171,7 +166,7 @@ def test_weights_of_the_terms(tmp_path):
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_distils_a_moe_student(tmp_path, preset):
-    student = tiny_moe("gate-token", load_balance=0.1, preset=preset)
+    student = tiny_moe("gate-token", load_balance=0.1, route_padding=preset == "paper")
     distil(tmp_path / "gate", student, preset=preset)
     lines = log(tmp_path / "gate", "loss")
     assert lines[-1]["hidden"] < lines[0]["hidden"]
@@ -182,7 +177,7 @@ def test_distils_a_moe_student(tmp_path, preset):
     assert_same_weights(reloaded, weights(student))
     other = {"default": "paper", "paper": "default"}[preset]
     with pytest.raises(UserError, match="preset: expected padding to be"):
-        distil(tmp_path / "mixed", tiny_moe(preset=preset), preset=other)
+        distil(tmp_path / "mixed", tiny_moe(route_padding=preset == "paper"), preset=other)
 
 
 def falling():
@@ -299,18 +294,18 @@ def test_biases_and_norms_do_not_decay():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, undecayed = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
-    kept = {names[id(parameter)].removeprefix("moebert.encoder.layer.0.") for parameter in undecayed["params"]}
-    shrunk = {names[id(parameter)].removeprefix("moebert.encoder.layer.0.") for parameter in decayed["params"]}
-    assert {"experts.b1", "experts.b2", "experts.norm_weight", "experts.norm_bias", "classifier.bias"} <= kept
-    assert {"moebert.embeddings.LayerNorm.weight", "attention.output.LayerNorm.weight"} <= kept
-    assert {"experts.w1", "experts.w2", "router.gate.weight", "classifier.weight"} <= shrunk
+    kept = {names[id(parameter)].removeprefix("bert.encoder.layer.0.") for parameter in undecayed["params"]}
+    shrunk = {names[id(parameter)].removeprefix("bert.encoder.layer.0.") for parameter in decayed["params"]}
+    assert {f"output.experts.{name}" for name in ("b1", "b2", "norm_weight", "norm_bias")} | {"classifier.bias"} <= kept
+    assert {"bert.embeddings.LayerNorm.weight", "attention.output.LayerNorm.weight"} <= kept
+    assert {"output.experts.w1", "output.experts.w2", "output.router.gate.weight", "classifier.weight"} <= shrunk
 
 
 def test_routers_may_have_a_learning_rate_of_their_own():
     model = tiny_moe("gate-token")
     *others, routing = parameter_groups(model, 0.1, router_learning_rate=1e-2)
     assert (routing["weight_decay"], routing["lr"]) == (0.0, 1e-2)
-    assert [id(p) for p in routing["params"]] == [id(layer.router.gate.weight) for layer in model.moebert.encoder.layer]
+    assert [id(p) for p in routing["params"]] == [id(layer.router.gate.weight) for layer in moe_layers(model)]
     assert sum(len(group["params"]) for group in (*others, routing)) == len(list(model.parameters()))
     with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers, got one without"):
         parameter_groups(tiny_bert(0), 0.1, router_learning_rate=1e-2)

@@ -1,7 +1,6 @@
 """The terms of MicroBERT-style distillation on tiny random models, one by one."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from moebert_kernels.distill.objectives import soft_targets
 from moebert_kernels.distill.relations import Recorder, relation_kl
 from moebert_kernels.distill.teacher import LiveTeacher, teacher_info
 from moebert_kernels.errors import UserError
+from tests.convert.families import make
 from tests.distill.tiny import TinyBatches, tiny_bert
 
 CPU = torch.device("cpu")
@@ -143,8 +143,8 @@ def test_relations_are_those_of_the_layer_whatever_its_attention():
     assert relation_kl(seen[0], values, batch["attention_mask"], heads=8).item() > 0
     with pytest.raises(UserError, match="relation_layer: expected 1 to 2, the model's layers, got 3"):
         Recorder(model, 3)
-    with pytest.raises(UserError, match=r"relation: expected a model with attention\.self\.query, key and value"):
-        Recorder(SimpleNamespace(encoder=SimpleNamespace(layer=[torch.nn.Linear(1, 1)])), 1)
+    with pytest.raises(UserError, match="relation: expected a model with projections to queries, keys and values"):
+        Recorder(make("deberta"), 1)  # which adds biases behind its projection
 
 
 def test_maps_start_as_the_identity_or_orthonormal():

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moebert_kernels.convert import convert_to_task_moe
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report, on_task
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig, get_task, moe_layers
 from tests.distill.tiny import TinyBatches, assert_same_weights, log, tiny_bert, weights
 
 LABELS = {"small": ["a", "b", "c"], "score": [], "large": ["x", "y", "z"]}
@@ -28,7 +29,12 @@ def tiny_tasks(sizes=(8, 12, 24), batch_size=4):
 
 
 def student(dropout=0.0):
-    return convert_to_task_moe(tiny_bert(0, dropout=dropout), LABELS, experts="copy", router_noise=0.5)
+    model = convert_to_moe(tiny_bert(0, dropout=dropout), MoEConfig.task(LABELS, experts="copy"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that tasks choose different experts
+        for layer in moe_layers(model):
+            layer.router.logits.copy_(0.5 * torch.randn(layer.router.logits.shape, generator=generator))
+    return model
 
 
 def evaluator():
@@ -177,9 +183,7 @@ def test_learns_all_tasks_and_its_routers(tmp_path):
     run(tmp_path, model=model, config=FitConfig(epochs=12, learning_rate=5e-3, log_steps=11, best_metric="mean"))
     lines = log(tmp_path, "loss")
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
-    assert not torch.equal(
-        model.moebert.encoder.layer[0].router.logits, before["moebert.encoder.layer.0.router.logits"]
-    )
+    assert not torch.equal(moe_layers(model)[0].router.logits, before["bert.encoder.layer.0.output.router.logits"])
 
 
 def test_routers_learn_at_their_own_rate_through_a_schedule(tmp_path):
@@ -189,11 +193,12 @@ def test_routers_learn_at_their_own_rate_through_a_schedule(tmp_path):
         before = weights(model)
         run(tmp_path / str(rate), model=model, config=replace(CONFIG, router_learning_rate=rate))
         ends.append((weights(model), before))
-    name = "moebert.encoder.layer.0.router.logits"
+    name = "bert.encoder.layer.0.output.router.logits"
     (still, before), (moved, _) = ends
     assert torch.equal(still[name], before[name])
     assert (moved[name] - before[name]).abs().max() > 0.1
-    assert not torch.equal(still["moebert.encoder.layer.0.experts.w1"], before["moebert.encoder.layer.0.experts.w1"])
+    name = "bert.encoder.layer.0.output.experts.w1"
+    assert not torch.equal(still[name], before[name])
 
 
 def test_the_mean_is_of_the_main_metrics():
@@ -202,22 +207,22 @@ def test_the_mean_is_of_the_main_metrics():
     seen = []
 
     def evaluate(name):
-        return lambda model: seen.append(model.base_model.task_id) or values[name]
+        return lambda model: seen.append(get_task(model)) or values[name]
 
     judge = MultiTaskEvaluator({name: evaluate(name) for name in values}, {"small": "f1", "score": "pearson"})
     metrics = judge(model)
     assert metrics == {"small.f1": 0.5, "small.accuracy": 0.9, "score.pearson": 0.2, "mean": pytest.approx(0.35)}
-    assert seen == [0, 1] and model.base_model.task_id is None
+    assert seen == ["small", "score"] and get_task(model) is None
     with pytest.raises(ZeroDivisionError), on_task(model, "large"):
-        assert model.base_model.task_id == 2
+        assert get_task(model) == "large"
         raise ZeroDivisionError
-    assert model.base_model.task_id is None
+    assert get_task(model) is None
 
 
 def test_load_report():
     model = student()
     with torch.no_grad():
-        for layer in model.moebert.encoder.layer:
+        for layer in moe_layers(model):
             layer.router.logits.copy_(torch.tensor([[9.0, 8, 0, 0], [0, 9, 8, 0], [8.0, 9, 0, 0]]))
     first = load_report(model)[0]
     assert first.startswith("layer 1: small 0+1 (0.731 0.269), score 1+2 (0.731 0.269), large 1+0 (0.731 0.269)")

@@ -13,6 +13,7 @@ from moebert_kernels.distill.objectives import (
 )
 from moebert_kernels.distill.teacher import TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import tiny_bert
 from tests.golden_arrays import assert_golden, golden
 
@@ -126,9 +127,9 @@ def test_fits_models_and_routing():
     LayerwiseObjective("classification").check(student, info)
     LayerwiseObjective("classification", preset="paper").check(student, info)
     for preset, routed in (("default", False), ("paper", True)):
-        student.config.route_padding = routed
+        student.config.quantization_config = MoEConfig(route_padding=routed)
         LayerwiseObjective("classification", preset=preset).check(student, info)
-        student.config.route_padding = not routed
+        student.config.quantization_config = MoEConfig(route_padding=not routed)
         with pytest.raises(UserError, match=r"preset: expected padding to be (skipped|routed) .* got a model"):
             LayerwiseObjective("classification", preset=preset).check(student, info)
 
@@ -171,17 +172,16 @@ def test_rejects():
         LayerwiseObjective("classification")(outputs, outputs, {})
 
 
-def test_task_loss_takes_the_balance_term_out():
-    outputs = SimpleNamespace(loss=torch.tensor(2.0), logits=torch.zeros(1, 2), balance_loss=torch.full((1,), 3.0))
-    assert task_loss(outputs, {"labels": torch.zeros(1)}, 0.1).item() == pytest.approx(1.7)
-    assert task_loss(outputs, {"labels": torch.zeros(1)}, 0.0).item() == 2.0
+def test_task_loss_is_the_models_own():
+    outputs = SimpleNamespace(loss=torch.tensor(2.0), logits=torch.zeros(1, 2))
+    assert task_loss(outputs, {"labels": torch.zeros(1)}).item() == 2.0
     with pytest.raises(UserError, match="labels: expected in each batch"):
-        task_loss(SimpleNamespace(loss=None, logits=None), {}, 0.0)
+        task_loss(SimpleNamespace(loss=None, logits=None), {})
 
 
 def test_task_loss_of_tokens_is_a_mean_over_sequences():
     logits, labels = torch.randn(2, 4, 5), torch.tensor([[1, 2, 3, 4], [0, -100, -100, -100]])
-    got = task_loss(SimpleNamespace(logits=logits), {"labels": labels}, 0.0)
+    got = task_loss(SimpleNamespace(logits=logits), {"labels": labels})
     alone = [torch.nn.functional.cross_entropy(logits[i], labels[i]) for i in range(2)]
     torch.testing.assert_close(got, torch.stack(alone).mean())
 
@@ -197,8 +197,8 @@ def test_task_loss_of_answers_ignores_padding():
     ce = torch.nn.functional.cross_entropy
     start = (ce(logits["start_logits"][0], torch.tensor(2)) + ce(logits["start_logits"][1, :2], torch.tensor(0))) / 2
     end = ce(logits["end_logits"][0], torch.tensor(3)) / 2
-    torch.testing.assert_close(task_loss(outputs, batch, 0.0), (start + end) / 2)
-    assert task_loss(outputs, batch, 0.0, preset="paper").item() == 7.0
+    torch.testing.assert_close(task_loss(outputs, batch), (start + end) / 2)
+    assert task_loss(outputs, batch, preset="paper").item() == 7.0
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -206,7 +206,7 @@ def test_task_loss_of_sequences_without_a_label_is_zero(scores):
     logits = torch.randn(3, 1 if scores else 2, requires_grad=True)
     labels = torch.tensor([1, 0, 1]).float() if scores else torch.tensor([1, 0, 1])
     batch = {"labels": labels, "labelled": torch.tensor([True, False, True])}
-    loss = task_loss(SimpleNamespace(logits=logits, loss=torch.tensor(7.0)), batch, 0.0)
+    loss = task_loss(SimpleNamespace(logits=logits, loss=torch.tensor(7.0)), batch)
     loss.backward()
     function = torch.nn.functional.mse_loss if scores else torch.nn.functional.cross_entropy
     ours = logits.detach().squeeze(1) if scores else logits.detach()

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from moebert_kernels.convert import convert_to_moe, convert_to_task_moe
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import fit
 from moebert_kernels.distill.features import Batches, Features
 from moebert_kernels.distill.microbert import MicroBertObjective
@@ -17,6 +18,7 @@ from moebert_kernels.distill.tasks import custom_task
 from moebert_kernels.distill.teacher import teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig, moe_config, set_task
 from tests.distill.tiny import CONFIG, VOCAB, Interrupting, TinyBatches, assert_same_weights, log, tiny_bert, weights
 
 TASK, SCORES = custom_task(["text"], label_names=["a", "b", "c"]), custom_task(["text"], regression=True)
@@ -154,19 +156,20 @@ def test_a_map_of_other_states_starts_anew(tmp_path):
 def test_a_student_with_experts(router, tmp_path):
     """One head, any router: all terms, and with gates their balance loss."""
     with pytest.warns(UserWarning, match="ranked at random"):
-        student = convert_to_moe(tiny_bert(0), num_experts=2, expert_size=16, shared=8, router=router)
+        config = MoEConfig.moebert(num_experts=2, expert_size=16, num_shared_neurons=8, router=router)
+        student = convert_to_moe(tiny_bert(0), config)
     balance = {"balance": 0.1} if router == "gate-token" else {}
     recipe = Recipe("all", (replace(FEATURES, labels=0.5, soft=1.0, relation=1.0, adversarial=0.1),))
     result = train(tmp_path, recipe.with_values({"batch_size": 4, "epochs": 4} | balance), student)
     first, *_, last = log(tmp_path, "loss")
     assert last["hidden"] < first["hidden"] and last["relation"] > 0 and ("balance" in last) == bool(balance)
-    assert type(student).from_pretrained(result.model_dir).config.router == router
+    assert moe_config(AutoConfig.from_pretrained(result.model_dir)).router == router
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_models_with_several_heads_are_refused_by_name(cached, tmp_path):
-    routed = convert_to_task_moe(tiny_bert(0), {"one": ["a", "b", "c"], "two": []}, experts="copy")
-    routed.set_task("one")
+    routed = convert_to_moe(tiny_bert(0), MoEConfig.task({"one": ["a", "b", "c"], "two": []}, experts="copy"))
+    set_task(routed, "one")
     cache = {"cache": tmp_path / "cache"} if cached else {}
     for name in ("student", "teacher"):
         what = {"student": "model", "teacher": "teacher"}[name]
@@ -175,6 +178,6 @@ def test_models_with_several_heads_are_refused_by_name(cached, tmp_path):
         ):
             train(tmp_path / "o", **{name: routed}, **cache)
     objective = MicroBertObjective("classification")
-    with pytest.raises(UserError, match=r"model: expected a model with one head, .*collapse\(model, task\)"):
+    with pytest.raises(UserError, match=r"model: expected a model with one head, .*merge\(model, task\)"):
         fit(routed, TinyBatches(), config=CONFIG, output_dir=tmp_path / "o", objective=objective, teacher=tiny_bert(1))
     assert not list(tmp_path.iterdir())
