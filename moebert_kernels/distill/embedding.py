@@ -166,11 +166,6 @@ class EmbeddingObjective(Objective):
         """Student state -> teacher state of "hidden"; see `checked_pairs`."""
         return {} if self.layer_map == {} else checked_pairs(self.layer_map, student_layers, teacher_layers)
 
-    def teacher_layers(self, student: nn.Module, teacher: TeacherInfo) -> set[int]:
-        """Which of the teacher's hidden states the terms read."""
-        config: Any = student.config
-        return {*self.pairs(config.num_hidden_layers, teacher.num_layers).values(), teacher.num_layers}
-
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
         if config.vocab_size != teacher.vocab_size:
@@ -180,7 +175,8 @@ class EmbeddingObjective(Objective):
                 f"hidden_size: expected the teacher's {teacher.hidden_size}, whose embeddings are followed, got"
                 f" {config.hidden_size}"
             )
-        needed = self.teacher_layers(student, teacher)
+        followed = self.pairs(config.num_hidden_layers, teacher.num_layers).values()
+        needed = {*followed, teacher.num_layers}
         if not needed <= set(teacher.layers):
             raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
         if teacher.pooled and self.layer_map != {}:

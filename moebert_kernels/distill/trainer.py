@@ -149,12 +149,9 @@ class MoETrainer(Trainer):
         data: Any = self.train_dataset
         if "example_id" not in data.column_names:
             self.train_dataset = data = data.add_column("example_id", list(range(len(data))))
-        pairs = getattr(self.objective, "pairs", None)
-        info = teacher_info(teacher)
-        if isinstance(self.objective, EmbeddingObjective):
-            layers = self.objective.teacher_layers(self.student, info)
-        else:
-            layers = set(pairs(self.student.config.num_hidden_layers, info.num_layers).values()) if pairs else {0}
+        last = teacher_info(teacher).num_layers
+        pairs: Any = getattr(self.objective, "pairs", lambda *_: {})
+        layers = {last, *pairs(self.student.config.num_hidden_layers, last).values()}
         return TeacherCache.build(
             teacher,
             InOrder(self),
@@ -264,7 +261,7 @@ class MoETrainer(Trainer):
         """The loss of a batch that is evaluated: of its labels, or where it has none the objective's."""
         if any(key in inputs for key in LABEL_KEYS):
             outputs = model(**self._inputs(inputs))
-            return task_loss(outputs, dict(inputs), 0.0, self._preset, self._causal), outputs
+            return task_loss(outputs, dict(inputs), self._preset, self._causal), outputs
         terms, outputs = self._terms(model, inputs, with_task=False)
         return torch.stack([self._losses.weight(name) * term for name, term in sorted(terms.items())]).sum(), outputs
 
@@ -278,7 +275,7 @@ class MoETrainer(Trainer):
         terms = {}
         if with_task:
             smoothing = self.args.label_smoothing_factor
-            terms[TASK] = task_loss(outputs, batch, 0.0, self._preset, self._causal, smoothing)
+            terms[TASK] = task_loss(outputs, batch, self._preset, self._causal, smoothing)
         if self._losses.weights[BALANCE] and losses:
             terms[BALANCE] = summed_losses(losses)
         if objective is not None:
