@@ -70,6 +70,8 @@ class MoETrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shared_fold and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise UserError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         for name in ("objective_options", "loss_weights", "gradient_mask"):

@@ -35,7 +35,10 @@ class InOrder:
     def __init__(self, trainer: Any) -> None:
         data = trainer._remove_unused_columns(trainer.train_dataset, description="training")
         size = trainer.args.per_device_eval_batch_size
-        self._loader: Any = torch.utils.data.DataLoader(data, size, collate_fn=trainer.data_collator)
+        generator = torch.Generator()  # a loader draws a seed that it has no use for
+        self._loader: Any = torch.utils.data.DataLoader(
+            data, size, collate_fn=trainer.data_collator, generator=generator
+        )
 
     def __len__(self) -> int:
         return len(self._loader)

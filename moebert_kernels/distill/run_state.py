@@ -23,34 +23,33 @@ from moebert_kernels.errors import OtherRun, UserError
 FILE = "moebert_state.pt"
 
 
-def last_whole_checkpoint(folder: str | Path, processes: int = 1) -> str | None:
+def last_whole_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint in a run's folder that was written to its end; None: there is none."""
     found = {
         int(match[1]): path
         for path in (Path(folder).iterdir() if Path(folder).is_dir() else ())
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    return next((str(found[step]) for step in sorted(found, reverse=True) if _is_whole(found[step], processes)), None)
+    return next((str(found[step]) for step in sorted(found, reverse=True) if _is_whole(found[step])), None)
 
 
-def _is_whole(checkpoint: Path, processes: int) -> bool:
-    state = checkpoint / "trainer_state.json"
+def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads(state.read_text(encoding="utf-8"))
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        processes = _read(checkpoint)["processes"]
     except (OSError, ValueError):
         return False
-    names = {file.name for file in checkpoint.iterdir()}
-    generators = {"rng_state.pth"} if processes == 1 else {f"rng_state_{rank}.pth" for rank in range(processes)}
-    # none of these: of another number of processes; some: one of them did not come to the end
-    return FILE in names and (generators <= names or names.isdisjoint(generators))
+    names = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    return all((checkpoint / name).exists() for name in names)  # the other processes write these, maybe later
 
 
 def save_state(
     folder: str | Path, objective: Objective | None, meter: TermMeter, identity: Mapping[str, Any],
-    reduce: Callable[[Tensor], Tensor], writes: bool,
+    reduce: Callable[[Tensor], Tensor], args: Any,
 ) -> None:  # fmt: skip
-    """Write the state of what is trained beside the model. All processes call it, and the one that `writes` does."""
-    state: dict[str, Any] = {"identity": json.loads(json.dumps(identity, default=str)), "meter": meter.state()}
+    """Write the state of what is trained beside the model. All processes call it, and one of them writes."""
+    facts = json.loads(json.dumps(identity, default=str))
+    state: dict[str, Any] = {"processes": args.world_size, "identity": facts, "meter": meter.state()}
     if objective is not None and objective.maps is not None:
         state["maps"] = objective.maps.state_dict()
     if objective is not None and objective.adversary is not None:
@@ -58,7 +57,7 @@ def save_state(
         state["adversary"] = adversary.state(reduce)
         state["discriminator"] = adversary.network.state_dict()
         state["discriminator_optimizer"] = adversary.part.optimizer.state_dict()
-    if writes:
+    if args.should_save:
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(state, Path(folder) / FILE)
 

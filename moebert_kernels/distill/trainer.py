@@ -169,7 +169,7 @@ class MoETrainer(Trainer):
     ) -> Any:
         """As `Trainer.train`; True goes on from the last whole checkpoint, or begins where there is none."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.args.world_size)
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_same_run(resume_from_checkpoint, self._identity())
         try:
@@ -349,7 +349,7 @@ class MoETrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(output_dir, self.objective, self._losses.meter, self._identity(), self._sum, self.args.should_save)
+        save_state(output_dir, self.objective, self._losses.meter, self._identity(), self._sum, self.args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -83,10 +82,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     assert last_whole_checkpoint(tmp_path) == str(second)
     (second / FILE).unlink()
     assert last_whole_checkpoint(tmp_path) == str(first)
-    (first / "rng_state.pth").rename(first / "rng_state_0.pth")
-    assert last_whole_checkpoint(tmp_path) == str(first)  # of several processes
-    assert last_whole_checkpoint(tmp_path, processes=2) is None  # of which one did not finish
-    shutil.rmtree(first)
+    (first / "rng_state.pth").unlink()
     assert last_whole_checkpoint(tmp_path) is None and last_whole_checkpoint(tmp_path / "none") is None
     run = trainer(tmp_path)
     run.train(resume_from_checkpoint=True)  # begins
