@@ -8,8 +8,9 @@ import typer
 
 import moebert_kernels
 from moebert_kernels.cli.ablate import ablate
-from moebert_kernels.cli.convert import convert, importance
+from moebert_kernels.cli.convert import convert
 from moebert_kernels.cli.dense import merge, student
+from moebert_kernels.cli.importance import importance
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.running import command

@@ -1,4 +1,4 @@
-"""`moebert importance` and `moebert convert`."""
+"""`moebert convert`."""
 
 from __future__ import annotations
 
@@ -10,75 +10,13 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, check_output_file, write_model
-from moebert_kernels.cli.sizes import check_same_scores, holds_scores, say_kept, say_scores, say_sizes, sizes
+from moebert_kernels.cli.outputs import already_written, write_model
+from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
 
 METHODS = ("moebert", "mpoe", "dense")
 _COPIES, _TASKS = "With --experts mpo or copy", "With --router task"
-
-
-def importance(
-    model: o.ModelName,
-    task: o.TaskName,
-    output: o.OutputFile,
-    data: o.Data = None,
-    seed: o.Seed = 0,
-    split: Annotated[
-        str, typer.Option("--split", help="The split to score on. validation is what the original code does.")
-    ] = "train",
-    max_examples: Annotated[
-        int | None,
-        typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed. Default: all."),
-    ] = None,
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    hold_out: o.HoldOut = None,
-    max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = None,
-    batch_size: o.ScoringBatchSize = 32,
-    force: o.Force = False,
-) -> None:
-    """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
-    from moebert_kernels.convert.sites import common_width, find_sites
-    from moebert_kernels.distill.loading import load_model, load_tokenizer
-    from moebert_kernels.distill.scoring import score_split
-    from moebert_kernels.distill.tasks import TaskData
-
-    check_output_file(output, holds_scores, "importance.safetensors")
-    split = inputs.split_called(split)
-    inputs.check_models(model=model)
-    _check_dense(model)
-    wanted = inputs.make_task(task, text_column, label_column, regression, model)
-    loaded = inputs.load_data(wanted, data, split, hold_out)
-    teacher = load_model(model, loaded.task)
-    common_width(find_sites(teacher))  # which refuses others
-    loaded = inputs.labels_as_in(loaded, teacher.config)
-    tokenizer = load_tokenizer(model)
-    length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
-    rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
-    if max_examples is not None and max_examples < len(rows):
-        rows = rows.shuffle(seed=seed).select(range(max_examples))
-    features = inputs.tokenized(
-        TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
-    )
-    facts = {
-        "split": split, "task": loaded.task.name, "max_length": length, "doc_stride": doc_stride,
-        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
-    }  # fmt: skip
-    if output.exists() and not force:
-        check_same_scores(output, teacher, facts, features)
-        say_scores(output)
-        print(f"{output} is there already")
-        return
-    score_split(
-        teacher.to(inputs.device()), features, output, batch_size=batch_size,
-        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
-    )  # fmt: skip
-    say_scores(output)
-    print(f"saved in {output}")
 
 
 def convert(
@@ -236,7 +174,7 @@ def convert(
         _check_unused("--router hash-random or hash-balance", not config.is_hash_routed, {"hash_tables": hash_tables})
     inputs.check_models(model=model)
     if model is not None:
-        _check_dense(model)
+        inputs.check_dense(model)
     counted = config is not None and config.router == "hash-balance" and hash_tables is None
     counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
     identity: dict[str, Any] = {
@@ -312,13 +250,6 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
             raise UserError(f"{name.replace('_', '-')}: expected it with {where} alone, got {got!r}")
 
 
-def _check_dense(name: str) -> None:
-    from moebert_kernels.distill.loading import is_moe, load_config
-
-    if is_moe(load_config(name)):
-        raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
-
-
 def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any]:
     import warnings
 
@@ -353,12 +284,3 @@ def _count(
     length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
     features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
     return count_tokens(features.input_ids, config.get_text_config().vocab_size)
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Splits one after another, with rows numbered anew."""
-    from datasets import concatenate_datasets
-
-    from moebert_kernels.distill.held_out import numbered
-
-    return parts[0] if len(parts) == 1 else numbered(concatenate_datasets(parts))

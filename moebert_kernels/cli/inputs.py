@@ -66,6 +66,14 @@ def _check_model(option: str, name: str) -> None:
         raise UserError(f"{option}: {reason}") from error
 
 
+def check_dense(name: str) -> None:
+    """Raise UserError for a model with experts."""
+    from moebert_kernels.distill.loading import is_moe, load_config
+
+    if is_moe(load_config(name)):
+        raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
+
+
 def _is_run(folder: Path) -> bool:
     note = read_note(folder)
     return (folder / "state").is_dir() or (note is not None and note["command"] in ("finetune", "distill"))

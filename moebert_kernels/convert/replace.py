@@ -24,7 +24,7 @@ from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts,
 from moebert_kernels.nn.context import plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
-_HEAD_STD = 0.02  # of the rows of a new classifier
+_HEAD_STD = 0.02  # of the rows of a new classifier, where the model's configuration does not say
 
 
 def convert_to_moe(
@@ -97,7 +97,8 @@ def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Genera
         new = nn.Linear(old.in_features, len(rows), dtype=old.weight.dtype)
     new = new.to_empty(device=old.weight.device)
     with torch.no_grad():
-        new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * _HEAD_STD)
+        std = getattr(model.config.get_text_config(), "initializer_range", _HEAD_STD)
+        new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * std)
         new.bias.zero_()
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, new)

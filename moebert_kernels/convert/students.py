@@ -108,7 +108,7 @@ def make_student(
     if given is not None:
         base = cast(Any, given).base_model.state_dict()
         state, new = {prefix + key: tensor for key, tensor in base.items()}, (*_NEW_IN_ENCODER, f"{prefix}pooler.")
-        if source.base_model.pooler is None:
+        if getattr(source.base_model, "pooler", None) is None:
             state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{prefix}pooler.")}
     elif init == "layers":
         state, new = _chosen_layers(source, prefix, shape, layers), ()
@@ -125,7 +125,7 @@ def _check_encoder(model: nn.Module) -> None:
 def _shape_of_given(given: Any, teacher: Any, shape: StudentShape | None) -> StudentShape:
     _check_encoder(given)
     for name in ("model_type", "vocab_size", "type_vocab_size", "max_position_embeddings"):
-        wanted, got = getattr(teacher.config, name), getattr(given.config, name)
+        wanted, got = (getattr(model.config, name, None) for model in (teacher, given))  # MPNet has no token types
         if wanted != got:
             raise UserError(f"init: expected a model with the teacher's {name} {wanted}, got {got}")
     found = StudentShape(given.config.num_hidden_layers, *(getattr(given.config, name) for name in _SIZES))

@@ -126,8 +126,8 @@ class Study:
         teacher = load_model(self.teacher()["path"], REVIEWS)
         importance = self._importance(teacher)
         if kind == "moe":
-            config = MoEConfig.moebert(num_experts=self.recipe.num_experts, expert_size=size, num_shared_neurons=shared)
-            student = convert_to_moe(copy.deepcopy(teacher), config, importance=importance, seed=self.seed)
+            moe = MoEConfig.moebert(num_experts=self.recipe.num_experts, expert_size=size, num_shared_neurons=shared)
+            student = convert_to_moe(copy.deepcopy(teacher), moe, importance=importance, seed=self.seed)
         else:
             student = dense_student(teacher, importance, size)
         before = self._before(name, student)

@@ -170,7 +170,8 @@ class MicroBertObjective(Objective):
             raise UserError("model: expected a student that skips padding, got a model that routes it")
 
     def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
-        config: Any = student.config.get_text_config()
+        outer: Any = student.config
+        config = outer.get_text_config()
         device = next(student.parameters()).device
         self._pairs = self.pairs(config.num_hidden_layers, teacher.num_layers)
         self._last = config.num_hidden_layers

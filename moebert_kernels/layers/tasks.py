@@ -78,7 +78,7 @@ def task_class(base: Any) -> type:
     def forward(self: Any, *args: Any, task_ids: Tensor | int | None = None, **kwargs: Any) -> Any:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         config = self.config.quantization_config
-        if config.task_labels is None:
+        if config.task_labels is None or self.base_model is self:  # no heads for tasks, or a model without its head
             with entered(current()._replace(task_ids=task_ids)):
                 return base.forward(self, **inputs)
         like = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)

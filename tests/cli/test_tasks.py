@@ -62,7 +62,7 @@ def routed(base, tmp_path_factory):
 def trained(routed, tasks, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "out"
     words = ("finetune", "--model", routed, *data_of(tasks, "sst2", "cola", "stsb"), "--output", output, *SHORT)
-    printed = done(*words, "--epochs", "6")
+    printed = done(*words, "--epochs", "8", "--learning-rate", "3e-3")
     assert "layer 2: sst2 " in printed and "best on validation by the mean, step" in printed
     assert "there" not in printed and "sst2.accuracy" in printed and "stsb.spearman" in printed
     return output
