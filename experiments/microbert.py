@@ -34,6 +34,9 @@ from moebert_kernels.convert import (
     make_student,
     parameter_counts,
 )
+from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import TASKS, TaskData, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions, write_report
 from moebert_kernels.demo.run import machine, step
@@ -43,14 +46,11 @@ from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
-from moebert_kernels.distill.held_out import hold_out
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_model, load_tokenizer
-from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 from moebert_kernels.distill.recipe import Recipe, load_recipe
 from moebert_kernels.distill.student import fit_recipe
-from moebert_kernels.distill.tasks import TASKS, TaskData, load_task
 from moebert_kernels.distill.teacher_cache import TeacherCache
 
 HERE = Path(__file__).resolve().parent / "microbert"

@@ -29,12 +29,12 @@ from transformers import AutoModel, AutoTokenizer
 
 from moebert_kernels.convert import convert_to_moe, dense_student, parameter_counts
 from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.data.tasks import TaskData, custom_task, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.embedding import Pooling, keep_pooling, read_pooling
-from moebert_kernels.distill.tasks import TaskData, custom_task, load_task
 from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.layers import MoEConfig
 
@@ -42,7 +42,7 @@ HERE = Path(__file__).resolve().parent / "minilm_embeddings"
 SIZE, SHARED = 384, 256  # of an expert, a quarter of the dense layer's 1,536 neurons; two thirds are in all four
 KINDS = ("moe", "dense")
 SICK = custom_task(("sentence_A", "sentence_B"), "relatedness_score", regression=True)
-EPOCHS, LEARNING_RATE, BATCH, LENGTH = 3, 3e-4, 32, 64
+EPOCHS, LEARNING_RATE, BATCH, LENGTH = 1, 3e-4, 32, 64
 
 
 def load(folder: Path) -> dict[str, TaskData]:

@@ -30,6 +30,7 @@ LAYERS = (
     ("layers",),
     ("models",),
     ("convert",),
+    ("data",),
     ("distill",),
     ("demo", "doctor"),
     ("cli",),
