@@ -25,6 +25,7 @@ from moebert_kernels.distill.config import FitConfig
 from moebert_kernels.distill.objectives import LayerwiseObjective, task_loss
 from moebert_kernels.distill.setup import new_optimizer
 from moebert_kernels.distill.teacher import LiveTeacher
+from moebert_kernels.layers import MoEFeedForward, moe_layers
 
 PROVIDERS = ("moebert_kernels", "dense", "ideal")
 CONFIG = FitConfig()
@@ -80,17 +81,15 @@ def _build(target: Target, model: str, lengths: list[int]) -> dict[str, Provider
         return built.to(target.device)  # weights stay float32, as in training with mixed precision
 
     teacher = dense(0)
-    config = teacher.config
-    scores = torch.rand(config.num_hidden_layers, config.intermediate_size, generator=torch.Generator().manual_seed(1))
     students = {
-        "moebert_kernels": convert_to_moe(dense(1), scores, **encoders.split(model)),
+        "moebert_kernels": convert_to_moe(dense(1), encoders.moe_config(model), importance=encoders.importance(model)),
         "dense": dense(2),
         "ideal": dense(3, intermediate_size=encoders.expert_size(model)),
     }
     inputs = {
         "input_ids": batch.ids,
         "attention_mask": torch.ones_like(batch.ids) if batch.mask is None else batch.mask,
-        "labels": torch.arange(len(batch.ids), device=target.device) % config.num_labels,
+        "labels": torch.arange(len(batch.ids), device=target.device) % teacher.config.num_labels,
     }
     return {name: _provider(student, teacher, inputs, target, costs[name]) for name, student in students.items()}
 
@@ -128,7 +127,7 @@ class Step:
         """The loss terms of the batch, with their graph."""
         with self.autocast():
             outputs = self.student(**self.batch, output_hidden_states=True)
-        terms = {"task": task_loss(outputs, self.batch, load_balance=0.0)}
+        terms = {"task": task_loss(outputs, self.batch)}
         return terms | self.objective(outputs, self.teacher(self.batch), self.batch)
 
     def terms_and_gradients(self) -> Outputs:
@@ -155,17 +154,15 @@ def _naive(student: nn.Module, batch: dict[str, Tensor]) -> nn.Module:
     """A copy of the student, with `reference.fused_moe_ffn_add_norm` in place of every MoE layer."""
     twin: Any = copy.deepcopy(student)
     ids, mask = batch["input_ids"].flatten(), batch["attention_mask"].flatten()
-    for layer in twin.base_model.encoder.layer:
-        if hasattr(layer, "experts"):
-            expert_ids = reference.hash_route(ids, layer.router.table, mask)
-            layer.experts.forward = partial(_naive_experts, layer.experts, expert_ids)
+    for layer in moe_layers(twin):
+        expert_ids = reference.hash_route(ids, layer.router.table, mask)
+        layer.experts.forward = partial(_naive_experts, layer, expert_ids)
     return twin
 
 
-def _naive_experts(
-    experts: nn.Module, expert_ids: Tensor, x: Tensor, grouping: object, routing_weights: None
-) -> Tensor:
-    return reference.fused_moe_ffn_add_norm(x.flatten(0, 1), expert_ids, *experts.parameters()).view_as(x)
+def _naive_experts(layer: MoEFeedForward, expert_ids: Tensor, x: Tensor, grouping: object) -> Tensor:
+    y = reference.fused_moe_ffn_add_norm(x.flatten(0, 1), expert_ids, *encoders.expert_weights(layer))
+    return y.view_as(x)
 
 
 def saved_mib(step: Step) -> float:

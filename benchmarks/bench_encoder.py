@@ -119,7 +119,7 @@ def _build(
 
     def padding_routed() -> Provider:
         routed = copy.deepcopy(moe)
-        routed.config.route_padding = True
+        routed.config.quantization_config.route_padding = True
         return Provider(encoders.forward(routed, batches), routing, cost=routing_cost)
 
     makers: dict[str, Callable[[], Provider]] = {

@@ -19,18 +19,17 @@ from transformers import BertModel
 from benchmarks import encoders
 from benchmarks.measuring import Case, Outputs, Provider, Target
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.models import MoEBertModel
+from moebert_kernels.layers import moe_layers
 
 CONVERSION = ("moebert_kernels", "deepcopy_of_dense", "expert_by_expert")
 LOADING = ("moebert_kernels", "dense")
-EXPERT_PARAMETERS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")
 
 
 def cases(target: Target) -> list[Case]:
     model = "smoke" if target.smoke else "bert-base"
-    split = encoders.split(model)
-    parameters = {"model": model, "dtype": target.dtype_name, "E": split["num_experts"], "I": split["expert_size"],
-                  "shared": split["shared"]}  # fmt: skip
+    config = encoders.moe_config(model)
+    parameters = {"model": model, "dtype": target.dtype_name, "E": config.num_experts, "I": config.expert_size,
+                  "num_shared_neurons": config.num_shared_neurons}  # fmt: skip
     return [
         Case(
             f"convert-{model}", parameters, CONVERSION, lambda: _conversion(target, model), "deepcopy_of_dense",
@@ -42,9 +41,8 @@ def cases(target: Target) -> list[Case]:
 
 def _conversion(target: Target, model: str) -> dict[str, Provider]:
     dense = encoders.dense_model(target, model)
-    E, experts, shared = encoders.split(model).values()
-    L, D = dense.config.num_hidden_layers, dense.config.intermediate_size
-    importance = torch.rand(L, D, generator=torch.Generator().manual_seed(0))
+    config, importance = encoders.moe_config(model), encoders.importance(model)
+    E, experts, shared = config.num_experts, config.expert_size, config.num_shared_neurons
 
     def neurons(layer: int) -> list[Tensor]:
         """The neurons of each expert: MoEBERT (2204.07675), section 3.1."""
@@ -68,8 +66,9 @@ def _conversion(target: Target, model: str) -> dict[str, Provider]:
         return tuple(torch.stack(of_kind) for layer in by_layer for of_kind in zip(*layer, strict=True))
 
     def ours() -> Outputs:
-        moe = convert_to_moe(dense, importance, **encoders.split(model))
-        return tuple(getattr(layer.experts, name).detach() for layer in moe.encoder.layer for name in EXPERT_PARAMETERS)
+        """The copy's feed-forwards are replaced, so that the next call finds the dense model again."""
+        moe = convert_to_moe(copy.deepcopy(dense), config, importance=importance)
+        return tuple(tensor.detach() for layer in moe_layers(moe) for tensor in encoders.expert_weights(layer))
 
     def expert_by_expert() -> Outputs:
         """As the original: two linear modules and a norm for each expert, filled with rows of the dense ones."""
@@ -81,7 +80,7 @@ def _conversion(target: Target, model: str) -> dict[str, Provider]:
         return tuple(parameter.detach() for module in modules for parameter in module.parameters())
 
     def restacked(outputs: Outputs) -> Outputs:
-        kinds = len(EXPERT_PARAMETERS)
+        kinds = len(encoders.EXPERT_PARAMETERS)
         of_layers = [outputs[i : i + kinds * E] for i in range(0, len(outputs), kinds * E)]
         return tuple(torch.stack(layer[kind::kinds]) for layer in of_layers for kind in range(kinds))
 
@@ -122,14 +121,13 @@ def _loading(target: Target, model: str) -> dict[str, Provider]:
 def _loaded(saved: Any, target: Target) -> Provider:
     folder = tempfile.TemporaryDirectory()  # goes when the provider goes
     saved.save_pretrained(folder.name)
-    model_class = MoEBertModel if isinstance(saved, MoEBertModel) else BertModel
 
     def state(model: nn.Module) -> Outputs:
         tensors = dict(sorted(model.state_dict().items()))
         return tuple(tensor for tensor in tensors.values() if tensor.is_floating_point())
 
     def load() -> Outputs:
-        return state(model_class.from_pretrained(Path(folder.name), dtype=target.dtype).to(target.device))
+        return state(BertModel.from_pretrained(Path(folder.name), dtype=target.dtype).to(target.device))
 
     return Provider(load, lambda dtype: tuple(tensor.to(dtype) for tensor in state(saved)), capture=False)
 

@@ -19,9 +19,11 @@ from benchmarks import baselines, real_text
 from benchmarks.measuring import Outputs, Target
 from benchmarks.model import Cost, Encoder, encoder_cost
 from moebert_kernels import reference
-from moebert_kernels.models import MoEBertConfig, MoEBertModel
+from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.layers import MoEConfig, MoEFeedForward
 
 NUM_EXPERTS = 4
+EXPERT_PARAMETERS = ("w1", "b1", "w2", "b2", "norm_weight", "norm_bias")  # in the order of the layer's op
 # what differs from BERT-base's configuration; an expert has a quarter of the dense layer's neurons
 SIZES: dict[str, dict[str, int]] = {
     "bert-base": {},
@@ -58,19 +60,33 @@ def dense_model(target: Target, model: str, **changed: int) -> BertModel:
     return _ready(BertModel(BertConfig(**(SIZES[model] | changed))), target)
 
 
-def moe_model(target: Target, model: str) -> MoEBertModel:
+def moe_model(target: Target, model: str) -> BertModel:
+    """Transformers' BertModel of that size, converted by random importance; no two experts have equal constants."""
     torch.manual_seed(0)
-    sizes = SIZES[model]
-    return _ready(MoEBertModel(MoEBertConfig(**sizes, num_experts=NUM_EXPERTS, expert_size=expert_size(model))), target)
+    dense = BertModel(BertConfig(**SIZES[model]))
+    return _ready(convert_to_moe(dense, moe_config(model), importance=importance(model)), target)
 
 
 def expert_size(model: str) -> int:
     return BertConfig(**SIZES[model]).intermediate_size // NUM_EXPERTS
 
 
-def split(model: str) -> dict[str, int]:
-    """Arguments of `convert_to_moe`; two thirds of an expert's neurons are in all experts, as in the paper."""
-    return {"num_experts": NUM_EXPERTS, "expert_size": expert_size(model), "shared": expert_size(model) * 2 // 3}
+def moe_config(model: str) -> MoEConfig:
+    """MoEBERT's; two thirds of an expert's neurons are in all experts, as in the paper."""
+    size = expert_size(model)
+    return MoEConfig.moebert(num_experts=NUM_EXPERTS, expert_size=size, num_shared_neurons=size * 2 // 3)
+
+
+def importance(model: str) -> Tensor:
+    """Random scores (L, D)."""
+    config = BertConfig(**SIZES[model])
+    shape = (config.num_hidden_layers, config.intermediate_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+def expert_weights(layer: MoEFeedForward) -> list[Tensor]:
+    """The parameters of a layer's experts, in the order of `EXPERT_PARAMETERS`."""
+    return [getattr(layer.experts, name) for name in EXPERT_PARAMETERS]
 
 
 def num_layers(model: str) -> int:
@@ -120,7 +136,7 @@ def in_dtype(model: nn.Module, batches: list[Batch]) -> Callable[[torch.dtype], 
     return lambda dtype: forward(copy.deepcopy(model).to(dtype), batches)()
 
 
-def naive(moe: MoEBertModel, batches: list[Batch], skip_padding: bool) -> Callable[[torch.dtype], Outputs]:
+def naive(moe: BertModel, batches: list[Batch], skip_padding: bool) -> Callable[[torch.dtype], Outputs]:
     """The reference of ours: `reference.fused_moe_ffn_add_norm` in every layer, everything else transformers' own."""
 
     def outputs(dtype: torch.dtype) -> Outputs:
@@ -135,7 +151,7 @@ def naive(moe: MoEBertModel, batches: list[Batch], skip_padding: bool) -> Callab
     return outputs
 
 
-def original(moe: MoEBertModel, batches: list[Batch]) -> Callable[[], Outputs]:
+def original(moe: BertModel, batches: list[Batch]) -> Callable[[], Outputs]:
     """Our model's weights and tables with the original's layers, which route padding like every token."""
     model, route = _with_experts(moe, lambda weights: baselines.OriginalExperts(*weights), skip_padding=False)
 
@@ -149,7 +165,7 @@ def original(moe: MoEBertModel, batches: list[Batch]) -> Callable[[], Outputs]:
     return run
 
 
-def with_naive_experts(moe: MoEBertModel, skip_padding: bool) -> tuple[BertModel, Callable[[Batch], None]]:
+def with_naive_experts(moe: BertModel, skip_padding: bool) -> tuple[BertModel, Callable[[Batch], None]]:
     """Transformers' BERT that computes what `moe` does, naively, and a function that tells it the batch to come."""
 
     def layer(weights: list[Tensor]) -> baselines.ExpertFunction:
@@ -159,19 +175,19 @@ def with_naive_experts(moe: MoEBertModel, skip_padding: bool) -> tuple[BertModel
 
 
 def _with_experts(
-    moe: MoEBertModel, make_experts: Callable[[list[Tensor]], baselines.ExpertFunction], skip_padding: bool
+    moe: BertModel, make_experts: Callable[[list[Tensor]], baselines.ExpertFunction], skip_padding: bool
 ) -> tuple[BertModel, Callable[[Batch], None]]:
     masks: list[Tensor | None] = [None]
 
     def layer(number: int) -> tuple[Tensor, baselines.ExpertFunction]:
-        source: Any = moe.encoder.layer[number]
-        return source.router.table.long(), make_experts(list(source.experts.parameters()))
+        source: Any = moe.encoder.layer[number].output
+        return source.router.table.long(), make_experts(expert_weights(source))
 
     def route(ids: Tensor, table: Tensor) -> Tensor:
         return reference.hash_route(ids, table, masks[0]) if skip_padding else table[ids]
 
-    fields = BertConfig().to_dict()
-    config = BertConfig(**{k: v for k, v in moe.config.to_dict().items() if k in fields and k != "model_type"})
+    config = copy.deepcopy(moe.config)
+    del config.quantization_config
     config.intermediate_size = 1  # built and replaced
     state = {key: t for key, t in moe.state_dict().items() if ".experts." not in key and ".router." not in key}
     model, set_token_ids = baselines.bert_with_experts(config, state, layer, route)

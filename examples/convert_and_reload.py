@@ -1,16 +1,17 @@
-"""A dense BERT becomes a MoEBERT, is saved, and is loaded by transformers' own AutoModel.
+"""A dense BERT gets mixtures of experts in place, is saved, and is loaded by transformers' own AutoModel.
 
 A small random BERT and random sentences stand in for your fine-tuned checkpoint and your training data.
 """
 
+import copy
 import tempfile
 
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-import moebert_kernels.models  # makes AutoModel* know MoEBERT
 from moebert_kernels.accuracy import error_and_bound
-from moebert_kernels.convert import convert_to_moe, importance_scores
+from moebert_kernels.convert import convert_to_moe, importance_scores  # lets AutoModel* load converted models
+from moebert_kernels.layers import MoEConfig, moe_config
 
 torch.manual_seed(0)
 config = BertConfig(
@@ -27,13 +28,14 @@ batches = [
 ]
 
 importance = importance_scores(teacher, batches)  # (layers, neurons), one backward pass per batch
-student = convert_to_moe(teacher, importance, num_experts=4, expert_size=16, shared=8, seed=0).eval()
+config = MoEConfig.moebert(num_experts=4, expert_size=16, num_shared_neurons=8)
+student = convert_to_moe(copy.deepcopy(teacher), config, importance=importance)  # a copy: conversion is in place
 
 with tempfile.TemporaryDirectory() as folder:
     student.save_pretrained(folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
 
-assert isinstance(reloaded, moebert_kernels.models.MoEBertForSequenceClassification)
+assert isinstance(reloaded, BertForSequenceClassification) and moe_config(reloaded.config) == moe_config(student.config)
 same = all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in student.state_dict().items())
 print("importance", tuple(importance.shape), "- the same weights and tables after a reload:", same)
 assert same

@@ -5,7 +5,7 @@
     python experiments/microbert.py --data FOLDER --report      # the report of what is done, on an idle machine
 
 FOLDER holds SST-2, MRPC, CoLA and STS-B, each with train.tsv and dev.tsv (or .gz). One all-MiniLM-L6-v2 becomes a MoE
-with routing by task and is trained on all four, then collapsed to a plain BERT for each: the teachers, the same ones
+with routing by task and is trained on all four, then merged into a plain BERT for each: the teachers, the same ones
 for all seeds. The student is every other layer of all-MiniLM-L6-v2. Validation chooses the epoch; scores are of the
 labelled test set where there is one (SST-2, MRPC), else of one half of the validation set, and the other half chooses.
 Writes results.json, table.md and two charts into experiments/microbert.
@@ -14,6 +14,7 @@ Writes results.json, table.md and two charts into experiments/microbert.
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +27,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
-from moebert_kernels.convert import (
-    StudentShape,
-    collapse,
-    convert_to_moe,
-    convert_to_task_moe,
-    make_student,
-    parameter_counts,
-)
+from moebert_kernels.convert import StudentShape, convert_to_moe, make_student, merge, parameter_counts
 from moebert_kernels.data.held_out import hold_out
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TASKS, TaskData, load_task
@@ -47,11 +41,12 @@ from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.identity import changed, described, files_of
-from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_model, load_tokenizer
+from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 from moebert_kernels.distill.recipe import Recipe, load_recipe
 from moebert_kernels.distill.student import fit_recipe
 from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.layers import MoEConfig
 
 HERE = Path(__file__).resolve().parent / "microbert"
 FOLDERS = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
@@ -185,7 +180,7 @@ class Study:
             ).model_dir  # fmt: skip
         else:
             path = folder
-            model = collapse(load_as_saved(self.moe()["path"]), task)
+            model = merge(load_as_saved(self.moe()["path"]), task)
             model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
         return self._judged(model, task) | {"path": str(path.resolve())}
@@ -197,9 +192,10 @@ class Study:
     def _make_moe(self) -> Result:
         step("teacher", f"{self.settings.num_experts} experts, {self.settings.top_k} for each task, all tasks")
         labels = {name: TASKS[name].label_names for name in FOLDERS}
-        model = convert_to_task_moe(
-            load_encoder(self.base), labels, self.settings.num_experts, self.settings.top_k, experts="copy"
-        )
+        experts = {"experts": "copy", "num_experts": self.settings.num_experts, "top_k": self.settings.top_k}
+        torch.manual_seed(0)
+        dense = load_model(self.base, TASKS["mrpc"], new_head=True)  # whose head gives way to one for each task
+        model = convert_to_moe(dense, MoEConfig.task(labels, **experts))
         batches = {name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS}
         begun = time.monotonic()
         fitted = fit(
@@ -262,14 +258,15 @@ def states(recipe: str, teacher: Any, student: Any) -> list[int]:
 
 
 def speeds(study: Study, seed: int) -> Result:
-    """Milliseconds of whole models on random ids: the routed teacher, its collapsed form, MoE student, student."""
+    """Milliseconds of whole models on random ids: the routed teacher, its merged form, MoE student, student."""
     dense = load_model(study.teacher("mrpc", dense=True)["path"], TASKS["mrpc"])
     shape = (dense.config.num_hidden_layers, dense.config.intermediate_size)
+    importance = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     models = {
         "task-routed teacher": load_model(study.moe()["path"], TASKS["mrpc"]),
-        "teacher, collapsed": load_model(study.teacher("mrpc")["path"], TASKS["mrpc"]),
+        "teacher, merged": load_model(study.teacher("mrpc")["path"], TASKS["mrpc"]),
         "dense teacher": dense,
-        "MoE student": convert_to_moe(dense, torch.rand(shape, generator=torch.Generator().manual_seed(0))),
+        "MoE student": convert_to_moe(copy.deepcopy(dense), importance=importance),
         "student": load_model(study.student("mrpc", "full", seed)["path"], TASKS["mrpc"]),
     }  # fmt: skip
     vocabulary = dense.config.vocab_size

@@ -175,7 +175,7 @@ def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     assert list(report["ablation"]["arms"]) == list(microbert.ABLATION)
     assert report["main"]["examples"] == {"sst2": 24, "mrpc": 24, "cola": 12, "stsb": 12}
     assert set(report["speeds"]) == {
-        "task-routed teacher", "teacher, collapsed", "dense teacher", "MoE student", "student"
+        "task-routed teacher", "teacher, merged", "dense teacher", "MoE student", "student"
     }  # fmt: skip
     assert report["cache"]["rows"] == 20 and report["cache"]["largest_difference"] < 1e-4
     for name in ("chart.png", "ablation.png"):

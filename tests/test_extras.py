@@ -61,7 +61,7 @@ def test_without_the_extras_the_op_runs_and_the_rest_says_what_to_install():
         "w = [torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3), (2, 4, 3), (2, 4))]\n"
         "mk.fused_moe_ffn(torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 1]), *w).sum().backward()\n"
         "print(w[0].grad.shape)\n"
-        "for name in ('models', 'convert', 'distill'):\n"
+        "for name in ('layers', 'convert', 'distill'):\n"
         "    try:\n"
         "        __import__(f'moebert_kernels.{name}')\n"
         "    except ImportError as error:\n"
@@ -73,7 +73,7 @@ def test_without_the_extras_the_op_runs_and_the_rest_says_what_to_install():
     assert done.returncode == 2, done.stderr
     shape, *refusals = done.stdout.splitlines()
     assert shape == "torch.Size([2, 3, 4])"
-    assert [line.split()[0] for line in refusals] == ["models", "convert", "distill"]
+    assert [line.split()[0] for line in refusals] == ["layers", "convert", "distill"]
     for line in [*refusals, done.stderr.strip()]:
         assert "pip install 'moebert_kernels[train]'" in line
     assert done.stderr.startswith("moebert: typer, transformers, accelerate, datasets are not installed: run")

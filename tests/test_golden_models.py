@@ -6,6 +6,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from moebert_kernels.convert import convert_to_moe, from_original
 from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.layers import MoEConfig, moe_layers
+from moebert_kernels.nn import GateRouter
 from tests.golden_arrays import assert_golden, golden
 
 CONFIG = dict(
@@ -20,10 +22,10 @@ def imported(case):
     router = CASES[case]
     student = golden(f"f_model_{case}", "student.")
     tables = golden(f"f_model_{case}").get("hash_lists") if router == "hash-random" else None
-    load_balance = BALANCE if router == "gate-token" else 0.0
+    options = {"load_balance": BALANCE} if router == "gate-token" else {}
     return from_original(
-        student, BertConfig(**CONFIG), hash_tables=tables, router=router, load_balance=load_balance, preset="paper",
-        expert_dropout=0.0,
+        student, BertConfig(**CONFIG), hash_tables=tables, router=router, route_padding=True, expert_dropout=0.0,
+        **options,
     )  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def original_gradients(model):
     names = {"w1": "fc1.weight", "b1": "fc1.bias", "w2": "fc2.weight", "b2": "fc2.bias"}
     names |= {"norm_weight": "LayerNorm.weight", "norm_bias": "LayerNorm.bias"}
     for key, parameter in model.named_parameters():
-        key = key.replace("moebert.", "bert.").replace("router.gate", "experts.gate")
+        key = key.replace(".output.experts.", ".experts.").replace("output.router.gate", "experts.gate")
         layer, _, name = key.rpartition(".")
         if name in names:
             for e, gradient in enumerate(parameter.grad):
@@ -98,21 +100,24 @@ def test_padding_skipped_gives_the_same_logits(case):
     model = imported(case)
     with torch.no_grad():
         routed = model(**batch).logits
-        options = model.config.to_dict() | {"preset": "default", "route_padding": False}
-        skipping = type(model)(type(model.config)(**options)).eval()
-        skipping.load_state_dict(model.state_dict())
-        assert_golden(skipping(**batch).logits, routed, 1e-6)
+        config = model.config.quantization_config
+        config.route_padding = False
+        for layer in moe_layers(model):
+            if isinstance(layer.router, GateRouter):
+                layer.router.route_padding = False
+        assert_golden(model(**batch).logits, routed, 1e-6)
 
 
 def test_the_students_start_is_the_converted_teacher():
     """The golden student is the converted teacher plus 0.05 noise: near our conversion, far from another split."""
     arrays = golden("f_model_cls_hash")
     student = imported("cls_hash")
-    E, F, _ = student.moebert.encoder.layer[0].experts.w1.shape
+    E, F, _ = moe_layers(student)[0].experts.w1.shape
     differences = []
     for shared in range(F + 1):
-        ours = convert_to_moe(teacher("cls_hash"), arrays["importance"], E, F, shared, tables=arrays["hash_lists"])
-        pairs = zip(ours.moebert.encoder.layer, student.moebert.encoder.layer, strict=True)
+        config = MoEConfig(num_experts=E, expert_size=F, num_shared_neurons=shared)
+        ours = convert_to_moe(teacher("cls_hash"), config, importance=arrays["importance"], tables=arrays["hash_lists"])
+        pairs = zip(moe_layers(ours), moe_layers(student), strict=True)
         differences.append(sum((a.experts.w1 - b.experts.w1).std().item() for a, b in pairs) / 2)
     assert min(differences) < 0.06
     assert sum(difference < 0.06 for difference in differences) == 1

@@ -28,7 +28,6 @@ LAYERS = (
     ("__init__",),
     ("nn", "integrations"),
     ("layers",),
-    ("models",),
     ("convert",),
     ("data",),
     ("distill",),
@@ -60,6 +59,13 @@ def layer_of(module: str) -> str:
     return parts[1] if len(parts) > 1 else "__init__"
 
 
+@functools.cache
+def module_file(dotted: str) -> Path | None:
+    """The file of a module of the package; None of any other name."""
+    stem = ROOT / Path(*dotted.split("."))
+    return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.exists()), None)
+
+
 def imports_of(path: Path) -> list[tuple[int, str]]:
     """Line and dotted name of everything a file of the package imports from the package, at any depth in the code."""
     relative = path.relative_to(ROOT).with_suffix("")
@@ -75,8 +81,9 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
                     [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
                 )
             for alias in node.names:
-                is_module = base == PACKAGE and alias.name in RANK
-                found.append((node.lineno, f"{base}.{alias.name}" if is_module else base))
+                dotted = f"{base}.{alias.name}"
+                is_module = (base == PACKAGE and alias.name in RANK) or module_file(dotted) is not None
+                found.append((node.lineno, dotted if is_module else base))
     return [(line, name) for line, name in found if name.split(".")[0] == PACKAGE]
 
 
@@ -92,6 +99,34 @@ def test_imports_point_down():
             if other not in RANK or (other != own and RANK[other] >= RANK[own]):
                 offenders.append(f"{name_of(path)}:{line}: {own} must not import {module}")
     assert not offenders
+
+
+def module_level_imports(path: Path) -> set[str]:
+    """Dotted names of the package's modules that a file imports when it is imported itself."""
+    later = set()  # lines of functions, and of what only type checkers read
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_checked_alone = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if is_checked_alone or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            later |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return {name for line, name in imports_of(path) if line not in later}
+
+
+def test_no_circular_imports_inside_a_folder():
+    """Also through the folder's own __init__, which its modules therefore leave alone."""
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        if path.suffix == ".py":
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            graph[name.removesuffix(".__init__")] = module_level_imports(path)
+
+    def circle(name: str, above: tuple[str, ...]) -> tuple[str, ...] | None:
+        if name in above:
+            return (*above[above.index(name) :], name)
+        inside = [other for other in graph.get(name, ()) if layer_of(other) == layer_of(name) and other != PACKAGE]
+        return next((found for other in inside if (found := circle(other, (*above, name)))), None)
+
+    circles = {" -> ".join(found) for name in graph if (found := circle(name, ()))}
+    assert not circles
 
 
 def new_modules(statement: str) -> set[str]:

@@ -7,6 +7,8 @@ loading the marks of a quantised model are taken off, so that it trains, casts a
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -59,48 +61,78 @@ class MoELoader(HfQuantizer):
 
 
 def check_files(model: Any, files: Sequence[str]) -> set[str]:
-    """Check what safetensors files hold of the layers, before transformers casts it to what it wants.
+    """Check what safetensors files hold, before transformers casts it to what it wants or draws anything.
 
     Returns:
-        The names, in the model, of the layers' tensors that are in the files.
+        The names, in the model, of the tensors that are in the files.
 
     Raises:
-        UserError: a damaged file, a tensor of another shape or kind of numbers, or a table with experts that there are
-            not.
+        UserError: files of several folders, a damaged one, a tensor with another kind of numbers, one of a layer with
+            another shape, or a table with experts that there are not.
     """
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    if len(folders) > 1:
+        raise UserError(f"checkpoint: expected files of one folder in its index, got {', '.join(sorted(folders))}")
     ours, found = _tensors(model), set()
+    tensors = model.state_dict()
     base = f"{model.base_model_prefix}."  # the file may be of the model with a head, or without one
     num_experts = model.config.quantization_config.num_experts
     for key, stored in _stored_tensors(files):
-        name = next((name for name in (key, base + key, key.removeprefix(base)) if name in ours), None)
+        name = next((name for name in (key, base + key, key.removeprefix(base)) if name in tensors), None)
         if name is None:
             continue
         found.add(name)
+        if tensors[name].is_floating_point() and not _holds_reals(stored):
+            raise UserError(f"{key}: expected floating-point numbers, got {_dtype_of(stored)}")
+        if name not in ours:
+            continue
         wanted = tuple(ours[name].shape)
         shape = tuple(stored.shape if isinstance(stored, Tensor) else stored.get_shape())
         if shape != wanted:
-            raise UserError(f"{key}: expected shape {wanted}, got {shape}")
-        if ours[name].is_floating_point() and not _holds_reals(stored):
-            raise UserError(f"{key}: expected floating-point numbers, got {_dtype_of(stored)}")
+            entries = ", one entry per token of the vocabulary" if key.endswith(_TABLE) else ""
+            raise UserError(f"{key}: expected shape {wanted}{entries}, got {shape}")
         if isinstance(stored, Tensor):
             checked_table(stored, num_experts, name=key)
     return found
 
 
 def check_loaded(model: Any, found: Collection[str]) -> None:
-    """Raise a UserError unless every tensor of every layer came from the checkpoint, and every table fits.
+    """Raise a UserError unless every tensor came from the checkpoint, but for new heads, and every table fits.
 
     transformers draws missing tensors at random and only warns.
 
     Args:
-        found: what `check_files` gave, for tensors that stay on a disk.
+        found: what `check_files` gave, for tensors that stay on a disk or may have another shape.
     """
-    for name, tensor in _tensors(model).items():
-        on_disk = tensor.is_meta and (name in found or not found)  # nothing is found of files with other names
-        if not getattr(tensor, "_is_hf_initialized", False) and not on_disk:
+    ours = _tensors(model)
+    has_other_names = ours.keys().isdisjoint(found)
+    for name, tensor in ours.items():
+        on_disk = tensor.is_meta and (name in found or has_other_names)
+        if not _is_loaded(tensor) and not on_disk:
             raise UserError(f"checkpoint: expected a tensor {name}, got none")
         if name.endswith(_TABLE):
             checked_table(tensor, model.config.quantization_config.num_experts, name=name)
+    tied, may_be_missing = model.all_tied_weights_keys, model._keys_to_ignore_on_load_missing or ()
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    missing = {name for name, tensor in tensors.items() if not _is_loaded(tensor) and not tensor.is_meta}
+    known = {_head_of(model, name) for name in tensors.keys() - missing} | {None}
+    for name in sorted(missing - set(found)):  # of another shape transformers has its own option and error
+        if _head_of(model, name) in known and not any(re.search(pattern, name) for pattern in may_be_missing):
+            raise UserError(f"checkpoint: expected a tensor {name}, got none")
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def _head_of(model: Any, name: str) -> str | None:
+    """The head that a tensor of this name belongs to, which may be new; None for what every model of the family has."""
+    first, _, rest = name.partition(".")
+    if hasattr(model, model.base_model_prefix):
+        if first != model.base_model_prefix:
+            return first
+        first = rest.partition(".")[0]
+    return first if first in ("lm_head", "pooler", "qa_outputs") else None
 
 
 def _stored_tensors(files: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -155,8 +155,9 @@ def resolved(
     if not config.is_learned:
         without = [site.name for site in sites if stack_of(model, site.name) is None]
         if without:
+            needs = "routes in models with token ids" if by_task else "routes by token ids"
             raise UserError(
-                f"router: {config.router} routes by token ids, and {without[0]} of {type(model).__name__} gets none; "
+                f"router: {config.router} {needs}, and {without[0]} of {type(model).__name__} gets none; "
                 "take 'gate-token', or name other feed-forwards by target_modules"
             )
     if config.norm == "expert" and (not post_norm or config.experts == "mpo" or config.router == "top2"):

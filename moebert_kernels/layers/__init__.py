@@ -1,5 +1,10 @@
 """Mixtures of experts in the place of feed-forwards: their configuration, the layer, and how tokens reach it."""
 
+# ruff: noqa: E402  what is missing is named before the imports that need it
+from moebert_kernels.errors import require_extra
+
+require_extra("train", "transformers")
+
 from moebert_kernels.layers.config import MoEConfig, moe_config
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import balance_losses, moe_layers, summed_losses

@@ -206,6 +206,10 @@ class MoEConfig(QuantizationConfigMixin):
         """All fields, for JSON."""
         return asdict(self)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, as of the mapping that a file has in this place: transformers asks so for `config=model.config`."""
+        return getattr(self, name, default)
+
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The configuration of a checkpoint.

@@ -14,7 +14,6 @@ from moebert_kernels.nn.experts import DenseExperts, Experts
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.nn.switch_router import SwitchRouter
 from moebert_kernels.nn.task_router import TaskRouter
-from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 
 
 class NormedExperts(DenseExperts):
@@ -38,15 +37,12 @@ class NormedExperts(DenseExperts):
         self.norm_weight = nn.Parameter(torch.ones(num_experts, hidden_size))
         self.norm_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
-    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None
+    ) -> Tensor:
         """As `Experts.forward`, with residual and norm; at most one expert for a token."""
-        b1, b2 = self.biases()
-        return fused_moe_ffn_add_norm(
-            x, routing, self.w1, b1, self.w2, b2, self.norm_weight, self.norm_bias,
-            routing_weights=routing_weights, eps=self.eps, activation=self.activation,
-            dropout_p=self.output_dropout if self.training else 0.0,
-            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
-        )  # fmt: skip
+        own = self.norm_weight, self.norm_bias, self.eps, self.output_dropout
+        return super().forward(x, routing, routing_weights, add_norm=add_norm or own)
 
 
 class MoEFeedForward(nn.Module):
@@ -59,7 +55,8 @@ class MoEFeedForward(nn.Module):
         router: what chooses.
         experts: what computes. `NormedExperts` add the residual and normalise.
         output_dropout: probability of dropping an output in training, before the residual.
-        norm: the LayerNorm behind the residual, or None.
+        norm: the LayerNorm behind the residual, or None. Under hash routing of experts with weights of their own it
+            runs in one op with them; a token that is skipped is then x, as with `NormedExperts`.
     """
 
     def __init__(
@@ -84,12 +81,23 @@ class MoEFeedForward(nn.Module):
         """
         if isinstance(self.experts, NormedExperts):
             return self._experts(hidden_states)
+        if residual is hidden_states and (add_norm := self._add_norm()) is not None:
+            return self._experts(hidden_states, add_norm=add_norm)
         y = F.dropout(self._experts(hidden_states), self.output_dropout, self.training)
         if residual is not None:
             y = residual + y
         return y if self.norm is None else self.norm(y)
 
-    def _experts(self, x: Tensor) -> Tensor:
+    def _add_norm(self) -> tuple[Tensor, Tensor, float, float] | None:
+        """What the experts need to normalise too; None where that would not be the same, or the norm is not there."""
+        norm: Any = self.norm
+        if type(self.experts) is not DenseExperts or type(norm) is not nn.LayerNorm or norm.bias is None:
+            return None
+        if not isinstance(self.router, HashRouter) or norm.weight.is_meta or norm.weight.dtype != self.experts.w1.dtype:
+            return None
+        return norm.weight, norm.bias, norm.eps, self.output_dropout
+
+    def _experts(self, x: Tensor, **options: Any) -> Tensor:
         call = current()
         tokens = call.tokens
         if tokens is None and self.is_told_tokens:
@@ -105,8 +113,8 @@ class MoEFeedForward(nn.Module):
             if grouping is None:  # nor where one step could not make those of all, as with tables on several devices
                 ids, mask = tokens.token_ids.to(x.device), tokens.token_mask
                 mask = None if mask is None else mask[:, -ids.shape[-1] :].to(x.device)
-                return self.experts(x, self.router(ids, mask).view(x.shape[:-1]))
-            return self.experts(x, grouping)
+                return self.experts(x, self.router(ids, mask).view(x.shape[:-1]), **options)
+            return self.experts(x, grouping, **options)
         mask = None if tokens is None else tokens.token_mask
         shape = x.shape
         if mask is not None:

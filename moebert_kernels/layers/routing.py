@@ -3,7 +3,8 @@
 The model stays transformers': `install_routing` gives some modules in it a class made for their own class.
 
 - A stack, which gets `input_ids` and holds layers: its forward groups the tokens of all layers before the first runs.
-- A layer that transformers checkpoints: every run of it sees the routing of its first one.
+- A layer that transformers checkpoints: every run of it sees the routing of its first one. Where its feed-forward is a
+  function that transformers may call in chunks, it is one whose signature is known.
 - The model itself: with a learned router, its forward adds the balance loss to `loss`. As every model inside it, it
   resizes the hash tables with the vocabulary.
 """
@@ -75,6 +76,8 @@ def install_routing(model: Any, names: list[str]) -> None:
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
+            if hasattr(module, "feed_forward_chunk"):
+                _change_class(module, chunked_class)
     config = model.config.quantization_config
     if config.is_learned:
         _change_class(model, balanced_class)
@@ -119,7 +122,8 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
         raise UserError(f"task_ids: expected none with router={config.router!r}, got some")
     if isinstance(routers[0], HashRouter):
         if ids is None:
-            raise UserError("input_ids: expected token ids, which hash routing needs, got inputs_embeds alone")
+            got = "none" if inputs.get("inputs_embeds") is None else "inputs_embeds alone"
+            raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
     return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)
@@ -140,6 +144,25 @@ def resizing_class(base: Any) -> type:
         return embeddings
 
     return derived_class(resizing_class, base, (base,), {"resize_token_embeddings": resize_token_embeddings})
+
+
+@functools.cache
+def chunked_class(base: Any) -> type:
+    """The class of a layer, as BERT's, whose `feed_forward_chunk` tells its signature at once.
+
+    transformers inspects it in each layer of each forward. That is a twentieth of the time of a very small model.
+    """
+    chunk, signature = base.feed_forward_chunk, inspect.signature(base.feed_forward_chunk)
+    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def feed_forward_chunk(self: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return chunk.__get__(self)
+        bound: Any = functools.partial(chunk, self)
+        bound.__signature__ = signature
+        return bound
+
+    return derived_class(chunked_class, base, (base,), {"feed_forward_chunk": property(feed_forward_chunk)})
 
 
 @contextmanager

@@ -73,12 +73,13 @@ def task_class(base: Any) -> type:
     cross-entropy, or the squared error where a task has no classes.
     """
     names = argument_names(base.forward)
+    has_heads = "ForSequenceClassification" in base.__name__  # of such a model the encoder can be loaded alone
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, task_ids: Tensor | int | None = None, **kwargs: Any) -> Any:
         inputs = dict(zip(names, args, strict=False)) | kwargs
         config = self.config.quantization_config
-        if config.task_labels is None or self.base_model is self:  # no heads for tasks, or a model without its head
+        if not has_heads or config.task_labels is None:
             with entered(current()._replace(task_ids=task_ids)):
                 return base.forward(self, **inputs)
         like = next((inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None), None)
@@ -127,7 +128,7 @@ def row_names(config: MoEConfig) -> list[str]:
 
 def _one_if_all_are(task_ids: Tensor | int | None) -> Tensor | int | None:
     """The only task of a batch as an int. While torch compiles, a tensor is taken for several."""
-    if task_ids is None or isinstance(task_ids, int) or torch.compiler.is_compiling():
+    if not isinstance(task_ids, Tensor) or torch.compiler.is_compiling():
         return task_ids
     found = set(task_ids.flatten().tolist()) if not task_ids.is_floating_point() else set()
     return found.pop() if len(found) == 1 else task_ids

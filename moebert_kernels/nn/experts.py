@@ -16,6 +16,7 @@ from moebert_kernels.nn.hot_experts import HotExperts
 from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, SharedFold, check_factors, shared_fold
 from moebert_kernels.ops._routing import resolve_routing
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
+from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 
 BIASES = ("none", "expert", "shared")
 
@@ -60,7 +61,11 @@ class Experts(nn.Module):
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """b1 (E, I or 2I) and b2 (E, H), or None."""
-        b1, b2 = (None if b is None else b.expand(self.num_experts, -1) for b in (self.b1, self.b2))
+        b1, b2 = self.b1, self.b2
+        if b1 is not None and b1.ndim == 1:  # one for all experts
+            b1 = b1.expand(self.num_experts, -1)
+        if b2 is not None and b2.ndim == 1:
+            b2 = b2.expand(self.num_experts, -1)
         return b1, b2
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
@@ -115,6 +120,27 @@ class DenseExperts(Experts):
 
     def weights(self, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.w1, self.w2
+
+    def forward(
+        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None
+    ) -> Tensor:
+        """As `Experts.forward`; or LayerNorm(x + dropout(FFN_e(x))) in one op, of at most one expert for a token.
+
+        Args:
+            add_norm: weight and bias, each (H,) or (E, H), of the LayerNorm, its eps, and the probability of dropping
+                an output in training. A token without an expert is then x, as in `fused_moe_ffn_add_norm`.
+        """
+        if add_norm is None:
+            return super().forward(x, routing, routing_weights)
+        norm_weight, norm_bias, eps, dropout_p = add_norm
+        b1, b2 = self.biases()
+        return fused_moe_ffn_add_norm(
+            x, routing, self.w1, b1, self.w2, b2,
+            norm_weight.expand(self.num_experts, -1), norm_bias.expand(self.num_experts, -1),
+            routing_weights=routing_weights, eps=eps, activation=self.activation,
+            dropout_p=dropout_p if self.training else 0.0,
+            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
+        )  # fmt: skip
 
 
 class MPOExperts(Experts):

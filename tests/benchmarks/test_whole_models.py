@@ -12,8 +12,8 @@ from benchmarks.gate import check
 from benchmarks.measuring import Target
 from benchmarks.results import run_case
 from moebert_kernels.convert import importance as importance_module
-from moebert_kernels.convert import moe as conversion
-from moebert_kernels.nn import MoEFeedForward
+from moebert_kernels.convert import state as conversion
+from moebert_kernels.layers import MoEFeedForward, moe_layers
 from moebert_kernels.torch_backend import fused_moe_ffn_add_norm as layer_backend
 
 SMOKE = Target.of("cpu", smoke=True)
@@ -66,7 +66,7 @@ def test_encoder_that_routes_padding_is_no_encoder_that_skips_it(monkeypatch):
 def with_padding_routed(make):
     def made(*args):
         model = make(*args)
-        model.config.route_padding = True
+        model.config.quantization_config.route_padding = True
         return model
 
     return made
@@ -141,14 +141,15 @@ def test_conversion_that_mixes_neurons_up_is_refused(monkeypatch):
 
 
 def test_checkpoint_that_lost_a_change_is_refused(monkeypatch):
-    sound = bench_loading.MoEBertModel.save_pretrained
+    sound = bench_loading.BertModel.save_pretrained
 
     def sabotaged(self, folder):
         sound(self, folder)
         with torch.no_grad():
-            self.encoder.layer[1].experts.b2 += 1.0
+            for layer in moe_layers(self):
+                layer.experts.b2 += 1.0
 
-    monkeypatch.setattr(bench_loading.MoEBertModel, "save_pretrained", sabotaged)
+    monkeypatch.setattr(bench_loading.BertModel, "save_pretrained", sabotaged)
     assert refused_for_values(bench_loading.cases(SMOKE)[1]) == {"moebert_kernels"}
 
 

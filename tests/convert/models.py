@@ -1,4 +1,4 @@
-"""Tiny random dense models for the converters' tests."""
+"""Tiny random models, dense and converted, batches for them and labels for their heads."""
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ from transformers import (
     XLMRobertaForTokenClassification,
 )
 
+from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.layers import MoEConfig
+
 V, H, D, L = 60, 16, 48, 2
 SIZES = dict(
     vocab_size=V, hidden_size=H, intermediate_size=D, num_hidden_layers=L, num_attention_heads=2,
     max_position_embeddings=24, initializer_range=0.3,
 )  # fmt: skip
 
+ROUTERS = ("hash-random", "hash-balance", "gate-token", "gate-sentence", "switch", "top2", "task")
 CLASSES = {
     "bert": (BertConfig, BertModel),
     "bert-cls": (BertConfig, BertForSequenceClassification),
@@ -78,3 +82,20 @@ def labels(name: str, batch: dict[str, Tensor], seed: int = 1) -> dict[str, Tens
     tokens = torch.randint(0, classes, (B, T), generator=generator)
     hidden = torch.rand(B, T, generator=generator) < 0.5
     return {"labels": tokens.masked_fill(hidden | (batch["attention_mask"] == 0), -100)}
+
+
+def moe_model(name: str = "bert-cls", *, router: str = "hash-random", dense: dict | None = None, **fields):
+    """A converted model in eval mode: 4 experts of 12 neurons, of which they share 4.
+
+    Args:
+        dense: options of `dense_model`.
+        fields: of MoEConfig.
+    """
+    if router == "task":
+        fields.setdefault("tasks", ["only"])  # which a model takes when it is told none
+    if fields.get("experts", "split") == "split":
+        fields = {"expert_size": 12, "num_shared_neurons": 4} | fields
+    generator = torch.Generator().manual_seed(3)
+    scores, counts = torch.rand(L, D, generator=generator), torch.arange(V)
+    config = MoEConfig(router=router, **fields)
+    return convert_to_moe(dense_model(name, **dense or {}), config, importance=scores, token_counts=counts)

@@ -5,8 +5,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from moebert_kernels.convert import importance_scores
-from moebert_kernels.convert.encoders import dense_ffns
 from moebert_kernels.convert.sample_loss import sample_loss
+from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 from tests.convert.models import dense_model, inputs, labels
 from tests.golden_arrays import assert_golden, golden
@@ -53,8 +53,8 @@ def test_order_of_neurons_equals_the_originals_merge(kind):
 
 def one_backward_per_sample(model, batch):
     """The definition: per-sample weight gradients, batch size 1."""
-    ffns = dense_ffns(model)
-    totals = torch.zeros(len(ffns), ffns[0].first.out_features, dtype=torch.float64)
+    ffns = [(*site.first_modules, site.second_module) for site in find_sites(model)]
+    totals = torch.zeros(len(ffns), ffns[0][0].out_features, dtype=torch.float64)
     for sample in range(len(batch["input_ids"])):
         one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
         outputs = model(one["input_ids"], attention_mask=one["attention_mask"])

@@ -1,5 +1,6 @@
-"""A converted model in any caller, and other ways of loading; see `tests/models/test_calls.py` for more calls."""
+"""A converted model in any caller, and other ways of loading; see `tests/layers/test_calls.py` for more calls."""
 
+import inspect
 import subprocess
 import sys
 
@@ -25,6 +26,19 @@ def test_every_way_to_call_it(kind):
         assert torch.equal(model(**inputs, return_dict=False)[0], expected)
         encoded = model.bert.forward(**inputs)
         assert torch.equal(model.classifier(encoded.pooler_output), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "megatron-bert"])
+def test_a_feed_forward_in_chunks_is_the_model_s_own(family):
+    """transformers inspects the function in each forward; ours tells its signature without being inspected."""
+    model = converted(family)
+    layer = model.encoder.layer[0]
+    known, own = layer.feed_forward_chunk, type(layer).__mro__[1].feed_forward_chunk
+    assert known.__signature__ == inspect.signature(own.__get__(layer))
+    expected = hidden(model, make_inputs(family))
+    for layer in model.encoder.layer:
+        layer.__class__ = type(layer).__mro__[1]
+    assert torch.equal(hidden(model, make_inputs(family)), expected)
 
 
 def test_a_call_inside_a_call():

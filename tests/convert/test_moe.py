@@ -1,39 +1,24 @@
-"""Dense -> MoE: the mathematics, every head and family, what is carried over, and what is refused."""
+"""Dense -> MoE: the mathematics for every head of BERT's family, what is random, and what is refused."""
+
+import copy
 
 import pytest
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    BertConfig,
-    BertForPreTraining,
-    DistilBertConfig,
-    DistilBertModel,
-)
 
-from moebert_kernels import models
-from moebert_kernels.convert import (
-    balanced_hash_table,
-    convert_to_moe,
-    dense_student,
-    expert_indices,
-    random_hash_table,
-)
+from moebert_kernels.convert import balanced_hash_table, convert_to_moe, expert_indices, random_hash_table
 from moebert_kernels.errors import UserError
-from tests.convert.models import CLASSES, SIZES, D, H, L, V, dense_model, inputs
+from moebert_kernels.layers import MoEConfig, moe_layers
+from tests.convert.models import CLASSES, D, H, L, V, dense_model, inputs, labels, moe_model
 from tests.golden_arrays import assert_golden
-from tests.helpers import assert_same_model
 
-SMALL = {"num_experts": 4, "expert_size": 12, "shared": 8}
-AUTO = {
-    "cls": AutoModelForSequenceClassification,
-    "qa": AutoModelForQuestionAnswering,
-    "mlm": AutoModelForMaskedLM,
-    "tokens": AutoModelForTokenClassification,
-}
+SMALL = {"num_experts": 4, "expert_size": 12, "num_shared_neurons": 8}
+
+
+def converted(dense, importance=None, seed=0, token_counts=None, tables=None, **fields):
+    """A converted copy."""
+    importance = torch.rand(L, D) if importance is None else importance
+    options = {"importance": importance, "seed": seed, "token_counts": token_counts, "tables": tables}
+    return convert_to_moe(copy.deepcopy(dense), MoEConfig(**SMALL | fields), **options)
 
 
 def outputs(model, batch):
@@ -45,27 +30,27 @@ def outputs(model, batch):
     }
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("route_padding", [False, True])
 @pytest.mark.parametrize("name", list(CLASSES))
-def test_experts_with_all_neurons_equal_the_dense_model(name, preset):
+def test_experts_with_all_neurons_equal_the_dense_model(name, route_padding):
     dense = dense_model(name).double()
-    moe = convert_to_moe(dense, torch.rand(L, D), 3, expert_size=D, shared=D, preset=preset)
+    moe = converted(dense, num_experts=3, expert_size=D, num_shared_neurons=D, route_padding=route_padding)
     batch = inputs(pad_token_id=dense.config.pad_token_id)
     valid = batch["attention_mask"] != 0
     wanted, got = outputs(dense, batch), outputs(moe, batch)
     assert wanted.keys() == got.keys()
     for key, tensor in wanted.items():
         # skipped padding passes through the experts, so only real tokens are equal there
-        real = valid if preset == "default" and tensor.shape[:2] == valid.shape else torch.ones(len(tensor)).bool()
+        real = valid if not route_padding and tensor.shape[:2] == valid.shape else torch.ones(len(tensor)).bool()
         assert_golden(got[key][real], tensor[real], 1e-12, key)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-cls", "roberta-mlm"])
 def test_experts_are_the_dense_neurons(name):
     dense, importance = dense_model(name), torch.rand(L, D)
-    moe = convert_to_moe(dense, importance, **SMALL)
-    indices = expert_indices(importance, **SMALL)
-    for layer, (old, new) in enumerate(zip(dense.base_model.encoder.layer, moe.base_model.encoder.layer, strict=True)):
+    moe = converted(dense, importance)
+    indices = expert_indices(importance, *SMALL.values())
+    for layer, (old, new) in enumerate(zip(dense.base_model.encoder.layer, moe_layers(moe), strict=True)):
         for e, neurons in enumerate(indices[layer]):
             assert torch.equal(new.experts.w1[e], old.intermediate.dense.weight[neurons])
             assert torch.equal(new.experts.b1[e], old.intermediate.dense.bias[neurons])
@@ -73,192 +58,154 @@ def test_experts_are_the_dense_neurons(name):
             assert torch.equal(new.experts.b2[e], old.output.dense.bias)
             assert torch.equal(new.experts.norm_weight[e], old.output.LayerNorm.weight)
             assert torch.equal(new.experts.norm_bias[e], old.output.LayerNorm.bias)
+        assert new.experts.b2[0].data_ptr() != new.experts.b2[1].data_ptr()
     old, new = dense.state_dict(), moe.state_dict()
     for key, tensor in new.items():
         if ".experts." not in key and ".router." not in key:
-            assert torch.equal(tensor, old[key.replace("moebert.", dense.base_model_prefix + ".")]), key
+            assert torch.equal(tensor, old[key]), key
 
 
-@pytest.mark.parametrize("router", ["hash-random", "hash-balance", "gate-token", "gate-sentence"])
-@pytest.mark.parametrize("name", ["bert-cls", "roberta-qa", "bert-mlm", "xlm-roberta-tokens", "bert"])
-def test_saves_and_loads(name, router, tmp_path):
-    dense = dense_model(name)
-    moe = convert_to_moe(dense, torch.rand(L, D), router=router, token_counts=torch.arange(V), **SMALL)
-    moe.save_pretrained(tmp_path)
-    auto = AUTO.get(name.split("-")[-1], AutoModel)
-    again = auto.from_pretrained(tmp_path)
-    assert type(again) is type(moe)
-    batch = inputs(pad_token_id=dense.config.pad_token_id)
-    assert_same_model(again, moe, lambda model: outputs(model, batch))
-
-
-def test_nothing_is_shared_with_the_dense_model():
+def test_a_copy_of_the_dense_model_is_not_changed():
     dense = dense_model("bert-cls")
     before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
-    moe = convert_to_moe(dense, torch.rand(L, D), **SMALL)
+    moe = converted(dense)
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.add_(1)
     assert all(torch.equal(tensor, before[key]) for key, tensor in dense.state_dict().items())
-    experts = moe.moebert.encoder.layer[0].experts
-    assert experts.b2[0].data_ptr() != experts.b2[1].data_ptr()
+    assert type(dense) is CLASSES["bert-cls"][1] and not hasattr(dense.config, "quantization_config")
 
 
-def test_labels_and_settings_are_carried_over():
-    names = {0: "bad", 1: "good"}
-    dense = dense_model(
-        "bert-cls", id2label=names, label2id={"bad": 0, "good": 1}, problem_type="single_label_classification",
-        hidden_act="relu", layer_norm_eps=1e-5, hidden_dropout_prob=0.2, classifier_dropout=0.3, pad_token_id=1,
+def test_settings_of_the_dense_layers_are_carried_over():
+    dense = dense_model("bert-cls", hidden_act="relu", layer_norm_eps=1e-5, hidden_dropout_prob=0.2)
+    for norm in ("expert", "layer"):
+        layer = moe_layers(converted(dense, norm=norm))[0]
+        assert layer.experts.activation == "relu" and layer.output_dropout == 0.2
+        if norm == "expert":
+            assert (layer.experts.eps, layer.experts.output_dropout) == (1e-5, 0.2)
+        else:
+            assert layer.norm.eps == 1e-5
+    assert moe_layers(converted(dense, expert_dropout=0.4))[0].experts.output_dropout == 0.4
+    assert moe_layers(converted(dense, expert_dropout=0.0))[1].experts.output_dropout == 0.0
+    config = converted(dense).config.quantization_config
+    assert (config.router, config.norm, config.expert_size, config.num_shared_neurons) == (
+        "hash-random", "expert", 12, 8,
     )  # fmt: skip
-    config = convert_to_moe(dense, torch.rand(L, D), **SMALL, load_balance=0.1, expert_dropout=0.4).config
-    for name in (
-        "id2label", "label2id", "problem_type", "hidden_act", "layer_norm_eps", "hidden_dropout_prob", "vocab_size",
-        "classifier_dropout", "pad_token_id", "max_position_embeddings", "intermediate_size", "_attn_implementation",
-    ):  # fmt: skip
-        assert getattr(config, name) == getattr(dense.config, name), name
-    assert (config.num_experts, config.expert_size, config.shared) == (4, 12, 8)
-    assert (config.router, config.style) == ("hash-random", "bert")
-    assert (config.load_balance, config.expert_dropout) == (0.1, 0.4)
-    assert convert_to_moe(dense_model("camembert-cls"), torch.rand(L, D), **SMALL).config.style == "roberta"
 
 
 def test_dtype_mode_and_missing_pooler_are_carried_over():
     dense = dense_model("bert-cls").to(torch.bfloat16).train()
-    moe = convert_to_moe(dense, torch.rand(L, D), **SMALL)
-    assert moe.dtype == torch.bfloat16
-    assert moe.training
-    assert not moe.moebert.encoder.layer[0].router.table.is_floating_point()
+    moe = converted(dense)
+    assert {p.dtype for p in moe.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in moe.modules())
+    assert not moe_layers(moe)[0].router.table.is_floating_point()
     bare = CLASSES["bert"][1](dense.config, add_pooling_layer=False)
-    assert convert_to_moe(bare, torch.rand(L, D), **SMALL).pooler is None
-    assert dense_student(bare, torch.rand(L, D), 8).pooler is None
+    assert converted(bare).pooler is None
 
 
 def test_what_is_random_depends_on_the_seed_alone():
     dense, importance = dense_model("bert-cls"), torch.rand(L, D)
 
-    def converted(seed, **options):
+    def routers(seed, **options):
         torch.manual_seed(int(torch.randint(0, 1000, ())))
         state = torch.get_rng_state()
-        model = convert_to_moe(dense, importance, seed=seed, **SMALL | options)
+        model = converted(dense, importance, seed=seed, **options)
         assert torch.equal(torch.get_rng_state(), state)
-        return [layer.router for layer in model.moebert.encoder.layer]
+        return [layer.router for layer in moe_layers(model)]
 
-    first, again, other = converted(1), converted(1), converted(2)
+    first, again, other = routers(1), routers(1), routers(2)
     assert all(torch.equal(a.table, b.table) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].table, other[0].table)
     assert not torch.equal(first[0].table, first[1].table)
     assert torch.equal(first[0].table.long(), random_hash_table(V, 4, 1))
-    assert torch.equal(first[0].table, converted(1, expert_size=10)[0].table)
-    gates = converted(1, router="gate-token"), converted(1, router="gate-token")
+    assert torch.equal(first[0].table, routers(1, expert_size=10)[0].table)
+    gates = routers(1, router="gate-token"), routers(1, router="gate-token")
     assert all(torch.equal(a.gate.weight, b.gate.weight) for a, b in zip(*gates, strict=True))
-    assert gates[0][0].gate.weight.std().item() == pytest.approx(SIZES["initializer_range"], rel=0.3)
+    assert gates[0][0].gate.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 def test_without_importance_the_ranking_is_random_and_says_so():
-    dense = dense_model("bert-cls")
-    with pytest.warns(UserWarning, match="neurons are ranked at random"):
-        first = convert_to_moe(dense, seed=3, **SMALL)
-    with pytest.warns(UserWarning):
-        again = convert_to_moe(dense, seed=3, **SMALL)
-    w1, w1_again = (model.moebert.encoder.layer[1].experts.w1 for model in (first, again))
-    assert torch.equal(w1, w1_again)
+    weights = []
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="neurons are ranked at random"):
+            model = convert_to_moe(dense_model("bert-cls"), MoEConfig(**SMALL), seed=3)
+        weights.append(moe_layers(model)[1].experts.w1)
+    assert torch.equal(*weights)
 
 
 def test_tables_from_counts_and_given_ones():
-    dense, importance = dense_model("bert-cls"), torch.rand(L, D)
-    counts = torch.randint(0, 9, (V,))
-    balanced = convert_to_moe(dense, importance, router="hash-balance", token_counts=counts, **SMALL)
-    given = torch.randint(0, 4, (L, V))
-    chosen = convert_to_moe(dense, importance, tables=given, **SMALL)
+    dense, counts, given = dense_model("bert-cls"), torch.randint(0, 9, (V,)), torch.randint(0, 4, (L, V))
+    balanced = converted(dense, router="hash-balance", token_counts=counts)
+    chosen = converted(dense, tables=given)
     for layer in range(L):
-        assert torch.equal(balanced.moebert.encoder.layer[layer].router.table.long(), balanced_hash_table(counts, 4))
-        assert torch.equal(chosen.moebert.encoder.layer[layer].router.table.long(), given[layer])
-
-
-def test_dense_student_keeps_the_top_neurons():
-    dense, importance = dense_model("bert-cls"), torch.rand(L, D)
-    student = dense_student(dense, importance, 20)
-    assert type(student) is type(dense)
-    assert student.config.intermediate_size == 20
-    assert student.config.id2label == dense.config.id2label
-    assert dense.config.intermediate_size == D
-    kept = importance[1].argsort(descending=True)[:20]
-    old, new = dense.bert.encoder.layer[1], student.bert.encoder.layer[1]
-    assert torch.equal(new.intermediate.dense.weight, old.intermediate.dense.weight[kept])
-    assert torch.equal(new.intermediate.dense.bias, old.intermediate.dense.bias[kept])
-    assert torch.equal(new.output.dense.weight, old.output.dense.weight[:, kept])
-    whole = dense_student(dense, importance, D)
-    batch = inputs()
-    assert_golden(outputs(whole, batch)["logits"], outputs(dense, batch)["logits"], 1e-6)
+        assert torch.equal(moe_layers(balanced)[layer].router.table.long(), balanced_hash_table(counts, 4))
+        assert torch.equal(moe_layers(chosen)[layer].router.table.long(), given[layer])
 
 
 def test_without_sizes_experts_are_a_quarter_and_share_two_thirds():
     """As MoEBERT's 768 and 512 of 3,072; a model of any width becomes smaller per token."""
-    dense, importance = dense_model("bert-cls"), torch.rand(L, D)
-    config = convert_to_moe(dense, importance).config
-    assert (config.expert_size, config.shared) == (D // 4, D // 6)
-    config = convert_to_moe(dense, importance, expert_size=6).config
-    assert (config.expert_size, config.shared) == (6, 4)
-    assert convert_to_moe(dense, importance, shared=2).config.expert_size == D // 4
-    assert dense_student(dense, importance).config.intermediate_size == D // 4
+
+    def sizes(**fields):
+        model = convert_to_moe(dense_model("bert"), MoEConfig.moebert(**fields), importance=torch.rand(L, D))
+        return model.config.quantization_config.expert_size, model.config.quantization_config.num_shared_neurons
+
+    assert sizes() == (D // 4, D // 6)
+    assert sizes(expert_size=6) == (6, 4)
+    assert sizes(num_shared_neurons=2) == (D // 4, 2)
 
 
-def test_dense_student_equals_one_expert_with_those_neurons():
-    dense, importance = dense_model("roberta-cls"), torch.rand(L, D)
-    moe = convert_to_moe(dense, importance, 1, expert_size=20, shared=20)
-    batch = inputs(pad_token_id=1)
-    got = outputs(dense_student(dense, importance, 20), batch)["logits"]
-    assert_golden(got, outputs(moe, batch)["logits"], 1e-6)
-
-
-def test_rejects_models():
-    dense = dense_model("bert-cls")
-    moe = convert_to_moe(dense, torch.rand(L, D), **SMALL)
-    with pytest.raises(UserError, match="got MoEBertForSequenceClassification, which is a MoE already"):
-        convert_to_moe(moe, torch.rand(L, D), **SMALL)
-    with pytest.raises(UserError, match=r"model: expected the bare model or one of .*, got BertForPreTraining"):
-        convert_to_moe(BertForPreTraining(BertConfig(**SIZES)), torch.rand(L, D), **SMALL)
-    other = DistilBertModel(DistilBertConfig(vocab_size=V, dim=H, hidden_dim=D, n_layers=L, n_heads=2))
-    with pytest.raises(UserError, match=r"model: expected a BERT-style encoder .*, got DistilBertModel"):
-        convert_to_moe(other, torch.rand(L, D), **SMALL)
+def test_balance_losses_are_in_the_loss_of_every_head():
+    """With the weight of the configuration, beside what the head's own loss is."""
+    for name in ("bert-cls", "bert-qa", "bert-mlm", "roberta-tokens"):
+        batch = inputs(pad_token_id=1)
+        batch |= labels(name, batch)
+        for router in ("gate-token", "switch"):
+            model = moe_model(name, router=router, load_balance=0.5)
+            whole = model(**batch)
+            model.config.quantization_config.load_balance = 0.0
+            task = model(**batch).loss
+            assert whole.loss - task > 0.9  # two layers of at least 1 each
+            whole.loss.backward()
+            assert all(layer.router.gate.weight.grad.any() for layer in moe_layers(model))
+            model.config.quantization_config.load_balance = 0.5
+            torch.testing.assert_close(model(**batch, return_dict=False)[0], whole.loss)
+            assert model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).loss is None
 
 
 @pytest.mark.parametrize(
     "options,message",
     [
-        (
-            {"importance": torch.rand(L, D + 1)},
-            "importance: expected scores of the model's 2 layers x 48 neurons, got 2 x 49",
-        ),
-        (
-            {"importance": torch.rand(D)},
-            "importance: expected scores of the model's 2 layers x 48 neurons, got 48",
-        ),
+        ({"importance": torch.rand(L, D + 1)}, r"importance: expected shape \(L=2, D=48\), got \(2, 49\)"),
+        ({"importance": torch.rand(D)}, r"importance: expected shape \(L=2, D=48\), got \(48,\)"),
+        ({"importance": torch.full((L, D), torch.nan)}, "scores: expected finite numbers, got nan or inf"),
         ({"expert_size": 20}, r"expert_size: expected at most 18 .* got 20"),
-        (
-            {"router": "hash-balance"},
-            r"token_counts: expected counts \(or tables\) with router='hash-balance', got none",
-        ),
+        ({"expert_size": 49}, "expert_size: expected 1 to the dense layer's 48 neurons, got 49"),
+        ({"num_shared_neurons": 13}, "num_shared_neurons: expected 0 to expert_size=12, got 13"),
+        ({"router": "hash-balance"}, r"token_counts: expected shape \(V=60,\) with router='hash-balance', got none"),
         (
             {"router": "hash-balance", "token_counts": torch.ones(5)},
-            r"token_counts: expected shape \(V=60,\), got \(5,\)",
+            r"token_counts: expected shape \(V=60,\) with router='hash-balance', got \(5,\)",
         ),
-        ({"router": "hash"}, "router: expected one of .*, got 'hash'"),
         ({"tables": torch.zeros(7, dtype=torch.long)}, "tables: expected shape .* for a vocabulary of 60, got"),
+        ({"tables": torch.full((V,), 4)}, "tables: expected experts 0 to 3, got 4 to 4"),
         ({"router": "gate-token", "tables": [0] * V}, "tables: expected none with router='gate-token'"),
-        ({"load_balanse": 0.1}, "load_balanse: expected an option of convert_to_moe or a field of MoEBertConfig"),
     ],
 )
 def test_rejects(options, message):
+    dense = dense_model("bert-cls")
+    before = {key: tensor.clone() for key, tensor in dense.state_dict().items()}
+    fields = {key: value for key, value in options.items() if key in MoEConfig.__dataclass_fields__}
+    others = {key: value for key, value in options.items() if key not in fields}
     with pytest.raises(UserError, match=message):
-        convert_to_moe(dense_model("bert-cls"), **{"importance": torch.rand(L, D), **SMALL} | options)
+        convert_to_moe(dense, MoEConfig(**SMALL | fields), **{"importance": torch.rand(L, D)} | others)
+    state = dense.state_dict()  # nothing of a refused conversion is left in the model
+    assert state.keys() == before.keys() and all(torch.equal(state[key], before[key]) for key in before)
+    assert not hasattr(dense.config, "quantization_config")
 
 
-def test_rejects_width():
-    with pytest.raises(UserError, match="width: expected 1 to the dense layer's 48 neurons, got 49"):
-        dense_student(dense_model("bert-cls"), torch.rand(L, D), 49)
-
-
-def test_returns_the_class_of_the_head():
-    moe = convert_to_moe(dense_model("roberta-tokens"), torch.rand(L, D), **SMALL)
-    assert type(moe) is models.MoEBertForTokenClassification
+def test_layers_of_other_widths_are_refused():
+    dense = dense_model("bert")
+    dense.encoder.layer[1].intermediate.dense = torch.nn.Linear(H, 20)
+    dense.encoder.layer[1].output.dense = torch.nn.Linear(20, H)
+    with pytest.raises(UserError, match=r"model: expected feed-forwards of one width, got \[20, 48\]"):
+        convert_to_moe(dense, MoEConfig(**SMALL), importance=torch.rand(L, D))

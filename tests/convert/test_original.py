@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, BertForQuestionAnswering, BertForSequenceClassification
 
-from moebert_kernels import models
 from moebert_kernels.convert import from_original
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_layers
 from tests.convert.models import dense_model
 from tests.golden_arrays import golden
 from tests.helpers import assert_same_model
@@ -73,19 +74,20 @@ def test_reads_every_form(form, state, tables, tmp_path):
 
 def test_configuration_is_carried_over(state, tables):
     model = from_original(state, CONFIG, hash_tables=tables)
-    assert type(model) is models.MoEBertForSequenceClassification
-    assert not model.training
-    config = model.config
-    assert (config.num_experts, config.expert_size, config.shared, config.router) == (4, 12, 6, "hash-random")
-    assert (config.expert_dropout, config.id2label) == (0.1, {0: "no", 1: "maybe", 2: "yes"})
-    assert not any(name.startswith("moebert") for name in config.to_dict())
-    assert from_original(state, CONFIG, hash_tables=tables, preset="paper").config.route_padding
+    assert isinstance(model, BertForSequenceClassification) and not model.training
+    moe = model.config.quantization_config
+    assert (moe.num_experts, moe.expert_size, moe.num_shared_neurons, moe.router) == (4, 12, 6, "hash-random")
+    assert (moe.expert_dropout, model.config.id2label) == (0.1, {0: "no", 1: "maybe", 2: "yes"})
+    assert model.config.model_type == "bert" and moe_layers(model)[0].experts.output_dropout == 0.1
+    assert not any(name.startswith("moebert") for name in model.config.to_dict())
+    routing = from_original(state, CONFIG, hash_tables=tables, route_padding=True)
+    assert routing.config.quantization_config.route_padding
 
 
 def test_an_imported_model_saves_and_loads(state, tables, tmp_path):
     model = from_original(state, CONFIG, hash_tables=tables)
     model.save_pretrained(tmp_path)
-    again = models.MoEBertForSequenceClassification.from_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     ids = torch.randint(0, 60, (2, 9))
     assert_same_model(again, model, lambda model: model(ids).logits)
 
@@ -95,7 +97,7 @@ def test_question_answering(state, tables):
     qa |= {"qa_outputs.weight": torch.randn(2, 16), "qa_outputs.bias": torch.randn(2)}
     config = {key: value for key, value in CONFIG.items() if key not in ("id2label", "label2id")}
     model = from_original(qa, config, hash_tables=tables)
-    assert type(model) is models.MoEBertForQuestionAnswering
+    assert isinstance(model, BertForQuestionAnswering)
     assert model(torch.randint(0, 60, (2, 9))).start_logits.shape == (2, 9)
 
 
@@ -104,7 +106,7 @@ def test_missing_random_tables_are_drawn_by_seed_with_a_warning(state):
         first = from_original(state, CONFIG, seed=5)
     with pytest.warns(UserWarning):
         again = from_original(state, CONFIG, seed=5)
-    for a, b in zip(first.moebert.encoder.layer, again.moebert.encoder.layer, strict=True):
+    for a, b in zip(moe_layers(first), moe_layers(again), strict=True):
         assert torch.equal(a.router.table, b.router.table)
 
 
@@ -114,7 +116,7 @@ def test_a_pickled_balance_table(state, tmp_path):
     table = [np.argmin(np.array([3, 1, 2])) if token % 2 else token % 4 for token in range(60)]
     path.write_bytes(pickle.dumps(table))
     model = from_original(state, CONFIG, hash_tables=path, router="hash-balance")
-    assert [layer.router.table.tolist() for layer in model.moebert.encoder.layer] == [[int(e) for e in table]] * 2
+    assert [layer.router.table.tolist() for layer in moe_layers(model)] == [[int(e) for e in table]] * 2
     with pytest.raises(UserError, match="hash_tables: expected the table"):
         from_original(state, CONFIG, router="hash-balance")
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
-from moebert_kernels.convert import default_split, expert_indices, load_importance
-from moebert_kernels.convert.moe import expert_weights
+from moebert_kernels.convert import convert_to_moe, default_split, expert_indices, load_importance
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig, moe_layers
 from tests.golden_arrays import golden
 from tests.helpers import shared_path
 
@@ -22,19 +23,29 @@ def test_indices_equal_the_original(case):
 
 @pytest.mark.parametrize("case", FILLED)
 def test_weights_equal_the_original(case):
+    """Those of a layer of BERT with the original's dense weights."""
     arrays = golden("a_split", f"{case}.")
-    _, E, F, S, _ = arrays["params"].tolist()
-    indices = expert_indices(arrays["scores"], E, F, S)
-    dense = (arrays[f"dense.{name}"] for name in ("w1", "b1", "w2", "b2", "ln_w", "ln_b"))
-    for name, got in expert_weights(*dense, indices).items():
-        assert torch.equal(got, arrays["expert." + name.replace("norm_weight", "ln_w").replace("norm_bias", "ln_b")])
+    D, E, F, S, H = arrays["params"].tolist()
+    sizes = {"hidden_size": H, "intermediate_size": D, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = BertModel(BertConfig(vocab_size=9, **sizes))
+    layer = model.encoder.layer[0]
+    for name, theirs in (("intermediate.dense", "1"), ("output.dense", "2"), ("output.LayerNorm", "")):
+        module = layer.get_submodule(name)
+        names = (f"w{theirs}", f"b{theirs}") if theirs else ("ln_w", "ln_b")
+        module.load_state_dict({kind: arrays[f"dense.{n}"] for kind, n in zip(("weight", "bias"), names, strict=True)})
+    config = MoEConfig(num_experts=E, expert_size=F, num_shared_neurons=S)
+    moe = convert_to_moe(model, config, importance=arrays["scores"][None])
+    for name, got in moe_layers(moe)[0].experts.named_parameters():
+        theirs = name.replace("norm_weight", "ln_w").replace("norm_bias", "ln_b")
+        assert torch.equal(got, arrays[f"expert.{theirs}"])
 
 
 def test_an_expert_that_cannot_be_filled_says_what_could_be():
     arrays = golden("a_split", "short.")
     D, E, F, S, _ = arrays["params"].tolist()
     with pytest.raises(
-        UserError, match=rf"expert_size: expected at most 36 .* the dense layer's {D} neurons .*shared >= 22\), got {F}"
+        UserError,
+        match=rf"expert_size: expected at most 36 .* the dense layer's {D} neurons .*_neurons >= 22\), got {F}",
     ):
         expert_indices(arrays["scores"], E, F, S)
     assert torch.equal(expert_indices(arrays["scores"], E, 36, S), arrays["expert_idx"])
@@ -82,8 +93,8 @@ def test_equal_scores_go_by_neuron_number():
         ((torch.tensor([1.0, float("nan")]), 1, 1, 0), "scores: expected finite numbers"),
         ((torch.rand(8), 0, 4, 0), "num_experts: expected at least 1, got 0"),
         ((torch.rand(8), 2, 9, 0), "expert_size: expected 1 to the dense layer's 8 neurons, got 9"),
-        ((torch.rand(8), 2, 4, 5), "shared: expected 0 to expert_size=4, got 5"),
-        ((torch.rand(8), 2, 4, -1), "shared: expected 0 to expert_size=4, got -1"),
+        ((torch.rand(8), 2, 4, 5), "num_shared_neurons: expected 0 to expert_size=4, got 5"),
+        ((torch.rand(8), 2, 4, -1), "num_shared_neurons: expected 0 to expert_size=4, got -1"),
     ],
 )
 def test_rejects(arguments, message):

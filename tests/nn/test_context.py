@@ -80,7 +80,7 @@ class Layer(nn.Module):
         self.setting = 1.0
 
     def forward(self, x):
-        tokens, losses, _ = current()
+        tokens, losses = current()[:2]
         y = self.w * x * tokens.token_ids.sum() * hold(self, self.setting)
         if losses is not None:
             losses.append(y.mean() ** 2)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moebert_kernels.nn import GateRouter, HashRouter, MoEFeedForward
+from moebert_kernels.layers import NormedExperts
+from moebert_kernels.nn import GateRouter, HashRouter
 from tests.golden_arrays import assert_golden, golden
 
 EXPERTS = {"w1": "w1", "b1": "b1", "w2": "w2", "b2": "b2", "norm_weight": "ln_w", "norm_bias": "ln_b"}
@@ -18,7 +19,7 @@ def load(case):
         arrays = {k: v.double() if v.is_floating_point() else v for k, v in arrays.items()}
         arrays |= golden("b_layer", case + ".")
     E, I, H = arrays["w1"].shape
-    experts = MoEFeedForward(H, I, E).to(arrays["w1"].dtype)
+    experts = NormedExperts(H, I, E, activation="gelu", bias="expert").to(arrays["w1"].dtype)
     experts.load_state_dict({ours: arrays[theirs] for ours, theirs in EXPERTS.items()})
     return arrays, arrays["x"].clone().requires_grad_(), experts
 

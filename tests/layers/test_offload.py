@@ -5,28 +5,19 @@ import pytest
 import torch
 from transformers import logging
 
-from moebert_kernels.convert import convert_to_moe, convert_to_moe
-from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import HashRouter, MPOWeight
-from tests.convert.models import dense_model, inputs
-from tests.models import tiny
+from tests.layers import kinds
 
-MOE = {"num_experts": 4, "expert_size": 12, "shared": 0}
-
-
-def in_place(config, **options):
-    return convert_to_moe(dense_model("bert-cls"), config, **options)
+KINDS = (*(kind for kind in kinds.CLASSIFIERS if kind != "split-bert-sentence"), "split-bert-hash-layer")
+BATCH = kinds.batch("split-bert-hash")
 
 
-KINDS = {
-    "hash": lambda: convert_to_moe(dense_model("bert-cls"), None, **MOE),
-    "gate": lambda: convert_to_moe(dense_model("bert-cls"), None, router="gate-token", **MOE),
-    "task": lambda: tiny.model(router="task"),
-    "mpoe hash": lambda: in_place(MoEConfig.mpoe(router="hash-random", num_experts=4), noise=0.1),
-    "mpoe switch": lambda: in_place(MoEConfig.mpoe(num_experts=4), noise=0.1),
-    "norm of each expert": lambda: in_place(MoEConfig(expert_size=12), importance=torch.rand(2, 48)),
-}
-BATCH = inputs()
+def model_of(kind):
+    return kinds.model(kind.removesuffix("-layer"), **{"norm": "layer"} if kind.endswith("layer") else {})
+
+
+def batch_of(kind):
+    return BATCH | ({"task_ids": 1} if kind.endswith("task") else {})
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +25,9 @@ def no_progress_bars():
     logging.disable_progress_bar()
 
 
-def logits(model):
+def logits(model, kind):
     with torch.no_grad():
-        return model(**BATCH).logits
+        return model(**batch_of(kind)).logits
 
 
 def on_cpu_and_disk(model, folder, **options):
@@ -57,17 +48,17 @@ def all_on_disk(model, folder, **options):
 @pytest.mark.parametrize("offload", [on_cpu_and_disk, all_on_disk])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_logits(kind, offload, buffers, tmp_path):
-    model = KINDS[kind]().eval()
-    wanted = logits(model)
+    model = model_of(kind)
+    wanted = logits(model, kind)
     offloaded = offload(model, tmp_path, offload_buffers=buffers)
     assert any(parameter.is_meta for parameter in offloaded.parameters())
     tables = [module.table for module in offloaded.modules() if isinstance(module, HashRouter)]
     assert not tables or tables[1].is_meta == buffers
     for _ in range(2):
-        torch.testing.assert_close(logits(offloaded), wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits(offloaded, kind), wanted, rtol=0, atol=1e-5)
 
 
 def test_folded_weights_of_offloaded_experts_are_not_kept(tmp_path):
-    model = all_on_disk(KINDS["mpoe switch"]().eval(), tmp_path)
-    logits(model)
+    model = all_on_disk(model_of("mpoe-bert-switch"), tmp_path)
+    logits(model, "mpoe-bert-switch")
     assert all(module._folded is None for module in model.modules() if isinstance(module, MPOWeight))

@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import balance_losses, moe_layers, summed_losses
-from moebert_kernels.models.outputs import balance_term
 from moebert_kernels.nn import BalanceWindow, GradientMask, fold, shared_fold, unfold
 from moebert_kernels.nn.context import Call, RecomputedLayer, _first_runs, current
 from moebert_kernels.nn.hash_router import HashRouter
-from tests.models import kinds
+from tests.layers import kinds
 
 CALLS = 200
 
@@ -85,7 +84,8 @@ def test_two_threads_with_many_calls(kind, eager_threads):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["moebert-hash", "moebert-gate", "mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-bert-switch", "split-bert-hash"]
+    "kind",
+    ["mpoe-bert-hash", "mpoe-gpt2-hash", "mpoe-bert-switch", "split-bert-hash", "split-bert-gate", "split-bert-task"],
 )
 def test_two_threads_with_a_compiled_model(kind, eager_threads):
     torch._dynamo.reset()
@@ -95,7 +95,7 @@ def test_two_threads_with_a_compiled_model(kind, eager_threads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moebert-hash", "mpoe-bert-hash", "mpoe-bert-switch"])
+@pytest.mark.parametrize("kind", ["split-bert-hash", "mpoe-bert-hash", "mpoe-bert-switch"])
 def test_layers_compiled_one_by_one(kind):
     torch._dynamo.reset()
     net, wanted = kinds.model(kind), kinds.model(kind)
@@ -162,7 +162,7 @@ def test_two_forwards_before_a_backward_with_recomputation(kind, reentrant):
     assert_same(gradients(net, batches, lambda loss: in_threads(loss.backward)), wanted)
 
 
-@pytest.mark.parametrize("kind", kinds.IN_PLACE)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_layers_that_others_checkpoint(kind):
     """As FSDP does: a wrapper in the place of each layer, which knows nothing of our calls."""
     net = kinds.model(kind).train()
@@ -306,7 +306,7 @@ def test_embeddings_without_ids_are_refused_or_routed_but_never_with_ids_of_an_e
         torch.testing.assert_close(kinds.logits(net, kind, embeds), wanted)
 
 
-@pytest.mark.parametrize("kind", kinds.IN_PLACE)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_layer_alone_is_refused(kind):
     net = kinds.model(kind)
     net(**kinds.batch(kind))
@@ -329,7 +329,7 @@ def test_layers_route_by_themselves_where_their_tables_are_elsewhere(kind, monke
 
 def test_parameters_that_are_whole_only_inside_their_layer():
     """FSDP2 gathers a layer's parameters while it runs: a task's logits cannot be read before."""
-    kind, store = "moebert-task", torch.distributed.HashStore()
+    kind, store = "split-bert-task", torch.distributed.HashStore()
     net, wanted = kinds.model(kind), kinds.model(kind)
     batch = kinds.batch(kind, labels=True)
     wanted(**batch).loss.backward()
@@ -348,7 +348,7 @@ def test_parameters_that_are_whole_only_inside_their_layer():
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # no other name in 5.17
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("kind", ["moebert-gate", "mpoe-bert-switch"])
+@pytest.mark.parametrize("kind", ["split-bert-gate", "mpoe-bert-switch"])
 def test_a_backward_after_the_settings_of_its_forward(kind, recomputed):
     """A window's parts and a gradient mask hold for the forwards inside them, whenever their backward comes."""
     net = kinds.model(kind).train()
@@ -367,8 +367,8 @@ def test_a_backward_after_the_settings_of_its_forward(kind, recomputed):
         for share, batch in zip((0.25, 0.75), batches, strict=True):
             with window.part(share):
                 with balance_losses() as found:
-                    output = net(**batch)
-                losses.append(share * (summed_losses(found) if found else balance_term(output)))
+                    net(**batch)
+                losses.append(share * summed_losses(found))
                 if not late:
                     losses[-1].backward()
         if late:

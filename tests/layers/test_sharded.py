@@ -7,8 +7,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.models import tiny
-from tests.models.test_offload import KINDS
+from tests.layers.test_offload import KINDS, batch_of, model_of
 
 
 @pytest.fixture
@@ -21,12 +20,12 @@ def mesh(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_gradients_are_those_of_the_whole_model(kind, mesh):
-    model = KINDS[kind]().eval()
+    model = model_of(kind)
     sharded = copy.deepcopy(model)
     for layer in sharded.base_model.encoder.layer:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    inputs, labels = tiny.inputs(), torch.tensor([0, 1, 2])
+    inputs, labels = batch_of(kind), torch.tensor([0, 1, 2])
     results = []
     for one in (model, sharded):
         output = one(**inputs, labels=labels)

@@ -4,43 +4,45 @@ import torch
 import transformers as tf
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.layers import MoEConfig
-from moebert_kernels.models import MoEBertForSequenceClassification
+from moebert_kernels.layers import MoEConfig, moe_layers
 from tests.convert import mpoe_models
-from tests.models import tiny
 
-V = tiny.V
-_ROUTERS = {"hash": "hash-random", "switch": "switch", "top2": "top2", "gate": "gate-token"}
-MOEBERT = ("moebert-hash", "moebert-gate", "moebert-task")
+V = mpoe_models.V
+_ROUTERS = {
+    "hash": "hash-random", "switch": "switch", "top2": "top2", "gate": "gate-token", "sentence": "gate-sentence",
+    "task": "task",
+}  # fmt: skip
 MPOE = ("mpoe-bert-hash", "mpoe-bert-switch", "mpoe-gpt2-hash", "mpoe-gpt2-top2", "mpoe-t5-hash", "mpoe-t5-switch")
-SPLIT = ("split-bert-hash", "split-bert-gate")
-IN_PLACE = (*MPOE, *SPLIT)
-CLASSIFIERS = (*MOEBERT, "mpoe-bert-hash", "mpoe-bert-switch", *SPLIT)
-KINDS = (*MOEBERT, *IN_PLACE)
+SPLIT = ("split-bert-hash", "split-bert-gate", "split-bert-sentence", "split-bert-task")
+CLASSIFIERS = ("mpoe-bert-hash", "mpoe-bert-switch", *SPLIT)
+KINDS = (*MPOE, *SPLIT)
 HASHED = tuple(kind for kind in KINDS if kind.endswith("hash"))
+LEARNED = tuple(kind for kind in KINDS if kind.endswith(("switch", "top2", "gate", "sentence")))
 
 
-def model(kind, vocab_size=V):
-    """In eval mode, the same in every call; classifiers have three labels."""
+def model(kind, vocab_size=V, **changes):
+    """In eval mode, the same in every call; classifiers have three labels.
+
+    Args:
+        changes: of the MoEConfig.
+    """
     torch.manual_seed(0)
-    if kind in MOEBERT:
-        routing = {
-            "moebert-hash": {},
-            "moebert-gate": {"router": "gate-token", "load_balance": 0.1},
-            "moebert-task": {"router": "task", "tasks": ["a", "b"]},
-        }[kind]
-        config = tiny.config(**routing, num_labels=3, vocab_size=vocab_size, initializer_range=0.4)
-        return MoEBertForSequenceClassification(config).eval()
     method, family, router = kind.split("-")
     if family == "bert":
         config = tf.BertConfig(**mpoe_models._BERT | {"vocab_size": vocab_size, "initializer_range": 0.4}, num_labels=3)
         dense = tf.BertForSequenceClassification(config).eval()
     else:
         dense = mpoe_models.dense(family)
-    if method == "split":
-        config = MoEConfig(num_experts=3, expert_size=12, num_shared_neurons=6, router=_ROUTERS[router])
-        return convert_to_moe(dense, config, importance=torch.arange(48.0).sin().view(2, 24) + 1)
-    return convert_to_moe(dense, MoEConfig.mpoe(num_experts=3, router=_ROUTERS[router]), num_sites=3, noise=1.0)
+    if method == "mpoe":
+        config = MoEConfig.mpoe(**{"num_experts": 3, "router": _ROUTERS[router]} | changes)
+        return convert_to_moe(dense, config, num_sites=3, noise=1.0)
+    fields = {"num_experts": 3, "router": _ROUTERS[router]}
+    fields |= {"tasks": ["a", "b"]} if router == "task" else {"expert_size": 12, "num_shared_neurons": 6}
+    moe = convert_to_moe(dense, MoEConfig(**fields | changes), importance=torch.arange(48.0).sin().view(2, 24) + 1)
+    for layer in moe_layers(moe):
+        if router in ("gate", "sentence", "task"):  # new ones are almost even
+            torch.nn.init.normal_(layer.router.logits if router == "task" else layer.router.gate.weight)
+    return moe
 
 
 def batch(kind, seed=0, length=8, labels=False):
@@ -50,7 +52,7 @@ def batch(kind, seed=0, length=8, labels=False):
     mask = torch.ones_like(ids)
     mask[0, length // 2 :] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if kind == "moebert-task":
+    if kind.endswith("task"):
         inputs["task_ids"] = torch.full((3,), seed % 2)
     if "t5" in kind:
         inputs["decoder_input_ids"] = torch.randint(2, V, (3, 4), generator=generator)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from accelerate.utils import concatenate
 from torch.nn import functional as F
 
+from moebert_kernels.layers import set_task
 from tests.distill.words import tokenizer_of
-from tests.models import kinds
+from tests.layers import kinds
 
 WORDS = ["the", "a", "film", "was", "dull", "long", "rain", "small", "dog", "runs", "fast", "today"]
 TEXTS = ["a small dog runs", "the film was long the film was dull today", "rain", "the dog was fast"]
@@ -19,8 +19,8 @@ TEXTS = ["a small dog runs", "the film was long the film was dull today", "rain"
 def test_pipelines_batched_or_not(kind, task):
     tokenizer = tokenizer_of(WORDS)
     net = kinds.model(kind, len(tokenizer))
-    if kind == "moebert-task":
-        net.set_task("b")
+    if kind == "split-bert-task":
+        set_task(net, "b")
     if task == "feature-extraction":
         net = net.base_model
     run = tf.pipeline(task, model=net, tokenizer=tokenizer, device="cpu")
@@ -94,23 +94,6 @@ def test_trainer_predicts_with_t5(tmp_path):
     assert predictions[0].shape == (10, 4, kinds.V) and predictions[1].shape[0] == 10
 
 
-@pytest.mark.parametrize("kind", kinds.MOEBERT)
-def test_balance_loss_is_gathered_as_logits_are(kind):
-    """By processes, replicas and loops over batches: (B,), and nothing where no gate routes."""
-    net = kinds.model(kind)
-    for training in (False, True):
-        outputs = [net.train(training)(**kinds.batch(kind, seed, length)) for seed, length in ((0, 8), (1, 8))]
-        outputs.append(net(**{name: tensor[:1] for name, tensor in kinds.batch(kind, 2).items()}))
-        if kind.split("-")[-1] in ("hash", "task"):
-            assert all("balance_loss" not in output for output in outputs)
-            continue
-        gathered = concatenate([{name: output[name] for name in ("logits", "balance_loss")} for output in outputs])
-        assert gathered["balance_loss"].shape == (7,) == gathered["logits"].shape[:1]
-        one, two, three = (o.balance_loss[0] for o in outputs)
-        assert one != two
-        torch.testing.assert_close(gathered["balance_loss"].mean(), (3 * one + 3 * two + three) / 7)
-
-
 def mean_pooled(encoder, features):
     """As sentence-transformers asks for it: `forward` itself, and a tuple or an output with the states first."""
     states = encoder.forward(**features, return_dict=True)[0]
@@ -118,7 +101,7 @@ def mean_pooled(encoder, features):
     return (states * mask).sum(1) / mask.sum(1)
 
 
-ENCODERS = [kind for kind in kinds.CLASSIFIERS if kind != "moebert-task"]
+ENCODERS = [kind for kind in kinds.CLASSIFIERS if kind != "split-bert-task"]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")  # no other name in 5.17

@@ -3,25 +3,24 @@
 import pytest
 
 from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.convert.card import card, parameter_counts, save_with_card, write_card
 from moebert_kernels.layers import MoEConfig
-from moebert_kernels.models.card import card, parameter_counts, write_card
 from tests.convert import mpoe_models
-from tests.convert.models import dense_model
-from tests.models import tiny
+from tests.convert.models import dense_model, moe_model
 
 
-def in_place(name, **fields):
+def mpoe(name, **fields):
     return convert_to_moe(mpoe_models.dense(name), MoEConfig.mpoe(**fields), num_sites=3)
 
 
 MODELS = {
-    "hash": tiny.model,
-    "gate": lambda: tiny.model("mlm", router="gate-token"),
-    "task": lambda: tiny.model(router="task", tasks=["a", "b"]),
-    "qa": lambda: tiny.model("qa", style="roberta"),
-    "encoder": lambda: tiny.model().moebert,
-    "mpoe": lambda: in_place("t5", router="top2", num_experts=3),
-    "switch": lambda: in_place("gpt2", num_experts=3, experts="copy"),
+    "hash": moe_model,
+    "gate": lambda: moe_model("bert-mlm", router="gate-token"),
+    "task": lambda: moe_model(router="task", tasks=["a", "b"]),
+    "qa": lambda: moe_model("roberta-qa"),
+    "encoder": lambda: moe_model("bert"),
+    "mpoe": lambda: mpoe("t5", router="top2", num_experts=3),
+    "switch": lambda: mpoe("gpt2", num_experts=3, experts="copy"),
     "dense": lambda: dense_model("bert-cls"),
 }
 
@@ -41,13 +40,14 @@ def test_its_code_loads_the_model(kind, tmp_path):
     names = {}
     exec(code.replace("path/to/this/folder", str(tmp_path)), names)
     assert type(names["model"]) is type(model)
+    assert ("moebert_kernels.convert" in code) == (kind != "dense")
 
 
 def test_a_converted_model_is_saved_with_its_numbers(tmp_path):
-    model = tiny.model()
-    model.save_pretrained(tmp_path)
+    model = moe_model()
+    save_with_card(model, tmp_path)
     found = rows((tmp_path / "README.md").read_text())
-    assert found["class"] == "MoEBertForSequenceClassification" and found["router"] == "hash-random"
+    assert found["class"] == "BertForSequenceClassification" and found["router"] == "hash-random"
     assert found["experts of a layer"] == "4, of which a token meets 1"
     assert (found["layers with experts"], found["neurons of an expert"]) == ("2", "12")
     expert = 12 * 16 + 12 + 16 * 12 + 16 + 2 * 16  # two matrices, two biases, a norm
@@ -69,25 +69,25 @@ def test_parameters_that_a_token_meets():
 
 
 def test_scores_are_those_that_are_known():
-    assert rows(card(tiny.model(), {"accuracy": 0.91234}))["accuracy on validation data"] == "0.9123"
-    assert "validation" not in card(tiny.model())
+    assert rows(card(moe_model(), {"accuracy": 0.91234}))["accuracy on validation data"] == "0.9123"
+    assert "validation" not in card(moe_model())
 
 
 def test_what_a_person_wrote_stays(tmp_path):
-    model, readme = tiny.model(), tmp_path / "README.md"
-    model.save_pretrained(tmp_path)
+    model, readme = moe_model(), tmp_path / "README.md"
+    save_with_card(model, tmp_path)
     write_card(model, tmp_path, {"accuracy": 0.5})
     assert "accuracy" in readme.read_text()
-    model.save_pretrained(tmp_path)
+    save_with_card(model, tmp_path)
     assert "accuracy" not in readme.read_text()  # ours, written again
     for text in ("# My model\n", readme.read_text().replace("A Transformer", "My Transformer")):
         readme.write_text(text)
-        model.save_pretrained(tmp_path)
+        save_with_card(model, tmp_path)
         assert readme.read_text() == text
         (tmp_path / "next").mkdir(exist_ok=True)
         write_card(model, tmp_path / "next", previous=tmp_path)
         assert (tmp_path / "next/README.md").read_text() == text
         (tmp_path / "next/README.md").unlink()
     readme.write_bytes(b"\xff\xfe")
-    model.save_pretrained(tmp_path)
+    save_with_card(model, tmp_path)
     assert readme.read_bytes() == b"\xff\xfe"

@@ -1,0 +1,130 @@
+"""What a user of transformers expects of a converted encoder, and what hash routing promises."""
+
+import pytest
+import torch
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers import balance_losses, moe_layers, summed_losses
+from moebert_kernels.nn import hash_router
+from tests.convert.models import ROUTERS, D, L, dense_model, inputs, labels, moe_model
+
+FAMILIES = ("bert", "roberta")
+
+
+def with_balance(model, batch):
+    """Hidden states and pooled ones, and the balance loss or None."""
+    with torch.no_grad(), balance_losses() as losses:
+        output = model(**batch)
+    return output.last_hidden_state, output.pooler_output, summed_losses(losses) if losses else None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_padding_does_not_reach_the_rest(router, name):
+    # RoBERTa counts positions from the padding tokens, so they must be in place.
+    model, batch = moe_model(name, router=router, dense={"pad_token_id": 1}), inputs(pad_token_id=1)
+    mask = batch["attention_mask"].bool()
+    longer = {
+        key: torch.cat([tensor, torch.full((len(tensor), 4), 1 if key == "input_ids" else 0)], 1)
+        for key, tensor in batch.items()
+    }
+    short, long = with_balance(model, batch), with_balance(model, longer)
+    torch.testing.assert_close(long[0][:, : mask.shape[1]][mask], short[0][mask])
+    torch.testing.assert_close(long[1], short[1])
+    assert (long[2] is None) == (router in ("hash-random", "hash-balance", "task"))
+    torch.testing.assert_close(long[2], short[2])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_padding_is_computed_if_asked(router):
+    batch = inputs()
+    mask = batch["attention_mask"].bool()
+    (skipped, *_), (routed, *_) = (
+        with_balance(moe_model("bert", router=router, route_padding=route), batch) for route in (False, True)
+    )
+    if router != "gate-sentence":  # whose choice is by the mean over all of its tokens
+        torch.testing.assert_close(skipped[mask], routed[mask])
+    assert not torch.allclose(skipped[~mask], routed[~mask])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_without_a_mask_or_with_one_of_more_dimensions(router):
+    model, batch = moe_model("bert", router=router).eval(), inputs()
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    torch.testing.assert_close(model(ids).last_hidden_state, model(ids, torch.ones_like(ids)).last_hidden_state)
+    square = mask.bool()[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+    got, wanted = model(ids, square).last_hidden_state, model(**batch).last_hidden_state
+    if router != "gate-sentence":  # whose mean then includes the padding
+        torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()])
+
+
+def test_all_groupings_are_built_once_before_the_first_layer(monkeypatch):
+    model, events = moe_model("bert"), []
+    group = hash_router.group_tokens_by_hash
+
+    def spy(*args):
+        events.append("group")
+        return group(*args)
+
+    monkeypatch.setattr(hash_router, "group_tokens_by_hash", spy)
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(lambda *_: events.append("layer"))
+    model(**inputs())
+    assert events == ["group", *["layer"] * L]
+
+
+def test_each_layer_uses_its_own_table():
+    model, batch = moe_model("bert"), inputs()
+    before = model(**batch, output_hidden_states=True).hidden_states
+    router = moe_layers(model)[1].router
+    router.set_table((router.table + 1) % 4)
+    after = model(**batch, output_hidden_states=True).hidden_states
+    assert torch.equal(before[1], after[1]) and not torch.allclose(before[2], after[2])
+
+
+def test_no_input_is_refused():
+    with pytest.raises(UserError, match="input_ids: expected token ids, which hash routing needs, got none"):
+        moe_model("bert")()
+    with pytest.raises(UserError, match="input_ids: expected token ids or inputs_embeds, got neither"):
+        moe_model("bert", router="task")()
+    with pytest.raises(UserError, match=r"task_ids: expected none with router='hash-random', got some"):
+        moe_model("bert")(**inputs(), task_ids=0)
+
+
+def test_outputs_are_those_of_the_dense_class():
+    eager, batch = {"attn_implementation": "eager"}, inputs()
+    model, dense = moe_model("bert", router="gate-token", dense=eager), dense_model("bert", **eager)
+    output, of_dense = (one(**batch, output_hidden_states=True, output_attentions=True) for one in (model, dense))
+    assert list(output) == list(of_dense)
+    assert len(output.hidden_states) == L + 1 and len(output.attentions) == L
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    plain = model(**batch, return_dict=False)
+    assert isinstance(plain, tuple) and torch.equal(plain[0], output.last_hidden_state)
+    model.config.return_dict = False
+    assert isinstance(model(**batch), tuple)
+
+
+def test_eager_and_sdpa_agree():
+    model, batch = moe_model("bert"), inputs()
+    assert model.config._attn_implementation == "sdpa"
+    sdpa = model(**batch).last_hidden_state
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**batch).last_hidden_state, sdpa)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_low_precision(router, dtype):
+    fields = {"load_balance": 0.1} if router not in ("hash-random", "hash-balance", "task") else {}
+    model = moe_model("bert-cls", router=router, expert_size=D, num_shared_neurons=D, **fields)
+    batch = inputs()  # experts are the same, so that a token whose probabilities are close may change its own
+    batch |= labels("bert-cls", batch)
+    exact = model(**batch)
+    with torch.autocast("cpu", dtype):
+        cast = model(**batch)
+    cast.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(cast.logits.float(), exact.logits, rtol=0.1, atol=0.1)
+    half = model.to(dtype)(**batch)
+    assert half.logits.dtype == dtype
+    torch.testing.assert_close(half.logits.float(), exact.logits, rtol=0.1, atol=0.1)
