@@ -32,10 +32,9 @@ from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.data.tasks import TaskData, custom_task, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions
-from moebert_kernels.distill.arguments import MoETrainingArguments
+from moebert_kernels.distill import MoETrainer, MoETrainingArguments
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.embedding import Pooling, keep_pooling, read_pooling
-from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.layers import MoEConfig
 
 HERE = Path(__file__).resolve().parent / "minilm_embeddings"
