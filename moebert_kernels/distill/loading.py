@@ -24,8 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import moebert_kernels.convert  # noqa: F401  transformers loads converted models
+from moebert_kernels.data.tasks import Task, label_order
 from moebert_kernels.distill.progress import quiet_transformers
-from moebert_kernels.distill.tasks import Task, label_order
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
 
