@@ -48,7 +48,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
     """
     if dtype not in ("float32", "int8"):
         raise UserError(f"dtype: expected float32 or int8 in an ONNX file, got {dtype!r}")
-    inputs, outputs = _example(model)
+    _check(model)
     require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
     path = Path(path)
     if dtype == "int8":
@@ -56,7 +56,9 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
             export_onnx(model, Path(folder) / "model.onnx")
             quantise_onnx(Path(folder) / "model.onnx", path)
         return
-    module = _Flat(standard(copy.deepcopy(model).float().cpu()), tuple(inputs), outputs).eval()
+    copied = copy.deepcopy(model).float().cpu().eval()
+    inputs, outputs = _example(copied)
+    module = _Flat(standard(copied), tuple(inputs), outputs).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
@@ -163,8 +165,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Small inputs by name, and the names of the outputs."""
+def _check(model: Any) -> None:
+    """Raise the errors of `export_onnx`."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
     kind, config = type(model).__name__, model.config
@@ -176,16 +178,18 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         raise UserError("model: expected one without routing by task, got one; merge it for a task first")
     if "input_ids" not in _parameters(model):
         raise UserError(f"model: expected an encoder of texts, got {kind}")
+
+
+def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Small inputs by name, and the names of the outputs."""
     names = [name for name in _INPUTS if name in _parameters(model)]
-    if getattr(config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
+    if getattr(model.config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
         names.remove("token_type_ids")
     inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names}
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros(2, 6, dtype=torch.int64)
     with torch.no_grad():
-        training = model.training
-        found = model.eval()(**inputs, return_dict=True)
-        model.train(training)
+        found = model(**inputs, return_dict=True)
     return inputs, tuple(name for name in _OUTPUTS if found.get(name) is not None)
 
 
