@@ -17,6 +17,7 @@ def test_quantize(student, data, tmp_path):
     assert isinstance(moe_layers(loaded)[0].experts, PackedExperts)
     again = done("quantize", "--model", student, *TABLE, "--data", data, "--output", tmp_path / "int8")
     assert "is there already" in again
+    assert "validation (64 examples)" in done("eval", "--model", tmp_path / "int8", *TABLE, "--data", data)
 
 
 def test_quantize_refusals(moe, base, tmp_path):
