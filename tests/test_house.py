@@ -29,7 +29,7 @@ LAYERS = (
     ("nn", "integrations"),
     ("layers",),
     ("convert",),
-    ("serve",),
+    ("serve", "data"),
     ("distill",),
     ("demo", "doctor"),
     ("cli",),
