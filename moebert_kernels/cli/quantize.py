@@ -19,7 +19,7 @@ def quantize(
     model: o.ModelName,
     output: o.OutputFolder,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="int8, bfloat16 or float32 (packed for this machine alone).")
+        str, typer.Option("--dtype", help="int8, int8-token (a scale for each token), bfloat16 or float32.")
     ] = "int8",
     tokens: Annotated[
         int,
