@@ -42,7 +42,7 @@ def settings(folder, **options):
     return MoETrainingArguments(str(folder), **defaults | options)
 
 
-def trainer(folder, model=None, data=None, teacher=None, objective=None, callbacks=None, **options):
+def trainer(folder, model=None, data=None, teacher=None, objective=None, callbacks=None, judged_on=None, **options):
     return MoETrainer(
         tiny_bert(0) if model is None else model,
         settings(folder, **options),
@@ -50,6 +50,7 @@ def trainer(folder, model=None, data=None, teacher=None, objective=None, callbac
         objective=objective,
         callbacks=callbacks,
         train_dataset=tiny_data() if data is None else data,
+        eval_dataset=judged_on,
         processing_class=tiny_tokenizer(),
     )
 
