@@ -16,7 +16,7 @@ from moebert_kernels import group_tokens
 from moebert_kernels.demo import clocks
 from moebert_kernels.kernels import config as configs
 from moebert_kernels.kernels.expert_gemm import expert_gemm
-from moebert_kernels.kernels.expert_gemm_weights import expert_gemm_weights
+from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights, num_programs
 
 COLUMNS, DEPTHS, REPEATS = 768, (512, 2048), 10
 SMOKE = 32, (128, 256), 1
@@ -27,7 +27,9 @@ def measure(kind: str, target: Target) -> dict[str, list[float]]:
     precision, shape = kind.split("-")
     columns, depths, repeats = SMOKE if target.smoke else (COLUMNS, DEPTHS, REPEATS)
     measured: dict[str, list[float]] = {}
-    for config in configs.CANDIDATES[precision][shape][: 1 if target.smoke else None]:
+    for config in configs.candidates(shape, precision, configs.Device.of(target.device).arch)[
+        : 1 if target.smoke else None
+    ]:
         short, long = (wave_us(config, shape, target, columns, depth, repeats) for depth in depths)
         step = (long - short) / (depths[1] - depths[0]) * config.BLOCK_K
         fixed = max(0.0, short - depths[0] / config.BLOCK_K * step)
@@ -41,8 +43,9 @@ def wave_us(
 ) -> float:  # fmt: skip
     """Microseconds of one full wave of tiles whose inner dimension is `depth`."""
     device, precision = target.device, configs.precision_of(target.dtype)
-    per_multiprocessor = 1 if target.smoke else configs.programs_per_multiprocessor(config, precision)
-    slots = configs.Device.of(device).multiprocessors * per_multiprocessor
+    gpu = configs.Device.of(device)
+    per_multiprocessor = 1 if target.smoke else configs.programs_per_multiprocessor(config, kind, precision, gpu)
+    slots = gpu.multiprocessors * max(1, per_multiprocessor)
 
     def new(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(target.dtype)
@@ -61,9 +64,12 @@ def wave_us(
         ids = torch.arange(experts, device=device).repeat_interleave(depth)
         grouping = group_tokens(ids, experts)
         a, b, dw = new(experts * depth, columns), new(experts * depth, columns), new(experts, columns, columns)
+        product = Product(a, b, dw)
+        programs = num_programs([product], grouping, config, slots)
+        partials = torch.empty(2 * programs, config.BLOCK_M, config.BLOCK_N, device=device)
 
         def run() -> tuple[torch.Tensor, ...]:
-            expert_gemm_weights(a, b, dw, None, grouping, chunk=2**30, config=config, split=False)
+            expert_gemm_weights([product], partials, grouping, config=config)
             return (dw,)
 
     clock = clocks.timer(run, device)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from moebert_kernels.kernels.config import Device, mean_waves, pick_config, precision_of
+from moebert_kernels.kernels.config import Device, Kind, mean_waves, pick_config, precision_of
 from moebert_kernels.nn.hash_router import table_dtype
 
 Direction = Literal["forward", "forward_backward"]
@@ -172,9 +172,10 @@ def op_waves(
     if T == 0:
         return 0.0
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    rows, columns = T * top_k, I * (2 if gated and op != "expert_gemm" else 1)
-    config = pick_config("rows", rows, E, columns, H, wanted, device)
-    return mean_waves(config, precision_of(wanted), rows, E, columns, device)
+    rows, columns = T * top_k, I
+    kind: Kind = "rows" if op == "expert_gemm" else "gated" if gated else "hidden"
+    config = pick_config(kind, rows, E, columns, H, wanted, device)
+    return mean_waves(config, kind, precision_of(wanted), rows, E, columns, device)
 
 
 def waves_of(parameters: Mapping[str, Any], device: Device) -> float | None:

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every Triton kernel in every configuration, compiled without a GPU.
 
-    python -m benchmarks.resources            # compiles all and writes results/triton-resources.json
-    python -m benchmarks.resources --check    # compiles all and compares with that file instead
+    python -m benchmarks.resources            # compiles all, writes results/triton-resources.json and occupancy.json
+    python -m benchmarks.resources --check    # compiles all and compares with these files instead
 
 The launchers themselves run, on tensors that are never touched; what they would launch is compiled for each
 architecture with the specialisation that Triton's own launcher would choose (divisibility by 16, ones, None).
@@ -30,25 +30,30 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import occupancy
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels import (
-    config as configs,
-)
-from moebert_kernels.kernels import (
+    column_sums,
     expert_gemm,
     expert_gemm_weights,
     fused_moe_ffn,
     fused_moe_ffn_add_norm,
+    fused_moe_ffn_backward,
     group_tokens,
     hash_route,
     mpo_expert_weights,
 )
-from moebert_kernels.kernels.tiles import num_chunks, padded_experts
+from moebert_kernels.kernels import (
+    config as configs,
+)
+from moebert_kernels.kernels.launch import Launcher
+from moebert_kernels.kernels.tiles import num_chunks, num_row_tiles, padded_experts
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).parent / "results" / "triton-resources.json"
 T, H, I, E, LAYERS, VOCABULARY = 4096, 768, 768, 4, 12, 30522  # of BERT-base
-FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.dw1", "fold")  # for float32
+FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.both", "fold")  # for float32
+SECOND = ("group_tokens.place", "add_partials")  # come after another kernel
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.uint8: "u8", torch.bool: "i1",
@@ -71,7 +76,7 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
     def compile(self, arch: int) -> dict[str, Any]:
-        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, and its asynchronous copies."""
+        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, its length and asynchronous copies."""
         module = sys.modules[self.module]
         fn = getattr(module, self.kernel)
         position = {name: i for i, name in enumerate(fn.arg_names)}
@@ -87,6 +92,7 @@ class Launch:
             # a stack may also be that of a called function, such as an exact division
             "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
             "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+            "instructions": _instructions(compiled.asm["cubin"]),
             # 16 bytes at a time, from memory to shared memory: what a load that is not coalesced cannot be
             "async_copies": compiled.asm["ptx"].count("cp.async.cg.shared.global"),
         }
@@ -106,6 +112,14 @@ def _usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
 
 
+def _instructions(cubin: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+    return len(re.findall(r"^\s*/\*[0-9a-f]+\*/", printed.stdout, re.MULTILINE))
+
+
 def _spilled(ptx: str, arch: int) -> int:
     """Bytes of spill stores, as the assembler counts them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -118,14 +132,16 @@ def _spilled(ptx: str, arch: int) -> int:
 
 
 def recorded(name: str, launch: Callable[[], None]) -> Launch:
-    """The last launch that `launch` makes, without making it."""
-    return all_recorded(name, launch)[-1]
+    """The launch of the kernel that `launch` is about, without making it."""
+    return all_recorded(name, launch)[1 if name.startswith(SECOND) else 0]
 
 
 def all_recorded(name: str, run: Callable[[], None]) -> list[Launch]:
     """The launches that `run` makes, without making them."""
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    with mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda fn, *a, **k: seen.append((fn, a, k))):
+    run_kernel = mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda fn, *a, **k: seen.append((fn, a, k)))
+    launch = mock.patch.object(Launcher, "__call__", lambda self, key, tensors, plan: self.through_triton(plan))
+    with run_kernel, launch:
         run()
     return [_launch(name, *call) for call in seen]
 
@@ -136,7 +152,8 @@ def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     signature, constants, divisible = {}, {}, []
     for parameter in fn.params:
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialized = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialized and type(value) is int and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, Tensor):
@@ -146,7 +163,7 @@ def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialized and value % 16 == 0:
                 divisible.append(parameter.name)
     return Launch(
         name, fn.fn.__module__, fn.fn.__name__, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
@@ -154,7 +171,7 @@ def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )  # fmt: skip
 
 
-def gemm_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[[], None]]]:
+def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every GEMM kernel as the ops launch it, in every configuration of a precision."""
     dtype = DTYPES[precision]
 
@@ -165,7 +182,8 @@ def gemm_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[
     grouping = Grouping(torch.empty(E + 1, dtype=torch.int32), integers, integers)
     x, rows, p, seed = new(T, H), new(T, I), new(T, 1), torch.empty((), dtype=torch.int64)
     w1, b1, w2, b2, gated, b_gated = new(E, I, H), new(E, I), new(E, H, I), new(E, H), new(E, 2 * I, H), new(E, 2 * I)
-    for config in configs.CANDIDATES[precision]["rows"]:
+    tiles = new(num_row_tiles(T, E, 16), 2 * I, dtype=torch.float32)
+    for config in configs.candidates("rows", precision, arch):
         yield (
             f"expert_gemm.rows/{config.name()}",
             lambda c=config: expert_gemm.expert_gemm(rows, w2, x, grouping, bias=b2, config=c),
@@ -184,31 +202,30 @@ def gemm_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[
             f"hidden.gelu/{config.name()}",
             lambda c=config: fused_moe_ffn.hidden(x, w1, b1, rows, rows, grouping, "gelu", 0.0, None, config=c),
         )
+        yield f"hidden_backward.gelu/{config.name()}", lambda c=config: fused_moe_ffn_backward.hidden_backward(
+            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True, config=c, sums=tiles
+        )  # fmt: skip
+    for config in configs.candidates("gated", precision, arch):
         yield (
             f"hidden.swiglu.dropout/{config.name()}",
             lambda c=config: fused_moe_ffn.hidden(
                 x, gated, b_gated, rows, new(T, 2 * I), grouping, "swiglu", 0.1, seed, config=c
             ),
         )
-        yield f"hidden_backward.gelu/{config.name()}", lambda c=config: fused_moe_ffn.hidden_backward(
-            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True,
-            config=fused_moe_ffn.hidden_backward_config(x, w2, grouping, "gelu", 0.0, c),
-        )  # fmt: skip
-        yield f"hidden_backward.swiglu.dropout.weights/{config.name()}", lambda c=config: fused_moe_ffn.hidden_backward(
+        name = f"hidden_backward.swiglu.dropout.weights/{config.name()}"
+        yield name, lambda c=config: fused_moe_ffn_backward.hidden_backward(
             x, w2, new(T, 2 * I), new(T, 2 * I), rows, p, new(T, 64, dtype=torch.float32), grouping, "swiglu", 0.1,
-            seed, gather=True, config=fused_moe_ffn.hidden_backward_config(x, w2, grouping, "swiglu", 0.1, c),
+            seed, gather=True, config=c, sums=tiles,
         )  # fmt: skip
-    for config in configs.CANDIDATES[precision]["weights"]:
-        for name, options in {
-            "dw1": {"gather_b": True, "weights": None, "split": True},
-            "dw2.weights": {"gather_a": True, "weights": p, "split": False},
-        }.items():
-            slots = num_chunks(T, E, 1024) if options["split"] else E
-            partial = torch.float32 if options["split"] else dtype
+    one = [expert_gemm_weights.Product(rows, x, new(E, I, H))]
+    both = [one[0]._replace(gather_b=True), expert_gemm_weights.Product(x, rows, new(E, H, I))]
+    for config in configs.candidates("weights", precision, arch):
+        for name, products, used in (("one", one, config), ("both", both, config.gathering())):
+            partials = new(2 * 132, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32)
             yield (
-                f"expert_gemm_weights.{name}/{config.name()}",
-                lambda c=config, o=options, s=slots, d=partial: expert_gemm_weights.expert_gemm_weights(
-                    rows, x, new(s, I, H, dtype=d), new(s, I, dtype=d), grouping, chunk=1024, config=c, **o
+                f"expert_gemm_weights.{name}/{used.name()}",
+                lambda c=used, o=products, s=partials: expert_gemm_weights.expert_gemm_weights(
+                    o, s, grouping, config=c
                 ),
             )
 
@@ -239,7 +256,7 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     ids, tables = torch.empty(T, dtype=torch.int64), torch.empty(LAYERS, VOCABULARY, dtype=torch.uint8)
     mask = torch.empty(T, dtype=torch.int64)
     chunks = num_chunks(T, E, fused_moe_ffn_add_norm.NORM_CHUNK)
-    partial = torch.empty(chunks, H)
+    partial = torch.empty(3, chunks, H)
     maps = torch.empty(LAYERS, T, dtype=i32)
     yield "hash_route", lambda: hash_route.hash_route(ids, tables, mask, maps)
     for experts in (E, 64, 1024):
@@ -252,15 +269,22 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "combine", lambda: fused_moe_ffn.combine(x, torch.empty(T // 2, H, dtype=bf16), 2)
     yield (
         "routing_weights_grad",
-        lambda: fused_moe_ffn.routing_weights_grad(
+        lambda: fused_moe_ffn_backward.routing_weights_grad(
             torch.empty(T, 12), x, torch.empty(E, H, dtype=bf16), torch.empty(T, 1, dtype=bf16), grouping
         ),
     )
+    yield "column_sums", lambda: column_sums.column_sums(x, partial[0], grouping, weights=p, gather=True)
     yield (
-        "reduce_chunks",
-        lambda: expert_gemm_weights.reduce_chunks(
-            torch.empty(num_chunks(T, E, 1024), H, I), torch.empty(E, H, I, dtype=bf16), grouping.offsets, 1024
-        ),
+        "add_chunks",
+        lambda: column_sums.add_chunks(partial, torch.empty(3, E, H), grouping.offsets, 64),
+    )
+    product, large = (
+        expert_gemm_weights.Product(x, x, torch.empty(E, H, H, dtype=bf16)),
+        configs.Config(128, 256, 64, 8, 4),
+    )
+    yield (
+        "add_partials",
+        lambda: expert_gemm_weights.expert_gemm_weights([product], torch.empty(264, 128, 256), grouping, config=large),
     )
     yield (
         "mpo_expert_weights.permute",
@@ -282,20 +306,20 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             yield (
                 f"add_norm_backward/{name}",
                 lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm_backward(
-                    z, z, x, norm, norm, p, z, x, partial, partial, p, grouping, 1e-12, d, seed
+                    z, z, x, norm, norm, p, z, x, partial, p, grouping, 1e-12, d, seed
                 ),
             )
 
 
-def launches() -> Iterator[Launch]:
-    """Everything that is compiled."""
+def launches(arch: int) -> Iterator[Launch]:
+    """Everything that is compiled for an architecture."""
     for name, launch in other_launches():
         yield recorded(name, launch)
     for precision in configs.CANDIDATES:
         with mock.patch.object(configs, "precision_of", lambda _, p=precision: p):
             for module in (expert_gemm, expert_gemm_weights, mpo_expert_weights):
                 module.precision_of = configs.precision_of
-            for name, launch in (*gemm_launches(precision), *fold_launches(precision)):
+            for name, launch in (*gemm_launches(precision, arch), *fold_launches(precision)):
                 if precision == "half" or name.partition("/")[0] in FEW:
                     yield recorded(f"{precision}/{name}", launch)
     for module in (expert_gemm, expert_gemm_weights, mpo_expert_weights):
@@ -309,7 +333,7 @@ def _compiled(job: tuple[Launch, int]) -> tuple[str, dict[str, Any]]:
 
 def table(archs: tuple[int, ...] = ARCHS, processes: int | None = None) -> dict[str, dict[str, Any]]:
     """Name -> resources, for every launch and architecture."""
-    jobs = [(launch, arch) for launch in launches() for arch in archs]
+    jobs = [(launch, arch) for arch in archs for launch in launches(arch)]
     with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("fork")) as pool:
         return dict(sorted(pool.map(_compiled, jobs, chunksize=4)))
 
@@ -343,7 +367,10 @@ def main() -> int:
             + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
             + "\n}}\n"
         )
+        occupancy.FILE.write_text(occupancy.text(rows))
     elif committed["triton"] == triton.__version__:
+        if occupancy.FILE.read_text() != occupancy.text(committed["resources"]):
+            wrong.append(f"{occupancy.FILE.name}: is not what the table says")
         for name, row in found.items():
             if committed["resources"].get(name) != row:
                 wrong.append(f"{name}: the table has {committed['resources'].get(name)}, got {row}")

@@ -25,6 +25,19 @@ __device__ __forceinline__ int64_t opaque(int64_t value) {
   return value;
 }
 
+// 1 / x and 2^x in one instruction each, right to 2^-22; results below 2^-126 are 0.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Between two looks at a word that another block is about to write.
 __device__ __forceinline__ void pause() { __nanosleep(32); }
 

@@ -13,28 +13,28 @@
 namespace mbk {
 
 // Activations that differ only in constants share code.
-enum class ActivationForm { kErf, kSigmoid, kClamp };
+enum class ActivationForm { kGelu, kSigmoid, kClamp };
 
 struct ActivationConstants {
-  float linear, cubic;    // kSigmoid: x * sigmoid(linear * x + cubic * x^3)
+  float linear, cubic;    // kSigmoid: x / (1 + 2^(linear * x + cubic * x^3))
   bool zero_if_negative;  // kClamp: relu, else the identity
 };
 
 template <ActivationForm kForm>
 __device__ __forceinline__ float activate(float x, const ActivationConstants& constants) {
-  if constexpr (kForm == ActivationForm::kErf) {
-    // erfc by Abramowitz and Stegun, 7.1.26, off by at most 1.5e-7; erff would spill with 192 accumulators.
-    const float z = fabsf(x) * 0.70710678118654752f;
-    const float t = __fdividef(1.0f, 1.0f + 0.3275911f * z);
-    float tail = fmaf(t, 1.061405429f, -1.453152027f);
-    tail = fmaf(t, tail, 1.421413741f);
-    tail = fmaf(t, tail, -0.284496736f);
-    tail = fmaf(t, tail, 0.254829592f);
-    tail *= 0.5f * t * __expf(-z * z);
-    return x * (x < 0.0f ? tail : 1.0f - tail);
+  if constexpr (kForm == ActivationForm::kGelu) {
+    // max(x, 0) - |x| Phi(-|x|), with Phi(-|x|) as in moebert_kernels/kernels/activation.py: off by 3.5e-5 of itself.
+    const float size = fabsf(x);
+    const float t = fast_reciprocal(fmaf(size, 0.376f, 1.0f));
+    float tail = fmaf(t, -0.0908573932f, 0.1987446318f);
+    tail = fmaf(t, tail, 0.0847112676f);
+    tail = fmaf(t, tail, 0.1579140741f);
+    tail = fmaf(t, tail, 0.1494775642f);
+    tail *= t * fast_exp2(x * x * -0.7213475204444817f);
+    return fmaf(-size, tail, fmaxf(x, 0.0f));
   } else if constexpr (kForm == ActivationForm::kSigmoid) {
-    const float u = x * (constants.linear + constants.cubic * x * x);
-    return __fdividef(x, 1.0f + __expf(-u));
+    // the constants hold -log2(e) already
+    return x * fast_reciprocal(1.0f + fast_exp2(x * fmaf(constants.cubic, x * x, constants.linear)));
   } else {
     return constants.zero_if_negative && x < 0.0f ? 0.0f : x;  // NaN stays NaN
   }
@@ -99,57 +99,70 @@ __device__ __forceinline__ void store_words(T* target, const uint32_t (&words)[4
 }
 
 // acc(j, v, m, c): column 8 * j + 2 * (lane % 4) + c, row 64 * m + 16 * warp + lane / 4 + 8 * v of the tile.
-// One row after the other: of what is not an accumulator, little lives at a time.
+// 32 columns after the other: a load of the bias serves all four rows of a thread, and of what is neither an accumulator
+// nor a row's, little lives at a time.
 template <class T, ActivationForm kForm, int kBlockN, class Accumulators>
 __device__ __forceinline__ void store_tile(const EpilogueParams<T>& params, const ExpertTile& tile, int thread,
                                            const Accumulators& acc) {
+  constexpr int kRows = kExpertGemmBlockM / 32;
   const int lane = thread % 32, quad_lane = lane % 4;
   const int column0 = tile.tile_n * kBlockN;
+  const int bias_columns = params.bias == nullptr ? 0 : params.columns - (column0 + 2 * quad_lane);
+  const T* bias = params.bias + (static_cast<int64_t>(tile.expert) * params.columns + column0 + 2 * quad_lane);
+  int64_t targets[kRows];
+  int columns_left[kRows];
+  float weights[kRows];
 #pragma unroll
-  for (int slot = 0; slot < kExpertGemmBlockM / 32; ++slot) {
-    const int row = tile.row0 + slot / 2 * 64 + thread / 32 * 16 + lane / 4 + slot % 2 * 8;
+  for (int i = 0; i < kRows; ++i) {
+    const int row = tile.row0 + i / 2 * 64 + thread / 32 * 16 + lane / 4 + i % 2 * 8;
     const bool valid = row < tile.row_end;
     int target_row = row;
-    float weight = 1.0f;
+    weights[i] = 1.0f;
     if (valid && (params.scatter || params.weights != nullptr)) {
       const int assignment = params.row_to_token[row];
       if (params.scatter) target_row = assignment;
-      if (params.weights != nullptr) weight = static_cast<float>(params.weights[assignment]);
+      if (params.weights != nullptr) weights[i] = static_cast<float>(params.weights[assignment]);
     }
-    const int64_t target = static_cast<int64_t>(target_row) * params.columns + (column0 + 8 * quad_lane);
-    const int columns_left = valid ? params.columns - (column0 + 8 * quad_lane) : 0;
-    const int bias_columns = params.bias == nullptr ? 0 : params.columns - (column0 + 2 * quad_lane);
-    const T* bias = params.bias + (static_cast<int64_t>(tile.expert) * params.columns + column0 + 2 * quad_lane);
+    targets[i] = static_cast<int64_t>(target_row) * params.columns + (column0 + 8 * quad_lane);
+    columns_left[i] = valid ? params.columns - (column0 + 8 * quad_lane) : 0;
+  }
 #pragma unroll
-    for (int block = 0; block < kBlockN / 8; block += 4) {
+  for (int block = 0; block < kBlockN / 8; block += 4) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (8 * (block + j) < bias_columns) {
-          const float2 b = Half2<T>::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + 8 * (block + j))));
-          acc(block + j, slot % 2, slot / 2, 0) += b.x;
-          acc(block + j, slot % 2, slot / 2, 1) += b.y;
+    for (int j = 0; j < 4; ++j) {
+      if (8 * (block + j) < bias_columns) {
+        const float2 b = Half2<T>::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + 8 * (block + j))));
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          acc(block + j, i % 2, i / 2, 0) += b.x;
+          acc(block + j, i % 2, i / 2, 1) += b.y;
         }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int v = i % 2, m = i / 2;
       uint32_t words[4];
       if (params.pre != nullptr) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          words[j] = Half2<T>::pack(acc(block + j, slot % 2, slot / 2, 0), acc(block + j, slot % 2, slot / 2, 1));
+          words[j] = Half2<T>::pack(acc(block + j, v, m, 0), acc(block + j, v, m, 1));
         }
         transpose_quad(words, lane);
-        if (8 * block < columns_left) store_words(params.pre + target + 8 * block, words);
+        if (8 * block < columns_left[i]) store_words(params.pre + targets[i] + 8 * block, words);
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float x = activate<kForm>(acc(block + j, slot % 2, slot / 2, 0), params.constants);
-        const float y = activate<kForm>(acc(block + j, slot % 2, slot / 2, 1), params.constants);
-        words[j] = Half2<T>::pack(x * weight, y * weight);
+        const float x = activate<kForm>(acc(block + j, v, m, 0), params.constants);
+        const float y = activate<kForm>(acc(block + j, v, m, 1), params.constants);
+        words[j] = Half2<T>::pack(x * weights[i], y * weights[i]);
       }
       transpose_quad(words, lane);
-      if (8 * block < columns_left) store_words(params.y + target + 8 * block, words);
+      if (8 * block < columns_left[i]) store_words(params.y + targets[i] + 8 * block, words);
     }
   }
 }
+
 
 // Rows without an expert.
 template <class T, int kBlockN>

@@ -26,14 +26,16 @@ struct Form {
   ActivationConstants constants;
 };
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 inline Form form_of(Activation activation) {
   switch (activation) {
     case Activation::kGelu:
-      return {ActivationForm::kErf, {}};
+      return {ActivationForm::kGelu, {}};
     case Activation::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3)
-      return {ActivationForm::kSigmoid, {1.5957691216057308f, 0.071354816272600250f, false}};
+      return {ActivationForm::kSigmoid, {-kLog2E * 1.5957691216057308f, -kLog2E * 0.071354816272600250f, false}};
     case Activation::kSilu:
-      return {ActivationForm::kSigmoid, {1.0f, 0.0f, false}};
+      return {ActivationForm::kSigmoid, {-kLog2E, 0.0f, false}};
     case Activation::kRelu:
       return {ActivationForm::kClamp, {0.0f, 0.0f, true}};
     default:
@@ -124,8 +126,8 @@ cudaError_t launch_form(const ExpertGemmParams& params, EncodeTiled encode, int 
   using Traits = ExpertGemmTraits<T, kBlockN, kCluster>;
   const auto [form, constants] = form_of(params.activation);
   switch (form) {
-    case ActivationForm::kErf:
-      return launch<Traits, ActivationForm::kErf>(params, constants, encode, multiprocessors);
+    case ActivationForm::kGelu:
+      return launch<Traits, ActivationForm::kGelu>(params, constants, encode, multiprocessors);
     case ActivationForm::kSigmoid:
       return launch<Traits, ActivationForm::kSigmoid>(params, constants, encode, multiprocessors);
     default:

@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of the guide to conversion run as printed, each in a process of its own."""
+"""The Python snippets of the README and of two guides run as printed, each in a process of its own."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "docs/guide/conversion.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs/guide/conversion.md", ROOT / "docs/guide/routing.md"]
 SNIPPETS = [
     snippet
     for page in PAGES

@@ -1,6 +1,6 @@
 """Small tiles, chunks and spans for Triton's kernels, so that tensors of a few dozen rows have several of each."""
 
-from moebert_kernels.kernels import config, fused_moe_ffn_add_norm, group_tokens, mpo_expert_weights
+from moebert_kernels.kernels import column_sums, config, fused_moe_ffn_add_norm, group_tokens, mpo_expert_weights
 from moebert_kernels.triton_backend import expert_gemm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as add_norm
 
@@ -15,7 +15,9 @@ def use_tiny_tiles(monkeypatch) -> None:
         monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
         monkeypatch.setitem(mpo_expert_weights.CONFIGS, precision, mpo_expert_weights.FoldConfig(*[TILE] * 4, 4, 2))
     config._pick.cache_clear()
-    monkeypatch.setattr(expert_gemm, "pick_chunk", lambda *_: CHUNK)
+    for module in (expert_gemm, column_sums):
+        monkeypatch.setattr(module, "SUMS_CHUNK", CHUNK)
+    monkeypatch.setattr(config, "_MAX_PROGRAMS", 2)
     monkeypatch.setattr(add_norm, "NORM_CHUNK", 8)
     monkeypatch.setattr(fused_moe_ffn_add_norm, "NORM_CHUNK", 8)
     monkeypatch.setattr(group_tokens, "_SPAN", 32)

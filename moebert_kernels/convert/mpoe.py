@@ -10,6 +10,7 @@ from torch import nn
 
 from moebert_kernels.convert.replace import set_config
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers.config import SPLITS
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.layers.routing import moe_layers
 from moebert_kernels.nn import DenseExperts, MPOExperts
@@ -134,8 +135,8 @@ def to_dense_experts(model: nn.Module) -> Any:
 def _layers_of_whole_experts(model: Any) -> list[MoEFeedForward]:
     """The layers of a model whose experts are each a whole feed-forward: MPOE's, or copies."""
     layers = moe_layers(model)
-    if not layers or model.config.quantization_config.experts == "split":
-        got = " with experts='split'" if layers else ""
+    if not layers or model.config.quantization_config.experts in SPLITS:
+        got = f" with experts={model.config.quantization_config.experts!r}" if layers else ""
         raise UserError(
             f"model: expected a model converted with experts='mpo' or 'copy', got {type(model).__name__}{got}"
         )

@@ -5,8 +5,10 @@ A grouped GEMM runs in waves of tiles over the multiprocessors. Its time is pred
     waves(ragged) * (fixed_us + K / BLOCK_K * step_us)
 
 per candidate, and the least one wins. `waves` counts the tiles of *ragged* groups: the mean of what random routing
-gives (every expert's last tile is half full) and of the worst that the host must expect. `fixed_us` and `step_us` come
-from `tuned/sm_<arch>.json`, written by `make tune` with the device's name; without such a file they are estimates.
+gives (every expert's last tile is half full) and of the worst that the host must expect. How many tiles share a
+multiprocessor follows from the registers and the shared memory that the compiler gave each kernel: `occupancy.json`,
+written by `make resources`. `fixed_us` and `step_us` come from `tuned/sm_<arch>.json`, written by `make tune` with the
+device's name; without such a file they are estimates. Weight gradients run in steps that all programs share evenly.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import Any, Literal
 
 import torch
 
-Kind = Literal["rows", "weights"]  # GEMMs over rows of tokens; GEMMs that sum over the rows, for weight gradients
+# GEMMs over rows of tokens, by what stands in their epilogues: little, a residual, an activation, its derivative, and
+# the last two with gates or dropout; GEMMs that sum over the rows, for weight gradients.
+Kind = Literal["rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights"]
 Precision = Literal["half", "tf32", "ieee"]
 
 
@@ -41,6 +45,10 @@ class Config:
     def options(self) -> dict[str, Any]:
         return asdict(self)
 
+    def gathering(self) -> Config:
+        """For operands that are read through a permutation: its loads take two of the pipeline's stages."""
+        return replace(self, num_stages=self.num_stages + 2)
+
     def narrowed(self, accumulators: int) -> Config:
         """Fewer columns, down to 16, so that a thread holds at most so many elements of a tile."""
         columns = accumulators * self.num_warps * 32 // self.BLOCK_M
@@ -53,6 +61,16 @@ class Device:
 
     arch: int  # 90 for compute capability 9.0
     multiprocessors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a multiprocessor, for all its programs; one program may have 1 KiB less."""
+        return _SHARED_KIB.get(self.arch, 100) * 1024
+
+    @property
+    def compiled_as(self) -> int:
+        """The architecture of `occupancy.json` whose code is most like this one's: wgmma is sm_90's alone."""
+        return 90 if self.arch == 90 else 100 if 100 <= self.arch < 120 else 80
 
     @staticmethod
     @lru_cache
@@ -73,8 +91,14 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
             Config(64, 64, 64, 4, 4),
             Config(64, 128, 64, 4, 3),
             Config(128, 128, 64, 8, 3),
+            Config(128, 256, 64, 8, 3),
         ),
-        "weights": (Config(64, 64, 64, 4, 3), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3)),
+        "weights": (
+            Config(64, 64, 64, 4, 3),
+            Config(64, 128, 64, 4, 3),
+            Config(128, 128, 64, 8, 3),
+            Config(128, 256, 64, 8, 4),
+        ),
     },
     "tf32": {
         "rows": (
@@ -91,7 +115,9 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
     },
 }  # fmt: skip
 
-_REGISTERS, _SHARED_BYTES, _MAX_PROGRAMS = 65536, 160 * 1024, 4  # of a multiprocessor, the smallest of sm_80 and above
+_SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
+_REGISTERS, _MAX_PROGRAMS, _RESERVED_BYTES = 65536, 8, 1024  # of a multiprocessor; of shared memory for each program
+GATED_ACCUMULATORS = 32  # of a tile per thread where gates or masks need registers besides
 _ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4}
 
 
@@ -102,20 +128,60 @@ def precision_of(dtype: torch.dtype) -> Precision:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def programs_per_multiprocessor(config: Config, precision: Precision) -> int:
-    """How many tiles share a multiprocessor, by shared memory and by the accumulators' registers."""
-    shared = config.num_stages * (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * _ELEMENT_BYTES[precision]
-    registers = config.num_warps * 32 * (config.BLOCK_M * config.BLOCK_N // (config.num_warps * 32) + 96)
-    return max(1, min(_SHARED_BYTES // shared, _REGISTERS // registers, _MAX_PROGRAMS))
+@cache
+def _occupancy() -> dict[str, Any]:
+    file = resources.files("moebert_kernels.kernels") / "occupancy.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def estimated_us(config: Config, precision: Precision) -> tuple[float, float]:
-    """(fixed_us, step_us) of a full wave where nothing was measured: dense throughput, less for small tiles."""
-    flops_per_us = {"half": 5.5e6, "tf32": 2.2e6, "ieee": 4.5e5}[precision]  # of one multiprocessor of an H200
-    m, n = config.BLOCK_M, config.BLOCK_N
-    reuse = m * n / (m + n) / 64  # of operands: 1 for 128 x 128
-    tiles = programs_per_multiprocessor(config, precision)
-    return 1.5, tiles * 2 * m * n * config.BLOCK_K / (flops_per_us * min(1.0, 0.1 + 0.9 * reuse))
+def candidates(kind: Kind, precision: Precision, arch: int) -> tuple[Config, ...]:
+    """The tiles that kernels of a kind have on an architecture."""
+    found = CANDIDATES[precision]["weights" if kind == "weights" else "rows"]
+    if arch != 90 and not 100 <= arch < 120:  # mma.sync keeps operands in registers, too: 256 columns spill
+        found = tuple(config for config in found if config.BLOCK_N < 256)
+    if kind in ("gated", "gated_backward"):
+        found = tuple(dict.fromkeys(config.narrowed(GATED_ACCUMULATORS) for config in found))
+    return found
+
+
+def resources_of(config: Config, kind: Kind, precision: Precision, device: Device) -> tuple[int, int]:
+    """Registers per thread and shared bytes of a program, as compiled; an estimate for what was not."""
+    table = _occupancy().get(f"sm_{device.compiled_as}", {}).get(f"{precision}-{kind}", {})
+    if config.name() in table:
+        registers, shared = table[config.name()]
+        return registers, shared
+    accumulators = config.BLOCK_M * config.BLOCK_N // (config.num_warps * 32)
+    step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * _ELEMENT_BYTES[precision]
+    return min(255, accumulators + 64), config.num_stages * step
+
+
+def programs_per_multiprocessor(config: Config, kind: Kind, precision: Precision, device: Device) -> int:
+    """How many tiles share a multiprocessor; 0: it has not the shared memory for one."""
+    registers, shared = resources_of(config, kind, precision, device)
+    if shared > device.shared_bytes - _RESERVED_BYTES:
+        return 0
+    by_registers = _REGISTERS // (math.ceil(registers / 8) * 8 * 32 * config.num_warps)
+    return max(1, min(device.shared_bytes // (shared + _RESERVED_BYTES), by_registers, _MAX_PROGRAMS))
+
+
+def estimated_us(config: Config, kind: Kind, precision: Precision, device: Device) -> tuple[float, float]:
+    """(fixed_us, step_us) of a full wave where nothing was measured: tensor cores, loads from the L2, the epilogue.
+
+    Per multiprocessor and cycle of 1.7 GHz: 4,096 operations of 16 bits on sm_90 and sm_100, half as many before and in
+    tf32, 256 in float32; 35 bytes from the L2; an epilogue of 12 instructions per element, 90 at a time, of which other
+    programs' main loops hide 40 %.
+    """
+    m, n, programs = (
+        config.BLOCK_M,
+        config.BLOCK_N,
+        max(1, programs_per_multiprocessor(config, kind, precision, device)),
+    )
+    peak = {"half": 4096, "tf32": 2048, "ieee": 256}[precision] / (
+        1 if device.compiled_as >= 90 or precision == "ieee" else 2
+    )
+    cycles = max(2 * m * n * config.BLOCK_K / peak, (m + n) * config.BLOCK_K * _ELEMENT_BYTES[precision] / 35)
+    epilogue = 12 * m * n / 90 * (programs if programs == 1 else 0.6 * programs)
+    return 0.8 + epilogue / 1700, programs * cycles / 1700
 
 
 @cache
@@ -135,23 +201,30 @@ def predicted_us(
     device: Device,
 ) -> float:  # fmt: skip
     """Predicted time of a GEMM over `rows` ragged rows with weights (num_experts, columns, depth)."""
-    measured = _tuned(device.arch).get(f"{precision}-{kind}", {}).get(config.name())
-    fixed, step = measured or estimated_us(config, precision)
-    slots = device.multiprocessors * programs_per_multiprocessor(config, precision)
+    measured = (
+        _tuned(device.arch).get(f"{precision}-{'weights' if kind == 'weights' else 'rows'}", {}).get(config.name())
+    )
+    fixed, step = measured or estimated_us(config, kind, precision, device)
+    programs = programs_per_multiprocessor(config, kind, precision, device)
+    if programs == 0:
+        return math.inf
     if kind == "weights":
         tiles = num_experts * math.ceil(columns / config.BLOCK_M) * math.ceil(depth / config.BLOCK_N)
-        chunk = pick_chunk(rows, tiles // num_experts, device)
-        items = [tiles // num_experts * chunks for chunks in ragged_tiles(rows, num_experts, chunk)]
-        return _waves(items, slots) * (fixed + min(rows, chunk) / config.BLOCK_K * step)
-    return mean_waves(config, precision, rows, num_experts, columns, device) * (fixed + depth / config.BLOCK_K * step)
+        steps = tiles * (rows / num_experts / config.BLOCK_K + 0.5)
+        slots = device.multiprocessors * programs
+        # a program that shares tiles stores partial sums, about twice; then they are read
+        return 2 * fixed + math.ceil(steps / slots) * step
+    return mean_waves(config, kind, precision, rows, num_experts, columns, device) * (
+        fixed + depth / config.BLOCK_K * step
+    )
 
 
 def mean_waves(
-    config: Config, precision: Precision, rows: int, num_experts: int, columns: int, device: Device
+    config: Config, kind: Kind, precision: Precision, rows: int, num_experts: int, columns: int, device: Device
 ) -> float:
     """Waves of tiles of a GEMM over `rows` ragged rows: the mean of the expected number and of the most."""
     columns_tiles = math.ceil(columns / config.BLOCK_N)
-    slots = device.multiprocessors * programs_per_multiprocessor(config, precision)
+    slots = device.multiprocessors * max(1, programs_per_multiprocessor(config, kind, precision, device))
     return _waves([count * columns_tiles for count in ragged_tiles(rows, num_experts, config.BLOCK_M)], slots)
 
 
@@ -159,18 +232,12 @@ def _waves(tiles: Sequence[float], slots: int) -> float:
     return sum(math.ceil(count / slots) for count in tiles) / len(tiles)
 
 
-def pick_chunk(rows: int, tiles: int, device: Device) -> int:
-    """Rows that one program sums for a weight gradient of `tiles` tiles: a power of two, for about four waves."""
-    wanted = rows * tiles / (4 * device.multiprocessors)
-    return max(256, 1 << max(0, math.ceil(math.log2(max(wanted, 1)))))
-
-
 @lru_cache(maxsize=4096)
 def _pick(
     kind: Kind, precision: Precision, rows: int, num_experts: int, columns: int, depth: int, device: Device
 ) -> Config:
     return min(
-        CANDIDATES[precision][kind],
+        candidates(kind, precision, device.arch),
         key=lambda config: predicted_us(config, kind, precision, rows, num_experts, columns, depth, device),
     )
 
@@ -181,7 +248,7 @@ def pick_config(
     """The fastest candidate by prediction, from sizes alone.
 
     Args:
-        kind: "rows" for y (rows, N) = x (rows, K) @ w[e].T; "weights" for dw[e] (N, K) = dy.T @ x over e's rows.
+        kind: "weights" for dw[e] (N, K) = dy.T @ x over e's rows; the others for y (rows, N) = x (rows, K) @ w[e].T.
         rows: T * top_k; how they are spread over the experts is not known on the host.
         columns, depth: N and K.
         dtype: of the operands.

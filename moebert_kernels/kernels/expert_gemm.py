@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.config import Config, Device, pick_config, precision_of
-from moebert_kernels.kernels.tiles import num_row_tiles, padded_experts, row_tile
+from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, precision_of
+from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.tiles import ceil_div, num_row_tiles, padded_experts, row_tile
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -55,7 +56,7 @@ def dot_rows(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _expert_gemm_kernel(
     A, stride_am, stride_ak,  # (rows or T, K)
     W, stride_we, stride_wn, stride_wk,  # (E, N, K)
@@ -131,22 +132,39 @@ def expert_gemm(
     rows, (num_experts, columns, depth) = grouping.num_rows, w.shape
     if rows == 0 or columns == 0:
         return
-    if config is None:
-        config = pick_config("rows", rows, num_experts, columns, depth, a.dtype, Device.of(a.device))
-    tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
-    _expert_gemm_kernel[(tiles,)](
-        a, *a.stride(),
-        w, *w.stride(),
-        y, y.stride(0),
-        bias, *((0, 0) if bias is None else bias.stride()),
-        weights,
-        residual, 0 if residual is None else residual.stride(0),
-        skipped, *((0, 0) if skipped is None else skipped.stride()),
-        grouping.offsets, grouping.row_to_token,
-        rows, columns, depth, grouping.top_k,
-        E=num_experts, E_POW2=padded_experts(num_experts),
-        GATHER=gather, SCATTER=scatter,
-        HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
-        HAS_RESIDUAL=residual is not None, HAS_SKIPPED=skipped is not None,
-        **dot_options(a, columns, depth, config), **config.options(),
+    top_k, precision = grouping.top_k, precision_of(a.dtype)
+
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        kind: Kind = "rows" if residual is None else "residual"
+        tile = config or pick_config(kind, rows, num_experts, columns, depth, a.dtype, Device.of(a.device))
+        tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
+        arguments = (
+            a, *a.stride(),
+            w, *w.stride(),
+            y, y.stride(0),
+            bias, *((0, 0) if bias is None else bias.stride()),
+            weights,
+            residual, 0 if residual is None else residual.stride(0),
+            skipped, *((0, 0) if skipped is None else skipped.stride()),
+            grouping.offsets, grouping.row_to_token,
+            rows, columns, depth, top_k,
+        )  # fmt: skip
+        constants = {
+            "E": num_experts, "E_POW2": padded_experts(num_experts), "GATHER": gather, "SCATTER": scatter,
+            "HAS_BIAS": bias is not None, "HAS_WEIGHTS": weights is not None,
+            "HAS_RESIDUAL": residual is not None, "HAS_SKIPPED": skipped is not None,
+            **dot_options(a, columns, depth, tile), **tile.options(),
+        }  # fmt: skip
+        return (tiles,), arguments, constants
+
+    _launch(
+        (
+            rows, top_k, w.shape, layout(w), layout(a), y.dtype, layout(bias), weights is not None and weights.dtype,
+            layout(residual), layout(skipped), gather, scatter, config, precision,
+        ),
+        (a, w, y, bias, weights, residual, skipped, grouping.offsets, grouping.row_to_token),
+        plan,
     )  # fmt: skip
+
+
+_launch = Launcher(_expert_gemm_kernel)

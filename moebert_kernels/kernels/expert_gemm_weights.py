@@ -1,14 +1,19 @@
-"""Weight gradients: sums over each expert's rows, split into fixed chunks of rows.
+"""Weight gradients: sums over each expert's rows, of one or two problems in one launch.
 
-    dW[e] = sum_r A[from_a(r)].T * B[from_b(r)]      dbias[e] = sum_r weight[r] * A[from_a(r)]
+    dW[e] = sum_r A[from_a(r)].T * B[from_b(r)]
 
-With few experts the tiles of dW alone leave most of a GPU idle, and the largest expert decides the time. So one program
-sums one tile over one chunk of an expert's rows into float32 partials, and a second kernel adds an expert's chunks in
-their order: the work is even whatever the routing, and the result the same every time. An expert without rows has one
-chunk of none, which writes its zeros. Groups that fit into one chunk skip the partials.
+A tile of dW[e] takes as many steps as its expert has blocks of rows. With few experts there are too few tiles for a
+GPU, and the largest expert decides the time. So all steps of all tiles stand in one order (expert, problem, tile,
+step), and each program takes an equal run of it ("stream-K", arXiv 2301.03598): the work is even whatever the routing.
+A program stores a tile that is wholly its own; of a tile that it shares it stores a float32 partial, at most two of
+them, and a second kernel adds a tile's partials in the order of the programs: the same bits every time. An expert
+without rows has one empty step per tile, which writes its zeros.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,132 +22,206 @@ from torch import Tensor
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.config import Config, precision_of
 from moebert_kernels.kernels.expert_gemm import INTERPRETED
-from moebert_kernels.kernels.tiles import chunks_of, num_chunks, padded_experts, row_chunk
+from moebert_kernels.kernels.launch import Launcher
+from moebert_kernels.kernels.tiles import ceil_div, num_chunks, padded_experts
 
 _REDUCE_BLOCK = 1024
 
 
+class Product(NamedTuple):
+    """dw (E, M, N) = a.T @ b over each expert's rows."""
+
+    a: Tensor  # (rows, M) in row order, or (T, M) with `gather_a`
+    b: Tensor  # (rows, N) in row order, or (T, N) with `gather_b`
+    dw: Tensor  # contiguous
+    gather_a: bool = False
+    gather_b: bool = False
+
+    def tiles(self, config: Config) -> int:
+        columns_a, columns_b = self.dw.shape[1:]
+        return ceil_div(columns_a, config.BLOCK_M) * ceil_div(columns_b, config.BLOCK_N)
+
+
+@triton.jit
+def _steps_of_experts(Offsets, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Expert numbers, first rows, ends, and steps of a tile of each expert, (E_POW2,)."""
+    e = tl.arange(0, E_POW2)
+    first = tl.load(Offsets + e, mask=e < E, other=0)
+    end = tl.load(Offsets + e + 1, mask=e < E, other=0)
+    steps = tl.where(e < E, tl.maximum((end - first + BLOCK_K - 1) // BLOCK_K, 1), 0)
+    return e, first, end, steps.to(tl.int64)
+
+
 @triton.jit
 def _expert_gemm_weights_kernel(
-    A, stride_am, stride_ak,  # (rows or T, M)
-    B, stride_bm, stride_bk,  # (rows or T, N)
-    DW,  # (E or chunks, M, N) contiguous, or null
-    DBias,  # (E or chunks, M) contiguous, or null
-    Weights,  # (rows,) by assignment, or null
+    A0, stride_a0, B0, stride_b0, DW0, M0, N0,  # columns of A and B are adjacent
+    A1, stride_a1, B1, stride_b1, DW1, M1, N1,  # of the second product, or null
+    Partials,  # (2 * programs, BLOCK_M, BLOCK_N) float32
     Offsets, RowToToken,  # (E + 1,), (rows,) int32
-    M, N, TOP_K,
-    E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
-    GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-    HAS_DW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    TOP_K,
+    E: tl.constexpr, E_POW2: tl.constexpr, TWO: tl.constexpr,
+    GATHER_A0: tl.constexpr, GATHER_B0: tl.constexpr, GATHER_A1: tl.constexpr, GATHER_B1: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tiles = tl.cdiv(M, BLOCK_M) * tiles_n
-    chunk = tl.program_id(0) // tiles
-    expert, row0, end = row_chunk(Offsets, chunk, E, E_POW2, CHUNK)
-    if expert >= E:
-        return
-    tile = tl.program_id(0) % tiles
-    tile_n = tile % tiles_n
-    offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_columns = A + offs_m.to(tl.int64)[None, :] * stride_ak
-    b_columns = B + offs_n.to(tl.int64)[None, :] * stride_bk
+    tiles0 = tl.cdiv(M0, BLOCK_M) * tl.cdiv(N0, BLOCK_N)
+    tiles = tiles0
+    if TWO:
+        tiles += tl.cdiv(M1, BLOCK_M) * tl.cdiv(N1, BLOCK_N)
+    e, first_rows, end_rows, steps_of = _steps_of_experts(Offsets, E, E_POW2, BLOCK_K)
+    units_to = tl.cumsum(steps_of * tiles, 0)
+    total = tl.sum(steps_of, 0) * tiles
+    program = tl.program_id(0).to(tl.int64)
+    unit = total * program // tl.num_programs(0)
+    last = total * (program + 1) // tl.num_programs(0)
+    while unit < last:
+        expert = tl.sum((units_to <= unit).to(tl.int32), 0)
+        mine = e == expert
+        steps = tl.sum(tl.where(mine, steps_of, 0), 0)
+        within = unit - tl.sum(tl.where(mine, units_to, 0), 0) + steps * tiles
+        step = within % steps
+        count = tl.minimum(steps - step, last - unit)
+        tile = (within // steps).to(tl.int32)
+        end = tl.sum(tl.where(mine, end_rows, 0), 0)
+        begin = tl.sum(tl.where(mine, first_rows, 0), 0) + step.to(tl.int32) * BLOCK_K
+        stop = tl.minimum(begin + count.to(tl.int32) * BLOCK_K, end)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    bias = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(row0, end, BLOCK_K):
-        row = first + tl.arange(0, BLOCK_K)
-        inside = row < end
-        assignment = tl.load(RowToToken + row, mask=inside, other=0).to(tl.int64)
-        row_a = assignment // TOP_K if GATHER_A else row.to(tl.int64)
-        row_b = assignment // TOP_K if GATHER_B else row.to(tl.int64)
-        mask_a = inside[:, None] if EVEN else inside[:, None] & (offs_m < M)[None, :]
-        a = tl.load(a_columns + row_a[:, None] * stride_am, mask=mask_a, other=0.0)
-        if HAS_DW:
+        a_base, b_base, dw, stride_a, stride_b, M, N = A0, B0, DW0, stride_a0, stride_b0, M0, N0
+        if TWO:
+            second = tile >= tiles0
+            tile = tl.where(second, tile - tiles0, tile)
+            a_base, b_base, dw = tl.where(second, A1, A0), tl.where(second, B1, B0), tl.where(second, DW1, DW0)
+            stride_a, stride_b = tl.where(second, stride_a1, stride_a0), tl.where(second, stride_b1, stride_b0)
+            M, N = tl.where(second, M1, M0), tl.where(second, N1, N0)
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for row0 in range(begin, stop, BLOCK_K):
+            row = row0 + tl.arange(0, BLOCK_K)
+            inside = row < end
+            row_a, row_b = row.to(tl.int64), row.to(tl.int64)
+            if GATHER_A0 or GATHER_B0 or GATHER_A1 or GATHER_B1:
+                token = (tl.load(RowToToken + row, mask=inside, other=0) // TOP_K).to(tl.int64)
+                if TWO:
+                    row_a = tl.where(tl.where(second, GATHER_A1, GATHER_A0), token, row_a)
+                    row_b = tl.where(tl.where(second, GATHER_B1, GATHER_B0), token, row_b)
+                else:
+                    row_a = token if GATHER_A0 else row_a
+                    row_b = token if GATHER_B0 else row_b
+            mask_a = inside[:, None] if EVEN else inside[:, None] & (offs_m < M)[None, :]
             mask_b = inside[:, None] if EVEN else inside[:, None] & (offs_n < N)[None, :]
-            b = tl.load(b_columns + row_b[:, None] * stride_bm, mask=mask_b, other=0.0)
+            a = tl.load(a_base + row_a[:, None] * stride_a + offs_m[None, :], mask=mask_a, other=0.0)
+            b = tl.load(b_base + row_b[:, None] * stride_b + offs_n[None, :], mask=mask_b, other=0.0)
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-        if HAS_BIAS:
-            if tile_n == 0:  # the other tiles of these columns would sum the same
-                if HAS_WEIGHTS:
-                    weight = tl.load(Weights + assignment, mask=inside, other=0.0).to(tl.float32)
-                    bias += tl.sum(a.to(tl.float32) * weight[:, None], 0)
-                else:
-                    bias += tl.sum(a.to(tl.float32), 0)
 
-    slot = (chunk if SPLIT else expert).to(tl.int64)
-    if HAS_DW:
-        target = DW + slot * M * N + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-        tl.store(target, acc.to(DW.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
-    if HAS_BIAS:
-        if tile_n == 0:
-            tl.store(DBias + slot * M + offs_m, bias.to(DBias.dtype.element_ty), mask=offs_m < M)
+        if count == steps:
+            target = dw + expert.to(tl.int64) * M * N + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+            tl.store(target, acc.to(DW0.dtype.element_ty), mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+        else:
+            slot = 2 * program + (step == 0).to(tl.int64)
+            at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(Partials + slot * (BLOCK_M * BLOCK_N) + at, acc)
+        unit += count
 
 
-@triton.jit
-def _reduce_chunks_kernel(
-    Partials,  # (chunks, N) float32
-    Y,  # (E, N)
-    Offsets, N,
-    E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["programs"])
+def _add_partials_kernel(
+    Partials,  # (2 * programs, BLOCK_M, BLOCK_N) float32
+    DW0, M0, N0, DW1, M1, N1, Offsets, programs,
+    E: tl.constexpr, E_POW2: tl.constexpr, TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(N, BLOCK)
-    expert = tl.program_id(0) // blocks
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first, end = chunks_of(Offsets, expert, E, E_POW2, CHUNK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    partials = Partials + first.to(tl.int64) * N + column
-    for _ in range(first, end):
-        total += tl.load(partials, mask=column < N, other=0.0)
-        partials += N
-    tl.store(Y + expert.to(tl.int64) * N + column, total.to(Y.dtype.element_ty), mask=column < N)
-
-
-def reduce_chunks(partials: Tensor, y: Tensor, offsets: Tensor, chunk: int) -> None:
-    """Launch: y (E, ...) = the ordered sums of each expert's partials (chunks, ...)."""
-    num_experts = y.shape[0]
-    columns = y.numel() // num_experts
-    if columns == 0:
+    """Of a tile that programs share, a part: the sum of what they stored."""
+    tiles0 = tl.cdiv(M0, BLOCK_M) * tl.cdiv(N0, BLOCK_N)
+    tiles = tiles0
+    if TWO:
+        tiles += tl.cdiv(M1, BLOCK_M) * tl.cdiv(N1, BLOCK_N)
+    e, _, _, steps_of = _steps_of_experts(Offsets, E, E_POW2, BLOCK_K)
+    total = tl.sum(steps_of, 0) * tiles
+    expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    steps = tl.sum(tl.where(e == expert, steps_of, 0), 0)
+    unit = tl.sum(tl.where(e < expert, steps_of, 0), 0) * tiles + steps * tile
+    first = ((unit + 1) * programs - 1) // total  # the program whose run holds the unit
+    last = ((unit + steps) * programs - 1) // total
+    if first == last:
         return
-    _reduce_chunks_kernel[(num_experts * triton.cdiv(columns, _REDUCE_BLOCK),)](
-        partials, y, offsets, columns,
-        E=num_experts, E_POW2=padded_experts(num_experts), CHUNK=chunk, BLOCK=_REDUCE_BLOCK,
-    )  # fmt: skip
+    dw, M, N = DW0, M0, N0
+    if TWO:
+        second = tile >= tiles0
+        tile = tl.where(second, tile - tiles0, tile)
+        dw, M, N = tl.where(second, DW1, DW0), tl.where(second, M1, M0), tl.where(second, N1, N0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # the first program's run ends in the tile, the others' begin in it
+    sums = tl.load(Partials + (2 * first + 1) * (BLOCK_M * BLOCK_N) + at)
+    for program in range(first + 1, last + 1):
+        sums += tl.load(Partials + 2 * program * (BLOCK_M * BLOCK_N) + at)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    m, n = tile // tiles_n * BLOCK_M + at // BLOCK_N, tile % tiles_n * BLOCK_N + at % BLOCK_N
+    target = dw + expert.to(tl.int64) * M * N + m.to(tl.int64) * N + n
+    tl.store(target, sums.to(DW0.dtype.element_ty), mask=(m < M) & (n < N))
 
 
-def expert_gemm_weights(
-    a: Tensor, b: Tensor, dw: Tensor | None, dbias: Tensor | None, grouping: Grouping, *, chunk: int, config: Config,
-    split: bool, weights: Tensor | None = None, gather_a: bool = False, gather_b: bool = False,
-) -> None:  # fmt: skip
-    """Launch: dw[e] = a.T @ b and dbias[e] = sum of a, over the rows of each expert.
+def num_programs(products: Sequence[Product], grouping: Grouping, config: Config, slots: int) -> int:
+    """As many as run at once (`slots`), but no more than there are steps."""
+    tiles = sum(product.tiles(config) for product in products)
+    return min(slots, tiles * num_chunks(grouping.num_rows, grouping.num_experts, config.BLOCK_K))
+
+
+def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping: Grouping, *, config: Config) -> None:
+    """Launch twice: dw of one or two products over the rows of each expert.
 
     Args:
-        a: (rows, M) in row order, or (T, M) with `gather_a`; likewise b (rows or T, N).
-        dw: (E, M, N), or (num_chunks, M, N) float32 partials with `split`; likewise dbias (E or num_chunks, M).
-            Either may be None.
-        weights: (T, top_k) contiguous; each row's share in dbias. dw's must be in `b` already.
+        products: operands with adjacent columns, all of one dtype.
+        partials: (2 * `num_programs`, BLOCK_M, BLOCK_N) float32, of scratch.
     """
-    columns_a, num_experts = a.shape[1], grouping.num_experts
-    columns_b = 1 if dw is None else b.shape[1]  # the sums alone need one tile of columns
-    chunks = num_chunks(grouping.num_rows, num_experts, chunk)
-    tiles = triton.cdiv(columns_a, config.BLOCK_M) * triton.cdiv(columns_b, config.BLOCK_N)
+    tiles = sum(product.tiles(config) for product in products)
     if tiles == 0:
         return
-    _expert_gemm_weights_kernel[(chunks * tiles,)](
-        a, *a.stride(),
-        b, *b.stride(),
-        dw, dbias, weights,
-        grouping.offsets, grouping.row_to_token,
-        columns_a, columns_b, grouping.top_k,
-        E=num_experts, E_POW2=padded_experts(num_experts), CHUNK=chunk, SPLIT=split,
-        GATHER_A=gather_a, GATHER_B=gather_b,
-        HAS_DW=dw is not None, HAS_BIAS=dbias is not None, HAS_WEIGHTS=weights is not None,
-        EVEN=columns_a % config.BLOCK_M == 0 and columns_b % config.BLOCK_N == 0,
-        PRECISION="tf32" if precision_of(a.dtype) == "tf32" else "ieee",
-        UPCAST=INTERPRETED and a.element_size() == 2,
-        **config.options(),
+    first, second = products[0], products[-1]
+    num_experts, top_k, programs = grouping.num_experts, grouping.top_k, partials.shape[0] // 2
+    precision, operands = precision_of(first.a.dtype), (first.a, first.b, second.a, second.b)
+    sizes = {"E": num_experts, "E_POW2": padded_experts(num_experts), "TWO": len(products) > 1}
+
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        arguments = (
+            first.a, first.a.stride(0), first.b, first.b.stride(0), first.dw, *first.dw.shape[1:],
+            second.a, second.a.stride(0), second.b, second.b.stride(0), second.dw, *second.dw.shape[1:],
+            partials, grouping.offsets, grouping.row_to_token, top_k,
+        )  # fmt: skip
+        even = all(p.dw.shape[1] % config.BLOCK_M == 0 and p.dw.shape[2] % config.BLOCK_N == 0 for p in products)
+        constants = {
+            **sizes,
+            "GATHER_A0": first.gather_a, "GATHER_B0": first.gather_b,
+            "GATHER_A1": second.gather_a, "GATHER_B1": second.gather_b,
+            "EVEN": even, "PRECISION": "tf32" if precision == "tf32" else "ieee",
+            "UPCAST": INTERPRETED and first.a.element_size() == 2, **config.options(),
+        }  # fmt: skip
+        return (programs,), arguments, constants
+
+    gathers = (first.gather_a, first.gather_b, second.gather_a, second.gather_b)
+    shapes = (first.dw.shape, second.dw.shape, len(products), top_k, programs, config)
+    _launch(
+        (shapes, first.a.dtype, *[operand.stride(0) for operand in operands], gathers, precision),
+        (
+            first.a, first.b, first.dw, second.a, second.b, second.dw, partials,
+            grouping.offsets, grouping.row_to_token,
+        ),
+        plan,
     )  # fmt: skip
+
+    def plan_sums() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        elements = config.BLOCK_M * config.BLOCK_N
+        block = min(_REDUCE_BLOCK, elements)
+        arguments = (
+            partials, first.dw, *first.dw.shape[1:], second.dw, *second.dw.shape[1:], grouping.offsets, programs
+        )  # fmt: skip
+        blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK": block}
+        return (num_experts * tiles, elements // block), arguments, sizes | blocks
+
+    _launch_sums((shapes, first.dw.dtype), (partials, first.dw, second.dw, grouping.offsets), plan_sums)
+
+
+_launch, _launch_sums = Launcher(_expert_gemm_weights_kernel), Launcher(_add_partials_kernel)

@@ -1,11 +1,9 @@
 """The expert feed-forward's own kernels, in Triton; its plain GEMMs are `expert_gemm`'s.
 
-    forward    h_pre = x[token] @ w1[e].T + b1[e]           h = dropout(act(h_pre))              one kernel
-    backward   dh = dy[token] @ w2[e]                       dh_pre = weight * dropout'(dh) * act'(h_pre)
-               a = weight * dropout(act(h_pre))             dp = <dh, a / weight>                one kernel
+    h_pre = x[token] @ w1[e].T + b1[e]           h = dropout(act(h_pre))              one kernel
 
-Only h_pre is kept between the two: the backward kernel recomputes the activation in its epilogue and writes `a` for dw2
-on the way, so no element-wise kernel runs. Gated activations keep two accumulators, for the gate's and the other rows.
+Only h_pre is kept for backward (`fused_moe_ffn_backward`). Gated activations keep two accumulators, for the gate's and
+the other rows. An epilogue takes the columns of a tile in slices, so that little lives beside the accumulators.
 """
 
 from __future__ import annotations
@@ -17,17 +15,25 @@ from torch import Tensor
 from moebert_kernels import dropout
 from moebert_kernels.activation import GATED, is_gated
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.activation import activate, activate_grad
-from moebert_kernels.kernels.config import Config, Device, pick_config
+from moebert_kernels.kernels.activation import activate
+from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, precision_of
 from moebert_kernels.kernels.dropout import keep_tile
 from moebert_kernels.kernels.expert_gemm import dot_options, dot_rows
-from moebert_kernels.kernels.tiles import expert_of_rows, num_row_tiles, padded_experts, row_tile
+from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.tiles import (
+    ceil_div,
+    column_slices,
+    next_power_of_2,
+    num_row_tiles,
+    padded_experts,
+    row_tile,
+)
 
-_HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
+HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
 
-# Elements of a tile per thread. Two accumulators, or an epilogue with a derivative, need registers of their own: with
-# more, ptxas spills (benchmarks/results/triton-resources.json).
-_GATED_ACCUMULATORS, _BACKWARD_ACCUMULATORS = 32, 32
+# Elements of a tile per thread that go through the epilogue at a time, without and with gates or masks. With more,
+# ptxas spills or leaves a multiprocessor to one program (benchmarks/results/triton-resources.json).
+_SLICE_ELEMENTS = {False: 16, True: 8}
 
 
 @triton.jit
@@ -58,6 +64,44 @@ def _dot_rows_pair(
 
 
 @triton.jit
+def _hidden_slice(
+    acc, up, expert, assignment, row0, mask_m, first_n,  # (BLOCK_M, COLUMNS) and what belongs to its rows and columns
+    B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, HALF: tl.constexpr,
+    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store some columns of a tile's h and h_pre."""
+    offs_n = first_n + tl.arange(0, COLUMNS)
+    mask_n = offs_n < I
+    mask = mask_m[:, None] & mask_n[None, :]
+    local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
+    if HAS_BIAS:
+        owner = tl.minimum(expert, E - 1).to(tl.int64)
+        bias_ptrs = B1 + owner * stride_be + offs_n.to(tl.int64) * stride_bn
+        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if expert == E:
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        if GATED:
+            up = acc
+    if STORE_PRE:
+        pre_width = 2 * I if GATED else I
+        pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
+        tl.store(pre_ptrs, acc.to(HPre.dtype.element_ty), mask=mask)
+        if GATED:
+            tl.store(pre_ptrs + I, up.to(HPre.dtype.element_ty), mask=mask)
+    if STORE_H:
+        h = activate(acc, ACTIVATION, HALF)
+        if GATED:
+            h *= up
+        if DROPOUT:
+            keep = keep_tile(Seed, assignment, first_n, threshold, COLUMNS, HIDDEN_STREAM)
+            h = tl.where(keep, h * scale, 0.0)
+        tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _hidden_kernel(
     X, stride_xm, stride_xk,  # (T, K)
     W1, stride_we, stride_wn, stride_wk,  # (E, I or 2I, K)
@@ -69,7 +113,7 @@ def _hidden_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_H: tl.constexpr, STORE_PRE: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
@@ -81,7 +125,6 @@ def _hidden_kernel(
     row = row0 + tl.arange(0, BLOCK_M)
     mask_m = row < end
     mask_n = offs_n < I
-    mask = mask_m[:, None] & mask_n[None, :]
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
     depth = tl.where(expert < E, K, 0)  # rows without an expert: nothing to sum, zeros to write
     owner = tl.minimum(expert, E - 1).to(tl.int64)
@@ -97,99 +140,14 @@ def _hidden_kernel(
         )
     else:
         acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST)
-    if HAS_BIAS:
-        bias_ptrs = B1 + owner * stride_be + column * stride_bn
-        acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if expert == E:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if GATED:
-            up = acc
-    local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
-    if STORE_PRE:
-        pre_width = 2 * I if GATED else I
-        pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
-        tl.store(pre_ptrs, acc.to(HPre.dtype.element_ty), mask=mask)
-        if GATED:
-            tl.store(pre_ptrs + I, up.to(HPre.dtype.element_ty), mask=mask)
-    if STORE_H:
-        h = activate(acc, ACTIVATION)
-        if GATED:
-            h *= up
-        if DROPOUT:
-            keep = keep_tile(Seed, assignment, first_n, threshold, BLOCK_N, _HIDDEN_STREAM)
-            h = tl.where(keep, h * scale, 0.0)
-        tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _hidden_backward_kernel(
-    DY, stride_ym, stride_yk,  # (T or rows, K)
-    W2, stride_we, stride_wn, stride_wk,  # (E, I, K): w2 transposed
-    HPre, DHPre, A,  # (rows, I or 2I), (rows, I or 2I), (rows, I), contiguous; the last two may be null
-    Weights,  # (rows,) by assignment, or null
-    DWeights,  # (rows, tiles of I) float32 or null: this tile's part of <dh, h>
-    Seed,  # () int64 or null
-    Offsets, RowToToken,
-    rows, I, K, TOP_K, threshold, scale,
-    E: tl.constexpr, E_POW2: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, GATHER: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    tiles_n = tl.cdiv(I, BLOCK_N)
-    expert, row0, end = row_tile(Offsets, tl.program_id(0) // tiles_n, rows, E, E_POW2, BLOCK_M)
-    if expert >= E:
-        return
-    tile_n = tl.program_id(0) % tiles_n
-    offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = row0 + tl.arange(0, BLOCK_M)
-    mask_m = row < end
-    mask_n = offs_n < I
-    mask = mask_m[:, None] & mask_n[None, :]
-    assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
-    row = tl.where(mask_m, row, row0).to(tl.int64)
-    column = offs_n.to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K)
-    y_row = assignment // TOP_K if GATHER else row
-    dh = dot_rows(
-        DY + y_row[:, None] * stride_ym + offs_k[None, :] * stride_yk, stride_yk,
-        W2 + expert.to(tl.int64) * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk, stride_wk,
-        mask_n, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, BLOCK_K, EVEN, PRECISION, UPCAST,
-    )  # fmt: skip
-
-    local = tl.arange(0, BLOCK_M)[:, None]
-    pre_width = 2 * I if GATED else I
-    pre_base, pre_offsets = row0.to(tl.int64) * pre_width, local * pre_width + offs_n[None, :]
-    pre_ptrs = HPre + pre_base + pre_offsets
-    pre = tl.load(pre_ptrs, mask=mask, other=0.0).to(tl.float32)
-    h = activate(pre, ACTIVATION)
-    if GATED:
-        gate_h = h
-        up = tl.load(pre_ptrs + I, mask=mask, other=0.0).to(tl.float32)
-        h *= up
-    if DROPOUT:
-        keep = keep_tile(Seed, assignment, tile_n * BLOCK_N, threshold, BLOCK_N, _HIDDEN_STREAM)
-        h = tl.where(keep, h * scale, 0.0)
-    if STORE_DWEIGHTS:
-        part = tl.sum(tl.where(mask, dh * h, 0.0), 1)
-        tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
-    if HAS_WEIGHTS:
-        weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)[:, None]
-        h *= weight
-        dh *= weight
-    if STORE_A:
-        tl.store(A + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(A.dtype.element_ty), mask=mask)
-    if STORE_PRE:
-        if DROPOUT:
-            dh = tl.where(keep, dh * scale, 0.0)
-        dpre_ptrs = DHPre + pre_base + pre_offsets
-        if GATED:
-            tl.store(dpre_ptrs + I, (dh * gate_h).to(DHPre.dtype.element_ty), mask=mask)
-            dh *= up
-        tl.store(dpre_ptrs, (dh * activate_grad(pre, ACTIVATION)).to(DHPre.dtype.element_ty), mask=mask)
+    gates = column_slices(acc, SLICES)
+    ups = column_slices(up, SLICES) if GATED else gates
+    for i in tl.static_range(SLICES):
+        _hidden_slice(
+            gates[i], ups[i], expert, assignment, row0, mask_m, first_n + i * (BLOCK_N // SLICES),
+            B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, X.dtype.element_ty != tl.float32,
+            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -210,41 +168,14 @@ def _combine_kernel(
     tl.store(Y + token * N + column, total.to(Y.dtype.element_ty), mask=column < N)
 
 
-@triton.jit
-def _routing_weights_grad_kernel(
-    Parts,  # (rows, PARTS) float32, contiguous
-    DY, stride_yt, stride_yk,  # (T, N)
-    B2, stride_be, stride_bn,  # (E, N) or null
-    DWeights,  # (rows,) by assignment
-    Offsets, RowToToken,
-    rows, N, PARTS, TOP_K,
-    E: tl.constexpr, E_POW2: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    expert = expert_of_rows(Offsets, row, E, E_POW2)
-    routed = (row < rows) & (expert < E)
-    assignment = tl.load(RowToToken + row, mask=row < rows, other=0).to(tl.int64)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for part in range(0, PARTS):
-        total += tl.load(Parts + row * PARTS + part, mask=routed, other=0.0)
-    if HAS_BIAS:
-        for n in range(0, N, BLOCK_N):
-            column = n + tl.arange(0, BLOCK_N)
-            mask = routed[:, None] & (column < N)[None, :]
-            dy = tl.load(
-                DY + (assignment // TOP_K)[:, None] * stride_yt + column[None, :] * stride_yk, mask=mask, other=0.0
-            )
-            bias = tl.load(B2 + expert[:, None] * stride_be + column[None, :] * stride_bn, mask=mask, other=0.0)
-            total += tl.sum(dy.to(tl.float32) * bias.to(tl.float32), 1)
-    tl.store(DWeights + assignment, total.to(DWeights.dtype.element_ty), mask=row < rows)
+def slices_of(config: Config, gated: bool) -> int:
+    """How many parts of a tile's columns go through the epilogue one after the other."""
+    elements = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
+    return max(1, min(4, elements // _SLICE_ELEMENTS[gated], config.BLOCK_N // 16))
 
 
-def _gated_options(activation: str) -> dict[str, object]:
+def gated_options(activation: str) -> dict[str, object]:
     return {"ACTIVATION": GATED.get(activation, activation), "GATED": is_gated(activation)}
-
-
-def _dropout_arguments(p: float, seed: Tensor | None) -> tuple[tuple[int, float], bool]:
-    return (dropout.threshold(p), dropout.scale(p)), p > 0 and seed is not None
 
 
 def hidden(
@@ -257,85 +188,44 @@ def hidden(
     columns = width // 2 if gated else width
     if rows == 0 or columns == 0:
         return
-    if config is None:
-        config = pick_config("rows", rows, num_experts, columns, depth, x.dtype, Device.of(x.device))
-    if gated:
-        config = config.narrowed(_GATED_ACCUMULATORS)
-    (threshold, scale), dropped = _dropout_arguments(hidden_dropout_p, seed)
-    tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
-    _hidden_kernel[(tiles,)](
-        x, *x.stride(),
-        w1, *w1.stride(),
-        b1, *((0, 0) if b1 is None else b1.stride()),
-        h, h_pre, seed,
-        grouping.offsets, grouping.row_to_token,
-        rows, columns, depth, grouping.top_k, threshold, scale,
-        E=num_experts, E_POW2=padded_experts(num_experts),
-        **_gated_options(activation), HAS_BIAS=b1 is not None, DROPOUT=dropped,
-        STORE_H=h is not None, STORE_PRE=h_pre is not None,
-        **dot_options(x, columns, depth, config), **config.options(),
+    dropped, top_k, precision = hidden_dropout_p > 0 and seed is not None, grouping.top_k, precision_of(x.dtype)
+
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        kind: Kind = "gated" if gated else "hidden"
+        tile = config or pick_config(kind, rows, num_experts, columns, depth, x.dtype, Device.of(x.device))
+        tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
+        arguments = (
+            x, *x.stride(),
+            w1, *w1.stride(),
+            b1, *((0, 0) if b1 is None else b1.stride()),
+            h, h_pre, seed,
+            grouping.offsets, grouping.row_to_token,
+            rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
+        )  # fmt: skip
+        constants = {
+            "E": num_experts, "E_POW2": padded_experts(num_experts),
+            **gated_options(activation), "HAS_BIAS": b1 is not None, "DROPOUT": dropped,
+            "STORE_H": h is not None, "STORE_PRE": h_pre is not None,
+            **dot_options(x, columns, depth, tile), "SLICES": slices_of(tile, gated or dropped), **tile.options(),
+        }  # fmt: skip
+        return (tiles,), arguments, constants
+
+    _launch(
+        (
+            rows, top_k, w1.shape, layout(w1), layout(x), layout(b1), h is None, h_pre is None, activation,
+            hidden_dropout_p, seed is None, config, precision,
+        ),
+        (x, w1, b1, h, h_pre, seed, grouping.offsets, grouping.row_to_token),
+        plan,
     )  # fmt: skip
 
 
-def hidden_backward_config(
-    dy: Tensor, w2: Tensor, grouping: Grouping, activation: str, hidden_dropout_p: float, config: Config | None = None
-) -> Config:  # fmt: skip
-    """What `hidden_backward` runs with; its tiles decide the shape of `dweights`."""
-    num_experts, depth, columns = w2.shape
-    if config is None:
-        config = pick_config("rows", grouping.num_rows, num_experts, columns, depth, dy.dtype, Device.of(dy.device))
-    plain = hidden_dropout_p == 0 and not is_gated(activation)
-    return config.narrowed(_BACKWARD_ACCUMULATORS if plain else _BACKWARD_ACCUMULATORS // 2)
-
-
-def hidden_backward(
-    dy: Tensor, w2: Tensor, h_pre: Tensor, dh_pre: Tensor | None, a: Tensor | None, weights: Tensor | None,
-    dweights: Tensor | None, grouping: Grouping, activation: str, hidden_dropout_p: float, seed: Tensor | None,
-    *, gather: bool, config: Config,
-) -> None:  # fmt: skip
-    """Launch: dh_pre (rows, I or 2I), a (rows, I) and dweights (rows, tiles of I), whichever is wanted.
-
-    dy is (T, H), or (rows, H) in row order without `gather`. Rows without an expert are not written.
-    """
-    (num_experts, depth, columns), rows = w2.shape, grouping.num_rows
-    if rows == 0 or columns == 0:
-        return
-    (threshold, scale), dropped = _dropout_arguments(hidden_dropout_p, seed)
-    tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
-    _hidden_backward_kernel[(tiles,)](
-        dy, *dy.stride(),
-        w2, *w2.transpose(1, 2).stride(),
-        h_pre, dh_pre, a,
-        weights, dweights, seed,
-        grouping.offsets, grouping.row_to_token,
-        rows, columns, depth, grouping.top_k, threshold, scale,
-        E=num_experts, E_POW2=padded_experts(num_experts),
-        **_gated_options(activation), DROPOUT=dropped, GATHER=gather, HAS_WEIGHTS=weights is not None,
-        STORE_PRE=dh_pre is not None, STORE_A=a is not None, STORE_DWEIGHTS=dweights is not None,
-        **dot_options(dy, columns, depth, config), **config.options(),
-    )  # fmt: skip
+_launch = Launcher(_hidden_kernel)
 
 
 def combine(rows: Tensor, y: Tensor, top_k: int) -> None:
     """Launch: y (T, N) = the sum of each token's assignments in rows (T * top_k, N), in their order."""
     tokens, columns = y.shape
     if y.numel():
-        block = min(1024, triton.next_power_of_2(columns))
-        _combine_kernel[(tokens * triton.cdiv(columns, block),)](rows, y, columns, top_k, BLOCK=block)
-
-
-def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights: Tensor, grouping: Grouping) -> None:
-    """Launch: dweights (T, top_k) = <dy, w2 h + b2> from the parts of <dh, h>; zero for skipped assignments."""
-    rows, num_experts = grouping.num_rows, grouping.num_experts
-    if rows == 0:
-        return
-    block = 16
-    _routing_weights_grad_kernel[(triton.cdiv(rows, block),)](
-        parts,
-        dy, *dy.stride(),
-        b2, *((0, 0) if b2 is None else b2.stride()),
-        dweights,
-        grouping.offsets, grouping.row_to_token,
-        rows, dy.shape[1], parts.shape[1], grouping.top_k,
-        E=num_experts, E_POW2=padded_experts(num_experts), HAS_BIAS=b2 is not None, BLOCK_M=block, BLOCK_N=128,
-    )  # fmt: skip
+        block = min(1024, next_power_of_2(columns))
+        _combine_kernel[(tokens * ceil_div(columns, block),)](rows, y, columns, top_k, BLOCK=block)

@@ -5,7 +5,7 @@
 
 Forward reads the feed-forward's rows through the permutation and writes tokens: 3 T H elements of traffic. Backward
 walks rows in fixed chunks that never cross an expert, keeps the chunk's sums for the norm's parameters in registers,
-and leaves them as partials that `reduce_chunks` adds in order. Everything is computed in float32.
+and leaves them as partials that `add_chunks` adds in order. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.dropout import keep_tile
-from moebert_kernels.kernels.tiles import expert_of_rows, num_chunks, padded_experts, row_chunk
+from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.tiles import ceil_div, expert_of_rows, next_power_of_2, padded_experts, row_chunk
 
 _OUTPUT_STREAM: tl.constexpr = tl.constexpr(dropout.OUTPUT_STREAM)
 
@@ -33,7 +34,7 @@ def _normalised(z, mask, H, eps):
     return centred * rstd[:, None], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _add_norm_kernel(
     X, stride_xt, stride_xh,  # (T, H)
     Ffn,  # (rows, H) by row, contiguous
@@ -66,7 +67,7 @@ def _add_norm_kernel(
     tl.store(Y + token[:, None] * H + column[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _add_norm_backward_kernel(
     DY, stride_yt, stride_yh,  # (T, H)
     X, stride_xt, stride_xh,  # (T, H)
@@ -75,12 +76,12 @@ def _add_norm_backward_kernel(
     NormBias, stride_be, stride_bh,  # (E, H)
     Weights,  # (T,) or null
     DZ, DFfn,  # (rows, H) by row, contiguous; the second may be null
-    DNormWeight, DNormBias,  # (chunks, H) float32, contiguous
+    Sums,  # (2 or 3, chunks, H) float32: of the norm's weight's and bias's gradients, of DFfn
     DWeights,  # (T,) or null
     Seed, Offsets, RowToToken,
-    H, eps, threshold, scale,
+    chunks, H, eps, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, STORE_DFFN: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, STORE_DFFN: tl.constexpr, STORE_DWEIGHTS: tl.constexpr, SUM_DFFN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -94,6 +95,7 @@ def _add_norm_backward_kernel(
     bias = tl.load(NormBias + owner * stride_be + column * stride_bh, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_H,), tl.float32)
     dbias = tl.zeros((BLOCK_H,), tl.float32)
+    dffn = tl.zeros((BLOCK_H,), tl.float32)
     for first in range(row0, end, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
         mask_r = row < end
@@ -120,17 +122,23 @@ def _add_norm_backward_kernel(
         along = tl.sum(dnormed * normed, 1) / H
         dz = (dnormed - mean[:, None] - normed * along[:, None]) * rstd[:, None]
         tl.store(DZ + row[:, None] * H + column[None, :], dz.to(DZ.dtype.element_ty), mask=mask)
+        if DROPOUT:
+            dz = tl.where(keep, dz * scale, 0.0)
+        if SUM_DFFN:
+            dffn += tl.sum(tl.where(mask, dz, 0.0), 0)
         if STORE_DFFN:
-            if DROPOUT:
-                dz = tl.where(keep, dz * scale, 0.0)
             tl.store(DFfn + row[:, None] * H + column[None, :], dz.to(DFfn.dtype.element_ty), mask=mask)
-    tl.store(DNormWeight + chunk.to(tl.int64) * H + column, dweight, mask=inside)
-    tl.store(DNormBias + chunk.to(tl.int64) * H + column, dbias, mask=inside)
+    sums = Sums + chunk.to(tl.int64) * H + column
+    stride = tl.cast(chunks, tl.int64) * H
+    tl.store(sums, dweight, mask=inside)
+    tl.store(sums + stride, dbias, mask=inside)
+    if SUM_DFFN:
+        tl.store(sums + 2 * stride, dffn, mask=inside)
 
 
 def _row_options(columns: int) -> dict[str, int]:
     """A program holds whole rows: several narrow ones or a wide one."""
-    block = max(16, triton.next_power_of_2(columns))
+    block = max(16, next_power_of_2(columns))
     return {"BLOCK_H": block, "num_warps": 4 if block <= 4096 else 8 if block <= 16384 else 16}
 
 
@@ -142,42 +150,78 @@ def add_norm(
     (tokens, columns), num_experts = x.shape, grouping.num_experts
     if x.numel() == 0:
         return
-    options = _row_options(columns)
-    block = max(1, min(4, 4096 // options["BLOCK_H"]))
-    _add_norm_kernel[(triton.cdiv(tokens, block),)](
-        x, *x.stride(),
-        ffn,
-        norm_weight, *norm_weight.stride(),
-        norm_bias, *norm_bias.stride(),
-        weights, y, seed, grouping.offsets, grouping.token_to_row,
-        tokens, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
-        E=num_experts, E_POW2=padded_experts(num_experts),
-        DROPOUT=dropout_p > 0 and seed is not None, HAS_WEIGHTS=weights is not None,
-        BLOCK_T=block, **options,
+
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        options = _row_options(columns)
+        block = max(1, min(4, 4096 // options["BLOCK_H"]))
+        arguments = (
+            x, *x.stride(),
+            ffn,
+            norm_weight, *norm_weight.stride(),
+            norm_bias, *norm_bias.stride(),
+            weights, y, seed, grouping.offsets, grouping.token_to_row,
+            tokens, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+        )  # fmt: skip
+        constants = {
+            "E": num_experts, "E_POW2": padded_experts(num_experts), "DROPOUT": dropout_p > 0 and seed is not None,
+            "HAS_WEIGHTS": weights is not None, "BLOCK_T": block, **options,
+        }  # fmt: skip
+        return (ceil_div(tokens, block),), arguments, constants
+
+    _launch(
+        (
+            x.shape, num_experts, layout(x), ffn.dtype, layout(norm_weight), layout(norm_bias),
+            weights is not None and weights.dtype, eps, dropout_p, seed is None,
+        ),
+        (x, ffn, norm_weight, norm_bias, weights, y, seed, grouping.offsets, grouping.token_to_row),
+        plan,
     )  # fmt: skip
 
 
 def add_norm_backward(
     dy: Tensor, x: Tensor, ffn: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Tensor | None,
-    dz: Tensor, dffn: Tensor | None, dnorm_weight: Tensor, dnorm_bias: Tensor, dweights: Tensor | None,
+    dz: Tensor, dffn: Tensor | None, sums: Tensor, dweights: Tensor | None,
     grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch: dz and dffn (rows, H) by row, the partials dnorm_weight and dnorm_bias (chunks, H), dweights (T,).
+    """Launch: dz and dffn (rows, H) by row, dweights (T,) and sums (2 or 3, chunks, H) float32 over chunks of rows.
+
+    The sums are of the gradients of the norm's weight and bias and, if there is a third, of dffn.
 
     Nothing is written for tokens without an expert.
     """
-    columns, num_experts = x.shape[1], grouping.num_experts
-    options = _row_options(columns)
-    _add_norm_backward_kernel[(num_chunks(grouping.num_rows, num_experts, NORM_CHUNK),)](
-        dy, *dy.stride(),
-        x, *x.stride(),
-        ffn,
-        norm_weight, *norm_weight.stride(),
-        norm_bias, *norm_bias.stride(),
-        weights, dz, dffn, dnorm_weight, dnorm_bias, dweights, seed, grouping.offsets, grouping.row_to_token,
-        columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
-        E=num_experts, E_POW2=padded_experts(num_experts), CHUNK=NORM_CHUNK,
-        DROPOUT=dropout_p > 0 and seed is not None, HAS_WEIGHTS=weights is not None,
-        STORE_DFFN=dffn is not None, STORE_DWEIGHTS=dweights is not None,
-        BLOCK_R=max(1, min(4, 2048 // options["BLOCK_H"])), **options,
+    columns, num_experts, chunks = x.shape[1], grouping.num_experts, sums.shape[1]
+
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        options = _row_options(columns)
+        arguments = (
+            dy, *dy.stride(),
+            x, *x.stride(),
+            ffn,
+            norm_weight, *norm_weight.stride(),
+            norm_bias, *norm_bias.stride(),
+            weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_token,
+            chunks, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+        )  # fmt: skip
+        constants = {
+            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": NORM_CHUNK,
+            "DROPOUT": dropout_p > 0 and seed is not None, "HAS_WEIGHTS": weights is not None,
+            "STORE_DFFN": dffn is not None, "STORE_DWEIGHTS": dweights is not None, "SUM_DFFN": sums.shape[0] == 3,
+            "BLOCK_R": max(1, min(4, 2048 // options["BLOCK_H"])), **options,
+        }  # fmt: skip
+        return (chunks,), arguments, constants
+
+    _launch_backward(
+        (
+            x.shape, num_experts, sums.shape, layout(x), layout(dy), ffn.dtype, layout(norm_weight),
+            layout(norm_bias), weights is not None and weights.dtype, dffn is not None and dffn.dtype,
+            dweights is None, eps, dropout_p, seed is None,
+        ),
+        (
+            dy, x, ffn, norm_weight, norm_bias, weights, dz, dffn, sums, dweights, seed,
+            grouping.offsets, grouping.row_to_token,
+        ),
+        plan,
     )  # fmt: skip
+
+
+_launch, _launch_backward = Launcher(_add_norm_kernel), Launcher(_add_norm_backward_kernel)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.tiles import padded_experts
+from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.tiles import ceil_div, padded_experts
 
 _SPAN = 1024  # tokens of a program
 _COMPARISONS = 8192  # of a block: tokens times experts
@@ -22,7 +23,7 @@ _SPANS_AT_ONCE = 16
 
 
 def num_spans(tokens: int) -> int:
-    return triton.cdiv(tokens, _SPAN)
+    return ceil_div(tokens, _SPAN)
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _block_of(ExpertIds, stride_layer, stride_row, layer, first, rows, E: tl.con
     return row, (ids[:, None] == tl.arange(0, E_POW2)[None, :]).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_layer", "rows", "spans"])
 def _count_kernel(
     ExpertIds, stride_layer, stride_row,  # (L, rows)
     Counts,  # (L, spans, E_POW2) int32
@@ -52,7 +53,7 @@ def _count_kernel(
     tl.store(Counts + (layer * spans + span) * E_POW2 + tl.arange(0, E_POW2), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_layer", "rows", "spans"])
 def _place_kernel(
     ExpertIds, stride_layer, stride_row,  # (L, rows)
     Counts,  # (L, spans, E_POW2) int32
@@ -96,13 +97,17 @@ def group_tokens(
     spans, padded = counts.shape[1:]
     block = max(16, min(_SPAN, _COMPARISONS // padded))
     sizes = {"E": num_experts, "E_POW2": padded, "SPAN": _SPAN, "BLOCK": block}
-    _count_kernel[spans, layers](expert_ids, *expert_ids.stride(), counts, rows, spans, **sizes)
-    _place_kernel[spans, layers](
-        expert_ids, *expert_ids.stride(),
-        counts, offsets, row_to_token, token_to_row,
-        rows, spans,
-        **sizes, SPANS_AT_ONCE=_SPANS_AT_ONCE,
-    )  # fmt: skip
+    key = (layers, rows, num_experts, layout(expert_ids), _SPAN, block, _SPANS_AT_ONCE)
+    ids = (expert_ids, *expert_ids.stride())
+    _launch_count(key, (expert_ids, counts), lambda: ((spans, layers), (*ids, counts, rows, spans), sizes))
 
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+        arguments = (*ids, counts, offsets, row_to_token, token_to_row, rows, spans)
+        return (spans, layers), arguments, sizes | {"SPANS_AT_ONCE": _SPANS_AT_ONCE}
+
+    _launch_place(key, (expert_ids, counts, offsets, row_to_token, token_to_row), plan)
+
+
+_launch_count, _launch_place = Launcher(_count_kernel), Launcher(_place_kernel)
 
 __all__ = ["group_tokens", "num_spans", "padded_experts"]

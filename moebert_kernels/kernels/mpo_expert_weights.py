@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels.config import Precision, precision_of
+from moebert_kernels.kernels.tiles import ceil_div, next_power_of_2
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -46,7 +47,7 @@ PERMUTE_ROWS, PERMUTE_COLUMNS = 32, 64  # of the copy's tiles
 def pick_config(left_rows: int, right_rows: int, precision: Precision) -> FoldConfig:
     """The precision's configuration, with a tile no larger than the block it is for."""
     config = CONFIGS[precision]
-    rows, columns = (max(16, triton.next_power_of_2(size)) for size in (left_rows, right_rows))
+    rows, columns = (max(16, next_power_of_2(size)) for size in (left_rows, right_rows))
     return replace(config, BLOCK_A=min(config.BLOCK_A, rows), BLOCK_B=min(config.BLOCK_B, columns))
 
 
@@ -149,7 +150,7 @@ def fold(
     precision = precision_of(central.dtype)
     if config is None:
         config = pick_config(rows, columns, precision)
-    tiles = triton.cdiv(rows, config.BLOCK_A) * triton.cdiv(columns, config.BLOCK_B)
+    tiles = ceil_div(rows, config.BLOCK_A) * ceil_div(columns, config.BLOCK_B)
     _fold_kernel[(tiles * central.shape[1] * central.shape[2], num_experts)](
         left, central, right, w, offsets,
         rows, columns, bond, next_bond, left_columns, columns // right_columns, right_columns, *central.shape[1:3],
@@ -167,7 +168,7 @@ def permute(
     """Launch: w (E, I i K, J j Q) as (E, I J i j, K Q), both contiguous; zeros for experts without rows."""
     num_experts, rows, columns = permuted.shape
     slices = central_rows * central_columns
-    tiles = triton.cdiv(rows, PERMUTE_ROWS) * triton.cdiv(columns, PERMUTE_COLUMNS)
+    tiles = ceil_div(rows, PERMUTE_ROWS) * ceil_div(columns, PERMUTE_COLUMNS)
     _permute_kernel[(tiles, num_experts)](
         w, permuted, offsets,
         rows // slices, columns, left_columns, columns // right_columns, right_columns, central_rows, central_columns,

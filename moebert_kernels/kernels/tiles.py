@@ -10,6 +10,15 @@ import triton
 import triton.language as tl
 
 
+# Not triton.cdiv and triton.next_power_of_2, which take 10 us each on the host.
+def ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
 def num_row_tiles(rows: int, num_experts: int, block: int) -> int:
     """The most tiles of `block` rows that E experts and the skipped rows can have together, whatever the routing."""
     return rows // block + num_experts + 1
@@ -22,7 +31,7 @@ def num_chunks(rows: int, num_experts: int, chunk: int) -> int:
 
 def padded_experts(num_experts: int) -> int:
     """Room for the offsets: E experts and the skipped rows, a power of two."""
-    return triton.next_power_of_2(num_experts + 1)
+    return next_power_of_2(num_experts + 1)
 
 
 @triton.jit
@@ -54,12 +63,12 @@ def row_chunk(Offsets, chunk, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def chunks_of(Offsets, expert, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr):
-    """First chunk of an expert, and the one past its last."""
+def chunks_of(Offsets, expert, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr):
+    """First chunk of an expert, and the one past its last. LEAST: chunks of an expert without rows."""
     e = tl.arange(0, E_POW2)
     first = tl.load(Offsets + e, mask=e < E, other=0)
     end = tl.load(Offsets + e + 1, mask=e < E, other=0)
-    chunks = tl.where(e < E, tl.maximum((end - first + CHUNK - 1) // CHUNK, 1), 0)
+    chunks = tl.where(e < E, tl.maximum((end - first + CHUNK - 1) // CHUNK, LEAST), 0)
     before = tl.sum(tl.where(e < expert, chunks, 0), 0)
     return before, before + tl.sum(tl.where(e == expert, chunks, 0), 0)
 
@@ -71,3 +80,25 @@ def expert_of_rows(Offsets, rows, E: tl.constexpr, E_POW2: tl.constexpr):
     end = tl.load(Offsets + e + 1, mask=e < E, other=0)
     passed = (rows[:, None] >= end[None, :]) & (e < E)[None, :]
     return tl.sum(passed.to(tl.int32), 1)
+
+
+@triton.jit
+def _column_halves(tile):
+    by_half = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(by_half, (0, 2, 1)))
+
+
+@triton.jit
+def column_slices(tile, SLICES: tl.constexpr):
+    """1, 2 or 4 equal parts of a tile's columns. A thread of a matrix product's tile holds columns of each."""
+    if SLICES == 1:
+        slices = (tile,)
+    elif SLICES == 2:
+        slices = _column_halves(tile)
+    else:
+        tl.static_assert(SLICES == 4)
+        left, right = _column_halves(tile)
+        first, second = _column_halves(left)
+        third, last = _column_halves(right)
+        slices = (first, second, third, last)
+    return slices

@@ -61,12 +61,17 @@ class Call(NamedTuple):
     task_ids: Tensor | int | None = None
 
 
-_local = threading.local()
+class _Local(threading.local):
+    def __init__(self) -> None:  # in each thread, so that its second forward finds what the first one compiled for
+        self.call: Call | None = None
+
+
+_local = _Local()
 
 
 def current() -> Call:
     """The innermost call that runs in this thread; an empty one where none does."""
-    return getattr(_local, "call", None) or Call()
+    return _local.call or Call()
 
 
 class entered:
@@ -76,7 +81,7 @@ class entered:
         self.call = call
 
     def __enter__(self) -> Call:
-        self.before = getattr(_local, "call", None)
+        self.before = _local.call
         _local.call = self.call
         return self.call
 

@@ -36,6 +36,7 @@ class Experts(nn.Module):
         UserError: an unknown activation or bias.
     """
 
+    adds_residual = False  # whether the outputs have the residual and a LayerNorm in them
     b1: Tensor | None
     b2: Tensor | None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -37,6 +38,32 @@ def check_not_traced(op: str) -> None:
             f"{op}: expected a call that torch.jit.trace does not record, got one: the trace would route every input "
             "as its example; use torch.export"
         )
+
+
+_PASSED: set[tuple[object, ...]] = set()  # calls that passed their checks, by all that these look at
+_MOST_PASSED = 4096
+
+
+def checked_once(check: Callable[[], None], tensors: Sequence[Tensor | None], *values: object) -> None:
+    """Run `check`, unless a call whose tensors and values look the same has passed it.
+
+    What cannot be a key (symbolic sizes, arguments of wrong types) is checked at every call.
+    """
+    if torch.compiler.is_compiling():
+        check()
+        return
+    try:
+        looks = [t if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_neg()) for t in tensors]
+        key = (check.__code__, *looks, *values, *map(type, values))
+        if key in _PASSED:
+            return
+    except (AttributeError, TypeError, RuntimeError):
+        check()
+        return
+    check()
+    if len(_PASSED) >= _MOST_PASSED:
+        _PASSED.clear()
+    _PASSED.add(key)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -183,6 +210,11 @@ def check_features(x: Tensor) -> None:
     check_tensor("x", x)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x: expected shape (..., H) with H >= 1, got {tuple(x.shape)}")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., H) -> (T, H)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def check_eps(eps: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from moebert_kernels import backend
@@ -89,12 +90,19 @@ class Differentiable:
         if opaque:
             return self._forward_op(*args)[0]
         if transformed() or (torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._differentiable)):
-            return self._eager.apply(*args)[0]
+            return apply(self._eager, *args)[0]
         return self._forward(*args)[0]
 
     def needs_saving(self, *tensors: Tensor | None) -> bool:
         """Whether backward may run, and forward has something to keep for it."""
         return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply` of all arguments: it looks for defaults by `inspect.signature`, which takes 40 us."""
+    if transformed():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
 
 
 def first_order(name: str) -> type[torch.autograd.Function]:
@@ -143,7 +151,7 @@ def without_derivative(name: str, backward: Callable[..., Any]) -> Callable[...,
         backward = staticmethod(second_derivative(name))
 
     def run(*args: Any) -> Any:
-        return Once.apply(*args) if torch.is_grad_enabled() or transformed() else backward(*args)
+        return apply(Once, *args) if torch.is_grad_enabled() or transformed() else backward(*args)
 
     return run
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from moebert_kernels import backend, dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import (
+    as_rows,
     autocast_dtype,
     check_dtypes_and_devices,
     check_features,
@@ -14,6 +15,7 @@ from moebert_kernels.ops._checks import (
     check_not_traced,
     check_probability,
     check_seed,
+    checked_once,
     inside_op,
     opaque,
     to_dtype,
@@ -55,20 +57,24 @@ def fused_moe_ffn(
     Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.
     """
     check_not_traced("fused_moe_ffn")
-    check_features(x)
-    check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
-    check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_seed(dropout_seed, x)
+
+    def check() -> None:
+        check_features(x)
+        check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
+        check_probability("hidden_dropout_p", hidden_dropout_p)
+        check_seed(dropout_seed, x)
+        check_dtypes_and_devices("x", x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2})
+
+    cast_to = autocast_dtype(x) if isinstance(x, Tensor) else None
+    checked_once(check, (x, w1, b1, w2, b2, dropout_seed), activation, hidden_dropout_p, cast_to)
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=None)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
-    tensors = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "routing_weights": routing_weights}
-    check_dtypes_and_devices("x", x, tensors)
+    if routing_weights is not None:
+        check_dtypes_and_devices("x", x, {"routing_weights": routing_weights})
     if hidden_dropout_p > 0 and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
-    flat, *weights, routing_weights = to_dtype(
-        autocast_dtype(x), x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, routing_weights
-    )
+    flat, *weights, routing_weights = to_dtype(cast_to, as_rows(x), w1, b1, w2, b2, routing_weights)
     trains, one_node = _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights), opaque(x)
     if isinstance(routing, Tensor) and not (trains or one_node or hidden_dropout_p):
         y = inferred_from_ids("fused_moe_ffn", flat, routing, *weights, routing_weights, activation)
@@ -79,7 +85,7 @@ def fused_moe_ffn(
         one_node, flat, *weights, routing_weights, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
         dropout_seed, top_k, activation, float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
-    return y.view(x.shape)
+    return y if x.ndim == 2 else y.view(x.shape)
 
 
 def _forward(

@@ -8,6 +8,7 @@ from torch import Tensor
 from moebert_kernels import backend, dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import (
+    as_rows,
     autocast_dtype,
     check_dtypes_and_devices,
     check_eps,
@@ -17,6 +18,7 @@ from moebert_kernels.ops._checks import (
     check_probability,
     check_seed,
     check_shape,
+    checked_once,
     inside_op,
     opaque,
     to_dtype,
@@ -66,29 +68,34 @@ def fused_moe_ffn_add_norm(
     `moebert_kernels.reference.fused_moe_ffn_add_norm`.
     """
     check_not_traced("fused_moe_ffn_add_norm")
-    check_features(x)
-    hidden = x.shape[-1]
-    check_ffn_weights(hidden, w1, b1, w2, b2, activation)
-    check_shape("norm_weight", norm_weight, {"E": w1.shape[0], "H": hidden})
-    check_shape("norm_bias", norm_bias, {"E": w1.shape[0], "H": hidden})
-    check_probability("dropout_p", dropout_p)
-    check_probability("hidden_dropout_p", hidden_dropout_p)
-    check_eps(eps)
-    check_seed(dropout_seed, x)
+
+    def check() -> None:
+        check_features(x)
+        check_ffn_weights(x.shape[-1], w1, b1, w2, b2, activation)
+        check_shape("norm_weight", norm_weight, {"E": w1.shape[0], "H": x.shape[-1]})
+        check_shape("norm_bias", norm_bias, {"E": w1.shape[0], "H": x.shape[-1]})
+        check_probability("dropout_p", dropout_p)
+        check_probability("hidden_dropout_p", hidden_dropout_p)
+        check_eps(eps)
+        check_seed(dropout_seed, x)
+        weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias}
+        check_dtypes_and_devices("x", x, weights)
+
+    gemm_dtype = autocast_dtype(x) if isinstance(x, Tensor) else None
+    checked_once(
+        check, (x, w1, b1, w2, b2, norm_weight, norm_bias, dropout_seed),
+        activation, dropout_p, hidden_dropout_p, eps, gemm_dtype,
+    )  # fmt: skip
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=1)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
-    tensors = {
-        "w1": w1, "b1": b1, "w2": w2, "b2": b2, "norm_weight": norm_weight, "norm_bias": norm_bias,
-        "routing_weights": routing_weights,
-    }  # fmt: skip
-    check_dtypes_and_devices("x", x, tensors)
+    if routing_weights is not None:
+        check_dtypes_and_devices("x", x, {"routing_weights": routing_weights})
     if (dropout_p > 0 or hidden_dropout_p > 0) and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
-    gemm_dtype = autocast_dtype(x)
     weights = to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
-    flat, *norm = to_dtype(add_dtype, x.reshape(-1, hidden), norm_weight, norm_bias, routing_weights)
+    flat, *norm = to_dtype(add_dtype, as_rows(x), norm_weight, norm_bias, routing_weights)
     trains, one_node = _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm), opaque(x)
     if isinstance(routing, Tensor) and not (trains or one_node or dropout_p or hidden_dropout_p):
         y = inferred_from_ids("fused_moe_ffn_add_norm", flat, routing, *weights, *norm, float(eps), activation)
@@ -99,7 +106,7 @@ def fused_moe_ffn_add_norm(
         one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
         dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
-    return y.view(x.shape)
+    return y if x.ndim == 2 else y.view(x.shape)
 
 
 def _forward(

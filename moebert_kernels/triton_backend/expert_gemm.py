@@ -1,19 +1,27 @@
-"""Grouped GEMM: one launch forward; backward one for dx and one or two for dw and db."""
+"""Grouped GEMM: one launch forward; backward one for dx and two each for dw and db."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.config import Device, pick_chunk, pick_config
+from moebert_kernels.kernels.column_sums import SUMS_CHUNK, add_chunks, column_sums
+from moebert_kernels.kernels.config import (
+    Config,
+    Device,
+    Precision,
+    pick_config,
+    precision_of,
+    programs_per_multiprocessor,
+)
 from moebert_kernels.kernels.expert_gemm import expert_gemm
-from moebert_kernels.kernels.expert_gemm_weights import expert_gemm_weights, reduce_chunks
+from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights
 from moebert_kernels.kernels.fused_moe_ffn import combine
-from moebert_kernels.kernels.tiles import num_chunks
+from moebert_kernels.kernels.tiles import ceil_div, num_chunks
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
@@ -32,8 +40,8 @@ def backward(
         dx = rows_times_weights(dy, w.transpose(1, 2), grouping)
     elif needs[0]:
         dx = forward(dy, w.transpose(1, 2), None, grouping, gather=False)
-    dw, db = weight_gradients(dy, x, grouping, needs[1], needs[2], gather_b=gather)
-    return dx, dw, db
+    dw = weight_gradients([(dy, x, False, gather)], grouping)[0] if needs[1] else None
+    return dx, dw, bias_gradient(dy, grouping) if needs[2] else None
 
 
 def rows_times_weights(
@@ -49,35 +57,56 @@ def rows_times_weights(
     return y
 
 
-def weight_gradients(
-    a: Tensor, b: Tensor, grouping: Grouping, need_dw: bool, need_db: bool, *,
-    weights: Tensor | None = None, gather_a: bool = False, gather_b: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """dw (E, M, N) = a.T @ b and db (E, M) = sum of weights * a, over each expert's rows; zero where it has none."""
-    if not (need_dw or need_db):
-        return None, None
-    rows, num_experts, (depth_a, depth_b) = grouping.num_rows, grouping.num_experts, (a.shape[1], b.shape[1])
-    device = Device.of(a.device)
-    config = pick_config("weights", rows, num_experts, depth_a, depth_b, a.dtype, device)
-    tiles = math.ceil(depth_a / config.BLOCK_M) * math.ceil(depth_b / config.BLOCK_N)
-    chunk = pick_chunk(rows, tiles, device)
-    split = rows > chunk
+def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], grouping: Grouping) -> list[Tensor]:
+    """dw (E, M, N) = a.T @ b over each expert's rows, of one or two (a, b, gather_a, gather_b); zero where it has none.
 
-    slots = num_chunks(rows, num_experts, chunk) if split else num_experts
-    partial_dtype = torch.float32 if split else a.dtype
-    dw = a.new_empty(slots, depth_a, depth_b, dtype=partial_dtype) if need_dw else None
-    db = a.new_empty(slots, depth_a, dtype=partial_dtype) if need_db else None
-    expert_gemm_weights(
-        a, b, dw, db, grouping, chunk=chunk, config=config, split=split,
-        weights=weights, gather_a=gather_a, gather_b=gather_b,
-    )  # fmt: skip
-    if split:
-        dw, db = (None if t is None else sum_chunks(t, grouping, chunk, a.dtype) for t in (dw, db))
-    return dw, db
+    All tensors of one dtype. One launch for both products, and one that adds the partial sums.
+    """
+    num_experts, a = grouping.num_experts, pairs[0][0]
+    gathers = any(pair[2] or pair[3] for pair in pairs)
+    sizes = tuple((a.shape[1], b.shape[1]) for a, b, *_ in pairs)
+    config, programs = _plan(
+        grouping.num_rows, num_experts, sizes, precision_of(a.dtype), a.dtype, gathers, Device.of(a.device)
+    )
+    partials = a.new_empty((2 * programs, config.BLOCK_M, config.BLOCK_N), dtype=torch.float32)
+    products = [
+        Product(_adjacent(a), _adjacent(b), a.new_empty((num_experts, m, n)), gather_a, gather_b)
+        for (a, b, gather_a, gather_b), (m, n) in zip(pairs, sizes, strict=True)
+    ]
+    expert_gemm_weights(products, partials, grouping, config=config)
+    return [product.dw for product in products]
 
 
-def sum_chunks(partials: Tensor, grouping: Grouping, chunk: int, dtype: torch.dtype) -> Tensor:
-    """(chunks, ...) -> (E, ...)."""
-    total = partials.new_empty(grouping.num_experts, *partials.shape[1:], dtype=dtype)
-    reduce_chunks(partials, total, grouping.offsets, chunk)
+@lru_cache(maxsize=4096)
+def _plan(
+    rows: int, num_experts: int, sizes: tuple[tuple[int, int], ...], precision: Precision, dtype: torch.dtype,
+    gathers: bool, device: Device,
+) -> tuple[Config, int]:  # fmt: skip
+    """The tile, and how many programs share the steps: as many as run at once, but no more than there are steps."""
+    config = pick_config("weights", rows, num_experts, *sizes[0], dtype, device)
+    if gathers:
+        config = config.gathering()
+    tiles = sum(ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) for m, n in sizes)
+    slots = device.multiprocessors * max(1, programs_per_multiprocessor(config, "weights", precision, device))
+    return config, min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))
+
+
+def _adjacent(rows: Tensor) -> Tensor:
+    """With neighbouring columns in neighbouring places."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def bias_gradient(a: Tensor, grouping: Grouping, *, weights: Tensor | None = None, gather: bool = False) -> Tensor:
+    """db (E, N) = sum of weights * a over each expert's rows; zero where it has none. Two launches."""
+    sums = a.new_empty(
+        1, num_chunks(grouping.num_rows, grouping.num_experts, SUMS_CHUNK), a.shape[1], dtype=torch.float32
+    )
+    column_sums(a, sums[0], grouping, weights=weights, gather=gather)
+    return sum_chunks(sums, grouping, SUMS_CHUNK, a.dtype)[0]
+
+
+def sum_chunks(partials: Tensor, grouping: Grouping, chunk: int, dtype: torch.dtype, least: int = 1) -> Tensor:
+    """(S, chunks, N) -> (S, E, N); `least` chunks have experts without rows."""
+    total = partials.new_empty(partials.shape[0], grouping.num_experts, partials.shape[2], dtype=dtype)
+    add_chunks(partials, total, grouping.offsets, chunk, least)
     return total

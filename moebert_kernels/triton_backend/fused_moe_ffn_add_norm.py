@@ -49,7 +49,7 @@ def backward(
     seed: Tensor | None, needs: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
-    need_dnorm_weight, need_dnorm_bias, need_dweights = needs[5:]
+    need_db2, (need_dnorm_weight, need_dnorm_bias, need_dweights) = needs[4], needs[5:]
     rows = grouping.num_rows
     if ffn.shape[0] < rows:
         ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
@@ -57,21 +57,23 @@ def backward(
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
     dffn = w1.new_empty(rows, x.shape[1]) if apart else dz
     chunks = num_chunks(rows, grouping.num_experts, NORM_CHUNK)
-    weight_partials = x.new_empty(chunks, x.shape[1], dtype=torch.float32)
-    bias_partials = torch.empty_like(weight_partials)
+    partials = x.new_empty(2 + need_db2, chunks, x.shape[1], dtype=torch.float32)
     dweights = x.new_zeros(grouping.num_tokens, 1) if need_dweights else None
     add_norm_backward(
         dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None,
-        weight_partials, bias_partials, dweights, grouping, eps, dropout_p, seed,
+        partials, dweights, grouping, eps, dropout_p, seed,
     )  # fmt: skip
-    dnorm_weight, dnorm_bias = (
-        sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype) if need else None
-        for partials, need in ((weight_partials, need_dnorm_weight), (bias_partials, need_dnorm_bias))
-    )
+    dnorm_weight = dnorm_bias = db2 = None
+    if need_dnorm_weight or need_dnorm_bias or need_db2:
+        sums = sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype)
+        dnorm_weight = sums[0] if need_dnorm_weight else None
+        dnorm_bias = sums[1] if need_dnorm_bias else None
+        db2 = sums[2].to(w2.dtype) if need_db2 else None
     grads = ffn_gradients(
-        dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, needs[:5]
+        dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed,
+        (*needs[:4], False),
     )  # fmt: skip
-    return [*grads, dnorm_weight, dnorm_bias, dweights]
+    return [*grads[:4], db2, dnorm_weight, dnorm_bias, dweights]
 
 
 def ffn_gradients(

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -26,6 +27,19 @@ def test_every_way_to_call_it(kind):
         assert torch.equal(model(**inputs, return_dict=False)[0], expected)
         encoded = model.bert.forward(**inputs)
         assert torch.equal(model.classifier(encoded.pooler_output), expected)
+
+
+@pytest.mark.slow
+def test_the_second_forward_of_a_thread_runs_what_the_first_one_compiled():
+    torch.compiler.reset()
+    model, inputs, outputs = converted("bert"), make_inputs("bert"), []
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    run = threading.Thread(target=lambda: outputs.extend(hidden(compiled, inputs) for _ in range(2)))
+    torch._dynamo.utils.counters.clear()
+    run.start()
+    run.join()
+    assert len(outputs) == 2 and torch.equal(*outputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("family", ["bert", "megatron-bert"])

@@ -128,8 +128,6 @@ using std::min;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return std::exp(x); }
 
 template <typename T>
 T __ldg(const T* address) {
@@ -141,6 +139,9 @@ namespace mbk {
 inline unsigned char* dynamic_shared() { return emulation::Machine::instance().block().shared; }
 
 inline int64_t opaque(int64_t value) { return value; }
+
+inline float fast_reciprocal(float x) { return 1.0f / x; }
+inline float fast_exp2(float x) { return std::exp2(x); }
 
 template <typename T>
 void store_volatile(T* address, T value) {

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from moebert_kernels.kernels import config
-from moebert_kernels.kernels.config import CANDIDATES, Device, pick_chunk, pick_config, predicted_us
+from moebert_kernels.kernels.config import CANDIDATES, Config, Device, candidates, pick_config, predicted_us
 
 H200 = Device(90, 132)
 BERT = (4, 768, 768)  # E, N, K
@@ -48,8 +48,8 @@ def test_the_choice_is_good_for_ragged_counts_not_only_for_balanced_ones(rows):
 
     def microseconds(candidate, counts):
         tiles = sum(math.ceil(n / candidate.BLOCK_M) for n in counts) * math.ceil(768 / candidate.BLOCK_N)
-        slots = H200.multiprocessors * config.programs_per_multiprocessor(candidate, "half")
-        fixed, step = config.estimated_us(candidate, "half")
+        slots = H200.multiprocessors * config.programs_per_multiprocessor(candidate, "rows", "half", H200)
+        fixed, step = config.estimated_us(candidate, "rows", "half", H200)
         return math.ceil(tiles / slots) * (fixed + 768 / candidate.BLOCK_K * step)
 
     routings = [torch.bincount(torch.randint(0, 4, (rows,)), minlength=4).tolist() for _ in range(50)]
@@ -64,17 +64,49 @@ def test_a_measured_table_decides(monkeypatch):
     assert min(CANDIDATES["half"]["rows"], key=lambda c: predicted_us(c, "rows", "half", 4096, *BERT, H200)) == fast
 
 
-@pytest.mark.parametrize("rows", [1, 300, 16384, 65536, 2**24])
-def test_chunks_are_powers_of_two_for_about_four_waves(rows):
-    chunk = pick_chunk(rows, 36, H200)
-    assert chunk >= 256 and chunk & (chunk - 1) == 0
-    if chunk > 256:
-        assert 2 <= rows / chunk * 36 / 132 <= 4.1
+KINDS = ["rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights"]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [1, 1000, 10**5])
+def test_what_is_chosen_fits_into_shared_memory(rows, kind, arch):
+    device = Device(arch, 100)
+    for dtype in (torch.bfloat16, torch.float32):
+        chosen, precision = pick(rows, kind, dtype, device=device), config.precision_of(dtype)
+        if kind == "weights":
+            chosen = chosen.gathering()
+        assert config.resources_of(chosen, kind, precision, device)[1] <= device.shared_bytes - 1024
+        assert chosen.BLOCK_N < 256 or arch in (90, 100)
+
+
+def test_every_tile_was_compiled_for_every_kind():
+    """No guess stands behind a choice in 16 bits."""
+    for arch in (80, 90, 100):
+        for kind in KINDS:
+            table = config._occupancy()[f"sm_{arch}"][f"half-{kind}"]
+            assert all(candidate.name() in table for candidate in candidates(kind, "half", arch))
+
+
+@pytest.mark.parametrize("kind", ["rows", "hidden", "backward", "gated", "gated_backward"])
+def test_two_tiles_of_128_by_128_share_a_multiprocessor_of_hopper(kind):
+    tile = Config(128, 128, 64, 8, 3)
+    tile = tile.narrowed(config.GATED_ACCUMULATORS) if kind.startswith("gated") else tile
+    assert config.programs_per_multiprocessor(tile, kind, "half", H200) == 2
+
+
+def test_many_rows_take_the_widest_tiles_on_hopper():
+    assert (pick(65536).BLOCK_M, pick(65536).BLOCK_N) == (128, 256)
+    assert pick(65536, "weights").BLOCK_N == 256
+
+
+def test_a_device_without_the_shared_memory_has_no_such_program():
+    assert config.programs_per_multiprocessor(Config(128, 256, 64, 8, 3), "rows", "half", Device(86, 84)) == 0
 
 
 def test_narrowing_limits_the_elements_of_a_thread():
-    for candidates in CANDIDATES.values():
-        for candidate in candidates["rows"]:
+    for tiles in CANDIDATES.values():
+        for candidate in tiles["rows"]:
             narrow = candidate.narrowed(16)
             assert narrow.BLOCK_N == 16 or 16 * 32 * narrow.num_warps >= narrow.BLOCK_M * narrow.BLOCK_N
             assert narrow.BLOCK_N <= candidate.BLOCK_N

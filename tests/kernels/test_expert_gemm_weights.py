@@ -1,0 +1,78 @@
+"""Weight gradients in one order of steps, whatever programs share it, and the sums beside them."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moebert_kernels import group_tokens
+from moebert_kernels.kernels.column_sums import add_chunks, column_sums
+from moebert_kernels.kernels.config import Config
+from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights, num_programs
+from moebert_kernels.kernels.tiles import num_chunks
+
+CONFIG = Config(16, 32, 16, 4, 2)
+E = 4
+ROUTINGS = {
+    "even": torch.arange(90) % E,
+    "skewed": torch.where(torch.arange(90) < 70, 2, 0),  # 1 and 3 have no rows
+    "skipped": torch.arange(90) % (E + 1) - 1,
+    "none": torch.full((5,), -1),
+}
+
+
+@pytest.fixture(params=ROUTINGS)
+def grouping(request, device):
+    return group_tokens(ROUTINGS[request.param].to(device), E)
+
+
+def rows_of(grouping):
+    """The tokens of each expert."""
+    bounds = grouping.offsets.tolist()
+    return [grouping.row_to_token[first:end].long() for first, end in itertools.pairwise(bounds)]
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7, 1000])
+def test_two_products(grouping, programs, device):
+    tokens = grouping.num_rows
+    x, dy = torch.randn(tokens, 40, device=device), torch.randn(tokens, 20, device=device)
+    order = grouping.row_to_token.long()
+    products = [
+        Product(dy[order], x, x.new_empty(E, 20, 40), False, True),
+        Product(x, dy[order], x.new_empty(E, 40, 20), True, False),
+    ]
+    count = num_programs(products, grouping, CONFIG, programs)
+    assert count <= programs
+    expert_gemm_weights(products, x.new_empty(2 * count, 16, 32), grouping, config=CONFIG)
+    for e, mine in enumerate(rows_of(grouping)):
+        wanted = dy[mine].double().T @ x[mine].double()
+        torch.testing.assert_close(products[0].dw[e].double(), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(products[1].dw[e].double(), wanted.T, rtol=1e-5, atol=1e-5)
+
+
+def test_one_product_has_the_same_bits_every_time(grouping, device):
+    a, b = torch.randn(grouping.num_rows, 20, device=device), torch.randn(grouping.num_rows, 40, device=device)
+
+    def dw():
+        product = Product(a, b, a.new_empty(E, 20, 40))
+        count = num_programs([product], grouping, CONFIG, 5)
+        expert_gemm_weights([product], a.new_empty(2 * count, 16, 32), grouping, config=CONFIG)
+        return product.dw
+
+    assert torch.equal(dw(), dw())
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_column_sums(grouping, gather, device, monkeypatch):
+    monkeypatch.setattr("moebert_kernels.kernels.column_sums.SUMS_CHUNK", 16)
+    a, p = torch.randn(grouping.num_rows, 200, device=device), torch.rand(grouping.num_rows, 1, device=device)
+    partials = a.new_empty(1, num_chunks(grouping.num_rows, E, 16), 200)
+    column_sums(a, partials[0], grouping, weights=p, gather=gather)
+    sums = a.new_empty(1, E, 200)
+    add_chunks(partials, sums, grouping.offsets, 16)
+    for e, mine in enumerate(rows_of(grouping)):
+        first = int(grouping.offsets[e])
+        rows = mine if gather else torch.arange(first, first + len(mine), device=device)
+        torch.testing.assert_close(sums[0, e], (p[mine] * a[rows]).sum(0), rtol=1e-5, atol=1e-5)
