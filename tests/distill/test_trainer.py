@@ -18,7 +18,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
 from tests.distill.tiny_text import tiny_gpt2, tiny_mpoe
-from tests.distill.tiny_trainer import settings, terms_of, text_data, tiny_data, tiny_tokenizer, trainer
+from tests.distill.tiny_trainer import mostly_slow, settings, terms_of, text_data, tiny_data, tiny_tokenizer, trainer
 
 GATED = MoEConfig.moebert(router="gate-token", load_balance=0.5)
 
@@ -45,7 +45,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_slow(RUNS, {"gates, whose balance is of the whole window", "masked"}))
 def test_accumulation_equals_the_large_batch(name, tmp_path):
     """4 x 8 sequences are 32 of them, also in the epoch's last window, of 8 and 4.
 
@@ -88,7 +88,7 @@ def test_without_labels_the_teacher_alone_is_followed(tmp_path):
     assert judged["eval_loss"] < 1.5 * terms_of(run, "loss")[-1]
 
 
-@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("dtype", mostly_slow([None, "float16"], {None}))
 def test_kept_teacher_outputs_train_as_the_live_teacher(dtype, tmp_path):
     ended = []
     for options in ({}, {"teacher_outputs": str(tmp_path / "kept"), "teacher_outputs_dtype": dtype}):

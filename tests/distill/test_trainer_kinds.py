@@ -17,7 +17,7 @@ from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import VOCAB, assert_same_weights, tiny_bert, weights
 from tests.distill.tiny_text import tiny_gpt2, tiny_t5
-from tests.distill.tiny_trainer import terms_of, text_data, tiny_data, tiny_tokenizer, trainer
+from tests.distill.tiny_trainer import mostly_slow, terms_of, text_data, tiny_data, tiny_tokenizer, trainer
 
 
 def bert(head, seed=0):
@@ -58,7 +58,7 @@ KINDS = {  # what it predicts -> a model by its seed, the objective, and what co
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", mostly_slow(KINDS, {"questions", "masked"}))
 def test_a_converted_model_of_each_kind_follows_its_teacher(name, tmp_path):
     make, objective, collate = KINDS[name]
     teacher, experts = make(1), {"experts": "copy", "num_experts": 2}
@@ -110,6 +110,7 @@ def test_the_best_model_is_loaded_at_the_end_and_from_its_folder(tmp_path):
     assert_same_weights(best, weights(run.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bfloat16", "recomputed"])
 def test_trainers_own_options_train_the_same_model(options, tmp_path):
     ended = []

@@ -1,5 +1,6 @@
 """Data and settings small enough to train in a second, for `MoETrainer`."""
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -32,6 +33,11 @@ def text_data(count=13, length=9):
     rows = torch.randint(2, 50, (count, length), generator=generator).tolist()
     labels = [row[: 2 + number % 7] + [-100] * (length - 2 - number % 7) for number, row in enumerate(rows)]
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * count, "labels": labels})
+
+
+def mostly_slow(names, fast):
+    """Parameters of a test, of which those that are not `fast` wait for `-m slow`."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def settings(folder, **options):
