@@ -103,6 +103,14 @@ def test_kept_teacher_outputs_train_as_the_live_teacher(dtype, tmp_path):
         assert_same_weights(kept.model, weights(live.model), tolerance=1e-6)
 
 
+def test_outputs_are_kept_of_data_with_a_length(tmp_path):
+    with pytest.raises(UserError, match=r"teacher_outputs: expected training data as datasets.Dataset, got IterableD"):
+        trainer(
+            tmp_path, data=tiny_data().to_iterable_dataset(), teacher=tiny_bert(1), max_steps=2,
+            objective=LayerwiseObjective("classification"), teacher_outputs=str(tmp_path / "kept"),
+        )  # fmt: skip
+
+
 def test_predictions_are_in_the_order_of_the_rows(tmp_path):
     """transformers' own are in that of its sampler, where it groups by length."""
     data = tiny_data(17, seed=3)
