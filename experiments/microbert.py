@@ -28,6 +28,9 @@ import torch
 from filelock import FileLock, Timeout  # comes with torch
 
 from moebert_kernels.convert import StudentShape, convert_to_moe, make_student, merge, parameter_counts
+from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import TASKS, TaskData, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import millions, write_report
 from moebert_kernels.demo.run import machine, step
@@ -37,14 +40,11 @@ from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.features import Batches, Features, tokenize
-from moebert_kernels.distill.held_out import hold_out
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
-from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
 from moebert_kernels.distill.recipe import Recipe, load_recipe
 from moebert_kernels.distill.student import fit_recipe
-from moebert_kernels.distill.tasks import TASKS, TaskData, load_task
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.layers import MoEConfig
 

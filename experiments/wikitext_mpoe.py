@@ -31,11 +31,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from moebert_kernels.convert import convert_to_moe, parameter_counts
+from moebert_kernels.data.files import find_split_files, read_text
 from moebert_kernels.demo.report import millions
 from moebert_kernels.demo.run import machine, step
 from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.checkpoint import write_text
-from moebert_kernels.distill.data_files import find_split_files, read_text
 from moebert_kernels.distill.features import Batches, Features
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.language import PerplexityEvaluator, text_features

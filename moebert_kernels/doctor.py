@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import moebert_kernels
-from moebert_kernels import backend, native, reference
+from moebert_kernels import backend, cpu, native, reference
 from moebert_kernels.accuracy import error_and_bound
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
@@ -38,6 +38,7 @@ def collect() -> dict[str, Any]:
             "cpu": _probe(_cpu_name),
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
+            "serving on the cpu": _probe(_serving),
             "cuda": torch.version.cuda or "this torch is built without CUDA",
             "gpus": _probe(_gpus),
         },
@@ -117,7 +118,7 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(str(item) for item in value) or "none"
     if isinstance(value, dict):
-        return "; ".join(f"{name}: {item}" for name, item in value.items()) or "none"
+        return "; ".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
     return str(value)
 
 
@@ -128,6 +129,16 @@ def _cpu_name() -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _serving() -> dict[str, Any]:
+    """What a prepared model can use; which of the engines runs is measured at preparation."""
+    return {
+        "int8 instructions": cpu.has_int8_instructions(),
+        "bfloat16 instructions": cpu.has_bfloat16_instructions(),
+        "int8 engines": ", ".join(e for e in torch.backends.quantized.supported_engines if e in ("fbgemm", "onednn")),
+        "oneDNN": torch.backends.mkldnn.is_available(),
+    }
 
 
 def _gpus() -> list[str]:

@@ -47,7 +47,7 @@ def imported_packages(folder: str) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_a_dependency_or_in_an_extra():
-    assert imported_packages(".") <= BASE | EXTRAS["train"] | EXTRAS["demo"]
+    assert imported_packages(".") <= BASE | EXTRAS["train"] | EXTRAS["demo"] | EXTRAS["serve"]
 
 
 @pytest.mark.parametrize("folder", ["ops", "torch_backend", "triton_backend", "cuda_backend", "kernels", "nn"])

@@ -19,7 +19,7 @@ MAX_LINES = 400
 
 # Low to high. A module imports from the lines above its own, and from its own folder.
 LAYERS = (
-    ("errors", "grouping", "activation", "dropout", "accuracy", "native"),
+    ("errors", "grouping", "activation", "dropout", "accuracy", "native", "cpu"),
     ("backend",),
     ("reference", "torch_backend", "kernels", "_C"),
     ("triton_backend",),
@@ -29,6 +29,7 @@ LAYERS = (
     ("nn", "integrations"),
     ("layers",),
     ("convert",),
+    ("serve", "data"),
     ("distill",),
     ("demo", "doctor"),
     ("cli",),

@@ -10,9 +10,11 @@ import moebert_kernels
 from moebert_kernels.cli.ablate import ablate
 from moebert_kernels.cli.convert import convert
 from moebert_kernels.cli.dense import merge, student
+from moebert_kernels.cli.export import export
 from moebert_kernels.cli.importance import importance
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
+from moebert_kernels.cli.quantize import quantize
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
 
@@ -36,6 +38,8 @@ for _name, _function in (
     ("ablate", ablate),
     ("merge", merge),
     ("student", student),
+    ("quantize", quantize),
+    ("export", export),
     ("eval", evaluate),
     ("bench", bench),
     ("demo", demo),

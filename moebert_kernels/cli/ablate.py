@@ -171,8 +171,8 @@ def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:
 
 def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict[str, Any]:
     """Predictions on the test split, if the data has one, else on validation, and their main metric."""
+    from moebert_kernels.data.metrics import compute_metrics
     from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.metrics import compute_metrics
 
     split = "test" if "test" in loaded.splits else "validation"
     loaded = inputs.labels_as_in(loaded, model.config)

@@ -36,9 +36,9 @@ def importance(
 ) -> None:
     """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
     from moebert_kernels.convert.sites import common_width, find_sites
+    from moebert_kernels.data.tasks import TaskData
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.scoring import score_split
-    from moebert_kernels.distill.tasks import TaskData
 
     check_output_file(output, holds_scores, "importance.safetensors")
     split = inputs.split_called(split)
@@ -78,6 +78,6 @@ def _joined(parts: list[Any]) -> Any:
     """Splits one after another, with rows numbered anew."""
     from datasets import concatenate_datasets
 
-    from moebert_kernels.distill.held_out import numbered
+    from moebert_kernels.data.held_out import numbered
 
     return parts[0] if len(parts) == 1 else numbered(concatenate_datasets(parts))

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from moebert_kernels.data.tasks import Task, TaskData
     from moebert_kernels.distill.config import Metrics
     from moebert_kernels.distill.features import Features
-    from moebert_kernels.distill.tasks import Task, TaskData
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -83,8 +83,8 @@ def make_task(
     name: str, text_columns: list[str] | None, label_column: str, regression: bool, model: str | None = None
 ) -> Task:
     """The task that the options describe; classes of a custom one are those of `model`, if it names them."""
+    from moebert_kernels.data.tasks import custom_task, get_task
     from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
-    from moebert_kernels.distill.tasks import custom_task, get_task
 
     if name == "lm" and text_columns:
         if len(text_columns) > 1:
@@ -108,9 +108,9 @@ def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str
     `hold_out`: the way a validation or test split is made, if one is; a validation split is a part of the training
     rows, which a single file then holds.
     """
-    from moebert_kernels.distill.data_summary import summary
-    from moebert_kernels.distill.held_out import hold_out as held_out
-    from moebert_kernels.distill.held_out import share_of
+    from moebert_kernels.data.held_out import hold_out as held_out
+    from moebert_kernels.data.held_out import share_of
+    from moebert_kernels.data.summary import summary
 
     share = None if hold_out is None else share_of(hold_out)
     loaded = _load_data(task, data, file_split if share is None else "train")
@@ -130,7 +130,7 @@ def say(text: str) -> None:
 
 
 def _load_data(task: Task, data: list[str] | None, file_split: str) -> TaskData:
-    from moebert_kernels.distill.tasks import load_task
+    from moebert_kernels.data.tasks import load_task
 
     if not data:
         return load_task(task)
@@ -261,7 +261,7 @@ def tokenized(
     Says how many texts are cut.
     """
     features = _tokenized(data, split, tokenizer, max_length, doc_stride, model_config)
-    from moebert_kernels.distill.data_summary import cut_texts
+    from moebert_kernels.data.summary import cut_texts
 
     cut = cut_texts(split, features, max_length)
     if cut is not None:

@@ -16,7 +16,7 @@ from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError, require_extra
 
 if TYPE_CHECKING:
-    from moebert_kernels.distill.tasks import TaskData
+    from moebert_kernels.data.tasks import TaskData
 
 
 def evaluate(
@@ -185,7 +185,7 @@ def _task_batches(
 
 
 def _first_rows(data: TaskData, split: str, count: int) -> TaskData:
-    from moebert_kernels.distill.tasks import TaskData
+    from moebert_kernels.data.tasks import TaskData
 
     rows = data.split(split)
     return TaskData(data.task, {split: rows.select(range(min(count, len(rows))))})

@@ -16,7 +16,7 @@ from typing import Any
 from moebert_kernels.errors import UserError
 
 NOTE = "moebert.json"
-_MODELS = ("convert", "merge", "student")  # these replace a folder whole
+_MODELS = ("convert", "merge", "student", "quantize", "export")  # these replace a folder whole
 
 
 def check_writable(folder: Path) -> None:

@@ -15,9 +15,9 @@ from moebert_kernels.cli.running import print_settings, run_settings
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
+    from moebert_kernels.data.tasks import Task
     from moebert_kernels.distill.config import FitResult
     from moebert_kernels.distill.recipe import Recipe
-    from moebert_kernels.distill.tasks import Task
 
 _WITHOUT_RECIPE = ("distill_weight", "preset", "doc_stride", "label_smoothing", "gradient_mask", "shared_fold")
 

@@ -67,15 +67,16 @@ def say_sizes(model: Any, before: Sizes | None = None) -> None:
     """Say how many neurons and parameters a conversion left of those that were there before, if that is known."""
     from moebert_kernels.convert import mpoe_report, parameter_counts
     from moebert_kernels.layers import moe_config
+    from moebert_kernels.layers.config import SPLITS
 
     config, counts = moe_config(model.config), parameter_counts(model)
     of_dense = "" if before is None else f" of the dense layer's {before.width}"
     if config is None:
         print(f"the most important {sizes(model).width} neurons{of_dense}")
-    elif config.experts == "split":
+    elif config.experts in SPLITS:
         shared = config.num_shared_neurons
         experts = f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}"
-        print(f"{experts}, {shared:,} of them in every expert")
+        print(experts if shared is None else f"{experts}, {shared:,} of them in every expert")
     else:
         print(mpoe_report(model))
     dense = "" if before is None else f"; the dense model has {before.parameters:,}"

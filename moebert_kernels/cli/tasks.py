@@ -20,7 +20,7 @@ def known_tasks(names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: no name, one twice, or one of a task of another kind or with unknown classes.
     """
-    from moebert_kernels.distill.tasks import get_task
+    from moebert_kernels.data.tasks import get_task
 
     if not names or len(set(names)) < len(names):
         raise UserError(f"task: expected different tasks, got {', '.join(names) or 'none'}")

@@ -6,6 +6,8 @@ from moebert_kernels.errors import require_extra
 require_extra("train", "transformers")
 
 from moebert_kernels.convert.card import parameter_counts
+from moebert_kernels.convert.chosen import choose_experts, judge_experts, report_table
+from moebert_kernels.convert.chosen_site import SiteChoice, SiteReport
 from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
@@ -28,9 +30,12 @@ __all__ = [
     "MPOEReport",
     "MoELoader",
     "Share",
+    "SiteChoice",
+    "SiteReport",
     "StudentShape",
     "balanced_hash_table",
     "check_caps",
+    "choose_experts",
     "convert_to_moe",
     "count_tokens",
     "default_split",
@@ -40,6 +45,7 @@ __all__ = [
     "from_original",
     "importance_kept",
     "importance_scores",
+    "judge_experts",
     "layer_map",
     "load_importance",
     "make_student",
@@ -51,6 +57,7 @@ __all__ = [
     "parameter_counts",
     "plan_factors",
     "random_hash_table",
+    "report_table",
     "save_importance",
     "to_dense_experts",
 ]

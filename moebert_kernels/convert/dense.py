@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from moebert_kernels.activation import is_gated
+from moebert_kernels.convert.chosen_site import SiteChoice
 from moebert_kernels.convert.importance_file import check_scores
-from moebert_kernels.convert.sites import DenseWeights, common_width, find_sites
+from moebert_kernels.convert.sites import DenseWeights, Site, common_width, find_sites
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig, moe_config
@@ -27,19 +28,26 @@ from moebert_kernels.nn.context import plain_class
 _WIDTHS = ("intermediate_size", "hidden_dim", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 
 
-def dense_student(model: nn.Module, importance: Tensor | None, width: int | None = None, seed: int = 0) -> Any:
+def dense_student(
+    model: nn.Module, importance: Tensor | None = None, width: int | None = None, seed: int = 0,
+    chosen: Sequence[SiteChoice] | None = None,
+) -> Any:  # fmt: skip
     """Return a dense model of the same class whose feed-forwards keep their `width` most important neurons.
 
     Args:
         model: any dense model that `find_sites` knows; not changed.
         importance: (L, D) scores. None: a random ranking by `seed`, with a warning.
         width: neurons kept, 1 to D. None: a quarter of them, as many as an expert of MoEBERT's preset has.
+        chosen: of `choose_experts`: take its dense feed-forwards, whose second weights are corrected for the neurons
+            that were cut, instead of a ranking.
 
     Raises:
         UserError: as `find_sites`; a width or scores that do not fit; a class that cannot be built with another width.
     """
     sites = find_sites(model)
     D = common_width(sites)
+    if chosen is not None:
+        return _corrected_student(model, sites, chosen)
     width = default_split(D)[0] if width is None else width
     if not 1 <= width <= D:
         raise UserError(f"width: expected 1 to the dense layer's {D} neurons, got {width}")
@@ -53,13 +61,27 @@ def dense_student(model: nn.Module, importance: Tensor | None, width: int | None
     return student
 
 
+def _corrected_student(model: nn.Module, sites: list[Site], chosen: Sequence[SiteChoice]) -> Any:
+    if len(chosen) != len(sites) or any(len(made.strength) != common_width(sites) for made in chosen):
+        raise UserError(f"chosen: expected {len(sites)} choices for this model, got another model's")
+    student = _dense_like(model, len(chosen[0].dense.kept), model.state_dict())
+    for site, target, made in zip(sites, find_sites(student), chosen, strict=True):
+        w1, b1, w2, b2 = site.weights()
+        kept, new, new_b2 = made.dense
+        kept = kept.to(w1.device)
+        rows = kept if len(w1) == w2.shape[1] else torch.cat([kept, kept + w2.shape[1]])
+        b2 = None if new_b2 is None else new_b2.to(w2)
+        target.put(DenseWeights(w1[rows], None if b1 is None else b1[rows], new.to(w2), b2))
+    return student
+
+
 def merge(model: nn.Module, task: str | None = None) -> Any:
     """Return the dense model that computes what a converted model computes, where there is one.
 
     A task's routing weights g are numbers, so its experts add up to one dense layer, for any activation by element:
     w1 = [w1_e], b1 = [b1_e], w2 = [g_e w2_e], b2 = sum_e g_e b2_e over the top_k chosen experts, of width top_k * I.
     With a norm per expert (top_k = 1) the probability goes into that norm: g LayerNorm(.) has weight g w and bias g b.
-    A model with one expert is that expert, whatever routes.
+    A model with one expert becomes that expert, whatever its router.
 
     Args:
         model: a converted model with any head; not changed.

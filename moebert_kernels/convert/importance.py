@@ -64,7 +64,7 @@ def importance_scores(
     accepted = set(inspect.signature(model.forward).parameters)
 
     seen = 0
-    with _frozen_eval(model), torch.autocast(device.type, enabled=False):
+    with frozen_eval(model), torch.autocast(device.type, enabled=False):
         for batch in batches:
             tensors = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             scores = _batch_scores(model, sites, tensors, accepted)
@@ -137,7 +137,7 @@ def _recording(sites: list[Site], samples: int) -> Iterator[tuple[dict[int, Tens
 
 
 @contextmanager
-def _frozen_eval(model: nn.Module) -> Iterator[None]:
+def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode without weight gradients; both are put back, module by module and parameter by parameter."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

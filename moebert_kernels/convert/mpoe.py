@@ -10,6 +10,7 @@ from torch import nn
 
 from moebert_kernels.convert.replace import set_config
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers.config import SPLITS
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.layers.routing import moe_layers
 from moebert_kernels.nn import DenseExperts, MPOExperts
@@ -102,13 +103,13 @@ def mpoe_report(model: nn.Module) -> MPOEReport:
 
 @torch.no_grad()
 def to_dense_experts(model: nn.Module) -> Any:
-    """Replace, in place, experts="mpo" by the experts="copy" whose weights are what the shared tensors fold to.
+    """Replace experts="mpo", in place, by experts="copy" with the weights to which the shared tensors fold.
 
     The model computes the same with the weights of Switch-style experts: w1 (E, I or 2I, H) and w2 (E, H, I) in each
     layer, on the same devices and in the same dtypes. A model with such experts stays as it is. Returns the model.
 
     Raises:
-        UserError: a model with neither.
+        UserError: the model has experts of neither kind.
     """
     for layer in _layers_of_whole_experts(model):
         folded: Any = layer.experts
@@ -134,8 +135,8 @@ def to_dense_experts(model: nn.Module) -> Any:
 def _layers_of_whole_experts(model: Any) -> list[MoEFeedForward]:
     """The layers of a model whose experts are each a whole feed-forward: MPOE's, or copies."""
     layers = moe_layers(model)
-    if not layers or model.config.quantization_config.experts == "split":
-        got = " with experts='split'" if layers else ""
+    if not layers or model.config.quantization_config.experts in SPLITS:
+        got = f" with experts={model.config.quantization_config.experts!r}" if layers else ""
         raise UserError(
             f"model: expected a model converted with experts='mpo' or 'copy', got {type(model).__name__}{got}"
         )

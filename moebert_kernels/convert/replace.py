@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.chosen import choose_experts
+from moebert_kernels.convert.chosen_site import SiteChoice
 from moebert_kernels.convert.dense import head_name
 from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
 from moebert_kernels.convert.sites import DenseWeights, Site, find_sites
 from moebert_kernels.convert.split import check_split, default_split
 from moebert_kernels.convert.state import expert_state, router_states, split_of
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers.config import MoEConfig
+from moebert_kernels.layers.config import CHOSEN_ROUTER, SPLITS, MoEConfig
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import install_routing, stack_of
 from moebert_kernels.layers.tasks import row_names
@@ -30,6 +33,7 @@ _HEAD_STD = 0.02  # of the rows of a new classifier, where the model's configura
 def convert_to_moe(
     model: nn.Module, config: MoEConfig | None = None, *, importance: Tensor | None = None, seed: int = 0,
     token_counts: Tensor | None = None, tables: Any = None, num_sites: int = 5, force: bool = False, noise: float = 0.0,
+    batches: Iterable[Mapping[str, Any]] | None = None, chosen: Sequence[SiteChoice] | None = None,
 ) -> Any:  # fmt: skip
     """Put a mixture of experts in the place of every feed-forward of a transformers model.
 
@@ -43,11 +47,11 @@ def convert_to_moe(
 
     Args:
         model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
-        config: what to make; None: `MoEConfig.moebert()`. The model gets a copy with every choice made, as
-            `model.config.quantization_config`.
+        config: what to make; None: `MoEConfig.moebert()`, or with text `MoEConfig.chosen()`. The model gets a copy with
+            every choice made, as `model.config.quantization_config`.
         importance: with experts="split", (L, D) scores of the L feed-forwards' neurons; None: a random ranking, with a
             warning.
-        seed: of everything random here.
+        seed: of all random choices in the conversion.
         token_counts: (V,) integers, for router="hash-balance"; see `count_tokens`.
         tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are.
         num_sites: with experts="mpo" and no factors in the configuration, the tensors that each weight becomes, 2 to 6.
@@ -55,6 +59,9 @@ def convert_to_moe(
             by one tensor after the other are refused otherwise, with the arithmetic.
         noise: with experts="copy" or "mpo", the standard deviation of normal noise on each expert's copy, or on its
             auxiliary tensors, relative to the root mean square of the values.
+        batches: with router="hash-chosen" or experts="clustered", the unlabelled text to choose by; see
+            `choose_experts`.
+        chosen: what `choose_experts` gave for this model and configuration, instead of text.
 
     Raises:
         UserError: a model without feed-forwards of a known shape, one that is converted already, hash routing of one
@@ -67,20 +74,43 @@ def convert_to_moe(
     for site in sites:
         site.check()
     weights = [site.weights() for site in sites]
-    config = resolved(config or MoEConfig.moebert(), model, sites, weights[0], num_sites)
-    if noise and config.experts == "split":
-        raise UserError(f"noise: expected 0 with experts='split', got {noise!r}")
+    has_text = batches is not None or chosen is not None
+    config = config or (MoEConfig.chosen() if has_text else MoEConfig.moebert())
+    config = resolved(config, model, sites, weights[0], num_sites)
+    if noise and config.experts in SPLITS:
+        raise UserError(f"noise: expected 0 with experts={config.experts!r}, got {noise!r}")
+    if has_text != config.needs_text:
+        wanted = "text to choose experts by" if config.needs_text else "none"
+        raise UserError(
+            f"batches: expected {wanted} with router={config.router!r} and experts={config.experts!r}, got "
+            f"{'some' if has_text else 'none'}"
+        )
     if config.experts == "mpo" and not force:
         for factors in (config.w1_factors, config.w2_factors):
             check_caps(factors[0], factors[1], config.max_bond)
     generator = torch.Generator().manual_seed(seed)
-    chosen = split_of(config, sites, importance, generator) if config.experts == "split" else [None] * len(sites)
+    split: Sequence[Tensor | None] = [None] * len(sites)
+    if config.experts == "split":
+        split = split_of(config, sites, importance, generator)
+    routers = []
+    if config.router != CHOSEN_ROUTER:
+        routers = router_states(model, config, sites, generator, token_counts, tables)
+    elif tables is not None:
+        raise UserError("tables: expected none with router='hash-chosen', got some")
+    if config.needs_text:
+        given = torch.stack([made["router.table"] for made in routers]) if routers else None
+        neurons = split if config.experts == "split" else None
+        chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
+        split, routers = _checked(chosen, config, weights), [{"router.table": made.table} for made in chosen]
     state = [
         expert_state(config, dense, site, indices, noise, generator)
-        for site, dense, indices in zip(sites, weights, chosen, strict=True)
+        for site, dense, indices in zip(sites, weights, split, strict=True)
     ]
-    for routers, made in zip(router_states(model, config, sites, generator, token_counts, tables), state, strict=True):
-        made |= routers
+    for made, of_router in zip(state, routers, strict=True):
+        made |= of_router
+    if config.experts == "clustered":
+        for made, choice, dense in zip(state, chosen or (), weights, strict=True):
+            made |= choice.state(dense.w2.dtype)
     head = None if config.task_labels is None else head_name(model)
     layers = replace_feed_forwards(model, config)
     for layer, made in zip(layers, state, strict=True):
@@ -88,6 +118,18 @@ def convert_to_moe(
     if head is not None:
         _put_heads(model, head, config, generator)
     return model
+
+
+def _checked(chosen: Sequence[SiteChoice], config: MoEConfig, weights: Sequence[DenseWeights]) -> list[Tensor]:
+    """The neurons of the experts of each layer, after checking that the choice is for this model."""
+    wanted = (len(weights), config.num_experts, config.expert_size)
+    shapes = [tuple(made.indices.shape) for made in chosen]
+    D = weights[0].w2.shape[1]
+    if {(len(chosen), *shape) for shape in shapes} != {wanted} or max(int(made.indices.max()) for made in chosen) >= D:
+        raise UserError(
+            f"chosen: expected {wanted[0]} choices of {wanted[1]} experts of {wanted[2]}, got another model's"
+        )
+    return [made.indices for made in chosen]
 
 
 def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Generator) -> None:
@@ -166,10 +208,13 @@ def resolved(
             "in a LayerNorm; take 'layer'"
         )
     if config.norm is None:
-        one_split = config.experts == "split" and config.router not in ("top2", "task")
+        one_split = config.experts in SPLITS and config.router not in ("top2", "task")
         changes["norm"] = "expert" if post_norm and one_split else "layer"
     if by_task and config.top_k is None:
         changes["top_k"] = 1 if config.norm == "expert" else min(2, config.num_experts)
+    if config.experts == "clustered":
+        changes["expert_size"] = size = default_split(D, config.expert_size)[0]
+        check_split(D, 1, size, config.num_shared_neurons or 0)
     if config.experts == "split":
         size, shared = config.expert_size, config.num_shared_neurons
         if by_task:

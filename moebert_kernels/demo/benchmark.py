@@ -17,6 +17,7 @@ from moebert_kernels.demo.report import aligned, millions
 from moebert_kernels.demo.timing import compare_models
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_layers
+from moebert_kernels.layers.config import SPLITS
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -52,7 +53,7 @@ def sizes_of(model: Any) -> dict[str, Any]:
     """
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     sizes: dict[str, Any] = parameter_counts(model) | {"weights_mib": size / 2**20}
-    if moe_layers(model) and model.config.quantization_config.experts != "split":
+    if moe_layers(model) and model.config.quantization_config.experts not in SPLITS:
         report = mpoe_report(model)
         sizes["mpoe"] = report.as_dict() | {"text": str(report)}
     return sizes

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.convert import convert_to_moe, dense_student, load_importance, parameter_counts
+from moebert_kernels.data.metrics import standard_error
+from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
 from moebert_kernels.distill.ablation import once
 from moebert_kernels.distill.config import FitConfig
@@ -27,10 +29,8 @@ from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.identity import changed, described, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.loop import fit
-from moebert_kernels.distill.metrics import standard_error
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.scoring import score_split
-from moebert_kernels.distill.tasks import TaskData, load_task
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig

@@ -1,6 +1,9 @@
-"""Fine-tuning and distillation: objectives, the training loop, tasks, metrics."""
+"""Fine-tuning and distillation: objectives, training on transformers' Trainer, the commands' own loop and recipes."""
 
 # ruff: noqa: E402  what is missing is named before the imports that need it
+from importlib import import_module
+from typing import Any
+
 from moebert_kernels.errors import require_extra
 
 require_extra("train", "transformers", "accelerate", "datasets")
@@ -14,11 +17,23 @@ from moebert_kernels.distill.token_objective import TokenObjective
 __all__ = [
     "Batch",
     "Batches",
+    "EmbeddingObjective",
     "FitConfig",
     "FitResult",
     "LayerwiseObjective",
     "Metrics",
+    "MoETrainer",
+    "MoETrainingArguments",
     "TeacherCache",
     "TokenObjective",
     "fit",
 ]
+
+# transformers' Trainer takes its time to import, and commands that do not train would wait for it
+_LATER = {"EmbeddingObjective": "embedding", "MoETrainer": "trainer", "MoETrainingArguments": "arguments"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.recipe import Recipe
-from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
 Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from moebert_kernels.data.metrics import answers_from_spans, compute_metrics
+from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.config import Metrics
 from moebert_kernels.distill.features import Features, ordered_batches
-from moebert_kernels.distill.metrics import answers_from_spans, compute_metrics
-from moebert_kernels.distill.tasks import Task
 from moebert_kernels.distill.teacher import LABEL_KEYS, forward_keys
 
 if TYPE_CHECKING:

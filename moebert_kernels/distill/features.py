@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebert_kernels.data.metrics import Window
+from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.config import Batch
 from moebert_kernels.distill.objectives import IGNORED
-from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ if TYPE_CHECKING:
 
 POOL = 50
 _CHUNK = 2000  # rows tokenised at once; bounds memory
-
-
-@dataclass(frozen=True)
-class Window:
-    """One question on one window of a context."""
-
-    row: int  # of the split
-    offsets: np.ndarray  # (tokens, 2) int32, characters of the context; -1 where the token is not of the context
 
 
 @dataclass

@@ -12,12 +12,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.data.tasks import SPLIT_WORDS
 from moebert_kernels.errors import OtherRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moebert_kernels.distill.tasks import TaskData
+    from moebert_kernels.data.tasks import TaskData
 
 _SHOWN = 4  # differences that a message names
 # These differ because something else does, which is named in their place where it is known.
@@ -25,7 +26,6 @@ _FOLLOWING = (
     "training data", "validation data", "batches per epoch", "weight shapes", "best_metric", "greater_is_better",
     "model_class",
 )  # fmt: skip
-SPLIT_WORDS = {"train": "training"}  # what a person calls the rows of a split
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from moebert_kernels.distill.metrics import compute_metrics
-from moebert_kernels.distill.tasks import Task
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import Task
 
 
 @dataclass(frozen=True)

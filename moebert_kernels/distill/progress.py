@@ -32,11 +32,16 @@ class TermMeter:
         self._reduce = reduce
         self._names: list[str] = []
         self._sums: Tensor | None = None  # one sum per name, then the weight
+        self._finite: Tensor | None = None  # per name, in the first batch in which one was not
         self._contributed: set[str] = set()
 
     def add(self, terms: Mapping[str, Tensor], weight: int) -> None:
         """Count a batch of `weight` sequences or labels; each term is its mean over them."""
         values = torch.stack([term.detach().float() for term in terms.values()])
+        finite = values.isfinite()
+        if self._sums is not None and self._finite is not None:
+            finite = torch.where(self._finite.all(), finite, self._finite)
+        self._finite = finite
         values = torch.cat([values * weight, values.new_full((1,), float(weight))])
         if self._sums is None:
             self._names, self._sums = list(terms), values
@@ -56,11 +61,12 @@ class TermMeter:
             return {}
         *sums, weight = self._reduce(self._sums.clone()).tolist()
         means = {name: total / weight for name, total in zip(self._names, sums, strict=True)}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise UserError(f"{name}: expected a finite loss, got {mean} at or shortly before step {step}")
-            if mean != 0.0:
-                self._contributed.add(name)
+        broken = {name: mean for name, mean in means.items() if not math.isfinite(mean)}
+        if broken:  # one that breaks breaks the others in the next step
+            first = self._reduce((~self._finite).float()).tolist() if self._finite is not None else []
+            name = next((name for name, count in zip(self._names, first, strict=False) if count), min(broken))
+            raise UserError(f"{name}: expected a finite loss, got {means[name]} at or shortly before step {step}")
+        self._contributed |= {name for name, mean in means.items() if mean != 0.0}
         if last or step >= GRACE_STEPS:
             self.check_contributions(step, weighted)
         return means
@@ -82,7 +88,7 @@ class TermMeter:
 
     def load_state(self, state: Mapping[str, Any], device: torch.device, rank: int) -> None:
         self._names, self._contributed = list(state["names"]), set(state["contributed"])
-        self._sums = None
+        self._sums = self._finite = None
         if state["sums"] is not None:  # the sum over all processes goes on in the first
             self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * (rank == 0)
 

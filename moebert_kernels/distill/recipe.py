@@ -18,11 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.alignment import VIEWS, Distance
 from moebert_kernels.distill.config import RUN_FOLDERS, FitConfig
 from moebert_kernels.distill.discriminator import AdversaryConfig, Input
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
-from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
 _FOLDER = files("moebert_kernels.distill") / "recipes"

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moebert_kernels.data.files import split_name
+from moebert_kernels.data.tasks import Task, load_task
 from moebert_kernels.distill.checkpoint import model_fingerprint
 from moebert_kernels.distill.config import FitResult, Metrics
-from moebert_kernels.distill.data_files import split_name
 from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.identity import tokenizer_digest
 from moebert_kernels.distill.loading import check_reach
 from moebert_kernels.distill.loop import MAPS, check_fit, fit
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.recipe import Recipe
-from moebert_kernels.distill.tasks import Task, load_task
 from moebert_kernels.distill.teacher import TeacherInfo, check_one_head, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError

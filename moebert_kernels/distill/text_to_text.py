@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.config import Metrics
 from moebert_kernels.distill.features import Features, cut_lengths, ordered_batches
-from moebert_kernels.distill.metrics import compute_metrics
-from moebert_kernels.distill.tasks import Task
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,11 +13,13 @@ from moebert_kernels.errors import UserError
 
 METHOD = "moebert"  # the `quant_method` by which transformers finds what loads a converted model
 FORMAT_VERSION = 1
-HASH_ROUTERS = ("hash-random", "hash-balance")
+CHOSEN_ROUTER = "hash-chosen"
+HASH_ROUTERS = ("hash-random", "hash-balance", CHOSEN_ROUTER)
 LEARNED_ROUTERS = ("gate-token", "gate-sentence", "switch", "top2")
 TASK_ROUTER = "task"
 ROUTERS = (*HASH_ROUTERS, *LEARNED_ROUTERS, TASK_ROUTER)
-EXPERTS = ("split", "copy", "mpo")
+SPLITS = ("split", "clustered")  # whose experts have a part of the dense layer's neurons
+EXPERTS = (*SPLITS, "copy", "mpo")
 NORMS = ("expert", "layer")
 BIASES = ("expert", "common")
 MOST = 1 << 20  # experts, and neurons of one
@@ -33,20 +35,25 @@ class MoEConfig(QuantizationConfigMixin):
     loaded. Nothing is quantised.
 
     Args:
-        router: by token ids "hash-random" or "hash-balance" (Hash Layers, 2106.04426); learned "gate-token" or
+        router: by token ids "hash-random" or "hash-balance" (Hash Layers, 2106.04426), or "hash-chosen", each id by
+            the expert that loses least on some text (see `choose_experts`); learned "gate-token" or
             "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668); "task": by the
             task of each sequence, of which a forward is told (Task-MoE, 2110.03742; MicroBERT).
-        experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "copy": each starts as the
-            whole dense layer (Switch); "mpo": as "copy", with one central tensor shared by all experts of a layer
-            (MPOE, 2203.01104).
+        experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "clustered": it has those that
+            its tokens move on some text; "copy": each starts as the whole dense layer (Switch); "mpo": as "copy", with
+            one central tensor shared by all experts of a layer (MPOE, 2203.01104).
         num_experts: E, in each layer.
-        expert_size: with "split", neurons of an expert. None: a quarter of the dense layer's; with router="task" the
-            E-th part of them, so that none is lost.
+        expert_size: with "split" and "clustered", neurons of an expert. None: a quarter of the dense layer's; with
+            router="task" the E-th part of them, so that none is lost.
         num_shared_neurons: with "split", how many of them, the most important, are in every expert. None: two thirds
-            of an expert's, which of the default is a sixth of the dense layer's; with router="task" 0.
+            of an expert's, which of the default is a sixth of the dense layer's; with router="task" 0; with "clustered"
+            as many as the text makes common.
         norm: "expert": every expert has its own copy of the residual's LayerNorm, where a model has one behind its
-            feed-forward (MoEBERT); "layer": the model's stays. None: "expert" there with "split" and one expert for a
-            token, else "layer".
+            feed-forward (MoEBERT); "layer": the model's stays. None: "expert" there with "split" or "clustered" and
+            one expert for a token, else "layer".
+        max_load: with "hash-chosen", the most tokens of an expert on text of that kind, relative to the E-th part of
+            them. Half of what it allows beyond that part is used on the text that chooses.
+        correction: with "clustered", correct w2 and b2 for the neurons that were cut, by least squares on that text.
         top_k: experts of a token with router="task". None: 2, or 1 with norm="expert".
         tasks: with router="task", names of the tasks, by task id.
         task_labels: of each task the names of its classes, none for a score. The model, one for sequence
@@ -72,6 +79,8 @@ class MoEConfig(QuantizationConfigMixin):
     w1_factors: Factors | None = None
     w2_factors: Factors | None = None
     max_bond: int | Sequence[int] | None = None
+    max_load: float = 1.1
+    correction: bool = True
     top_k: int | None = None
     tasks: Sequence[str] | None = None
     task_labels: Mapping[str, Sequence[str]] | None = None
@@ -87,6 +96,12 @@ class MoEConfig(QuantizationConfigMixin):
     def moebert(cls, **changes: Any) -> MoEConfig:
         """MoEBERT's: four experts split by importance, routed by a random hash table, a LayerNorm in each."""
         fields: dict[str, Any] = {"router": "hash-random", "experts": "split", "num_experts": 4}
+        return cls(**fields | changes)
+
+    @classmethod
+    def chosen(cls, **changes: Any) -> MoEConfig:
+        """Four experts that fit some text, and for each token id the expert that loses least on it."""
+        fields: dict[str, Any] = {"router": CHOSEN_ROUTER, "experts": "clustered", "num_experts": 4}
         return cls(**fields | changes)
 
     @classmethod
@@ -116,6 +131,11 @@ class MoEConfig(QuantizationConfigMixin):
     @property
     def is_hash_routed(self) -> bool:
         return self.router in HASH_ROUTERS
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a conversion reads text to choose by."""
+        return self.router == CHOSEN_ROUTER or self.experts == "clustered"
 
     @property
     def is_task_routed(self) -> bool:
@@ -165,11 +185,12 @@ class MoEConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if value is not None:
                 _check_integer(name, value, least)
-                if self.experts != "split":
+                if self.experts not in SPLITS:
                     raise UserError(f"{name}: expected none with experts={self.experts!r}, got {value}")
         for name in ("w1_factors", "w2_factors", "max_bond"):
             if getattr(self, name) is not None and self.experts != "mpo":
                 raise UserError(f"{name}: expected none with experts={self.experts!r}, got {getattr(self, name)!r}")
+        self._check_chosen()
         if not isinstance(self.router_options, Mapping):
             raise UserError(f"router_options: expected names and values, got {self.router_options!r}")
         _check_number("load_balance", self.load_balance)
@@ -185,6 +206,21 @@ class MoEConfig(QuantizationConfigMixin):
             raise UserError(f"target_modules: expected a list of names, got {targets!r}")
         if self.format_version != FORMAT_VERSION:
             raise UserError(f"format_version: expected {FORMAT_VERSION}, got {self.format_version!r}")
+
+    def _check_chosen(self) -> None:
+        if self.router == CHOSEN_ROUTER and self.experts not in SPLITS:
+            raise UserError(
+                f"router: {self.router!r} needs experts that differ, {' or '.join(SPLITS)}, got {self.experts}"
+            )
+        if self.experts == "clustered" and not self.is_hash_routed:
+            raise UserError(f"experts: 'clustered' needs routing by token ids, as 'hash-chosen', got {self.router!r}")
+        if self.experts == "clustered" and self.expert_bias != "expert":
+            raise UserError(f"expert_bias: expected 'expert' with experts='clustered', got {self.expert_bias!r}")
+        _check_number("max_load", self.max_load)
+        if self.max_load is None or self.max_load < 1:
+            raise UserError(f"max_load: expected a number of at least 1, got {self.max_load!r}")
+        if not isinstance(self.correction, bool):
+            raise UserError(f"correction: expected true or false, got {self.correction!r}")
 
     def _check_tasks(self) -> None:
         if not self.is_task_routed:

@@ -27,6 +27,8 @@ class NormedExperts(DenseExperts):
     Parameters: those of `DenseExperts`, norm_weight and norm_bias (E, H).
     """
 
+    adds_residual = True
+
     def __init__(
         self, hidden_size: int, expert_size: int, num_experts: int, *,
         eps: float = 1e-12, output_dropout: float = 0.0, **options: Any,
@@ -79,7 +81,7 @@ class MoEFeedForward(nn.Module):
         Raises:
             ValueError: outside of a forward of the model that gets the token ids, where there is one.
         """
-        if isinstance(self.experts, NormedExperts):
+        if self.experts.adds_residual:
             return self._experts(hidden_states)
         if residual is hidden_states and (add_norm := self._add_norm()) is not None:
             return self._experts(hidden_states, add_norm=add_norm)

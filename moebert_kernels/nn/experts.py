@@ -36,6 +36,7 @@ class Experts(nn.Module):
         UserError: an unknown activation or bias.
     """
 
+    adds_residual = False  # whether the outputs have the residual and a LayerNorm in them
     b1: Tensor | None
     b2: Tensor | None
 
@@ -69,7 +70,7 @@ class Experts(nn.Module):
         return b1, b2
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """Apply to each token its experts, as `fused_moe_ffn` does.
+        """Apply each token's experts; see `fused_moe_ffn`.
 
         Args:
             x: (..., H) float.

@@ -93,7 +93,24 @@ def group_by_hash(
     tables = [router.table for router in routers]
     if any(table.device != token_ids.device for table in tables):
         return None
-    return group_tokens_by_hash(token_ids, torch.stack(tables), routers[0].num_experts, attention_mask)
+    return group_tokens_by_hash(token_ids, _stacked(tables), routers[0].num_experts, attention_mask)
+
+
+def join_tables(routers: Sequence[HashRouter]) -> None:
+    """Let the tables of these routers stand behind one another, so that no forward has to stack them."""
+    for router, table in zip(routers, torch.stack([router.table for router in routers]), strict=True):
+        router.table = table
+
+
+def _stacked(tables: Sequence[Tensor]) -> Tensor:
+    """(L, V); without a copy where the tables stand behind one another in memory."""
+    first, V = tables[0], tables[0].shape[0]
+    if not torch.compiler.is_compiling() and not first.is_meta:
+        start, step = first.data_ptr(), V * first.element_size()
+        inside = first.untyped_storage().nbytes() >= (first.storage_offset() + len(tables) * V) * first.element_size()
+        if inside and all(table.data_ptr() == start + k * step for k, table in enumerate(tables)):
+            return first.as_strided((len(tables), V), (V, 1))
+    return torch.stack(tuple(tables))
 
 
 def table_dtype(num_experts: int) -> torch.dtype:

@@ -15,6 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from moebert_kernels.cpu import is_amd
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.torch_backend.activation import activate
 from moebert_kernels.torch_backend.expert_gemm import Span, row_to_assignment, spans
@@ -24,8 +25,8 @@ _PADDING = 1.4  # of the rows: up to here one batch of all experts beats pairs
 
 
 def applies(x: Tensor) -> bool:
-    """Whether this path is for such inputs."""
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    """Whether this path is for such inputs. On AMD's CPUs MKL's batches are slower than one product after the other."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not is_amd()
 
 
 @dataclass

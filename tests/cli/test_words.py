@@ -12,8 +12,8 @@ from moebert_kernels.cli import app
 from moebert_kernels.cli.inputs import labels_as_in
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.running import as_typed, print_settings
+from moebert_kernels.data.tasks import TASKS, load_task
 from moebert_kernels.distill.presets import PAPER, preset_for
-from moebert_kernels.distill.tasks import TASKS, load_task
 from tests.cli.tiny import TABLE, TRAINING, moebert, refused
 
 COMMANDS = get_command(app).commands

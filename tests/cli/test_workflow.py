@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import importance_scores, load_importance
+from moebert_kernels.data.tasks import custom_task, load_task
 from moebert_kernels.distill.features import Batches, tokenize
-from moebert_kernels.distill.tasks import custom_task, load_task
 from moebert_kernels.layers import moe_config, moe_layers
 from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert
 from tests.helpers import ROOT

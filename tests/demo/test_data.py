@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from moebert_kernels.data.tasks import load_task
 from moebert_kernels.demo import data
-from moebert_kernels.distill.tasks import load_task
 from moebert_kernels.errors import UserError
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import TASKS
 from moebert_kernels.distill.ablation import ARMS, draw, once, recipe_of_arm, repeated_arms, summary, table
-from moebert_kernels.distill.metrics import compute_metrics
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.recipe import load_recipe
-from moebert_kernels.distill.tasks import TASKS
 from moebert_kernels.errors import UserError
 
 NAMES = {name: TASKS[name] for name in ("sst2", "stsb")}

@@ -7,8 +7,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebert_kernels.data.tasks import TASKS
 from moebert_kernels.distill.features import Batches, Features, ordered_batches, tokenize
-from moebert_kernels.distill.tasks import TASKS
 from moebert_kernels.errors import UserError
 from tests.distill.words import tokenizer_of
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from moebert_kernels.data.tasks import get_task, load_task
 from moebert_kernels.distill import FitConfig, TokenObjective, fit
 from moebert_kernels.distill.features import Batches, Features
 from moebert_kernels.distill.language import PerplexityEvaluator
 from moebert_kernels.distill.objectives import batch_weight, is_causal, task_loss
-from moebert_kernels.distill.tasks import get_task, load_task
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import Interrupting, assert_same_weights, log, tiny_bert, weights
 from tests.distill.tiny_text import STORY, byte_tokenizer, story, tiny_gpt2, tiny_t5

@@ -44,7 +44,7 @@ def test_accumulation_keeps_the_balance_loss_of_the_large_batch(tmp_path, router
 
 
 def test_text_to_text_has_a_balance_term_too(tmp_path):
-    from moebert_kernels.distill.tasks import get_task
+    from moebert_kernels.data.tasks import get_task
     from moebert_kernels.distill.text_to_text import text_to_text_features
     from tests.distill.test_text_to_text import rows
     from tests.distill.tiny_text import word_tokenizer

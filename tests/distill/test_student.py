@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.data.tasks import custom_task
 from moebert_kernels.distill import fit
 from moebert_kernels.distill.features import Batches, Features
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.recipe import Recipe, Stage
 from moebert_kernels.distill.student import fit_recipe
-from moebert_kernels.distill.tasks import custom_task
 from moebert_kernels.distill.teacher import teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError

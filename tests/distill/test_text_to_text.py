@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.tasks import TaskData, custom_task, get_task
 from moebert_kernels.distill import FitConfig, TokenObjective, fit
 from moebert_kernels.distill.features import Batches
-from moebert_kernels.distill.held_out import hold_out
 from moebert_kernels.distill.objectives import task_loss
-from moebert_kernels.distill.tasks import TaskData, custom_task, get_task
 from moebert_kernels.distill.text_to_text import TextToTextEvaluator, read_score, target_text, text_to_text_features
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import assert_same_weights, log, tiny_bert, weights

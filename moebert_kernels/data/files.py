@@ -1,4 +1,4 @@
-"""Rows of local data files: csv, tsv, jsonl and SQuAD's json, plain or gzipped, found by GLUE's and SQuAD's names.
+"""Rows of local data files: csv, tsv, jsonl and SQuAD's json, plain or gzipped, parquet, arrow; found by their names.
 
 A reader gives plain dicts and does not know about tasks. GLUE's tsv files have no quoting: a tab always separates and a
 quotation mark is text. csv files are quoted as Python's csv module reads them, strictly: a quotation mark that is never
@@ -18,13 +18,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moebert_kernels.errors import UserError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Row = dict[str, Any]
 
-FORMATS = (".tsv", ".csv", ".txt", ".jsonl", ".json")
+TABLES = (".parquet", ".arrow")
+FORMATS = (".tsv", ".csv", ".txt", ".jsonl", ".json", *TABLES)
 # What files of a split are called, after their suffixes are taken off; the first that exists is taken.
 SPLIT_STEMS = {
     "train": ("train", "msr_paraphrase_train"),
@@ -90,6 +94,9 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Ro
     _, suffix = split_name(file)
     if suffix not in FORMATS:
         raise UserError(f"data: expected one of {', '.join(FORMATS)} (or with .gz), got {file}")
+    if suffix in TABLES:
+        data = _table(file, suffix)
+        return named_rows(data), list(data.column_names)
     text = read_text(file)
     if suffix == ".jsonl":
         rows = [
@@ -103,6 +110,58 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Ro
         if not isinstance(row, dict):
             raise UserError(f"data: expected an object of columns in {file}, row {number}, got {type(row).__name__}")
     return rows, sorted({name for row in rows for name in row})
+
+
+def _table(file: Path, suffix: str) -> Dataset:
+    import pyarrow
+    from datasets import Dataset
+    from pyarrow import ipc, parquet
+
+    try:
+        if suffix == ".parquet":
+            table = parquet.read_table(file)
+        else:
+            source = pyarrow.memory_map(str(file))
+            try:
+                table = ipc.open_stream(source).read_all()  # as `datasets` writes them
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                table = ipc.open_file(source).read_all()  # as feather does
+        return Dataset(table)
+    except FileNotFoundError:
+        raise UserError(f"data: expected a file, got {file}, which does not exist") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data: expected a whole {suffix[1:]} file, got {file} ({reason})") from None
+
+
+def named_rows(data: Dataset) -> list[Row]:
+    """The rows of a data set; classes that it numbers are given by their names, None for those without one."""
+    names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
+    rows = [dict(row) for row in data]
+    for row in rows:
+        for column, of_class in names.items():
+            number = row[column]
+            row[column] = None if number is None or number < 0 else of_class[number]
+    return rows
+
+
+def saved_splits(folder: Path) -> dict[str, Dataset] | None:
+    """The splits of a folder that `datasets`' `save_to_disk` wrote, "train" where it is one; None of another folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from datasets import Dataset, load_from_disk
+
+    if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        loaded = load_from_disk(str(folder))
+    except Exception as error:  # datasets raises many kinds
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise UserError(f"data: expected a whole saved data set, got {folder} ({reason})"[:400]) from None
+    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 
 def peek(file: Path, count: int = 20) -> list[list[str]]:

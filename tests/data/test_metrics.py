@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moebert_kernels.distill.features import Window
-from moebert_kernels.distill.metrics import (
+from moebert_kernels.data.metrics import (
     answers_from_spans,
     compute_metrics,
     normalize_answer,
     squad_metrics,
     standard_error,
 )
-from moebert_kernels.distill.tasks import TASKS, custom_task
+from moebert_kernels.data.tasks import TASKS, custom_task
+from moebert_kernels.distill.features import Window
 
 
 def test_glue_classification():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moebert_kernels.distill.tasks import TaskData
+from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moebert_kernels.distill.identity import SPLIT_WORDS
-from moebert_kernels.distill.tasks import Task, TaskData
+from moebert_kernels.data.tasks import SPLIT_WORDS, Task, TaskData
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from moebert_kernels.distill.features import Features
 
 _SHOWN = 12  # classes of a split; more of them are summed up
 _MANY = 20  # classes whose names are all numbers; more of them look like scores
@@ -55,7 +53,7 @@ def _rows(task: Task, name: str, rows: Dataset) -> str:
     return f"{line}; {', '.join([*shown, *more, *none])}"
 
 
-def cut_texts(split: str, features: Features, max_length: int) -> str | None:
+def cut_texts(split: str, features: Any, max_length: int) -> str | None:
     """How many texts of a split lost their ends, if any did."""
     if not features.cut:
         return None

@@ -6,17 +6,25 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moebert_kernels.distill.features import Window
-from moebert_kernels.distill.tasks import Task
+from moebert_kernels.data.tasks import Task
 
 N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
+
+
+@dataclass(frozen=True)
+class Window:
+    """One question on one window of a context."""
+
+    row: int  # of the split
+    offsets: np.ndarray  # (tokens, 2) int32, characters of the context; -1 where the token is not of the context
 
 
 def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:

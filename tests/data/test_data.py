@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from moebert_kernels.distill.data_summary import cut_texts, summary
+from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.summary import cut_texts, summary
+from moebert_kernels.data.tasks import custom_task, load_task
 from moebert_kernels.distill.features import tokenize
-from moebert_kernels.distill.held_out import hold_out
 from moebert_kernels.distill.loading import keep_lengths, trained_lengths
-from moebert_kernels.distill.tasks import custom_task, load_task
 from moebert_kernels.distill.text_to_text import text_to_text_features
 from moebert_kernels.errors import UserError
 from tests.distill.tiny_text import word_tokenizer

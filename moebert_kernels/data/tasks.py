@@ -15,16 +15,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moebert_kernels.distill.data_files import (
+from moebert_kernels.data.files import (
     Row,
     find_split_files,
+    named_rows,
     peek,
     read_rows,
     read_text,
     require_columns,
+    saved_splits,
     split_name,
 )
-from moebert_kernels.distill.labels import class_names, label_text, score_of
+from moebert_kernels.data.labels import class_names, label_text, score_of
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "regression", "qa", "lm"]
 
 LOWER_IS_BETTER = ("perplexity", "loss")
+SPLIT_WORDS = {"train": "training"}  # what a person calls the rows of a split
 _NAMED = 20  # classes that a message names
 
 
@@ -58,7 +61,6 @@ class Task:
 
     @property
     def greater_is_better(self) -> bool:
-        """Of the main metric."""
         return self.main_metric not in LOWER_IS_BETTER
 
     @property
@@ -210,8 +212,8 @@ def load_task(
 
     Args:
         task: a `Task`, or the name of one in `TASKS`.
-        data: a folder with the task's files, one file, files by split, or the name of a dataset on the Hub. None: the
-            task's own dataset on the Hub.
+        data: a folder with the task's files or one that `datasets`' `save_to_disk` wrote, one file, files by split, or
+            the name of a dataset on the Hub. None: the task's own dataset on the Hub.
         file_split: the split that a single file is.
 
     Raises:
@@ -221,9 +223,11 @@ def load_task(
     Warns of empty texts.
     """
     task = get_task(task) if isinstance(task, str) else task
-    files = _local_files(data, file_split)
+    saved = saved_splits(Path(data)) if isinstance(data, (str, Path)) else None
+    files = None if saved is not None else _local_files(data, file_split)
     if files is None:
-        tables = _from_hub(task, (str(data),) if data is not None else task.hub)
+        name = task.hub if data is None else (str(data),)
+        tables = _tables(task, *(_from_hub(task, name) if saved is None else (saved, str(data))))
     else:
         tables = {}
         for split, file in files.items():
@@ -367,7 +371,7 @@ def _dataset(task: Task, rows: list[Row], where: str) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def _from_hub(task: Task, name: tuple[str, ...]) -> dict[str, tuple[list[Row], str]]:
+def _from_hub(task: Task, name: tuple[str, ...]) -> tuple[Any, str]:
     from datasets import load_dataset
 
     if not name:
@@ -379,16 +383,17 @@ def _from_hub(task: Task, name: tuple[str, ...]) -> dict[str, tuple[list[Row], s
     except Exception as error:  # datasets raises many kinds: no such dataset, no network, an unknown format
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise UserError(f"data: expected a local path or a reachable {where}, got {reason}"[:400]) from None
+    return loaded, where
+
+
+def _tables(task: Task, loaded: Mapping[str, Dataset], where: str) -> dict[str, tuple[list[Row], str]]:
+    """The splits of a data set of `datasets` as rows of the task, and what to call each."""
     tables = {}
     for split, data in loaded.items():
         label = [task.label_column] if task.has_label else []
         wanted = [*task.text_columns, *(["answers"] if task.kind == "qa" else label)]
         require_columns(data.column_names, {column: (column,) for column in wanted}, where)
-        feature = data.features[label[0]] if label else None
-        names = getattr(feature, "names", None)
-        rows = [dict(row) for row in data.select_columns(wanted)]
-        if names:
-            rows = [row | {label[0]: names[row[label[0]]] if row[label[0]] >= 0 else None} for row in rows]
+        rows = named_rows(data.select_columns(wanted))
         if label and any(row[label[0]] in (None, -1) for row in rows[:1]):
             continue  # the Hub's copies of test sets without labels have -1
         tables[_HUB_SPLITS.get(split, split)] = (rows, f"{where}, {split}")

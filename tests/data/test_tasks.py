@@ -8,7 +8,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from moebert_kernels.distill.tasks import TASKS, custom_task, get_task, label_order, load_task
+from moebert_kernels.data.tasks import TASKS, custom_task, get_task, label_order, load_task
 from moebert_kernels.errors import UserError
 from tests.helpers import shared_path
 
@@ -97,6 +97,60 @@ def test_reads_tables_of_ones_own(suffix, tmp_path):
     assert data.train[0] == {"a": "one, two", "b": "x", "label": 1, "example_id": 0}
 
 
+def own_table():
+    return Dataset.from_dict(
+        {"text": ["a film", "a book"], "label": [1, 0]},
+        Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])}),
+    )
+
+
+def write_feather(table, file):
+    from pyarrow import feather
+
+    feather.write_feather(table.data.table, file, compression="uncompressed")
+
+
+def write_stream(table, file):
+    from pyarrow import ipc
+
+    with ipc.new_stream(str(file), table.data.table.schema) as sink:
+        sink.write_table(table.data.table)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("train.parquet", lambda table, folder: table.to_parquet(folder / "train.parquet")),
+        ("train.arrow", lambda table, folder: write_stream(table, folder / "train.arrow")),
+        ("feather", lambda table, folder: write_feather(table, folder / "train.arrow")),
+        ("saved", lambda table, folder: table.save_to_disk(folder)),
+        ("saved splits", lambda table, folder: DatasetDict(train=table, validation=table).save_to_disk(folder)),
+    ],
+)
+def test_reads_binary_tables_and_saved_data_sets(name, write, tmp_path):
+    """Classes that the file numbers have their names, in the order of the names as everywhere."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(own_table(), folder)
+    task = custom_task(("text",))
+    for place in (folder, folder / name) if (folder / name).exists() else (folder,):
+        data = load_task(task, place)
+        assert data.task.label_names == ("bad", "good") and data.train["label"] == [1, 0]
+        assert data.train["text"] == ["a film", "a book"] and data.train["example_id"] == [0, 1]
+    assert ("validation" in load_task(task, folder).splits) == (name == "saved splits")
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.arrow", "state.json"])
+def test_damaged_binary_tables_are_one_line(name, tmp_path):
+    (tmp_path / name).write_bytes(b"ARROW1 and so on")
+    kind = {"train.parquet": "parquet file", "train.arrow": "arrow file", "state.json": "saved data set"}[name]
+    with pytest.raises(UserError, match=f"data: expected a whole {kind}, got ") as said:
+        load_task(custom_task(("text",)), tmp_path)
+    assert "\n" not in str(said.value)
+    with pytest.raises(UserError, match="which does not exist"):
+        load_task(custom_task(("text",)), {"train": tmp_path / "none.parquet"})
+
+
 def test_classes_named_by_numbers_are_in_their_order(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\na,10\nb,2\nc,1\n")
     data = load_task(custom_task(["text"]), tmp_path)
@@ -150,7 +204,7 @@ REJECTED = {
         lambda at: load_task("sst2", at),
         "data: expected train.tsv, dev.tsv or the like in .*, got no such",
     ),
-    "unknown format": (lambda at: load_task("sst2", write(at / "x.parquet", "")), "data: expected one of .tsv, .csv"),
+    "unknown format": (lambda at: load_task("sst2", write(at / "x.xlsx", "")), "data: expected one of .tsv, .csv"),
     "missing column": (
         lambda at: load_task("sst2", write(at / "x.tsv", "text\tlabel\na\t1\n")),
         "data: expected a column sentence in .*x.tsv, got text, label",

@@ -1,0 +1,57 @@
+"""`moebert export`: an ONNX file that any server with ONNX Runtime runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.outputs import already_written
+from moebert_kernels.cli.quantize import write
+from moebert_kernels.errors import UserError
+
+FORMATS = ("onnx",)
+
+
+def export(
+    model: o.ModelName,
+    output: o.OutputFolder,
+    format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, or int8: with ONNX Runtime's dynamic quantisation.")
+    ] = "float32",
+    force: o.Force = False,
+) -> None:
+    """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it."""
+    from moebert_kernels.distill.identity import model_files
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.serve import export_onnx
+
+    if format not in FORMATS:
+        raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    inputs.check_models(model=model)
+    identity = {
+        "command": "export", "model": str(Path(model)), "format": format, "dtype": dtype,
+        "files of the model": model_files(model),
+    }  # fmt: skip
+    if already_written(output, identity, force, model):
+        print(f"{output} is there already")
+        return
+    loaded, tokenizer = load_as_saved(model), load_tokenizer(model)
+
+    def save(folder: Path) -> None:
+        export_onnx(loaded, folder / "model.onnx", dtype=dtype)
+
+    write(output, save, tokenizer, identity, _plain(loaded.config))
+    print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")
+
+
+def _plain(config: Any) -> Any:
+    """The configuration of the family: what reads it beside an ONNX file knows of no mixtures."""
+    plain = copy.deepcopy(config)
+    vars(plain).pop("quantization_config", None)
+    return plain

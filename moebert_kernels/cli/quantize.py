@@ -1,0 +1,114 @@
+"""`moebert quantize`: a model for inference on a CPU, beside the one that it was made of."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.cli import options as o
+from moebert_kernels.cli.outputs import NOTE, already_written
+
+
+def quantize(
+    model: o.ModelName,
+    output: o.OutputFolder,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="int8, int8-token (a scale for each token), bfloat16 or float32.")
+    ] = "int8",
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", min=1, help="Of a typical call, all sequences together: engines are compared at it."),
+    ] = 128,
+    task: o.OptionalTaskName = None,
+    data: o.Data = None,
+    split: o.Split = "validation",
+    text_column: o.TextColumns = None,
+    label_column: o.LabelColumn = "label",
+    regression: o.Regression = False,
+    max_length: o.MaxLength = None,
+    batch_size: o.EvaluationBatchSize = None,
+    force: o.Force = False,
+) -> None:
+    """Make a model, dense or MoE, one for inference on a CPU. With --task its scores before and after are printed.
+
+    AutoModel loads the result where moebert_kernels.serve was imported. Nothing is calibrated: activations are
+    quantised in each call, by what they are.
+    """
+    from moebert_kernels.distill.identity import model_files
+    from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
+    from moebert_kernels.serve import describe, prepare
+
+    inputs.check_models(model=model)
+    identity = {
+        "command": "quantize", "model": str(Path(model)), "dtype": dtype, "tokens": tokens,
+        "files of the model": model_files(model),
+    }  # fmt: skip
+    if already_written(output, identity, force, model):
+        print(f"{output} is there already")
+        return
+    tokenizer = load_tokenizer(model)
+    scores: Callable[[Any], str] | None = None
+    if task is None:
+        source = load_as_saved(model)
+    else:
+        wanted = inputs.make_task(task, text_column, label_column, regression, model)
+        loaded = inputs.load_data(wanted, data, inputs.split_called(split))
+        source = load_model(model, loaded.task)
+        scores = _scores(source.config, loaded, split, tokenizer, max_length, batch_size)
+        print(f"as it was: {scores(source)}")
+    before = _mib(source)
+    prepared = prepare(source.eval(), dtype, tokens=tokens)
+    print(describe(prepared))
+    if scores is not None:
+        print(f"{dtype}: {scores(prepared)}")
+    write(output, prepared.save_pretrained, tokenizer, identity)
+    print(f"{before:,.0f} MiB of weights became {_mib(prepared):,.0f} MiB; saved in {output}")
+
+
+def write(
+    output: Path, save: Callable[[Path], Any], tokenizer: Any, identity: dict[str, Any], config: Any = None
+) -> None:
+    """What `save` writes into a folder, a tokenizer, a configuration and the note of the call; whole or not at all."""
+    from moebert_kernels.distill.checkpoint import write_folder
+    from moebert_kernels.distill.progress import quiet_transformers
+
+    def fill(folder: Path) -> None:
+        with quiet_transformers():
+            save(folder)
+        for part in (tokenizer, config):
+            if part is not None:
+                part.save_pretrained(folder)
+        files = sorted(path.name for path in folder.iterdir())
+        (folder / NOTE).write_text(json.dumps({**identity, "files": files}), encoding="utf-8")
+
+    write_folder(output, fill)
+
+
+def _scores(
+    config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
+) -> Callable[[Any], str]:
+    """A function that evaluates a model on a split and gives its metrics as text."""
+    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
+    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
+    features = inputs.tokenized(loaded, name, tokenizer, length, stride, config)
+    evaluate = inputs.evaluator(
+        loaded, name, features, tokenizer, batch_size, inputs.padding_for(config, length), config
+    )
+
+    def scores(model: Any) -> str:
+        start = time.perf_counter()
+        metrics = evaluate(model)
+        seconds = time.perf_counter() - start
+        return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()) + f", in {seconds:.1f} s"
+
+    return scores
+
+
+def _mib(model: Any) -> float:
+    return sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20

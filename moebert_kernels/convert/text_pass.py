@@ -1,0 +1,187 @@
+"""What a pass over text sees at the feed-forwards: their inputs, their token ids, and the stream that they add to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from moebert_kernels.convert.importance import frozen_eval
+from moebert_kernels.convert.sites import Site
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers.routing import stack_of
+
+HELD_OUT_EVERY = 8  # sequences; one of so many judges what the others chose
+MOST_OF_ONE_ID = 0.5  # of the tokens
+MOST_UNSEEN = 0.5  # of the tokens held out
+
+
+@dataclass(frozen=True)
+class SiteText:
+    """The tokens of some text at one feed-forward, without padding.
+
+    Attributes:
+        ids: (N,) int64 token ids.
+        x: (N, H) inputs of the feed-forward, in the model's dtype.
+        held_out: (N,) bool, tokens of the sequences that only judge.
+        stream: (N,) float32, mean square of the residual stream behind the feed-forward. Of no use where `is_normed`.
+        is_normed: whether a LayerNorm stands behind the residual, so that what counts is LayerNorm(x + output).
+    """
+
+    ids: Tensor
+    x: Tensor
+    held_out: Tensor
+    stream: Tensor
+    is_normed: bool
+
+
+class _Recorder:
+    """The hooks of one site, and what they have seen."""
+
+    def __init__(self, model: nn.Module, site: Site, most: int) -> None:
+        self.site, self.most = site, most
+        self.stack, self.block = stack_of(model, site.name), _block_of(model, site.name)
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.count = self.rows = 0
+        self.is_normed: bool | None = None
+        self.ids: Any = None
+        self.mask: Any = None
+        self.x: Any = None
+        self.y: Any = None
+
+    def hooks(self) -> list[Any]:
+        names = tuple(inspect.signature(self.stack.forward).parameters)
+
+        def before_stack(_: Any, args: Any, kwargs: Any) -> None:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            self.ids, self.mask = given.get("input_ids"), given.get("attention_mask")
+            if self.ids is None:
+                raise UserError("batches: expected token ids (input_ids), by which experts are chosen, got none")
+
+        def before_first(_: Any, args: Any) -> None:
+            self.x = args[0].detach()
+
+        def after_second(_: Any, args: Any, y: Tensor) -> None:
+            self.y = y.detach()
+
+        def after_block(_: Any, args: Any, output: Any) -> None:
+            self.keep((output[0] if isinstance(output, tuple) else output).detach())
+
+        return [
+            self.stack.register_forward_pre_hook(before_stack, with_kwargs=True),
+            self.site.first_modules[0].register_forward_pre_hook(before_first),
+            self.site.second_module.register_forward_hook(after_second),
+            self.block.register_forward_hook(after_block),
+        ]
+
+    def keep(self, behind: Tensor) -> None:
+        """Keep the tokens of a forward, `behind` being the residual stream behind the block, up to `most` in all."""
+        ids = self.ids
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if isinstance(self.mask, Tensor) and self.mask.ndim == 2:
+            mask = self.mask[:, -ids.shape[1] :] != 0
+        rows = self.rows + torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
+        self.rows += len(ids)
+        flat = mask.flatten().to(self.x.device)
+        x, y, behind = (t.reshape(-1, t.shape[-1])[flat] for t in (self.x, self.y, behind))
+        if self.is_normed is None and len(x):
+            self.is_normed = _is_normed_sum(x + y, behind)
+        kept = slice(0, max(0, self.most - self.count))
+        stream = behind.float().square().mean(1)
+        self.parts.append(tuple(t[kept].clone() for t in (ids[mask], x, rows[mask], stream)))
+        self.count += len(self.parts[-1][0])
+
+    def text(self) -> SiteText:
+        ids, x, rows, stream = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        held_out = rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        ids, held_out = ids.long().to(x.device), held_out.to(x.device)
+        return SiteText(ids, x, held_out, stream.to(x.device), bool(self.is_normed))
+
+
+def read_text(
+    model: nn.Module, sites: list[Site], batches: Iterable[Mapping[str, Any]], most: int, progress: bool = False
+) -> list[SiteText]:
+    """Run the model over the batches until there are `most` tokens, and return what came to each site.
+
+    The model runs in eval mode, in its own dtype; it is left as it was. Memory: `most` x H numbers for each site.
+
+    Raises:
+        UserError: nothing to read, or no token ids.
+    """
+    recorders = [_Recorder(model, site, most) for site in sites]
+    device = sites[0].weights().w1.device
+    accepted = set(inspect.signature(model.forward).parameters)
+    bar = tqdm(total=most, desc="reading text", unit=" tokens", disable=not progress, leave=False)
+    with ExitStack() as stack, torch.no_grad(), torch.autocast(device.type, enabled=False), bar:
+        stack.enter_context(frozen_eval(model))
+        for recorder in recorders:
+            for hook in recorder.hooks():
+                stack.callback(hook.remove)
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise UserError(f"batches: expected mappings with input_ids, got {type(batch).__name__}")
+            tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            model(**{name: value for name, value in tensors.items() if name in accepted})
+            least = min(recorder.count for recorder in recorders)
+            bar.update(min(least, most) - bar.n)
+            if least >= most:
+                break
+    if any(recorder.count == 0 for recorder in recorders):
+        raise UserError("batches: expected text to choose experts by, got no tokens")
+    return [recorder.text() for recorder in recorders]
+
+
+def check_text(text: SiteText, num_experts: int) -> None:
+    """Raise a UserError for text of which no table of token ids can be made; with the share that is wrong."""
+    counts = torch.bincount(text.ids)
+    kinds, (most, which) = int((counts > 0).sum()), counts.max(0)
+    if kinds < 2 * num_experts:
+        raise UserError(
+            f"batches: expected text with at least {2 * num_experts} different token ids for {num_experts} experts, "
+            f"got {kinds} in {len(text.ids)} tokens"
+        )
+    share = float(most) / len(text.ids)
+    if share > MOST_OF_ONE_ID:
+        raise UserError(
+            f"batches: expected text in a language that the tokenizer knows, got token id {int(which)} for "
+            f"{100 * share:.0f} % of the tokens"
+        )
+    unseen = unseen_share(text)
+    if unseen > MOST_UNSEEN:
+        raise UserError(
+            f"batches: expected text of one kind and more of it, got sequences of which {100 * unseen:.0f} % of the "
+            "tokens are unseen in the others"
+        )
+
+
+def unseen_share(text: SiteText) -> float:
+    """The share of the held-out tokens whose id is nowhere in the rest of the text; 0 where nothing is held out."""
+    known = torch.isin(text.ids[text.held_out], text.ids[~text.held_out])
+    return 1.0 - float(known.float().mean()) if len(known) else 0.0
+
+
+def _block_of(model: nn.Module, name: str) -> Any:
+    """The layer of the model around a feed-forward, whose output is the residual stream."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if isinstance(model.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+            return model.get_submodule(".".join(parts[:end]))
+    raise UserError(f"model: expected {name} in one of a list of layers, found no list around it")
+
+
+def _is_normed_sum(total: Tensor, behind: Tensor) -> bool:
+    """Whether `behind` (n, H) is an affine function, column by column, of the LayerNorm of `total`."""
+    if len(total) < 3:
+        return False
+    normed = F.layer_norm(total.float(), total.shape[1:])
+    a, b = normed - normed.mean(0), behind.float() - behind.float().mean(0)
+    slope = (a * b).sum(0) / a.square().sum(0).clamp(min=1e-30)
+    rounding = (8 * torch.finfo(behind.dtype).eps) ** 2 + 1e-9  # of squares
+    return bool((b - slope * a).square().sum() < rounding * b.square().sum())

@@ -1,0 +1,56 @@
+"""What the CPU is, and what it can multiply fast."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import Any
+
+import torch
+
+_INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "dot", "i8mm")
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+@functools.cache
+def capabilities() -> dict[str, Any]:
+    """torch's list of instructions by name; empty where torch has none."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+@functools.cache
+def is_amd() -> bool:
+    """Whether MKL's and oneDNN's fast paths for Intel's CPUs are somebody else's here."""
+    name = capabilities().get("cpu_name")
+    if name is None and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            name = next((line for line in lines if line.startswith("vendor_id")), None)
+    return "AMD" in (name or "")
+
+
+def has_int8_instructions() -> bool:
+    """Whether products of 8-bit numbers are added in 32 bits by one instruction (VNNI, AMX, dot product)."""
+    found = capabilities()
+    return any(found.get(name) for name in _INT8) if found else torch.cpu._is_vnni_supported()
+
+
+def has_bfloat16_instructions() -> bool:
+    """Whether bfloat16 numbers are multiplied without a conversion to float32."""
+    found = capabilities()
+    return any(found.get(name) for name in _BFLOAT16) if found else torch.cpu._is_avx512_bf16_supported()
+
+
+def warn_if_slow(dtype: str) -> None:
+    """Warn where this CPU lacks the instructions that make a dtype fast."""
+    if dtype.startswith("int8") and not has_int8_instructions():
+        warnings.warn(
+            "this CPU has no int8 dot products (VNNI, AMX): activations get 7 bits instead of 8, and int8 gains less",
+            stacklevel=3,
+        )
+    if dtype == "bfloat16" and not has_bfloat16_instructions():
+        warnings.warn(
+            "this CPU has no bfloat16 instructions: products are computed in float32 after conversions, so that "
+            "bfloat16 saves memory but no time; take 'float32' or 'int8'",
+            stacklevel=3,
+        )

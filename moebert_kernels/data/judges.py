@@ -1,0 +1,84 @@
+"""Metrics of a task, as `Trainer` asks for them: `compute_metrics`, and what of the logits it needs to keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import EvalPrediction
+
+from moebert_kernels.data.columns import IGNORED
+from moebert_kernels.data.metrics import Window, answers_from_spans, compute_metrics
+from moebert_kernels.data.tasks import Task
+from moebert_kernels.errors import UserError
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Arguments of a `Trainer` for one split: `Trainer(..., **vars(judge))`.
+
+    Attributes:
+        compute_metrics: the metrics by name.
+        preprocess_logits_for_metrics: of a batch's logits what is kept for them; None: all.
+    """
+
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None = None
+
+
+def judge(task: Task, rows: Any = None, columns: Any = None) -> Judge:
+    """The task's metrics; correlations and shares as `compute_metrics` has them.
+
+    Args:
+        task: any but those that are answered by generating text.
+        rows, columns: of questions, the split and what `tokenized` made of it, in whose order they are judged.
+
+    Raises:
+        UserError: questions without their split.
+    """
+    if task.kind == "lm":
+        return Judge(_perplexity, _label_losses)
+    if task.kind != "qa":
+        return Judge(lambda given: compute_metrics(task, _answers(task, given.predictions), list(given.label_ids)))
+    if rows is None or columns is None:
+        raise UserError("judge: expected the split and its columns for questions, got none")
+    return Judge(lambda given: _judged_questions(task, rows, columns, given.predictions))
+
+
+def _answers(task: Task, logits: Any) -> list[Any]:
+    logits = np.asarray(logits)
+    return (logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)).tolist()
+
+
+def _label_losses(logits: Any, labels: Tensor) -> Tensor:
+    """(B, T) the loss at each position, -1 where no label follows: what a perplexity needs of logits (B, T, V)."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none", ignore_index=IGNORED)
+    return torch.where(shifted == IGNORED, -1.0, losses.view_as(shifted))
+
+
+def _perplexity(given: EvalPrediction) -> dict[str, float]:
+    losses = np.asarray(given.predictions, dtype=np.float64)
+    loss = float(losses[losses >= 0].mean())  # padding between batches is -100
+    return {"perplexity": math.exp(loss) if loss < 700.0 else math.inf, "loss_by_label": loss}
+
+
+def _judged_questions(task: Task, rows: Any, columns: Any, predictions: Any) -> dict[str, float]:
+    windows = [
+        Window(row, np.array(offsets, dtype=np.int32))
+        for row, offsets in zip(columns["row"], columns["offset_mapping"], strict=True)
+    ]
+    starts, ends = (
+        [logits[: len(window.offsets)] for logits, window in zip(part, windows, strict=True)]
+        for part in predictions[:2]
+    )
+    no_answers = task.name != "squad"
+    answers = answers_from_spans(windows, starts, ends, rows["context"], may_have_no_answer=no_answers)
+    return compute_metrics(task, answers, [held["text"] for held in rows["answers"]])

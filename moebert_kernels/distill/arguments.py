@@ -1,0 +1,96 @@
+"""What a training run is told: transformers' `TrainingArguments`, and what it does not know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from moebert_kernels.errors import UserError
+
+OBJECTIVES = ("layerwise", "tokens", "microbert", "embedding")
+
+
+@dataclass
+class MoETrainingArguments(TrainingArguments):
+    """Settings of `MoETrainer`: all of transformers', under their names, and those below.
+
+    Dictionaries may be given as JSON, as on a command line.
+
+    Raises:
+        UserError: a value out of its range, or an unknown name.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  as transformers has it
+        *TrainingArguments._VALID_DICT_FIELDS, "objective_options", "loss_weights", "gradient_mask",
+    ]  # fmt: skip
+
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What a student follows its teacher in: one of {', '.join(OBJECTIVES)}. None: labels alone."
+        },
+    )
+    objective_options: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the objective by name, e.g. {'layer_map': {1: 2}}."}
+    )
+    loss_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the loss terms by name: 'task' (the labels), 'balance', and the objective's. A term "
+            "that is not named has weight 1, 'balance' that of the model's configuration."
+        },
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the routers' parameters. None: as of all others."}
+    )
+    gradient_mask: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of GradientMask, e.g. {'probability': 0.5}: MPOE's steps without central tensors."
+        },
+    )
+    shared_fold: bool = field(
+        default=False,
+        metadata={"help": "Fold the experts of MPOE once per optimizer step, which takes the memory of their weights."},
+    )
+    teacher_dropout: bool = field(default=False, metadata={"help": "Run the teacher with its dropout."})
+    teacher_outputs: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep the teacher's outputs in: computed once, for any number of epochs and runs."},
+    )
+    teacher_outputs_dtype: str | None = field(
+        default=None, metadata={"help": "float32, float16 or bfloat16. None: as the teacher computes."}
+    )
+    # Terms that are not finite stop the run by name; transformers would hide them from the log.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the log."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shared_fold and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
+        if self.objective is not None and self.objective not in OBJECTIVES:
+            raise UserError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        for name in ("objective_options", "loss_weights", "gradient_mask"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{name}: expected names and values, got {value!r}")
+        for name, weight in self.weights.items():
+            _check_number(f"loss_weights[{name!r}]", weight)
+        _check_number("router_learning_rate", self.router_learning_rate)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that were given."""
+        weights: Any = self.loss_weights
+        return dict(weights or {})
+
+
+def _check_number(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise UserError(f"{name}: expected a number of at least 0, got {value!r}")

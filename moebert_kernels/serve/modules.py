@@ -1,0 +1,290 @@
+"""The modules of a prepared model: linear layers, experts and embeddings whose weights are packed.
+
+Each has two states. `empty` ones have the buffers of a checkpoint, for transformers to fill; `pack` turns them into the
+form of an engine, and `state_dict` turns that back into the same buffers, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moebert_kernels.errors import UserError
+from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, is_int8, pack
+from moebert_kernels.torch_backend.activation import activate
+
+# of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
+_FEW_ROWS = 32
+Engines = Callable[[tuple[int, int], bool], str]  # shape (N, K), and whether of experts -> engine
+
+
+class PackedModule(nn.Module):
+    """What can be packed: `names` of its buffers and `pack`; `tensors` gives the buffers back."""
+
+    dtype: str  # one of DTYPES
+
+    def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
+        """Of every kind of linear layer inside: shape (N, K), whether of experts, and the layers."""
+        yield from ()
+
+    def pack(self, engines: Engines) -> None:
+        """Put the buffers in the form of engines."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The buffers of a checkpoint, by name; those that are None are left out."""
+        raise NotImplementedError
+
+    def _fill(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Become an empty module with these buffers."""
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.register_buffer(name, tensor)
+
+    def _take(self) -> dict[str, Tensor]:
+        """The buffers, which are removed."""
+        taken = dict(self._buffers)
+        self._buffers.clear()
+        return {name: tensor for name, tensor in taken.items() if tensor is not None}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in (self._buffers or self.tensors()).items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        raise UserError("load_state_dict: expected a model that is not prepared; load the weights, then prepare it")
+
+
+class PackedLinear(PackedModule):
+    """nn.Linear with a packed weight; inputs and outputs have the model's dtype.
+
+    Buffers: weight (N, K), scale (N,) of int8 ones, bias (N,) or none.
+    """
+
+    def __init__(self, weights: Weights, dtype: str) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.out_features, self.in_features = weights.weight.shape
+        self._packed: Packed | None = None
+        self._fill(weights._asdict())
+
+    @classmethod
+    def of(cls, module: Any, dtype: str) -> PackedLinear:
+        """From an nn.Linear, or from GPT-2's Conv1D, which keeps (in, out)."""
+        weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+        return cls(_weights(weight, module.bias, dtype), dtype)
+
+    def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
+        yield (self.out_features, self.in_features), False, [self._weights()]
+
+    def pack(self, engines: Engines) -> None:
+        engine = engines((self.out_features, self.in_features), False)
+        weights = self._weights()
+        self._take()
+        self._packed = pack(engine, *weights)
+        # models ask for their layers' shape and dtype
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=self._packed.dtype, device="meta")
+
+    def _weights(self) -> Weights:
+        return Weights(*(self._buffers.get(name) for name in Weights._fields))
+
+    def tensors(self) -> dict[str, Tensor]:
+        assert self._packed is not None
+        return {name: t for name, t in self._packed.weights()._asdict().items() if t is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self._packed
+        assert packed is not None
+        if x.dtype is not packed.dtype:
+            raise ValueError(f"x: expected {packed.dtype} in a model prepared as {self.dtype}, got {x.dtype}")
+        return packed(x)
+
+    def extra_repr(self) -> str:
+        engine = "empty" if self._packed is None else self._packed.engine
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}, engine={engine}"
+
+
+class PackedExperts(PackedModule):
+    """The experts of a layer with packed weights; residual and norm are computed in float32.
+
+    Buffers: w1 (E, I or 2I, H), w2 (E, H, I), of int8 ones w1_scale (E, I or 2I) and w2_scale (E, H); b1, b2 as wide as
+    the scales, or none; norm_weight, norm_bias (E, H) of `NormedExperts`.
+
+    Args:
+        tensors: the buffers.
+        dtype: one of `DTYPES`.
+        activation: of the experts.
+        eps: of their LayerNorms.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor | None], dtype: str, activation: str, eps: float | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.activation = activation
+        self.adds_residual = tensors.get("norm_weight") is not None
+        self.eps = eps
+        w1, w2 = tensors["w1"], tensors["w2"]
+        assert w1 is not None and w2 is not None
+        self.num_experts = w1.shape[0]
+        self._shapes = {"w1": (w1.shape[1], w1.shape[2]), "w2": (w2.shape[1], w2.shape[2])}
+        self._first: list[Packed] = []
+        self._second: list[Packed] = []
+        self._norms: list[tuple[Tensor, Tensor]] = []
+        self._fill(tensors)
+
+    @classmethod
+    def of(cls, experts: Any, dtype: str) -> PackedExperts:
+        """From `Experts` of any kind; weights that are folded from tensors are folded now."""
+        with torch.no_grad():
+            w1, w2 = experts.weights()
+            b1, b2 = experts.biases()
+            tensors: dict[str, Tensor | None] = {}
+            for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
+                made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
+                for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
+                    tensors[key] = None if parts[0] is None else torch.stack(list(parts))
+            if experts.adds_residual:
+                to = input_dtype(dtype)
+                tensors |= {name: getattr(experts, name).detach().to(to) for name in ("norm_weight", "norm_bias")}
+        return cls(tensors, dtype, experts.activation, getattr(experts, "eps", None))
+
+    def _linears(self, name: str) -> list[Weights]:
+        """Of "1" or "2", of each expert."""
+        weight, scale, bias = (self._buffers.get(key) for key in (f"w{name}", f"w{name}_scale", f"b{name}"))
+        assert weight is not None
+        return [
+            Weights(weight[e], None if scale is None else scale[e], None if bias is None else bias[e])
+            for e in range(self.num_experts)
+        ]
+
+    def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
+        for name in ("1", "2"):
+            yield self._shapes[f"w{name}"], True, self._linears(name)
+
+    def pack(self, engines: Engines) -> None:
+        for name, packed in (("1", self._first), ("2", self._second)):
+            engine = engines(self._shapes[f"w{name}"], True)
+            packed.extend(pack(engine, *(_own(t) for t in weights)) for weights in self._linears(name))
+        taken = self._take()
+        if self.adds_residual:
+            rows = zip(taken["norm_weight"], taken["norm_bias"], strict=True)
+            self._norms = [(weight.float(), bias.float()) for weight, bias in rows]
+
+    def tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, packed in (("1", self._first), ("2", self._second)):
+            parts = zip(*(layer.weights() for layer in packed), strict=True)
+            for key, values in zip((f"w{name}", f"w{name}_scale", f"b{name}"), parts, strict=True):
+                if values[0] is not None:
+                    found[key] = torch.stack(list(values))
+        for key, values in zip(("norm_weight", "norm_bias"), zip(*self._norms, strict=True), strict=False):
+            found[key] = torch.stack(list(values)).to(input_dtype(self.dtype))
+        return found
+
+    def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """As `Experts.forward`."""
+        with torch.no_grad():
+            grouping = resolve_routing(x, routing, self.num_experts, max_top_k=1 if self.adds_residual else None)
+            p = resolve_routing_weights(x, grouping.top_k, routing_weights)
+            flat = x.reshape(-1, x.shape[-1])
+            bounds = grouping.offsets.tolist()
+            routed, top_k = bounds[-1], grouping.top_k
+            tokens = grouping.row_to_token if top_k == 1 else grouping.row_to_token // top_k
+            if not routed:
+                y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
+                return y.view(x.shape)
+            outputs = list(self._outputs(flat.index_select(0, tokens[:routed]), bounds))
+            if p is not None:
+                p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_token[:routed])
+                outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
+            if routed < grouping.num_rows:  # behind the routed rows stand the skipped ones, also in the permutation
+                skipped = tokens[routed:]
+                outputs.append(
+                    flat.index_select(0, skipped)
+                    if self.adds_residual
+                    else outputs[0].new_zeros(len(skipped), flat.shape[1])
+                )
+            # one read of each row: `index_copy_` and `index_put_` take four times as long
+            rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            y = rows.index_select(0, grouping.token_to_row)
+            if top_k > 1:
+                y = y.view(-1, top_k, y.shape[1]).sum(1)
+            return y.view(x.shape)
+
+    def _outputs(self, rows: Tensor, bounds: list[int]) -> Iterator[Tensor]:
+        """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them."""
+        counts = [hi - lo for lo, hi in pairwise(bounds)]
+        experts = [e for e, count in enumerate(counts) if count]
+        inputs = rows.split_with_sizes([counts[e] for e in experts])
+        hidden: Sequence[Tensor] | None = None
+        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses:
+            together = torch.cat([self._first[e](x) for e, x in zip(experts, inputs, strict=True)])
+            hidden = activate(together, self.activation, inplace=True).split_with_sizes([len(x) for x in inputs])
+        for k, (e, x) in enumerate(zip(experts, inputs, strict=True)):
+            y = self._second[e](self._first[e](x, self.activation) if hidden is None else hidden[k])
+            if self.adds_residual:
+                weight, bias = self._norms[e]
+                z = y.add_(x) if y.dtype == torch.float32 else y.float().add_(x)
+                y = torch.layer_norm(z, (z.shape[1],), weight, bias, self.eps).to(y.dtype)
+            yield y
+
+    def extra_repr(self) -> str:
+        engines = sorted({layer.engine for layer in (*self._first, *self._second)}) or ["empty"]
+        return (
+            f"num_experts={self.num_experts}, activation={self.activation!r}, dtype={self.dtype}, "
+            f"engine={'/'.join(engines)}"
+        )
+
+
+class PackedEmbedding(PackedModule):
+    """nn.Embedding with int8 rows and a scale for each. Buffers: weight (V, H) int8, scale (V,) float32."""
+
+    dtype = "int8"
+
+    def __init__(self, weight: Tensor, scale: Tensor, padding_idx: int | None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
+        self._fill({"weight": weight, "scale": scale})
+
+    @classmethod
+    def of(cls, module: Any) -> PackedEmbedding:
+        weight, scale = _weights(module.weight, None, "int8")[:2]
+        assert scale is not None
+        return cls(weight, scale, module.padding_idx)
+
+    def pack(self, engines: Engines) -> None:
+        """Nothing: it computes with its buffers."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight, scale = self._buffers["weight"], self._buffers["scale"]
+        assert weight is not None and scale is not None
+        return F.embedding(ids, weight).float() * F.embedding(ids, scale.unsqueeze(1))
+
+    def extra_repr(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype=int8"
+
+
+def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
+    """`converted`, on the meta device too, where there are no values."""
+    if not weight.is_meta:
+        return converted(weight, bias, dtype)
+    to = input_dtype(dtype)
+    scale = torch.empty(len(weight), device="meta") if is_int8(dtype) else None
+    bias = None if bias is None else torch.empty_like(bias, dtype=to)
+    return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)
+
+
+def _own(tensor: Tensor | None) -> Tensor | None:
+    """A copy: a view would keep the tensors of all experts alive."""
+    return None if tensor is None else tensor.clone()

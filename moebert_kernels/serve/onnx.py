@@ -1,0 +1,197 @@
+"""ONNX of a model, converted or dense, in standard operators: any server with ONNX Runtime runs it.
+
+Each expert has matrices of its own, and gets its rows by NonZero and Gather and puts them back by ScatterND, so that
+ONNX Runtime's quantiser finds ordinary products. Hash tables, gates and the padding mask are inside the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moebert_kernels import reference
+from moebert_kernels.errors import UserError, require_extra
+from moebert_kernels.layers import MoEFeedForward, moe_layers
+from moebert_kernels.nn.hash_router import HashRouter
+from moebert_kernels.serve.modules import PackedModule
+
+OPSET = 20  # Gelu is an operator from here on
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_FREE = torch.export.Dim.DYNAMIC
+_OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
+
+
+def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None:
+    """Write an encoder as an ONNX file whose batch and length are free.
+
+    Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence);
+    outputs are the model's: `logits`, or `last_hidden_state` and what else there is. These are the
+    names by which other packages call exported models. The model is left as it was.
+
+    Args:
+        model: of transformers, dense or converted, not prepared; an encoder, with a head or without.
+        path: of the file. Weights of more than 2 GB go beside it.
+        dtype: "float32"; or "int8": then ONNX Runtime's dynamic quantisation has run over it, with weights per channel.
+
+    Raises:
+        UserError: a model that is no encoder, is prepared, or routes by task; another dtype.
+        MissingExtra: a package of the extra `serve` is not installed.
+    """
+    if dtype not in ("float32", "int8"):
+        raise UserError(f"dtype: expected float32 or int8 in an ONNX file, got {dtype!r}")
+    _check(model)
+    require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
+    path = Path(path)
+    if dtype == "int8":
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(model, Path(folder) / "model.onnx")
+            quantise_onnx(Path(folder) / "model.onnx", path)
+        return
+    copied = copy.deepcopy(model).float().cpu().eval()
+    inputs, outputs = _example(copied)
+    module = _Flat(standard(copied), tuple(inputs), outputs).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(
+            module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=list(inputs), output_names=list(outputs),
+            dynamic_shapes=(tuple({0: _FREE, 1: _FREE} for _ in inputs),),
+        )  # fmt: skip
+    program.save(path)
+
+
+def quantise_onnx(source: str | Path, target: str | Path) -> None:
+    """ONNX Runtime's dynamic quantisation: weights int8 per channel, activations 8 bits per tensor in each call."""
+    require_extra("serve", "onnx", "onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it reports every tensor of integers as one that it cannot quantise
+    try:
+        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+    finally:
+        logging.disable(level)
+
+
+def standard(model: Any) -> Any:
+    """The model, whose layers become `StandardExperts` and whose hash routers look up in plain torch; in place."""
+    for layer in moe_layers(model):
+        layer.experts = StandardExperts(layer)  # type: ignore[assignment]
+        if isinstance(layer.router, HashRouter):
+            layer.router.__class__ = _StandardHashRouter
+        elif hasattr(layer.router, "balance"):
+            layer.router.balance = _NoLoss()  # of training alone
+    return model
+
+
+class StandardExperts(nn.Module):
+    """The experts of a layer in plain torch, each with two nn.Linear; for inference."""
+
+    def __init__(self, layer: MoEFeedForward) -> None:
+        super().__init__()
+        experts: Any = layer.experts
+        self.activation, self.adds_residual = experts.activation, experts.adds_residual
+        with torch.no_grad():
+            w1, w2 = experts.weights()
+            b1, b2 = experts.biases()
+        self.first = nn.ModuleList(_linear(w1[e], None if b1 is None else b1[e]) for e in range(len(w1)))
+        self.second = nn.ModuleList(_linear(w2[e], None if b2 is None else b2[e]) for e in range(len(w2)))
+        self.norms = nn.ModuleList()
+        if experts.adds_residual:
+            for weight, bias in zip(experts.norm_weight, experts.norm_bias, strict=True):
+                norm = nn.LayerNorm(len(weight), eps=experts.eps)
+                norm.weight.data, norm.bias.data = weight.detach().clone(), bias.detach().clone()
+                self.norms.append(norm)
+
+    def forward(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
+        """As `Experts.forward`, of expert ids (...) or (..., top_k)."""
+        flat = x.reshape(-1, x.shape[-1])
+        top_k = 1 if expert_ids.ndim < x.ndim else expert_ids.shape[-1]
+        ids = expert_ids.reshape(-1)
+        y = flat if self.adds_residual else torch.zeros_like(flat)
+        if top_k > 1:
+            y = y.repeat_interleave(top_k, 0)
+        for e in range(len(self.first)):
+            rows = (ids == e).nonzero().squeeze(1)
+            inputs = flat.index_select(0, rows if top_k == 1 else rows // top_k)
+            outputs = self.second[e](reference.activate(self.first[e](inputs), self.activation))
+            if self.adds_residual:
+                outputs = self.norms[e](inputs + outputs)
+            if routing_weights is not None:
+                outputs = outputs * routing_weights.reshape(-1, 1).index_select(0, rows)
+            y = y.index_copy(0, rows, outputs)
+        if top_k > 1:
+            y = y.view(-1, top_k, y.shape[1]).sum(1)
+        return y.view(x.shape)
+
+
+class _StandardHashRouter(HashRouter):
+    def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        experts = self.table.long()[token_ids]
+        return experts if attention_mask is None else experts.masked_fill(attention_mask == 0, -1)
+
+
+class _NoLoss(nn.Module):
+    def forward(self, probabilities: Tensor, *_: Any) -> Tensor:
+        return probabilities.new_zeros(())
+
+
+class _Flat(nn.Module):
+    """The model with inputs by position and a tuple of outputs."""
+
+    def __init__(self, model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, inputs, outputs
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(self.inputs, inputs, strict=True)), return_dict=True)
+        return tuple(found[name] for name in self.outputs)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
+def _check(model: Any) -> None:
+    """Raise the errors of `export_onnx`."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
+    kind, config = type(model).__name__, model.config
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise UserError("model: expected one that is not prepared: export the model, then quantise the file")
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or model.can_generate():
+        raise UserError(f"model: expected an encoder, got {kind}; engines for generation export decoders")
+    if getattr(getattr(config, "quantization_config", None), "is_task_routed", False):
+        raise UserError("model: expected one without routing by task, got one; merge it for a task first")
+    if "input_ids" not in _parameters(model):
+        raise UserError(f"model: expected an encoder of texts, got {kind}")
+
+
+def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Small inputs by name, and the names of the outputs."""
+    names = [name for name in _INPUTS if name in _parameters(model)]
+    if getattr(model.config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
+        names.remove("token_type_ids")
+    inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names}
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = torch.zeros(2, 6, dtype=torch.int64)
+    with torch.no_grad():
+        found = model(**inputs, return_dict=True)
+    return inputs, tuple(name for name in _OUTPUTS if found.get(name) is not None)
+
+
+def _parameters(model: Any) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).parameters

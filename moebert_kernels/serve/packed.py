@@ -1,0 +1,259 @@
+"""y = act(x w' + bias) by a library that keeps the weight in an order of its own: int8, bfloat16 or float32, on a CPU.
+
+The libraries are those that torch carries. An `Engine` is one way to run one dtype; `fastest` measures which one it is
+on this machine. int8: weights are symmetric, with a scale for each output; activations are quantised in the call, to
+eight bits with one scale and one zero point for all of its rows; products are added in int32. "int8-token": the same
+libraries get rows that were divided by their largest magnitudes, so that each has a scale of its own.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.cpu import has_int8_instructions
+from moebert_kernels.errors import UserError
+from moebert_kernels.torch_backend.activation import activate
+
+DTYPES = {"int8": torch.int8, "int8-token": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ENGINES = {
+    "int8": ("fbgemm", "onednn", "qnnpack"),
+    "int8-token": ("fbgemm-token", "onednn-token", "qnnpack-token"),
+    "bfloat16": ("plain", "onednn"),
+    "float32": ("plain", "onednn"),
+}
+_TOKEN = "-token"
+# names of the activations that oneDNN applies to a tile while it is in registers
+_FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
+_NOT_FUSED = ("none", "")
+_SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
+_PACKED_ROWS = 256  # the row count that oneDNN's order is made for: of 1 to 1,024, the best or near it for all
+# what the overloads call: for the experts of few tokens, their Python around it takes 5 % of the time
+_SMALLEST = 1e-30  # a row of zeros is divided by it
+_linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
+
+
+class Weights(NamedTuple):
+    """weight (N, K) int8, bfloat16 or float32; scale (N,) float32 of int8 ones, else None; bias (N,) or None."""
+
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+class Packed:
+    """A linear layer in an engine's form.
+
+    Attributes:
+        engine: its name.
+        dtype: of inputs and outputs.
+        fuses: whether an activation costs no pass over the outputs.
+    """
+
+    engine: str
+    dtype: torch.dtype
+    fuses = False
+
+    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
+        """act(x (..., K) w' + bias) (..., N); gated activations give N / 2 columns."""
+        raise NotImplementedError
+
+    def weights(self) -> Weights:
+        """What was packed, bit for bit."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pack, (self.engine, *self.weights())
+
+
+class _Int8(Packed):
+    dtype = torch.float32
+
+    def __init__(self, engine: str, weights: Weights) -> None:
+        self.engine = engine
+        weight, scale, bias = weights
+        assert scale is not None
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        self._has_bias = bias is not None
+        self._late_bias = None
+        if engine.endswith(_TOKEN):
+            self._late_bias = torch.zeros(len(scale)) if bias is None else bias.float()
+            bias = None
+        with quantised_engine(engine.removesuffix(_TOKEN)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # a form torch will give up
+            quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
+            self._packed = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
+        # without these instructions products of 8-bit numbers are added in 16 bits, which overflow
+        self._reduced = not has_int8_instructions()
+
+    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
+        if self._late_bias is None:
+            y = _linear_dynamic(x, self._packed, self._reduced)
+        else:
+            # two passes in vectors: `vector_norm` and `aminmax` of rows are 15 times as slow
+            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=_SMALLEST)
+            y = torch.addcmul(self._late_bias, _linear_dynamic(x / largest, self._packed, self._reduced), largest)
+        return activate(y, activation, inplace=True)
+
+    def weights(self) -> Weights:
+        weight, bias = torch.ops.quantized.linear_unpack(self._packed)
+        bias = bias if self._late_bias is None else self._late_bias
+        return Weights(weight.int_repr(), weight.q_per_channel_scales().float(), bias if self._has_bias else None)
+
+
+class _OneDNN(Packed):
+    engine = "onednn"
+    fuses = True
+
+    def __init__(self, weights: Weights) -> None:
+        self.dtype = weights.weight.dtype
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.contiguous(), _PACKED_ROWS)
+        self._bias = weights.bias
+
+    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
+        name, algorithm = _FUSED.get(activation, _NOT_FUSED)
+        y = _linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
+        return y if name != "none" else activate(y, activation, inplace=True)
+
+    def weights(self) -> Weights:
+        return Weights(self._weight.to_dense(), None, self._bias)
+
+
+class _Plain(Packed):
+    engine = "plain"
+
+    def __init__(self, weights: Weights) -> None:
+        self.dtype = weights.weight.dtype
+        self._weights = Weights(weights.weight.contiguous(), None, weights.bias)
+
+    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
+        weight, _, bias = self._weights
+        return activate(torch.nn.functional.linear(x, weight, bias), activation, inplace=True)
+
+    def weights(self) -> Weights:
+        return self._weights
+
+
+def pack(engine: str, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Packed:
+    """`Weights` in the form of an engine; an int8 weight says that the layer is int8."""
+    weights = Weights(weight, scale, bias)
+    if weight.dtype == torch.int8:
+        return _Int8(engine, weights)
+    return _OneDNN(weights) if engine == "onednn" else _Plain(weights)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight (N, K) as int8 in [-127, 127], and the scale (N,) float32 of each row: weight = int8 * scale."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
+    """A dense layer's weight and bias in one of `DTYPES`, in memory of their own."""
+    to = input_dtype(dtype)
+    bias = None if bias is None else bias.detach().to(to, copy=True)
+    if is_int8(dtype):
+        return Weights(*quantised(weight), bias)
+    return Weights(weight.detach().to(to, copy=True), None, bias)
+
+
+def input_dtype(dtype: str) -> torch.dtype:
+    """Of activations, in a model prepared as one of `DTYPES`."""
+    return torch.float32 if is_int8(dtype) else DTYPES[dtype]
+
+
+def is_int8(dtype: str) -> bool:
+    """Whether one of `DTYPES` has int8 weights."""
+    return DTYPES[dtype] == torch.int8
+
+
+def available(dtype: str) -> list[str]:
+    """The engines of this machine's torch for one of `DTYPES`.
+
+    Raises:
+        UserError: there are none.
+    """
+    if is_int8(dtype):
+        supported = torch.backends.quantized.supported_engines
+        found = [name for name in ENGINES[dtype] if name.removesuffix(_TOKEN) in supported]
+        if len(found) > 1:
+            found = [name for name in found if not name.startswith("qnnpack")]  # made for ARM
+    else:
+        with_onednn = torch.backends.mkldnn.is_available() and (
+            dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+        found = ["plain", "onednn"] if with_onednn else ["plain"]
+    if not found:
+        raise UserError(f"dtype: expected one that this build of torch can run, got {dtype!r}; take 'bfloat16'")
+    return found
+
+
+class Choice(NamedTuple):
+    """What `fastest` found.
+
+    Attributes:
+        engine: the fastest.
+        shape: (N, K) of the layers.
+        rows: of the input.
+        best_us: the shortest time of a call, the median of the layers', by engine; empty where there was one alone. The
+            shortest, because what else runs on a machine only adds.
+    """
+
+    engine: str
+    shape: tuple[int, int]
+    rows: int
+    best_us: dict[str, float]
+
+
+def fastest(dtype: str, samples: Sequence[Weights], rows: int) -> Choice:
+    """The engine for layers of one shape, by interleaved calls with made-up inputs, in about half a second.
+
+    Args:
+        dtype: one of `DTYPES`.
+        samples: a few layers of that shape: with one alone, its weight would stay in the cache.
+        rows: of each input.
+    """
+    engines = available(dtype)
+    (N, K) = samples[0].weight.shape
+    if len(engines) == 1:
+        return Choice(engines[0], (N, K), rows, {})
+    x = torch.linspace(-2, 2, rows * K).sin().view(rows, K).to(input_dtype(dtype))
+    layers = {engine: [pack(engine, *weights) for weights in samples] for engine in engines}
+    shortest = {engine: [float("inf")] * len(samples) for engine in engines}
+    with torch.inference_mode():
+        for engine in engines:
+            layers[engine][0](x)
+        end = time.perf_counter() + _SECONDS
+        for round_ in range(_MOST_ROUNDS):
+            for k in range(len(samples)):
+                for engine in engines:
+                    start = time.perf_counter()
+                    layers[engine][k](x)
+                    shortest[engine][k] = min(shortest[engine][k], time.perf_counter() - start)
+            if round_ and time.perf_counter() > end:
+                break
+    best = {engine: statistics.median(found) * 1e6 for engine, found in shortest.items()}
+    # what is too close to tell apart goes to the first one, so that two models of a machine get the same
+    chosen = next(engine for engine in engines if best[engine] <= _CLOSE * min(best.values()))
+    return Choice(chosen, (N, K), rows, best)
+
+
+@contextmanager
+def quantised_engine(name: str) -> Iterator[None]:
+    """torch's quantised engine, which decides in which form `linear_prepack` packs."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before

@@ -1,0 +1,214 @@
+"""`prepare`: a model for inference on this machine's CPU, in int8, bfloat16 or float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moebert_kernels.cpu import warn_if_slow
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers.feed_forward import MoEFeedForward
+from moebert_kernels.nn.context import derived_class
+from moebert_kernels.nn.hash_router import HashRouter, join_tables
+from moebert_kernels.serve.config import PreparedConfig
+from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
+from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
+
+FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
+FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a fifth of a BERT, others are small
+_SAMPLES = 12  # layers of one shape that engines are compared on
+
+
+def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
+    """Make a model one for inference on a CPU: its weights get the form in which this machine multiplies fastest.
+
+    Linear layers and experts are packed for a library that torch has, the fastest one of a short measurement.
+    "int8": weights are symmetric with a scale for each output, activations are quantised in each call with one scale,
+    sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "int8-token": the
+    same with a scale for each token, slower, and much closer for models in which few tokens have very large values.
+    "bfloat16": the
+    whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the model's, up to
+    rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
+
+    Args:
+        model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
+        dtype: "int8", "int8-token", "bfloat16" or "float32".
+        tokens: of a typical call, all of its sequences together: engines are compared at that number of rows, or at as
+            many as an expert gets of it.
+
+    Raises:
+        UserError: not a model of transformers on a CPU in floating point, or one that is prepared already.
+    """
+    check(model, dtype, tokens)
+    warn_if_slow(dtype)
+    moe = moe_of(model)
+    model.eval().requires_grad_(False)
+    if not replace_modules(model, dtype):
+        raise UserError(f"model: expected linear layers with at least {FEWEST_OUTPUTS} outputs, found none")
+    cast(model, input_dtype(dtype))
+    finish(model, PreparedConfig(dtype=dtype, tokens=tokens, moe=None if moe is None else moe.to_dict()))
+    return model
+
+
+def check(model: Any, dtype: str, tokens: int) -> None:
+    """Raise the errors of `prepare`."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f"tokens: expected an integer of at least 1, got {tokens!r}")
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise UserError("model: expected one that is not prepared, got one that is")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise UserError(f"model: expected all weights on the CPU, got {name} on {parameter.device}")
+        if not parameter.is_floating_point():
+            raise UserError(f"model: expected weights in floating point, got {name} in {parameter.dtype}")
+
+
+def moe_of(model: Any) -> Any:
+    """The `MoEConfig` of a converted model, or None."""
+    converted = any(isinstance(module, MoEFeedForward) for module in model.modules())
+    return model.config.quantization_config if converted else None
+
+
+def replace_modules(model: nn.Module, dtype: str) -> int:
+    """Put empty packed modules in the place of what can be packed; on the meta device too.
+
+    Returns:
+        How many of them are layers or experts, and no embeddings.
+    """
+    places = [
+        (parent, name, child) for parent in _outside_routers(model) for name, child in parent.named_children()
+    ]  # a list first: what is replaced is not visited
+    count = 0
+    for parent, name, child in places:
+        made: PackedModule
+        if isinstance(parent, MoEFeedForward) and name == "experts":
+            made = PackedExperts.of(child, dtype)
+        elif type(child) is nn.Linear or type(child).__name__ == "Conv1D":
+            made = PackedLinear.of(child, dtype)
+            if made.out_features < FEWEST_OUTPUTS:
+                continue
+        elif type(child) is nn.Embedding and is_int8(dtype) and child.num_embeddings >= FEWEST_ROWS:
+            made = PackedEmbedding.of(child)
+        else:
+            continue
+        made.training = False
+        setattr(parent, name, made)
+        count += not isinstance(made, PackedEmbedding)
+    return count
+
+
+def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
+    routers = {id(layer.router) for layer in model.modules() if isinstance(layer, MoEFeedForward)}
+    inside = {id(m) for r in model.modules() if id(r) in routers for m in r.modules()}
+    yield from (module for module in model.modules() if id(module) not in inside)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs."""
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+
+
+def untie(model: Any) -> None:
+    """Packed weights are nobody else's, also where the model's were: a head's and the embedding's."""
+    packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))
+    tied = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {
+        target: source
+        for target, source in tied.items()
+        if not target.startswith(packed) and not source.startswith(packed)
+    }
+
+
+def finish(model: Any, config: PreparedConfig) -> None:
+    """Choose engines, pack all modules, and let the model know what it is."""
+    for stack in model.modules():
+        routers = [layer.router for layer in getattr(stack, "moe_layers", ())]
+        if routers and isinstance(routers[0], HashRouter):
+            join_tables(routers)
+    choices = choose_engines(model, config)
+    engines = {(choice.shape, experts): choice.engine for experts, choice in choices}
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            module.pack(lambda shape, experts: engines[shape, experts])
+    object.__setattr__(model, "prepared", config)
+    object.__setattr__(model, "prepared_choices", choices)
+    kind: Any = type(model)
+    model.__class__ = prepared_class(kind)
+
+
+def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool, Choice]]:
+    """The fastest engine of each shape of layers, and of each shape of experts."""
+    samples: dict[tuple[tuple[int, int], bool], list[Weights]] = {}
+    experts: dict[tuple[tuple[int, int], bool], int] = {}
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            for shape, of_experts, weights in module.shapes():
+                found = samples.setdefault((shape, of_experts), [])
+                found.extend(weights[: max(_SAMPLES - len(found), 0)])
+                experts[shape, of_experts] = getattr(module, "num_experts", 1)
+    return [
+        (key[1], fastest(config.dtype, weights, max(config.tokens // experts[key], 1)))
+        for key, weights in samples.items()
+    ]
+
+
+def describe(model: Any) -> str:
+    """One line for each kind of linear layer of a prepared model: shape, engine, and what was measured."""
+    lines = []
+    for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
+        times = ", ".join(f"{name} {us:.0f} us" for name, us in best_us.items()) or "the only one"
+        kind = "experts" if of_experts else "linear "
+        lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
+    return "\n".join(lines)
+
+
+@functools.cache
+def prepared_class(base: Any) -> type:
+    """The class of a prepared model: it does not train, and saves what it is."""
+
+    @functools.wraps(base.train)
+    def train(self: Any, mode: bool = True) -> Any:
+        if mode:
+            raise UserError("train: a prepared model is for inference; train the model that it was made of")
+        return base.train(self, mode)
+
+    @functools.wraps(base.save_pretrained)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+        with saved_config(self):
+            base.save_pretrained(self, *args, **kwargs)
+
+    return derived_class(prepared_class, base, (base,), {"train": train, "save_pretrained": save_pretrained})
+
+
+class saved_config:
+    """Inside, the model's configuration is that of its checkpoint."""
+
+    def __init__(self, model: Any) -> None:
+        self.config, self.prepared = model.config, model.prepared
+
+    def __enter__(self) -> None:
+        config = self.config
+        self.before = vars(config).get("quantization_config")
+        config.quantization_config = self.prepared
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            del self.config.quantization_config
+        else:
+            self.config.quantization_config = self.before

@@ -1,0 +1,148 @@
+"""Tokens as columns, and a task's metrics, from a table to a trained and judged model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.data.columns import IGNORED, collator, masked_collator, tokenized
+from moebert_kernels.data.judges import judge
+from moebert_kernels.data.tasks import TASKS, custom_task, load_task
+from moebert_kernels.distill.features import tokenize
+from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.distill.trainer import MoETrainer
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig
+from tests.distill.tiny import tiny_bert
+from tests.distill.tiny_text import STORY, byte_tokenizer, tiny_gpt2, tiny_t5, word_tokenizer
+from tests.distill.tiny_trainer import settings
+from tests.distill.words import tokenizer_of
+
+WORDS = "the film was good bad very not so and a story who made it anna did ben in may june"
+GOOD, BAD = "the film was very good", "the film was so bad and not good"
+
+
+def words():
+    return tokenizer_of(WORDS.split())
+
+
+def reviews(count=24):
+    return Dataset.from_dict(
+        {"text": [GOOD if n % 2 else BAD for n in range(count)], "label": [n % 2 for n in range(count)],
+         "example_id": list(range(count))}
+    )  # fmt: skip
+
+
+REVIEWS = custom_task(("text",), label_names=("bad", "good"))
+QUESTIONS = Dataset.from_dict(
+    {
+        "question": ["who made it", "who did it", "who made the story"],
+        "context": ["anna made it in may and ben did it in june", "the film was good", "a story ben made in june"],
+        "answers": [{"text": ["anna"], "answer_start": [0]}, {"text": [], "answer_start": []},
+                    {"text": ["ben"], "answer_start": [8]}],
+    }
+)  # fmt: skip
+
+
+def train(folder, model, task, rows, tokenizer, length=16, **options):
+    columns = tokenized(rows, task, tokenizer, max_length=length, doc_stride=2)
+    judged = judge(task, rows, columns)
+    run = MoETrainer(
+        model, settings(folder, **{"num_train_epochs": 6, "learning_rate": 1e-2, **options}), train_dataset=columns,
+        eval_dataset=columns, processing_class=tokenizer, data_collator=collator(task, tokenizer), **vars(judged),
+    )  # fmt: skip
+    run.train()
+    return run
+
+
+def test_a_table_becomes_a_trained_and_judged_model(tmp_path):
+    model = convert_to_moe(tiny_bert(0, num_labels=2), MoEConfig.moebert(), importance=torch.rand(2, 32))
+    run = train(tmp_path, model, REVIEWS, reviews(), words(), train_sampling_strategy="group_by_length")
+    assert run.evaluate()["eval_accuracy"] == 1.0
+
+
+def test_columns_are_what_features_were(tmp_path):
+    tokenizer = words()
+    columns = tokenized(reviews(), REVIEWS, tokenizer, max_length=6)
+    wanted = tokenize(reviews(), REVIEWS, tokenizer, 6)
+    assert columns["input_ids"] == [ids.tolist() for ids in wanted.input_ids]
+    assert columns["labels"] == wanted.targets["labels"].tolist() and columns["length"] == [6, 6] * 12
+    assert columns["example_id"] == list(range(24))
+    unlabelled = tokenized(reviews().remove_columns("label"), REVIEWS, tokenizer)
+    assert "labels" not in unlabelled.column_names and len(unlabelled) == 24
+    scores = tokenized(reviews(), custom_task(("text",), regression=True), tokenizer)
+    assert scores["labels"] == [float(n % 2) for n in range(24)]
+
+
+def test_text_that_streams_trains_as_text_that_does_not(tmp_path):
+    ended = []
+    for data in (reviews(), reviews().to_iterable_dataset()):
+        columns = tokenized(data, REVIEWS, words())
+        run = MoETrainer(
+            tiny_bert(0, num_labels=2), settings(tmp_path, max_steps=4, train_sampling_strategy="sequential"),
+            train_dataset=columns, processing_class=words(),
+        )  # fmt: skip
+        run.train()
+        ended.append([entry["task"] for entry in run.state.log_history if "task" in entry])
+    assert ended[0] == ended[1]
+
+
+def test_questions_are_divided_and_judged(tmp_path):
+    task, tokenizer = TASKS["squad_v2"], words()
+    columns = tokenized(QUESTIONS, task, tokenizer, max_length=12, doc_stride=2)
+    wanted = tokenize(QUESTIONS, task, tokenizer, 12, 2)
+    assert columns["input_ids"] == [ids.tolist() for ids in wanted.input_ids]
+    for name in ("start_positions", "end_positions"):
+        assert columns[name] == wanted.targets[name].tolist()
+    for row, offsets, window in zip(columns["row"], columns["offset_mapping"], wanted.windows, strict=True):
+        assert row == window.row and np.array_equal(offsets, window.offsets)
+    run = train(tmp_path, tiny_bert(0, qa=True, positions=32), task, QUESTIONS, tokenizer, 30, num_train_epochs=30)
+    judged = run.evaluate()
+    assert judged["eval_exact_match"] == 1.0 and judged["eval_f1_no_answer"] == 1.0
+    with pytest.raises(UserError, match="judge: expected the split and its columns for questions, got none"):
+        judge(task)
+    with pytest.raises(UserError, match="max_length: expected more than 9 for questions of up to 4 tokens"):
+        tokenized(QUESTIONS, task, tokenizer, max_length=9, doc_stride=2)
+
+
+def test_running_text_is_judged_by_perplexity(tmp_path):
+    rows, tokenizer = Dataset.from_dict({"text": [STORY, STORY]}), byte_tokenizer()
+    run = train(tmp_path, tiny_gpt2(0), TASKS["lm"], rows, tokenizer, 12, per_device_eval_batch_size=3)
+    judged = run.evaluate()
+    columns = tokenized(rows, TASKS["lm"], tokenizer, max_length=12)
+    with torch.no_grad():
+        losses = [
+            run.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
+            for ids in columns["input_ids"]
+        ]
+    exact = math.exp(sum(losses) / sum(len(ids) - 1 for ids in columns["input_ids"]))
+    assert judged["eval_perplexity"] == pytest.approx(exact, rel=1e-5)
+    stream = text_features(rows, "text", tokenizer, 12, 1)
+    assert PerplexityEvaluator(stream)(run.model)["perplexity"] == pytest.approx(exact, rel=0.3)
+
+
+def test_text_to_text_and_masked_columns(tmp_path):
+    tokenizer = word_tokenizer()
+    rows = Dataset.from_dict({"text": ["warm day", "cold night"], "label": [0, 1]})
+    columns = tokenized(rows, REVIEWS, tokenizer, text_to_text=True)
+    assert tokenizer.decode(columns["input_ids"][1]) == "customtext:coldnight</s>"
+    assert [tokenizer.decode(labels) for labels in columns["labels"]] == ["0</s>", "1</s>"]
+    run = MoETrainer(
+        tiny_t5(), settings(tmp_path, max_steps=2), train_dataset=columns, processing_class=tokenizer,
+        data_collator=collator(REVIEWS, tokenizer, text_to_text=True),
+    )  # fmt: skip
+    assert run.train().global_step == 2
+    masking = words()
+    masking.mask_token = masking.unk_token
+    batch = masked_collator(masking, 0.5)([{"input_ids": list(range(5, 15))}])
+    assert 0 < (batch["labels"] != IGNORED).sum() < 10
+
+
+def test_a_table_of_parquet_is_one_call_away(tmp_path):
+    reviews().remove_columns("example_id").to_parquet(tmp_path / "train.parquet")
+    data = load_task(custom_task(("text",)), tmp_path)
+    columns = tokenized(data.train, data.task, words())
+    assert columns["labels"] == [n % 2 for n in range(24)] and set(columns.column_names) >= {"input_ids", "length"}

@@ -1,0 +1,72 @@
+"""`MoETrainer` in several processes on gloo: the weights of one process, whole or sharded, and sharded checkpoints."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers import ROOT
+
+SCRIPT = str(ROOT / "tests/distill/distributed_trainer.py")
+WHOLE = ("split", "gated", "mpo", "masked", "microbert")
+SHARDED = ("split", "gated", "mpo")
+
+
+def train(folder, processes, kinds, sharded=False):
+    """Run the script; what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [] if processes == 1 and not sharded else [
+        "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *launch, SCRIPT, str(folder), *kinds],
+        env=environment | ({"FSDP": "2"} if sharded else {}),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    train(folder, 1, WHOLE)
+    return folder
+
+
+def assert_same_ends(folder, one, kinds):
+    for kind in kinds:
+        got, wanted = (load_file(place / f"{kind}.safetensors") for place in (folder, one))
+        assert got.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_weights_of_one(one, tmp_path):
+    """Also where one of them has no token for an expert, with masks, maps and a discriminator."""
+    train(tmp_path, 2, WHOLE)
+    assert_same_ends(tmp_path, one, WHOLE)
+
+
+@pytest.mark.slow
+def test_shards_train_to_the_weights_of_one_process(one, tmp_path):
+    train(tmp_path, 2, SHARDED, sharded=True)
+    assert_same_ends(tmp_path, one, SHARDED)
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_goes_on_in_another_number_of_processes(one, tmp_path):
+    train(tmp_path / "two", 2, [f"{kind}:5" for kind in SHARDED], sharded=True)
+    for processes in (1, 4):
+        folder = tmp_path / str(processes)
+        shutil.copytree(tmp_path / "two", folder)
+        said = train(folder, processes, SHARDED, sharded=True)
+        assert all(f"{kind} began after step 5" in said for kind in SHARDED)
+        assert_same_ends(folder, one, SHARDED)

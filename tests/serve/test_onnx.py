@@ -1,0 +1,145 @@
+"""Exported models in ONNX Runtime, against the model, on ragged batches."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
+
+from moebert_kernels import errors
+from moebert_kernels.errors import MissingExtra, UserError
+from moebert_kernels.layers import MoEConfig
+from moebert_kernels.serve import export_onnx, prepare
+from tests.convert.families import make
+from tests.serve.test_prepare import made
+
+ENCODERS = (
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "ernie", "megatron-bert", "distilbert",
+    "modernbert",
+)  # fmt: skip
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs the extra serve: onnx, onnxscript, onnxruntime",
+)
+
+
+def session_of(model, path, **options):
+    import onnxruntime
+
+    export_onnx(model, path, **options)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def ragged(generator):
+    """A batch of texts of several lengths, padded on the right."""
+    B, T = (int(torch.randint(1, most, (), generator=generator)) for most in (5, 20))
+    lengths = torch.randint(1, T + 1, (B, 1), generator=generator)
+    lengths[0] = T
+    mask = (torch.arange(T) < lengths).long()
+    return {"input_ids": torch.randint(3, 99, (B, T), generator=generator) * mask, "attention_mask": mask}
+
+
+def outputs_of(session, batch):
+    wanted = [entry.name for entry in session.get_inputs()]
+    given = dict(batch)
+    if "token_type_ids" in wanted:
+        given["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    found = session.run(None, {name: given[name].numpy() for name in wanted})
+    return {entry.name: torch.from_numpy(value) for entry, value in zip(session.get_outputs(), found, strict=True)}
+
+
+def check(model, session, batches, close=2e-5):
+    seed = torch.Generator().manual_seed(7)
+    for _ in range(batches):
+        batch = ragged(seed)
+        with torch.no_grad():
+            expected = model(**batch)
+        for name, got in outputs_of(session, batch).items():
+            want = expected[name]
+            if name == "last_hidden_state":  # what stands at padding is nobody's
+                got, want = got[batch["attention_mask"] != 0], want[batch["attention_mask"] != 0]
+            assert got.shape == want.shape, name
+            assert (got - want).abs().max() <= close * max(1.0, float(want.abs().max())), name
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("family, kind", [
+    *((family, "hash") for family in ENCODERS),
+    *(("bert", kind) for kind in ("dense", "gate", "switch", "top2", "mpoe")), ("modernbert", "top2"),
+])  # fmt: skip
+def test_fifty_ragged_batches(family, kind, tmp_path):
+    model = made(family, kind)
+    check(model, session_of(model, tmp_path / "model.onnx"), 50)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("auto, outputs", [
+    (AutoModelForSequenceClassification, ["logits"]),
+    (AutoModelForQuestionAnswering, ["start_logits", "end_logits"]),
+])  # fmt: skip
+def test_heads(auto, outputs, tmp_path):
+    model = made("bert", "hash", auto)
+    session = session_of(model, tmp_path / "model.onnx")
+    assert [entry.name for entry in session.get_outputs()] == outputs
+    assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
+    check(model, session, 5)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_int8(tmp_path):
+    """Every product of two matrices with a weight in it becomes one of integers."""
+    import onnx
+
+    model = made("bert", "hash")
+    check(model, session_of(model, tmp_path / "model.onnx", dtype="int8"), 10, close=0.05)
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    experts = model.config.quantization_config.num_experts
+    assert (
+        operators.count("MatMulInteger") == 2 * (4 + 2 * experts) + 1
+    )  # attention and experts of two layers, a pooler
+
+
+@needs_onnx
+def test_exported_model_on_ragged_batches(tmp_path):
+    model = made("bert", "hash", num_hidden_layers=1)
+    training = model.training
+    check(model, session_of(model, tmp_path / "model.onnx"), 5)
+    assert model.training == training and type(model.encoder.layer[0].output.experts).__name__ == "NormedExperts"
+
+
+def test_refusals(tmp_path):
+    path = tmp_path / "model.onnx"
+    for model, message in (
+        (torch.nn.Linear(2, 2), "model: expected a model of transformers, got Linear"),
+        (make("gpt2", AutoModelForCausalLM), "model: expected an encoder, got GPT2LMHeadModel"),
+        (make("t5"), "model: expected an encoder, got T5Model"),
+        (make("vit"), "model: expected an encoder of texts, got ViTModel"),
+        (prepare(make("bert")), "model: expected one that is not prepared"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_onnx(model, path)
+    with pytest.raises(UserError, match="dtype: expected float32 or int8 in an ONNX file, got 'bfloat16'"):
+        export_onnx(make("bert"), path, dtype="bfloat16")
+    assert not path.exists()
+
+
+def test_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'moebert_kernels\[serve\]'"):
+        export_onnx(make("bert"), tmp_path / "model.onnx")
+
+
+def test_routing_by_task_is_refused(tmp_path):
+    model = make("bert")
+    model.config.quantization_config = MoEConfig.task(["a", "b"])
+    with pytest.raises(UserError, match="model: expected one without routing by task"):
+        export_onnx(model, tmp_path / "model.onnx")

@@ -1,0 +1,283 @@
+"""`prepare`: families and dtypes against the model itself, what it refuses, and saving and loading."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig, moe_layers
+from moebert_kernels.serve import PreparedConfig, describe, prepare
+from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moebert_kernels.serve.packed import DTYPES
+from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
+
+SPLIT = {"expert_size": 18, "num_shared_neurons": 8}
+KINDS = {
+    "dense": None,
+    "hash": MoEConfig(**SPLIT),
+    "gate": MoEConfig(router="gate-token", **SPLIT),
+    "switch": MoEConfig.switch(num_experts=3),
+    "top2": MoEConfig(router="top2", experts="copy", num_experts=3),
+    "mpoe": MoEConfig.mpoe(num_experts=3),
+}
+# relative distance of the hidden states of tiny models
+CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06}
+
+
+def slow_unless(families):
+    return [f if f in families else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+def made(family, kind, auto=AutoModel, **changes):
+    model, config = make(family, auto, **changes), KINDS[kind]
+    if config is None:
+        return model
+    with pytest.warns(UserWarning, match="no importance") if config.experts == "split" else _nothing():
+        return convert_to_moe(model, config).eval()
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+def kinds_of(family):
+    return [
+        kind for kind, config in KINDS.items() if family not in IMAGES or config is None or not config.is_hash_routed
+    ]
+
+
+def run(model, inputs):
+    dtype = next(p for p in model.parameters()).dtype
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    with torch.no_grad():
+        output = model(**inputs)
+    return next(output[name] for name in ("logits", "last_hidden_state") if name in output)
+
+
+def distance(got, wanted):
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.fixture(autouse=True)
+def small_embeddings_too(monkeypatch):
+    monkeypatch.setattr("moebert_kernels.serve.preparation.FEWEST_ROWS", 50)
+
+
+@pytest.mark.parametrize("family", slow_unless(ONE_OF_EACH_SHAPE))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepared_saved_and_loaded(family, dtype, tmp_path):
+    check_family(family, dtype, tmp_path, ("dense", "gate" if family in IMAGES else "hash"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_router_and_kind_of_experts(family, dtype, tmp_path):
+    check_family(family, dtype, tmp_path, [kind for kind in kinds_of(family) if kind not in ("dense", "hash")])
+
+
+def check_family(family, dtype, tmp_path, kinds):
+    if family == "deberta" and dtype == "bfloat16":
+        pytest.skip("transformers compiles parts of it for the dtype that it sees first in a process")
+    inputs = make_inputs(family)
+    for kind in kinds:
+        model = made(family, kind)
+        expected = run(model, inputs)
+        prepared = prepare(copy.deepcopy(model), dtype)
+        got = run(prepared, inputs)
+        assert distance(valid(family, got, inputs), valid(family, expected, inputs)) < CLOSE[dtype], kind
+        assert type(prepared).__name__ == type(model).__name__
+        prepared.save_pretrained(tmp_path / kind)
+        loaded = AutoModel.from_pretrained(tmp_path / kind)
+        assert not loaded.training and loaded.dtype == prepared.dtype
+        for one in (loaded, copy.deepcopy(prepared), pickle.loads(pickle.dumps(loaded))):
+            assert torch.equal(run(one, inputs), got), kind
+            state = one.state_dict()
+            assert state.keys() == prepared.state_dict().keys()
+            assert all(torch.equal(state[name], tensor) for name, tensor in prepared.state_dict().items())
+            with pytest.raises(UserError, match="train: a prepared model is for inference"):
+                one.train()
+
+
+@pytest.mark.parametrize("family, auto", [
+    ("bert", AutoModelForMaskedLM),
+    ("bert", AutoModelForSequenceClassification),
+    ("gpt2", AutoModelForCausalLM),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_and_tied_weights(family, auto, dtype, tmp_path):
+    inputs, model = make_inputs(family), made(family, "hash", auto)
+    expected = run(model, inputs)
+    prepared = prepare(model, dtype)
+    got = run(prepared, inputs)
+    assert distance(got, expected) < 2 * CLOSE[dtype]
+    prepared.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert torch.equal(run(loaded, inputs), got)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(run(auto.from_pretrained(tmp_path / "again"), inputs), got)
+
+
+def test_what_becomes_of_the_modules():
+    model = made("bert", "gate", AutoModelForSequenceClassification)
+    positions = model.bert.embeddings.position_embeddings.weight.shape[0]
+    prepared = prepare(model)
+    layer = moe_layers(prepared)[0]
+    assert isinstance(layer.experts, PackedExperts) and layer.experts.adds_residual
+    assert type(layer.router.gate) is nn.Linear  # a gate's choice is between logits that are close
+    assert type(prepared.classifier) is nn.Linear  # two outputs
+    assert isinstance(prepared.bert.encoder.layer[0].attention.self.query, PackedLinear)
+    assert isinstance(prepared.bert.embeddings.word_embeddings, PackedEmbedding)
+    assert positions == 64 and isinstance(prepared.bert.embeddings.position_embeddings, PackedEmbedding)
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+    lines = describe(prepared).splitlines()
+    assert any(line.startswith("experts") and "32 -> 18" in line and "int8: " in line for line in lines)
+
+
+def test_padding_costs_nothing_and_changes_nothing():
+    """The grouping leaves padding out, also where it would decide the scale of the activations."""
+    model, inputs = made("bert", "hash"), make_inputs("bert")
+    rows = []
+    prepared = prepare(model, "float32")
+    for layer in moe_layers(prepared):
+        outputs = layer.experts._outputs
+        layer.experts._outputs = lambda x, bounds, outputs=outputs: rows.append(len(x)) or outputs(x, bounds)
+    run(prepared, inputs)
+    assert rows == [int(inputs["attention_mask"].sum())] * 2
+
+
+def test_few_and_many_rows_of_an_expert_are_the_same(monkeypatch):
+    model = prepare(made("bert", "hash"))
+    inputs = make_inputs("bert")
+    few = run(model, inputs)
+    monkeypatch.setattr("moebert_kernels.serve.modules._FEW_ROWS", 0)
+    assert distance(run(model, inputs), few) < 1e-6
+
+
+def test_half_precision_models_too():
+    for dtype in DTYPES:
+        prepared = prepare(made("bert", "hash").bfloat16(), dtype)
+        assert prepared.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        assert torch.isfinite(run(prepared, make_inputs("bert"))).all()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dtype": "int4"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int4'"),
+    ({"tokens": 0}, "tokens: expected an integer of at least 1, got 0"),
+    ({"tokens": True}, "tokens: expected an integer of at least 1, got True"),
+    ({"model": nn.Linear(4, 4)}, "model: expected a model of transformers, got Linear"),
+])  # fmt: skip
+def test_refusals(change, message):
+    with pytest.raises(UserError, match=message):
+        prepare(**{"model": make("bert"), "dtype": "int8"} | change)
+
+
+def test_refuses_what_is_prepared_elsewhere_or_empty():
+    prepared = prepare(make("bert"))
+    with pytest.raises(UserError, match="model: expected one that is not prepared, got one that is"):
+        prepare(prepared)
+    with torch.device("meta"):
+        empty = make("bert")
+    with pytest.raises(UserError, match=r"model: expected all weights on the CPU, got embeddings.* on meta"):
+        prepare(empty)
+    tiny = make("bert", hidden_size=8, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(UserError, match="model: expected linear layers with at least 16 outputs, found none"):
+        prepare(tiny)
+
+
+def test_warns_on_slow_cpus(monkeypatch):
+    monkeypatch.setattr("moebert_kernels.cpu.capabilities", lambda: {"avx2": True})
+    with pytest.warns(UserWarning, match="no int8 dot products"):
+        prepare(make("bert"), "int8")
+    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+        prepare(make("bert"), "bfloat16")
+
+
+def test_a_trainer_refuses_in_one_line(tmp_path):
+    model = prepare(made("bert", "hash", AutoModelForSequenceClassification))
+    data = [{**{k: v[0] for k, v in make_inputs("bert").items()}, "labels": 1}]
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True), train_dataset=data
+    )
+    with pytest.raises(UserError, match="train: a prepared model is for inference"):
+        trainer.train()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    prepare(made("bert", "hash")).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_missing_tensor_is_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("encoder.layer.1.output.experts.w2_scale", "encoder.layer.0.attention.self.key.weight"):
+        save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"checkpoint: expected a tensor {name}, got none"):
+            AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"dtype": "int3"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int3'"),
+    ({"tokens": "many"}, "tokens: expected an integer of at least 1, got 'many'"),
+    ({"format_version": 9}, "format_version: expected 1, got 9"),
+    ({"speed": 3}, "speed: expected a field of PreparedConfig"),
+    ({"moe": {"router": "oracle"}}, "router: expected one of"),
+])  # fmt: skip
+def test_a_wrong_configuration_is_named(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        AutoModel.from_pretrained(folder)
+
+
+def test_the_configuration_of_the_model_stays_its_own(folder):
+    loaded = AutoModel.from_pretrained(folder)
+    assert isinstance(loaded.config.quantization_config, MoEConfig)
+    assert isinstance(loaded.prepared, PreparedConfig) and loaded.prepared.moe["router"] == "hash-random"
+    dense = prepare(make("bert"))
+    assert not hasattr(dense.config, "quantization_config")
+    dense.save_pretrained(folder / "dense")
+    assert not hasattr(dense.config, "quantization_config")
+    assert not hasattr(AutoModel.from_pretrained(folder / "dense").config, "quantization_config")
+
+
+def test_the_dtype_is_that_of_the_checkpoint(folder):
+    assert AutoModel.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.float32
+
+
+def test_an_int8_checkpoint_has_a_quarter_of_the_size(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    model = convert_to_moe(
+        BertModel(
+            BertConfig(
+                num_hidden_layers=2, num_attention_heads=4, hidden_size=256, intermediate_size=1024, vocab_size=4000
+            )
+        ),
+        importance=torch.rand(2, 1024),
+    )
+    model.save_pretrained(tmp_path / "float")
+    prepare(model).save_pretrained(tmp_path / "int8")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("float", "int8")]
+    assert sizes[1] < 0.3 * sizes[0]  # embeddings of positions, norms and tables stay as they are
