@@ -17,7 +17,6 @@ def use_tiny_tiles(monkeypatch) -> None:
     config._pick.cache_clear()
     for module in (expert_gemm, column_sums):
         monkeypatch.setattr(module, "SUMS_CHUNK", CHUNK)
-    monkeypatch.setattr(config, "_MAX_PROGRAMS", 2)
     monkeypatch.setattr(add_norm, "NORM_CHUNK", 8)
     monkeypatch.setattr(fused_moe_ffn_add_norm, "NORM_CHUNK", 8)
     monkeypatch.setattr(group_tokens, "_SPAN", 32)

@@ -31,7 +31,7 @@ from moebert_kernels.kernels.tiles import (
 
 HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
 
-# Elements of a tile per thread that go through the epilogue at a time, without and with gates or masks. With more,
+# Elements of a tile per thread that go through the epilogue at a time: 8 with gates, masks or 16 in all. With more,
 # ptxas spills or leaves a multiprocessor to one program (benchmarks/results/triton-resources.json).
 _SLICE_ELEMENTS = {False: 16, True: 8}
 
@@ -171,7 +171,7 @@ def _combine_kernel(
 def slices_of(config: Config, gated: bool) -> int:
     """How many parts of a tile's columns go through the epilogue one after the other."""
     elements = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
-    return max(1, min(4, elements // _SLICE_ELEMENTS[gated], config.BLOCK_N // 16))
+    return max(1, min(4, elements // _SLICE_ELEMENTS[gated or elements == 16], config.BLOCK_N // 16))
 
 
 def gated_options(activation: str) -> dict[str, object]:
