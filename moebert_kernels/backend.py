@@ -90,7 +90,7 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
 
 
 def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts with the preference that holds now, for other threads: those of backward inherit none."""
+    """Capture the current preference: autograd runs backward in its own threads, which inherit no context variables."""
     here = _preference.get()
 
     @contextmanager

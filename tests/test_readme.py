@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of two guides run as printed, each in a process of its own."""
+"""The Python snippets of the README and of the guide run as printed, each in a process of its own."""
 
 import os
 import re
@@ -9,22 +9,40 @@ import pytest
 
 from tests.helpers import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "docs/guide/conversion.md", ROOT / "docs/guide/routing.md"]
-SNIPPETS = [
-    snippet
-    for page in PAGES
-    for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+
+
+def blocks(fence, pages=PAGES):
+    """(page, text) of every block of that fence."""
+    pattern = rf"^```{fence}\n(.*?)^```"
+    return [(page.stem, text) for page in pages for text in re.findall(pattern, page.read_text(), re.M | re.S)]
+
+
+SNIPPETS = blocks("python")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+@pytest.mark.parametrize(
+    "snippet", [text for _, text in SNIPPETS], ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)]
+)
 def test_snippet_runs_as_printed(snippet, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_has_a_snippet_for_the_models_and_one_for_the_op():
-    assert any("convert_to_moe(" in snippet for snippet in SNIPPETS)
-    assert any("fused_moe_ffn(" in snippet for snippet in SNIPPETS)
+@pytest.mark.parametrize("fence", ["python", "py"])
+def test_snippets_compile(fence):
+    for page, text in blocks(fence):
+        compile(text, page, "exec")
+
+
+def test_a_snippet_that_is_not_run_says_what_it_needs():
+    assert all(text.startswith("# needs ") for _, text in blocks("py"))
+    assert len(blocks("py")) < len(SNIPPETS) / 2
+
+
+def test_the_readme_begins_with_a_snippet_for_models_and_has_one_for_the_op():
+    (_, first), (_, second) = blocks("python", PAGES[:1])
+    assert "convert_to_moe(" in first and "AutoModel.from_pretrained(" in first
+    assert "fused_moe_ffn(" in second

@@ -81,7 +81,7 @@ def merge(model: nn.Module, task: str | None = None) -> Any:
     A task's routing weights g are numbers, so its experts add up to one dense layer, for any activation by element:
     w1 = [w1_e], b1 = [b1_e], w2 = [g_e w2_e], b2 = sum_e g_e b2_e over the top_k chosen experts, of width top_k * I.
     With a norm per expert (top_k = 1) the probability goes into that norm: g LayerNorm(.) has weight g w and bias g b.
-    A model with one expert is that expert, whatever routes.
+    A model with one expert becomes that expert, whatever its router.
 
     Args:
         model: a converted model with any head; not changed.

@@ -103,13 +103,13 @@ def mpoe_report(model: nn.Module) -> MPOEReport:
 
 @torch.no_grad()
 def to_dense_experts(model: nn.Module) -> Any:
-    """Replace, in place, experts="mpo" by the experts="copy" whose weights are what the shared tensors fold to.
+    """Replace experts="mpo", in place, by experts="copy" with the weights to which the shared tensors fold.
 
     The model computes the same with the weights of Switch-style experts: w1 (E, I or 2I, H) and w2 (E, H, I) in each
     layer, on the same devices and in the same dtypes. A model with such experts stays as it is. Returns the model.
 
     Raises:
-        UserError: a model with neither.
+        UserError: the model has experts of neither kind.
     """
     for layer in _layers_of_whole_experts(model):
         folded: Any = layer.experts

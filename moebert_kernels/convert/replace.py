@@ -51,7 +51,7 @@ def convert_to_moe(
             every choice made, as `model.config.quantization_config`.
         importance: with experts="split", (L, D) scores of the L feed-forwards' neurons; None: a random ranking, with a
             warning.
-        seed: of everything random here.
+        seed: of all random choices in the conversion.
         token_counts: (V,) integers, for router="hash-balance"; see `count_tokens`.
         tables: (V,) or (L, V) integers in [0, E): hash tables to use as they are.
         num_sites: with experts="mpo" and no factors in the configuration, the tensors that each weight becomes, 2 to 6.

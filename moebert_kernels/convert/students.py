@@ -72,12 +72,12 @@ def make_student(
     """Return a smaller dense model with the class, the head and the label names of `teacher`, which is not changed.
 
     Args:
-        teacher: a dense BERT- or RoBERTa-style model with any head; of a task-routed MoE first `merge`.
+        teacher: a dense BERT- or RoBERTa-style model with any head. Call `merge` first on a task-routed MoE.
         shape: its sizes; see `STUDENT_SHAPES`. None: those of `init`, if that is a model.
         init: "layers": embeddings, head and the chosen layers of the teacher, whose sizes the shape must have but for
             the number of layers. "random". Or a model of the same family and vocabulary, whose encoder is taken.
         layers: which of the teacher's layers, counted from 1. None: those of `layer_map`.
-        seed: of whatever is drawn.
+        seed: of the weights that are drawn at random.
 
     Returns:
         The student, on the teacher's device, in its dtype and mode.

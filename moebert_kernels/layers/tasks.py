@@ -18,7 +18,7 @@ from moebert_kernels.nn.task_router import checked_task_ids
 
 
 def set_task(model: nn.Module, name: str | None) -> None:
-    """Use this task where a forward is given no `task_ids`. None: ask for them. It is not saved with the model.
+    """Use this task in forwards that get no `task_ids`; None: such forwards raise. It is not saved with the model.
 
     Raises:
         UserError: there is no such task, or the model does not route by task.
@@ -28,7 +28,7 @@ def set_task(model: nn.Module, name: str | None) -> None:
 
 
 def get_task(model: nn.Module) -> str | None:
-    """What `set_task` set; the only task of a model that has one."""
+    """The task that `set_task` set, or a model's only task."""
     config, number = moe_config(getattr(model, "config", None)), getattr(model, "moe_task", None)
     return None if config is None or number is None else list(config.tasks or ())[number]
 

@@ -70,7 +70,7 @@ class Experts(nn.Module):
         return b1, b2
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """Apply to each token its experts, as `fused_moe_ffn` does.
+        """Apply each token's experts; see `fused_moe_ffn`.
 
         Args:
             x: (..., H) float.

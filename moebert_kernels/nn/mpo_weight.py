@@ -142,7 +142,7 @@ class MPOWeight(nn.Module):
 
     def cache_key(self) -> tuple[Any, ...]:
         """The compute dtype, then what changes when a parameter may have changed."""
-        # looked up as attributes, parameters cost as much as all the rest of a cached forward
+        # nn.Module.__getattr__ costs as much as all the rest of a cached forward, so read the dictionaries
         central: Any = self._parameters.get("central")
         aux: Any = self._modules["aux"]
         # a replica of nn.DataParallel has plain attributes instead
