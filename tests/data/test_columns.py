@@ -51,7 +51,7 @@ def train(folder, model, task, rows, tokenizer, length=16, **options):
     columns = tokenized(rows, task, tokenizer, max_length=length, doc_stride=2)
     judged = judge(task, rows, columns)
     run = MoETrainer(
-        model, settings(folder, **{"num_train_epochs": 6, "learning_rate": 1e-2, **options}), train_dataset=columns,
+        model, settings(folder, **{"num_train_epochs": 4, "learning_rate": 1e-2, **options}), train_dataset=columns,
         eval_dataset=columns, processing_class=tokenizer, data_collator=collator(task, tokenizer), **vars(judged),
     )  # fmt: skip
     run.train()
