@@ -21,11 +21,12 @@ def of_table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[
     """Architecture -> precision and kind of kernel -> configuration -> [most registers, most shared bytes]."""
     found: dict[str, dict[str, dict[str, list[int]]]] = {}
     for name, row in rows.items():
-        arch, *_, config = name.split("/")
-        precision, kernel = name.split("/")[-3:-1]
-        kind = next((kind for start, kind in KINDS.items() if kernel.startswith(start)), None)
+        arch, *kernel, config = name.split("/")
+        if len(kernel) != 2:  # without a configuration
+            continue
+        kind = next((kind for start, kind in KINDS.items() if kernel[1].startswith(start)), None)
         if kind:
-            of_kind = found.setdefault(arch, {}).setdefault(f"{precision}-{kind}", {})
+            of_kind = found.setdefault(arch, {}).setdefault(f"{kernel[0]}-{kind}", {})
             registers, shared = of_kind.get(config, (0, 0))
             of_kind[config] = [max(registers, row["registers"]), max(shared, row["shared"])]
     return found

@@ -47,7 +47,7 @@ from moebert_kernels.kernels import (
     config as configs,
 )
 from moebert_kernels.kernels.launch import Launcher
-from moebert_kernels.kernels.tiles import num_chunks, num_row_tiles, padded_experts
+from moebert_kernels.kernels.tiles import num_chunks, padded_experts
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).parent / "results" / "triton-resources.json"
@@ -182,7 +182,6 @@ def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str
     grouping = Grouping(torch.empty(E + 1, dtype=torch.int32), integers, integers)
     x, rows, p, seed = new(T, H), new(T, I), new(T, 1), torch.empty((), dtype=torch.int64)
     w1, b1, w2, b2, gated, b_gated = new(E, I, H), new(E, I), new(E, H, I), new(E, H), new(E, 2 * I, H), new(E, 2 * I)
-    tiles = new(num_row_tiles(T, E, 16), 2 * I, dtype=torch.float32)
     for config in configs.candidates("rows", precision, arch):
         yield (
             f"expert_gemm.rows/{config.name()}",
@@ -203,7 +202,7 @@ def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str
             lambda c=config: fused_moe_ffn.hidden(x, w1, b1, rows, rows, grouping, "gelu", 0.0, None, config=c),
         )
         yield f"hidden_backward.gelu/{config.name()}", lambda c=config: fused_moe_ffn_backward.hidden_backward(
-            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True, config=c, sums=tiles
+            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True, config=c
         )  # fmt: skip
     for config in configs.candidates("gated", precision, arch):
         yield (
@@ -215,7 +214,7 @@ def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str
         name = f"hidden_backward.swiglu.dropout.weights/{config.name()}"
         yield name, lambda c=config: fused_moe_ffn_backward.hidden_backward(
             x, w2, new(T, 2 * I), new(T, 2 * I), rows, p, new(T, 64, dtype=torch.float32), grouping, "swiglu", 0.1,
-            seed, gather=True, config=c, sums=tiles,
+            seed, gather=True, config=c,
         )  # fmt: skip
     one = [expert_gemm_weights.Product(rows, x, new(E, I, H))]
     both = [one[0]._replace(gather_b=True), expert_gemm_weights.Product(x, rows, new(E, H, I))]

@@ -224,14 +224,14 @@ def error_tables(name: str, found: dict[str, Any]) -> str:
     kind = next(kind for kind in KINDS if kind in found)
     of_kind = found[kind]
     rows = [
-        f"### {name}: error of each layer, chosen by and judged on {kind}, {of_kind['seconds']:.0f} s",
+        f"### {name}: error of each layer, chosen by and judged on {kind}{of_kind.get('note', '')}",
         "| layer | dense of the same FLOPs | MoEBERT's split, random table | **chosen** | best expert for each token | "
         "chosen below dense | fullest expert | common neurons |",
         "|---|---|---|---|---|---|---|---|",
     ]
     layers = of_kind["choice"]
     mean = {key: statistics.mean(row[key] for row in layers) for key in layers[0] if key != "name"}
-    for label, row in [*((str(n + 1), row) for n, row in enumerate(layers)), ("mean", mean)]:
+    for label, row in [*((number(row), row) for row in layers), ("mean", mean)]:
         rows.append(
             f"| {label} | {row['dense']:.4f} | {row['random']:.4f} | **{row['chosen']:.4f}** | {row['best']:.4f} | "
             f"{100 - 100 * row['chosen'] / row['dense']:.0f} % | {row['load']:.2f} | {row['common']:.0f} |"
@@ -247,6 +247,11 @@ def error_tables(name: str, found: dict[str, Any]) -> str:
                 f"{max(row['load'] for row in reports):.2f} | {100 * reports[0]['unseen']:.0f} % |"
             )
     return "\n".join(rows)
+
+
+def number(row: dict[str, Any]) -> int:
+    """Of a layer, from 1."""
+    return 1 + int(next(part for part in row["name"].split(".") if part.isdigit()))
 
 
 def distil_table(name: str, found: dict[str, Any]) -> str:
@@ -291,7 +296,7 @@ def draw(name: str, found: dict[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     for key, label in (("random", "MoEBERT's split, random table"), ("dense", "dense of the same FLOPs, corrected"),
                        ("chosen", "chosen"), ("best", "best expert for each token")):  # fmt: skip
-        axes.plot(range(1, len(layers) + 1), [row[key] for row in layers], "o-", label=label)
+        axes.plot([number(row) for row in layers], [row[key] for row in layers], "o-", label=label)
     axes.set(xlabel="layer", ylabel="error behind the feed-forward", title=f"{name}, {kind}", ylim=(0, None))
     axes.legend()
     figure.tight_layout()

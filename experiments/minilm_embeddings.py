@@ -78,17 +78,16 @@ def contributions(model: nn.Module, batches: Sequence[Any]) -> Tensor:
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], pooling: Pooling) -> Tensor:
-    """(N, H) embeddings, of sentences of similar lengths together."""
+    """(N, H) embeddings; each text is computed once, beside others of its length."""
     model.eval()
-    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-    vectors = torch.empty(len(texts), model.config.hidden_size)
-    for start in range(0, len(texts), 64):
-        rows = order[start : start + 64]
-        batch = tokenizer(
-            [texts[n] for n in rows], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"
-        )
-        vectors[rows] = pooling(model(**batch).last_hidden_state, batch["attention_mask"])
-    return vectors
+    ordered = sorted(set(texts), key=len)
+    parts = []
+    for start in range(0, len(ordered), 64):
+        some = ordered[start : start + 64]
+        batch = tokenizer(some, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        parts.append(pooling(model(**batch).last_hidden_state, batch["attention_mask"]))
+    place = {text: n for n, text in enumerate(ordered)}
+    return torch.cat(parts)[[place[text] for text in texts]]
 
 
 def correlations(model: Any, tokenizer: Any, data: dict[str, TaskData], pooling: Pooling) -> dict[str, float]:
@@ -96,7 +95,8 @@ def correlations(model: Any, tokenizer: Any, data: dict[str, TaskData], pooling:
     found = {}
     for name, split in (("stsb", "validation"), ("sick", "test")):
         rows, columns = data[name].split(split), data[name].task.text_columns
-        first, second = (embed(model, tokenizer, rows[column], pooling) for column in columns)
+        pairs = embed(model, tokenizer, [text for column in columns for text in rows[column]], pooling)
+        first, second = pairs.chunk(2)
         found[name] = float(spearmanr((first * second).sum(-1).numpy(), rows["label"]).statistic)
     return found
 

@@ -43,7 +43,7 @@ def has_bfloat16_instructions() -> bool:
 
 def warn_if_slow(dtype: str) -> None:
     """Warn where this CPU lacks the instructions that make a dtype fast."""
-    if dtype == "int8" and not has_int8_instructions():
+    if dtype.startswith("int8") and not has_int8_instructions():
         warnings.warn(
             "this CPU has no int8 dot products (VNNI, AMX): activations get 7 bits instead of 8, and int8 gains less",
             stacklevel=3,

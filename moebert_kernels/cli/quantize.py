@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ def quantize(
     model: o.ModelName,
     output: o.OutputFolder,
     dtype: Annotated[
-        str, typer.Option("--dtype", help="int8, bfloat16 or float32 (packed for this machine alone).")
+        str, typer.Option("--dtype", help="int8, int8-token (a scale for each token), bfloat16 or float32.")
     ] = "int8",
     tokens: Annotated[
         int,
@@ -99,7 +100,14 @@ def _scores(
     evaluate = inputs.evaluator(
         loaded, name, features, tokenizer, batch_size, inputs.padding_for(config, length), config
     )
-    return lambda model: ", ".join(f"{key} {value:.4f}" for key, value in evaluate(model).items())
+
+    def scores(model: Any) -> str:
+        start = time.perf_counter()
+        metrics = evaluate(model)
+        seconds = time.perf_counter() - start
+        return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()) + f", in {seconds:.1f} s"
+
+    return scores
 
 
 def _mib(model: Any) -> float:

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import moebert_kernels.convert  # noqa: F401  transformers loads converted models
+import moebert_kernels.convert  # transformers loads converted models
+import moebert_kernels.serve  # noqa: F401  and prepared ones
 from moebert_kernels.data.tasks import Task, label_order
 from moebert_kernels.distill.progress import quiet_transformers
 from moebert_kernels.errors import UserError

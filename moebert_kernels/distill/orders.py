@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from moebert_kernels.errors import UserError
 
 
 class SeededLengthGroups(LengthGroupedSampler):
@@ -25,6 +28,17 @@ class SeededLengthGroups(LengthGroupedSampler):
         args, epoch = self._trainer.args, int(self._trainer.state.epoch or 0)
         self.generator.manual_seed((args.seed if args.data_seed is None else args.data_seed) + epoch)
         return super().__iter__()
+
+
+def numbered(data: Any) -> Dataset:
+    """Training data with a column `example_id`, by which a teacher's kept outputs are found.
+
+    Raises:
+        UserError: it is no data set with a length.
+    """
+    if not isinstance(data, Dataset):
+        raise UserError(f"teacher_outputs: expected training data as datasets.Dataset, got {type(data).__name__}")
+    return data if "example_id" in data.column_names else data.add_column("example_id", list(range(len(data))))
 
 
 class InOrder:

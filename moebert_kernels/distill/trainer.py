@@ -24,7 +24,7 @@ from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
-from moebert_kernels.distill.orders import InOrder, SeededLengthGroups
+from moebert_kernels.distill.orders import InOrder, SeededLengthGroups, numbered
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
 from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, forward_keys, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
@@ -146,9 +146,7 @@ class MoETrainer(Trainer):
 
     def _kept_outputs(self, teacher: nn.Module) -> TeacherCache:
         """The teacher's outputs for the training data, computed where they are missing."""
-        data: Any = self.train_dataset
-        if "example_id" not in data.column_names:
-            self.train_dataset = data = data.add_column("example_id", list(range(len(data))))
+        self.train_dataset = numbered(self.train_dataset)
         last = teacher_info(teacher).num_layers
         pairs: Any = getattr(self.objective, "pairs", lambda *_: {})
         layers = {last, *pairs(self.student.config.num_hidden_layers, last).values()}

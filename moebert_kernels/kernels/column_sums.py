@@ -49,13 +49,13 @@ def _add_chunks_kernel(
     Partials,  # (S, chunks, N) float32
     Y,  # (S, E, N)
     Offsets, chunks, N,
-    E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
+    E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(2).to(tl.int64)
-    first, end = chunks_of(Offsets, expert, E, E_POW2, CHUNK, LEAST)
+    first, end = chunks_of(Offsets, expert, E, E_POW2, CHUNK)
     partials = Partials + which * chunks * N + column[None, :]
     total = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     for chunk0 in range(first, end, BLOCK_M):
@@ -66,24 +66,21 @@ def _add_chunks_kernel(
     tl.store(Y + (which * E + expert) * N + column, sums.to(Y.dtype.element_ty), mask=column < N)
 
 
-def add_chunks(partials: Tensor, y: Tensor, offsets: Tensor, chunk: int, least: int = 1) -> None:
-    """Launch: y (S, E, N) = the sums of each expert's partials (S, chunks, N) float32, of `chunk` rows each, in order.
-
-    least: chunks of an expert without rows.
-    """
+def add_chunks(partials: Tensor, y: Tensor, offsets: Tensor, chunk: int) -> None:
+    """Launch: y (S, E, N) = the ordered sums of each expert's partials (S, chunks, N) float32, of `chunk` rows each."""
     which, num_experts, columns = y.shape
     if y.numel() == 0:
         return
 
     def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
         constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": chunk, "LEAST": least,
+            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": chunk,
             "BLOCK_M": _ROWS, "BLOCK": _REDUCE_BLOCK,
         }  # fmt: skip
         grid = (num_experts, ceil_div(columns, _REDUCE_BLOCK), which)
         return grid, (partials, y, offsets, partials.shape[1], columns), constants
 
-    _launch_chunks((y.shape, partials.shape[1], chunk, least, y.dtype), (partials, y, offsets), plan)
+    _launch_chunks((y.shape, partials.shape[1], chunk, y.dtype), (partials, y, offsets), plan)
 
 
 def column_sums(

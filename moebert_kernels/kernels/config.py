@@ -164,21 +164,15 @@ def programs_per_multiprocessor(config: Config, kind: Kind, precision: Precision
     return max(1, min(device.shared_bytes // (shared + _RESERVED_BYTES), by_registers, _MAX_PROGRAMS))
 
 
-def estimated_us(config: Config, kind: Kind, precision: Precision, device: Device) -> tuple[float, float]:
-    """(fixed_us, step_us) of a full wave where nothing was measured: tensor cores, loads from the L2, the epilogue.
+def estimated_us(config: Config, precision: Precision, device: Device, programs: int) -> tuple[float, float]:
+    """(fixed_us, step_us) of a wave of `programs` tiles on each multiprocessor, where nothing was measured.
 
     Per multiprocessor and cycle of 1.7 GHz: 4,096 operations of 16 bits on sm_90 and sm_100, half as many before and in
     tf32, 256 in float32; 35 bytes from the L2; an epilogue of 12 instructions per element, 90 at a time, of which other
     programs' main loops hide 40 %.
     """
-    m, n, programs = (
-        config.BLOCK_M,
-        config.BLOCK_N,
-        max(1, programs_per_multiprocessor(config, kind, precision, device)),
-    )
-    peak = {"half": 4096, "tf32": 2048, "ieee": 256}[precision] / (
-        1 if device.compiled_as >= 90 or precision == "ieee" else 2
-    )
+    m, n, halves = config.BLOCK_M, config.BLOCK_N, device.compiled_as < 90 and precision != "ieee"
+    peak = {"half": 4096, "tf32": 2048, "ieee": 256}[precision] / (2 if halves else 1)
     cycles = max(2 * m * n * config.BLOCK_K / peak, (m + n) * config.BLOCK_K * _ELEMENT_BYTES[precision] / 35)
     epilogue = 12 * m * n / 90 * (programs if programs == 1 else 0.6 * programs)
     return 0.8 + epilogue / 1700, programs * cycles / 1700
@@ -201,22 +195,22 @@ def predicted_us(
     device: Device,
 ) -> float:  # fmt: skip
     """Predicted time of a GEMM over `rows` ragged rows with weights (num_experts, columns, depth)."""
-    measured = (
-        _tuned(device.arch).get(f"{precision}-{'weights' if kind == 'weights' else 'rows'}", {}).get(config.name())
-    )
-    fixed, step = measured or estimated_us(config, kind, precision, device)
+    shape = "weights" if kind == "weights" else "rows"
+    measured = _tuned(device.arch).get(f"{precision}-{shape}", {}).get(config.name())
     programs = programs_per_multiprocessor(config, kind, precision, device)
     if programs == 0:
         return math.inf
     if kind == "weights":
         tiles = num_experts * math.ceil(columns / config.BLOCK_M) * math.ceil(depth / config.BLOCK_N)
         steps = tiles * (rows / num_experts / config.BLOCK_K + 0.5)
-        slots = device.multiprocessors * programs
+        fixed, step = measured or estimated_us(config, precision, device, programs)
         # a program that shares tiles stores partial sums, about twice; then they are read
-        return 2 * fixed + math.ceil(steps / slots) * step
-    return mean_waves(config, kind, precision, rows, num_experts, columns, device) * (
-        fixed + depth / config.BLOCK_K * step
-    )
+        return 2 * fixed + math.ceil(steps / (device.multiprocessors * programs)) * step
+    expected, _ = ragged_tiles(rows, num_experts, config.BLOCK_M)
+    at_once = math.ceil(expected * math.ceil(columns / config.BLOCK_N) / device.multiprocessors)
+    fixed, step = measured or estimated_us(config, precision, device, min(programs, at_once))
+    waves = mean_waves(config, kind, precision, rows, num_experts, columns, device)
+    return waves * (fixed + depth / config.BLOCK_K * step)
 
 
 def mean_waves(

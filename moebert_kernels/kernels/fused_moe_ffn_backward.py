@@ -3,8 +3,9 @@
     dh = dy[token] @ w2[e]                       dh_pre = weight * dropout'(dh) * act'(h_pre)
     a = weight * dropout(act(h_pre))             dp = <dh, a / weight>                          one kernel
 
-The kernel recomputes the activation in its epilogue and writes `a` for dw2 on the way, so no element-wise kernel runs;
-dh_pre's sums over rows, for db1, are left as partials of each row tile.
+The kernel recomputes the activation in its epilogue and writes `a` for dw2 on the way, so no element-wise kernel runs.
+dh_pre's sums over rows, for db1, are a pass of their own: in this epilogue they were 600 more instructions and 22 more
+registers, which left a multiprocessor to one program of 128 x 128.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from moebert_kernels.kernels.tiles import (
 @triton.jit
 def _hidden_backward_slice(
     dh, weight, assignment, row0, mask_m, first_n,  # (BLOCK_M, COLUMNS) and what belongs to its rows and columns
-    HPre, DHPre, A, sums, Seed, I, threshold, scale, HALF: tl.constexpr,
+    HPre, DHPre, A, Seed, I, threshold, scale, HALF: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_SUMS: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr,
     BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store some columns of a tile's dh_pre and a. Returns their part of <dh, h>, (BLOCK_M,)."""
@@ -66,18 +67,10 @@ def _hidden_backward_slice(
         if DROPOUT:
             dh = tl.where(keep, dh * scale, 0.0)
         dpre_ptrs = DHPre + pre_base + pre_offsets
-        if STORE_SUMS:
-            dh = tl.where(mask_m[:, None], dh, 0.0)
         if GATED:
-            dup = dh * gate_h
-            tl.store(dpre_ptrs + I, dup.to(DHPre.dtype.element_ty), mask=mask)
-            if STORE_SUMS:
-                tl.store(sums + I + offs_n, tl.sum(dup, 0), mask=offs_n < I)
+            tl.store(dpre_ptrs + I, (dh * gate_h).to(DHPre.dtype.element_ty), mask=mask)
             dh *= up
-        dpre = dh * activate_grad(pre, ACTIVATION, HALF)
-        tl.store(dpre_ptrs, dpre.to(DHPre.dtype.element_ty), mask=mask)
-        if STORE_SUMS:
-            tl.store(sums + offs_n, tl.sum(dpre, 0), mask=offs_n < I)
+        tl.store(dpre_ptrs, (dh * activate_grad(pre, ACTIVATION, HALF)).to(DHPre.dtype.element_ty), mask=mask)
     return part
 
 
@@ -88,14 +81,12 @@ def _hidden_backward_kernel(
     HPre, DHPre, A,  # (rows, I or 2I), (rows, I or 2I), (rows, I), contiguous; the last two may be null
     Weights,  # (rows,) by assignment, or null
     DWeights,  # (rows, tiles of I) float32 or null: this tile's part of <dh, h>
-    Sums,  # (row tiles, I or 2I) float32 or null: sums of DHPre over a tile's rows
     Seed,  # () int64 or null
     Offsets, RowToToken,
     rows, I, K, TOP_K, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, GATHER: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
-    STORE_SUMS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -123,17 +114,14 @@ def _hidden_backward_kernel(
     if HAS_WEIGHTS:
         weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)
     part = tl.zeros((BLOCK_M,), tl.float32)
-    sums = Sums
-    if STORE_SUMS:
-        sums += (tl.program_id(0) // tiles_n).to(tl.int64) * (2 * I if GATED else I)
     first = tile_n * BLOCK_N
     half: tl.constexpr = DY.dtype.element_ty != tl.float32
     slices = column_slices(dh, SLICES)
     for i in tl.static_range(SLICES):
         part += _hidden_backward_slice(
             slices[i], weight, assignment, row0, mask_m, first + i * (BLOCK_N // SLICES),
-            HPre, DHPre, A, sums, Seed, I, threshold, scale, half,
-            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, STORE_SUMS, BLOCK_M, BLOCK_N // SLICES,
+            HPre, DHPre, A, Seed, I, threshold, scale, half,
+            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, BLOCK_M, BLOCK_N // SLICES,
         )  # fmt: skip
     if STORE_DWEIGHTS:
         tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
@@ -180,13 +168,11 @@ def hidden_backward_config(
 def hidden_backward(
     dy: Tensor, w2: Tensor, h_pre: Tensor, dh_pre: Tensor | None, a: Tensor | None, weights: Tensor | None,
     dweights: Tensor | None, grouping: Grouping, activation: str, hidden_dropout_p: float, seed: Tensor | None,
-    *, gather: bool, config: Config, sums: Tensor | None = None,
+    *, gather: bool, config: Config,
 ) -> None:  # fmt: skip
     """Launch: dh_pre (rows, I or 2I), a (rows, I) and dweights (rows, tiles of I), whichever is wanted.
 
-    dy is (T, H), or (rows, H) in row order without `gather`. Rows without an expert are not written. sums
-    (`num_row_tiles`, I or 2I) float32: of dh_pre over each row tile, for b1's gradient; `add_chunks` adds those of
-    BLOCK_M rows and `least` 0.
+    dy is (T, H), or (rows, H) in row order without `gather`. Rows without an expert are not written.
     """
     (num_experts, depth, columns), rows = w2.shape, grouping.num_rows
     if rows == 0 or columns == 0:
@@ -199,7 +185,7 @@ def hidden_backward(
             dy, *dy.stride(),
             w2, *w2.transpose(1, 2).stride(),
             h_pre, dh_pre, a,
-            weights, dweights, sums, seed,
+            weights, dweights, seed,
             grouping.offsets, grouping.row_to_token,
             rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
         )  # fmt: skip
@@ -207,19 +193,19 @@ def hidden_backward(
             "E": num_experts, "E_POW2": padded_experts(num_experts),
             **gated_options(activation), "DROPOUT": dropped, "GATHER": gather, "HAS_WEIGHTS": weights is not None,
             "STORE_PRE": dh_pre is not None, "STORE_A": a is not None, "STORE_DWEIGHTS": dweights is not None,
-            "STORE_SUMS": sums is not None, "SLICES": slices_of(config, dropped or is_gated(activation)),
+            "SLICES": slices_of(config, dropped or is_gated(activation)),
             **dot_options(dy, columns, depth, config), **config.options(),
         }  # fmt: skip
         return (tiles,), arguments, constants
 
     _launch(
         (
-            rows, top_k, w2.shape, layout(w2), layout(dy), dh_pre is None, a is None, dweights is None, sums is None,
+            rows, top_k, w2.shape, layout(w2), layout(dy), dh_pre is None, a is None, dweights is None,
             weights is not None and weights.dtype, activation, hidden_dropout_p, seed is None, gather, config,
             precision,
         ),
         (
-            dy, w2, h_pre, dh_pre, a, weights, dweights, sums, seed, grouping.offsets, grouping.row_to_token
+            dy, w2, h_pre, dh_pre, a, weights, dweights, seed, grouping.offsets, grouping.row_to_token
         ),
         plan,
     )  # fmt: skip

@@ -96,7 +96,8 @@ def group_tokens(
     layers, rows = expert_ids.shape
     spans, padded = counts.shape[1:]
     block = max(16, min(_SPAN, _COMPARISONS // padded))
-    sizes = {"E": num_experts, "E_POW2": padded, "SPAN": _SPAN, "BLOCK": block}
+    warps = 8 if padded > 1024 else 4  # 4 spill: 16 tokens, compared with 2,048 experts
+    sizes = {"E": num_experts, "E_POW2": padded, "SPAN": _SPAN, "BLOCK": block, "num_warps": warps}
     key = (layers, rows, num_experts, layout(expert_ids), _SPAN, block, _SPANS_AT_ONCE)
     ids = (expert_ids, *expert_ids.stride())
     _launch_count(key, (expert_ids, counts), lambda: ((spans, layers), (*ids, counts, rows, spans), sizes))

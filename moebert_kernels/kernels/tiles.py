@@ -63,12 +63,12 @@ def row_chunk(Offsets, chunk, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def chunks_of(Offsets, expert, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr):
-    """First chunk of an expert, and the one past its last. LEAST: chunks of an expert without rows."""
+def chunks_of(Offsets, expert, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr):
+    """First chunk of an expert, and the one past its last."""
     e = tl.arange(0, E_POW2)
     first = tl.load(Offsets + e, mask=e < E, other=0)
     end = tl.load(Offsets + e + 1, mask=e < E, other=0)
-    chunks = tl.where(e < E, tl.maximum((end - first + CHUNK - 1) // CHUNK, LEAST), 0)
+    chunks = tl.where(e < E, tl.maximum((end - first + CHUNK - 1) // CHUNK, 1), 0)
     before = tl.sum(tl.where(e < expert, chunks, 0), 0)
     return before, before + tl.sum(tl.where(e == expert, chunks, 0), 0)
 

@@ -102,7 +102,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply` of all arguments: it looks for defaults by `inspect.signature`, which takes 40 us."""
     if transformed():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def first_order(name: str) -> type[torch.autograd.Function]:

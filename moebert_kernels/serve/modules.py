@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
-from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, pack
+from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, is_int8, pack
 from moebert_kernels.torch_backend.activation import activate
 
 # of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
@@ -280,7 +280,7 @@ def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     if not weight.is_meta:
         return converted(weight, bias, dtype)
     to = input_dtype(dtype)
-    scale = torch.empty(len(weight), device="meta") if dtype == "int8" else None
+    scale = torch.empty(len(weight), device="meta") if is_int8(dtype) else None
     bias = None if bias is None else torch.empty_like(bias, dtype=to)
     return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)
 

@@ -25,15 +25,16 @@ from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.serve.modules import PackedModule
 
 OPSET = 20  # Gelu is an operator from here on
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_FREE = torch.export.Dim.DYNAMIC
 _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
 def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None:
     """Write an encoder as an ONNX file whose batch and length are free.
 
-    Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence),
-    or `pixel_values`; outputs are the model's: `logits`, or `last_hidden_state` and what else there is. These are the
+    Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence);
+    outputs are the model's: `logits`, or `last_hidden_state` and what else there is. These are the
     names by which other packages call exported models. The model is left as it was.
 
     Args:
@@ -47,7 +48,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
     """
     if dtype not in ("float32", "int8"):
         raise UserError(f"dtype: expected float32 or int8 in an ONNX file, got {dtype!r}")
-    inputs, outputs = _example(model)
+    _check(model)
     require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
     path = Path(path)
     if dtype == "int8":
@@ -55,12 +56,14 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
             export_onnx(model, Path(folder) / "model.onnx")
             quantise_onnx(Path(folder) / "model.onnx", path)
         return
-    module = _Flat(standard(copy.deepcopy(model).float().cpu()), tuple(inputs), outputs).eval()
+    copied = copy.deepcopy(model).float().cpu().eval()
+    inputs, outputs = _example(copied)
+    module = _Flat(standard(copied), tuple(inputs), outputs).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
-            dynamic_shapes=(tuple(_free(name) for name in inputs),),
+            dynamic_shapes=(tuple({0: _FREE, 1: _FREE} for _ in inputs),),
         )  # fmt: skip
     program.save(path)
 
@@ -162,8 +165,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Small inputs by name, and the names of the outputs."""
+def _check(model: Any) -> None:
+    """Raise the errors of `export_onnx`."""
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
     kind, config = type(model).__name__, model.config
@@ -173,26 +176,22 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         raise UserError(f"model: expected an encoder, got {kind}; engines for generation export decoders")
     if getattr(getattr(config, "quantization_config", None), "is_task_routed", False):
         raise UserError("model: expected one without routing by task, got one; merge it for a task first")
+    if "input_ids" not in _parameters(model):
+        raise UserError(f"model: expected an encoder of texts, got {kind}")
+
+
+def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Small inputs by name, and the names of the outputs."""
     names = [name for name in _INPUTS if name in _parameters(model)]
-    if getattr(config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
+    if getattr(model.config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
         names.remove("token_type_ids")
-    inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names if name != "pixel_values"}
+    inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names}
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros(2, 6, dtype=torch.int64)
-    if "pixel_values" in names:
-        size = config.image_size
-        inputs["pixel_values"] = torch.zeros(2, getattr(config, "num_channels", 3), size, size)
     with torch.no_grad():
-        training = model.training
-        found = model.eval()(**inputs, return_dict=True)
-        model.train(training)
+        found = model(**inputs, return_dict=True)
     return inputs, tuple(name for name in _OUTPUTS if found.get(name) is not None)
 
 
 def _parameters(model: Any) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
-
-
-def _free(name: str) -> dict[int, Any]:
-    """The sizes of an input that are not fixed."""
-    return {axis: torch.export.Dim.DYNAMIC for axis in ((0,) if name == "pixel_values" else (0, 1))}

@@ -2,7 +2,8 @@
 
 The libraries are those that torch carries. An `Engine` is one way to run one dtype; `fastest` measures which one it is
 on this machine. int8: weights are symmetric, with a scale for each output; activations are quantised in the call, to
-eight bits with one scale and one zero point for all of its rows; products are added in int32.
+eight bits with one scale and one zero point for all of its rows; products are added in int32. "int8-token": the same
+libraries get rows that were divided by their largest magnitudes, so that each has a scale of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from moebert_kernels.cpu import has_int8_instructions
 from moebert_kernels.errors import UserError
 from moebert_kernels.torch_backend.activation import activate
 
-DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
-ENGINES = {"int8": ("fbgemm", "onednn", "qnnpack"), "bfloat16": ("plain", "onednn"), "float32": ("plain", "onednn")}
+DTYPES = {"int8": torch.int8, "int8-token": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ENGINES = {
+    "int8": ("fbgemm", "onednn", "qnnpack"),
+    "int8-token": ("fbgemm-token", "onednn-token", "qnnpack-token"),
+    "bfloat16": ("plain", "onednn"),
+    "float32": ("plain", "onednn"),
+}
+_TOKEN = "-token"
 # names of the activations that oneDNN applies to a tile while it is in registers
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
 _NOT_FUSED = ("none", "")
 _SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
 _PACKED_ROWS = 256  # the row count that oneDNN's order is made for: of 1 to 1,024, the best or near it for all
 # what the overloads call: for the experts of few tokens, their Python around it takes 5 % of the time
+_SMALLEST = 1e-30  # a row of zeros is divided by it
 _linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
 
@@ -74,19 +82,30 @@ class _Int8(Packed):
         weight, scale, bias = weights
         assert scale is not None
         zeros = torch.zeros(len(scale), dtype=torch.int64)
-        with quantised_engine(engine), warnings.catch_warnings():
+        self._has_bias = bias is not None
+        self._late_bias = None
+        if engine.endswith(_TOKEN):
+            self._late_bias = torch.zeros(len(scale)) if bias is None else bias.float()
+            bias = None
+        with quantised_engine(engine.removesuffix(_TOKEN)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # a form torch will give up
             quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
-        self._has_bias = bias is not None
         # without these instructions products of 8-bit numbers are added in 16 bits, which overflow
         self._reduced = not has_int8_instructions()
 
     def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
-        return activate(_linear_dynamic(x, self._packed, self._reduced), activation, inplace=True)
+        if self._late_bias is None:
+            y = _linear_dynamic(x, self._packed, self._reduced)
+        else:
+            # two passes in vectors: `vector_norm` and `aminmax` of rows are 15 times as slow
+            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=_SMALLEST)
+            y = torch.addcmul(self._late_bias, _linear_dynamic(x / largest, self._packed, self._reduced), largest)
+        return activate(y, activation, inplace=True)
 
     def weights(self) -> Weights:
         weight, bias = torch.ops.quantized.linear_unpack(self._packed)
+        bias = bias if self._late_bias is None else self._late_bias
         return Weights(weight.int_repr(), weight.q_per_channel_scales().float(), bias if self._has_bias else None)
 
 
@@ -143,14 +162,19 @@ def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     """A dense layer's weight and bias in one of `DTYPES`, in memory of their own."""
     to = input_dtype(dtype)
     bias = None if bias is None else bias.detach().to(to, copy=True)
-    if dtype == "int8":
+    if is_int8(dtype):
         return Weights(*quantised(weight), bias)
     return Weights(weight.detach().to(to, copy=True), None, bias)
 
 
 def input_dtype(dtype: str) -> torch.dtype:
     """Of activations, in a model prepared as one of `DTYPES`."""
-    return torch.float32 if dtype == "int8" else DTYPES[dtype]
+    return torch.float32 if is_int8(dtype) else DTYPES[dtype]
+
+
+def is_int8(dtype: str) -> bool:
+    """Whether one of `DTYPES` has int8 weights."""
+    return DTYPES[dtype] == torch.int8
 
 
 def available(dtype: str) -> list[str]:
@@ -159,10 +183,11 @@ def available(dtype: str) -> list[str]:
     Raises:
         UserError: there are none.
     """
-    if dtype == "int8":
-        found = [name for name in ENGINES["int8"] if name in torch.backends.quantized.supported_engines]
-        if len(found) > 1 and "qnnpack" in found:
-            found.remove("qnnpack")  # made for ARM
+    if is_int8(dtype):
+        supported = torch.backends.quantized.supported_engines
+        found = [name for name in ENGINES[dtype] if name.removesuffix(_TOKEN) in supported]
+        if len(found) > 1:
+            found = [name for name in found if not name.startswith("qnnpack")]  # made for ARM
     else:
         with_onednn = torch.backends.mkldnn.is_available() and (
             dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

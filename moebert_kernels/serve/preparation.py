@@ -17,7 +17,7 @@ from moebert_kernels.nn.context import derived_class
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
-from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype
+from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
 FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a fifth of a BERT, others are small
@@ -29,13 +29,15 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
 
     Linear layers and experts are packed for a library that torch has, the fastest one of a short measurement.
     "int8": weights are symmetric with a scale for each output, activations are quantised in each call with one scale,
-    sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "bfloat16": the
+    sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "int8-token": the
+    same with a scale for each token, slower, and much closer for models in which few tokens have very large values.
+    "bfloat16": the
     whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the model's, up to
     rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 
     Args:
         model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
-        dtype: "int8", "bfloat16" or "float32".
+        dtype: "int8", "int8-token", "bfloat16" or "float32".
         tokens: of a typical call, all of its sequences together: engines are compared at that number of rows, or at as
             many as an expert gets of it.
 
@@ -94,7 +96,7 @@ def replace_modules(model: nn.Module, dtype: str) -> int:
             made = PackedLinear.of(child, dtype)
             if made.out_features < FEWEST_OUTPUTS:
                 continue
-        elif type(child) is nn.Embedding and dtype == "int8" and child.num_embeddings >= FEWEST_ROWS:
+        elif type(child) is nn.Embedding and is_int8(dtype) and child.num_embeddings >= FEWEST_ROWS:
             made = PackedEmbedding.of(child)
         else:
             continue

@@ -105,8 +105,8 @@ def bias_gradient(a: Tensor, grouping: Grouping, *, weights: Tensor | None = Non
     return sum_chunks(sums, grouping, SUMS_CHUNK, a.dtype)[0]
 
 
-def sum_chunks(partials: Tensor, grouping: Grouping, chunk: int, dtype: torch.dtype, least: int = 1) -> Tensor:
-    """(S, chunks, N) -> (S, E, N); `least` chunks have experts without rows."""
+def sum_chunks(partials: Tensor, grouping: Grouping, chunk: int, dtype: torch.dtype) -> Tensor:
+    """(S, chunks, N) -> (S, E, N)."""
     total = partials.new_empty(partials.shape[0], grouping.num_experts, partials.shape[2], dtype=dtype)
-    add_chunks(partials, total, grouping.offsets, chunk, least)
+    add_chunks(partials, total, grouping.offsets, chunk)
     return total

@@ -15,11 +15,9 @@ from moebert_kernels.kernels.fused_moe_ffn_backward import (
     hidden_backward_config,
     routing_weights_grad,
 )
-from moebert_kernels.kernels.tiles import num_row_tiles
 from moebert_kernels.triton_backend.expert_gemm import (
     bias_gradient,
     rows_times_weights,
-    sum_chunks,
     weight_gradients,
 )
 
@@ -69,10 +67,10 @@ def hidden_gradients(
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dweights = needs
     need_pre = need_dx or need_dw1 or need_db1
-    rows, width, num_experts = grouping.num_rows, w2.shape[2], grouping.num_experts
+    rows, width = grouping.num_rows, w2.shape[2]
     dh_pre = dy.new_empty(rows, w1.shape[1]) if need_pre else None
     a = dy.new_empty(rows, width) if need_dw2 else None
-    parts = sums = db1 = None
+    parts = None
     if need_pre or need_dw2 or need_dweights:
         if h_pre.shape[0] < rows:
             h_pre = x.new_empty(rows, w1.shape[1])
@@ -80,15 +78,10 @@ def hidden_gradients(
         config = hidden_backward_config(dy, w2, grouping, activation, hidden_dropout_p)
         if need_dweights:
             parts = dy.new_empty(rows, math.ceil(width / config.BLOCK_N), dtype=torch.float32)
-        if need_db1:
-            tiles = num_row_tiles(rows, num_experts, config.BLOCK_M)
-            sums = dy.new_empty(1, tiles, w1.shape[1], dtype=torch.float32)
         hidden_backward(
             dy, w2, h_pre, dh_pre, a, weights, parts, grouping, activation, hidden_dropout_p, seed,
-            gather=gather, config=config, sums=None if sums is None else sums[0],
+            gather=gather, config=config,
         )  # fmt: skip
-        if sums is not None:
-            db1 = sum_chunks(sums, grouping, config.BLOCK_M, dy.dtype, least=0)[0]
     dweights = None
     if parts is not None:
         dweights = dy.new_empty(grouping.num_tokens, grouping.top_k)
@@ -101,6 +94,7 @@ def hidden_gradients(
     products = iter(weight_gradients(pairs, grouping) if pairs else ())
     dw1 = next(products) if need_dw1 else None
     dw2 = next(products) if need_dw2 else None
+    db1 = None if dh_pre is None or not need_db1 else bias_gradient(dh_pre, grouping)
     db2 = bias_gradient(dy, grouping, weights=weights, gather=gather) if need_db2 else None
     return [dh_pre, dw1, db1, dw2, db2, dweights]
 

@@ -183,7 +183,8 @@ def test_waves_of_a_case():
 
 def test_waves_count_tiles_over_slots():
     tile = next(c for c in CANDIDATES["half"]["rows"] if (c.BLOCK_M, c.BLOCK_N) == (128, 128))
-    # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 x 2 slots, 132 x 1 with a residual
+    # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 slots, 264 without a
+    # residual
     assert mean_waves(tile, "rows", "half", 4096, 4, 768, H200) == 1
     assert mean_waves(tile, "residual", "half", 4096, 4, 768, H200) == 2
     assert mean_waves(tile, "rows", "half", 128, 1, 128, H200) == 1

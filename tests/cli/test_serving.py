@@ -17,10 +17,11 @@ def test_quantize(student, data, tmp_path):
     assert isinstance(moe_layers(loaded)[0].experts, PackedExperts)
     again = done("quantize", "--model", student, *TABLE, "--data", data, "--output", tmp_path / "int8")
     assert "is there already" in again
+    assert "validation (64 examples)" in done("eval", "--model", tmp_path / "int8", *TABLE, "--data", data)
 
 
 def test_quantize_refusals(moe, base, tmp_path):
-    assert "expected one of int8, bfloat16, float32, got 'int4'" in refused(
+    assert "expected one of int8, int8-token, bfloat16, float32, got 'int4'" in refused(
         "quantize", "--model", base, "--dtype", "int4", "--output", tmp_path / "x"
     )
     done("quantize", "--model", base, "--dtype", "bfloat16", "--output", tmp_path / "bf16")

@@ -17,7 +17,7 @@ from moebert_kernels.errors import OtherRun, UserError
 from moebert_kernels.layers import MoEConfig
 from tests.distill.killed_trainer import KINDS
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
-from tests.distill.tiny_trainer import terms_of, trainer
+from tests.distill.tiny_trainer import mostly_slow, terms_of, trainer
 from tests.helpers import ROOT
 
 
@@ -30,7 +30,7 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, {"student"}))
 def test_a_stopped_run_goes_on_bitwise(kind, tmp_path):
     """With a teacher, dropout, the discriminator, groups of lengths, the gradient mask and the balance of windows."""
     options = {"save_strategy": "no", "num_train_epochs": 2}

@@ -1,5 +1,6 @@
 """Data and settings small enough to train in a second, for `MoETrainer`."""
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,6 +35,11 @@ def text_data(count=13, length=9):
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length] * count, "labels": labels})
 
 
+def mostly_slow(names, fast):
+    """Parameters of a test, of which those that are not `fast` wait for `-m slow`."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def settings(folder, **options):
     defaults = {
         "per_device_train_batch_size": 4, "learning_rate": 3e-3, "num_train_epochs": 2, "use_cpu": True,
@@ -42,7 +48,7 @@ def settings(folder, **options):
     return MoETrainingArguments(str(folder), **defaults | options)
 
 
-def trainer(folder, model=None, data=None, teacher=None, objective=None, callbacks=None, **options):
+def trainer(folder, model=None, data=None, teacher=None, objective=None, callbacks=None, judged_on=None, **options):
     return MoETrainer(
         tiny_bert(0) if model is None else model,
         settings(folder, **options),
@@ -50,6 +56,7 @@ def trainer(folder, model=None, data=None, teacher=None, objective=None, callbac
         objective=objective,
         callbacks=callbacks,
         train_dataset=tiny_data() if data is None else data,
+        eval_dataset=judged_on,
         processing_class=tiny_tokenizer(),
     )
 

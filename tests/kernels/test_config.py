@@ -48,9 +48,10 @@ def test_the_choice_is_good_for_ragged_counts_not_only_for_balanced_ones(rows):
 
     def microseconds(candidate, counts):
         tiles = sum(math.ceil(n / candidate.BLOCK_M) for n in counts) * math.ceil(768 / candidate.BLOCK_N)
-        slots = H200.multiprocessors * config.programs_per_multiprocessor(candidate, "rows", "half", H200)
-        fixed, step = config.estimated_us(candidate, "rows", "half", H200)
-        return math.ceil(tiles / slots) * (fixed + 768 / candidate.BLOCK_K * step)
+        programs = config.programs_per_multiprocessor(candidate, "rows", "half", H200)
+        at_once = min(programs, math.ceil(tiles / H200.multiprocessors))
+        fixed, step = config.estimated_us(candidate, "half", H200, at_once)
+        return math.ceil(tiles / (H200.multiprocessors * programs)) * (fixed + 768 / candidate.BLOCK_K * step)
 
     routings = [torch.bincount(torch.randint(0, 4, (rows,)), minlength=4).tolist() for _ in range(50)]
     mean = {c: sum(microseconds(c, r) for r in routings) / len(routings) for c in CANDIDATES["half"]["rows"]}

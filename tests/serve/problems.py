@@ -65,7 +65,7 @@ class Problem:
     def check(self) -> None:
         """Compare with the reference in float64, of the dequantised weights where they are int8."""
         got = self.packed()(self.x, self.ids, self.weights)
-        if self.dtype == "int8":
+        if self.dtype.startswith("int8"):
             self._check_int8(got)
             return
         assert_as_accurate(got, self._reference(self.x.dtype), self._reference(torch.float64), str(self))
@@ -101,9 +101,9 @@ class Problem:
             rows, columns = (ids == e).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            x, _ = _rounded(self.x[rows].double())
+            x, _ = _rounded(self.x[rows].double(), self.dtype)
             h = reference.activate(_linear(x, w1[e], b1, e), experts.activation)
-            h_rounded, step_h = _rounded(h)
+            h_rounded, step_h = _rounded(h, self.dtype)
             z = _linear(h_rounded, w2[e], b2, e)
             # a number that lies between two steps may fall on either one, in a handful of the activations
             bound = 3 * step_h * w2[e].abs().max() + 1e-5 * (z.abs().max() + self.x.abs().max()) + 1e-6
@@ -132,9 +132,13 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, e: int) -> Tensor:
     return x @ w.T if bias is None else x @ w.T + bias[e]
 
 
-def _rounded(x: Tensor) -> tuple[Tensor, float]:
-    """x on the 8-bit grid of its own minimum and maximum, and the distance of two steps."""
+def _rounded(x: Tensor, dtype: str) -> tuple[Tensor, Any]:
+    """x on the 8-bit grid of its own minimum and maximum, and the distance of two steps, of each row or of all."""
     x = x.float()
+    if dtype == "int8-token":
+        largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+        rounded, step = _rounded((x / largest).double(), "int8")
+        return rounded * largest, step * largest.double()
     scale, zero_point = torch._choose_qparams_per_tensor(x, False)
     quantised = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     return quantised.dequantize().double(), scale

@@ -14,12 +14,12 @@ from moebert_kernels import errors
 from moebert_kernels.errors import MissingExtra, UserError
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.serve import export_onnx, prepare
-from tests.convert.families import IMAGES, make, make_inputs
+from tests.convert.families import make
 from tests.serve.test_prepare import made
 
 ENCODERS = (
     "bert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet", "ernie", "megatron-bert", "distilbert",
-    "modernbert", "vit", "dinov2",
+    "modernbert",
 )  # fmt: skip
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -71,23 +71,12 @@ def check(model, session, batches, close=2e-5):
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("family, kind", [
-    *((family, "hash") for family in ENCODERS if family not in IMAGES),
+    *((family, "hash") for family in ENCODERS),
     *(("bert", kind) for kind in ("dense", "gate", "switch", "top2", "mpoe")), ("modernbert", "top2"),
 ])  # fmt: skip
 def test_fifty_ragged_batches(family, kind, tmp_path):
     model = made(family, kind)
     check(model, session_of(model, tmp_path / "model.onnx"), 50)
-
-
-@needs_onnx
-@pytest.mark.slow
-@pytest.mark.parametrize("family", IMAGES)
-@pytest.mark.parametrize("kind", ["dense", "gate"])
-def test_images(family, kind, tmp_path):
-    model, inputs = made(family, kind), make_inputs(family)
-    got = outputs_of(session_of(model, tmp_path / "model.onnx"), inputs)["last_hidden_state"]
-    with torch.no_grad():
-        assert (got - model(**inputs).last_hidden_state).abs().max() <= 2e-5
 
 
 @needs_onnx
@@ -133,6 +122,7 @@ def test_refusals(tmp_path):
         (torch.nn.Linear(2, 2), "model: expected a model of transformers, got Linear"),
         (make("gpt2", AutoModelForCausalLM), "model: expected an encoder, got GPT2LMHeadModel"),
         (make("t5"), "model: expected an encoder, got T5Model"),
+        (make("vit"), "model: expected an encoder of texts, got ViTModel"),
         (prepare(make("bert")), "model: expected one that is not prepared"),
     ):
         with pytest.raises(UserError, match=message):

@@ -37,7 +37,7 @@ KINDS = {
     "mpoe": MoEConfig.mpoe(num_experts=3),
 }
 # relative distance of the hidden states of tiny models
-CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06}
+CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06}
 
 
 def slow_unless(families):
@@ -182,7 +182,7 @@ def test_half_precision_models_too():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dtype": "int4"}, "dtype: expected one of int8, bfloat16, float32, got 'int4'"),
+    ({"dtype": "int4"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int4'"),
     ({"tokens": 0}, "tokens: expected an integer of at least 1, got 0"),
     ({"tokens": True}, "tokens: expected an integer of at least 1, got True"),
     ({"model": nn.Linear(4, 4)}, "model: expected a model of transformers, got Linear"),
@@ -238,7 +238,7 @@ def test_a_missing_tensor_is_named(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dtype": "int3"}, "dtype: expected one of int8, bfloat16, float32, got 'int3'"),
+    ({"dtype": "int3"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int3'"),
     ({"tokens": "many"}, "tokens: expected an integer of at least 1, got 'many'"),
     ({"format_version": 9}, "format_version: expected 1, got 9"),
     ({"speed": 3}, "speed: expected a field of PreparedConfig"),
