@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,7 +74,7 @@ def add_chunks(partials: Tensor, y: Tensor, offsets: Tensor, chunk: int) -> None
     if y.numel() == 0:
         return
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         constants = {
             "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": chunk,
             "BLOCK_M": _ROWS, "BLOCK": _REDUCE_BLOCK,
@@ -94,7 +96,7 @@ def column_sums(
     if columns == 0:
         return
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         arguments = (
             a, *a.stride(), sums, weights, grouping.offsets, grouping.row_to_token, columns, top_k
         )  # fmt: skip

@@ -11,6 +11,8 @@ with the same rows are neighbours: A's rows come from HBM once, the weights of f
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +25,7 @@ from moebert_kernels.kernels.tiles import ceil_div, num_row_tiles, padded_expert
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def dot_options(a: Tensor, columns: int, depth: int, config: Config) -> dict[str, object]:
+def dot_options(a: Tensor, columns: int, depth: int, config: Config) -> dict[str, Any]:
     """Constants of the main loop. The interpreter multiplies the raw bits of bfloat16, so there it is upcast first."""
     return {
         "EVEN": columns % config.BLOCK_N == 0 and depth % config.BLOCK_K == 0,
@@ -134,7 +136,7 @@ def expert_gemm(
         return
     top_k, precision = grouping.top_k, precision_of(a.dtype)
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         kind: Kind = "rows" if residual is None else "residual"
         tile = config or pick_config(kind, rows, num_experts, columns, depth, a.dtype, Device.of(a.device))
         tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)

@@ -13,7 +13,7 @@ without rows has one empty step per tile, which writes its zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -185,7 +185,7 @@ def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping:
     precision, operands = precision_of(first.a.dtype), (first.a, first.b, second.a, second.b)
     sizes = {"E": num_experts, "E_POW2": padded_experts(num_experts), "TWO": len(products) > 1}
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         arguments = (
             first.a, first.a.stride(0), first.b, first.b.stride(0), first.dw, *first.dw.shape[1:],
             second.a, second.a.stride(0), second.b, second.b.stride(0), second.dw, *second.dw.shape[1:],
@@ -212,7 +212,7 @@ def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping:
         plan,
     )  # fmt: skip
 
-    def plan_sums() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan_sums() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         elements = config.BLOCK_M * config.BLOCK_N
         block = min(_REDUCE_BLOCK, elements)
         arguments = (

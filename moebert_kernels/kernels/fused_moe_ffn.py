@@ -8,6 +8,8 @@ the other rows. An epilogue takes the columns of a tile in slices, so that littl
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,7 +176,7 @@ def slices_of(config: Config, gated: bool) -> int:
     return max(1, min(4, elements // _SLICE_ELEMENTS[gated or elements == 16], config.BLOCK_N // 16))
 
 
-def gated_options(activation: str) -> dict[str, object]:
+def gated_options(activation: str) -> dict[str, Any]:
     return {"ACTIVATION": GATED.get(activation, activation), "GATED": is_gated(activation)}
 
 
@@ -190,7 +192,7 @@ def hidden(
         return
     dropped, top_k, precision = hidden_dropout_p > 0 and seed is not None, grouping.top_k, precision_of(x.dtype)
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         kind: Kind = "gated" if gated else "hidden"
         tile = config or pick_config(kind, rows, num_experts, columns, depth, x.dtype, Device.of(x.device))
         tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)

@@ -10,6 +10,8 @@ and leaves them as partials that `add_chunks` adds in order. Everything is compu
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -151,7 +153,7 @@ def add_norm(
     if x.numel() == 0:
         return
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         options = _row_options(columns)
         block = max(1, min(4, 4096 // options["BLOCK_H"]))
         arguments = (
@@ -191,7 +193,7 @@ def add_norm_backward(
     """
     columns, num_experts, chunks = x.shape[1], grouping.num_experts, sums.shape[1]
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         options = _row_options(columns)
         arguments = (
             dy, *dy.stride(),

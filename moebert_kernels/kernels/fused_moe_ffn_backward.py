@@ -10,6 +10,8 @@ registers, which left a multiprocessor to one program of 128 x 128.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -179,7 +181,7 @@ def hidden_backward(
         return
     dropped, top_k, precision = hidden_dropout_p > 0 and seed is not None, grouping.top_k, precision_of(dy.dtype)
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N)
         arguments = (
             dy, *dy.stride(),

@@ -10,6 +10,8 @@ Traffic: the ids twice, Counts once per span, the two permutations once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,7 +104,7 @@ def group_tokens(
     ids = (expert_ids, *expert_ids.stride())
     _launch_count(key, (expert_ids, counts), lambda: ((spans, layers), (*ids, counts, rows, spans), sizes))
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         arguments = (*ids, counts, offsets, row_to_token, token_to_row, rows, spans)
         return (spans, layers), arguments, sizes | {"SPANS_AT_ONCE": _SPANS_AT_ONCE}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +41,7 @@ def hash_route(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None,
     if layers * tokens == 0:
         return
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, object]]:
+    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         arguments = (
             token_ids, token_ids.stride(0),
             tables, *tables.stride(),

@@ -100,5 +100,5 @@ def column_slices(tile, SLICES: tl.constexpr):
         left, right = _column_halves(tile)
         first, second = _column_halves(left)
         third, last = _column_halves(right)
-        slices = (first, second, third, last)
+        slices = (first, second, third, last)  # type: ignore[assignment]
     return slices
