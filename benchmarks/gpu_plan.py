@@ -83,7 +83,7 @@ SHARED_CENTRE = [
     ("mpo", "mpo_expert_weights-forward_backward", 3), ("mpo", "mpo_experts-shared_fold-4xT4096", 5),
 ]  # fmt: skip
 # Files of tests; each is compiled and run by a process of its own. Plain torch has no kernels of ours: CI runs it.
-OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route+ops/test_integers
+OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route+ops/test_integers+ops/test_checked_once
 ops/test_mpo_expert_weights ops/test_any_shape ops/test_autocast+ops/test_derivatives
 kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda
 kernels/test_dropout+ops/test_hostile_arguments test_native"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
 
-METHODS = ("moebert", "mpoe", "dense")
+METHODS = ("moebert", "chosen", "mpoe", "dense")
 _COPIES, _TASKS = "With --experts mpo or copy", "With --router task"
 
 
@@ -37,7 +36,8 @@ def convert(
         str,
         typer.Option(
             "--method",
-            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. mpoe: experts of the whole"
+            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but neurons"
+            " and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the whole"
             " feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most"
             " important neurons, for comparison. Other options change what a method makes.",
         ),
@@ -46,16 +46,18 @@ def convert(
         str | None,
         typer.Option(
             "--router",
-            help="hash-random, hash-balance (counts --data), gate-token, gate-sentence, switch, top2, or task (with a"
-            " head for each --task). Default: hash-random, with --method mpoe switch.",
+            help="hash-random, hash-balance (counts --data), hash-chosen (by the texts of --data), gate-token,"
+            " gate-sentence, switch, top2, or task (with a head for each --task). Default: hash-random, with --method"
+            " chosen hash-chosen, with mpoe switch.",
         ),
     ] = None,
     experts: Annotated[
         str | None,
         typer.Option(
             "--experts",
-            help="split: parts of the neurons; copy: the whole feed-forward, as in Switch; mpo: the same with a shared"
-            " central tensor. Default: split, with --method mpoe mpo.",
+            help="split: parts of the neurons; clustered: parts that are chosen by the texts of --data; copy: the whole"
+            " feed-forward, as in Switch; mpo: the same with a shared central tensor. Default: split, with --method"
+            " chosen clustered, with mpoe mpo.",
         ),
     ] = None,
     num_experts: Annotated[
@@ -167,22 +169,30 @@ def convert(
                   fields | of_mpo | {"noise": noise, "hash_tables": hash_tables})  # fmt: skip
     config = None
     if method != "dense" and from_original is None:
+        from moebert_kernels.layers.config import SPLITS
+
         config = _config(method, task or [], fields | {"expert_size": expert_size})
         _check_unused("--experts split", config.experts != "split", {"importance": importance})
+        _check_unused(
+            "--router hash-random or hash-balance", config.router == "hash-chosen", {"hash_tables": hash_tables}
+        )
         _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
-        _check_unused("--experts copy or mpo", config.experts == "split", {"noise": noise})
-        _check_unused("--router hash-random or hash-balance", not config.is_hash_routed, {"hash_tables": hash_tables})
+        _check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
+        given = config.router in ("hash-random", "hash-balance")
+        _check_unused("--router hash-random or hash-balance", not given, {"hash_tables": hash_tables})
     inputs.check_models(model=model)
     if model is not None:
         inputs.check_dense(model)
     counted = config is not None and config.router == "hash-balance" and hash_tables is None
-    counts = _count(model or "", task, data, text_column, label_column, max_length) if counted else None
+    texts = None
+    if config is not None and (counted or config.needs_text):
+        texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
     identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
         "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
         "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-        "training texts": None if counts is None else sha256(repr(counts.tolist()).encode()).hexdigest()[:16],
+        "training texts": texts and texts.fingerprint,
         "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
         "file of hash tables": file_digest(hash_tables),
     }  # fmt: skip
@@ -196,10 +206,9 @@ def convert(
         converted, tokenizer = _dense_student(model, importance, expert_size, seed)
     else:
         options = {
-            "seed": seed, "token_counts": counts, "tables": tables, "num_sites": sites or 5, "force": bool(low_bonds),
-            "noise": noise or 0.0,
+            "seed": seed, "tables": tables, "num_sites": sites or 5, "force": bool(low_bonds), "noise": noise or 0.0,
         }  # fmt: skip
-        converted, tokenizer = _converted(model, config, importance, options)
+        converted, tokenizer = _converted(model, config, importance, texts, options)
     write_model(output, converted, tokenizer, identity)
 
 
@@ -211,20 +220,26 @@ def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
     if given.get("router") == "task":
         labels = {name: list(known.label_names) for name, known in known_tasks(tasks).items()}
         given |= {"tasks": list(labels), "task_labels": labels}
-    config = (MoEConfig.mpoe if method == "mpoe" else MoEConfig.moebert)(**given)
-    needs_task = config.is_task_routed or config.router == "hash-balance"
-    _check_unused("--router hash-balance or task", not needs_task, {"task": tasks or None})
+    config = getattr(MoEConfig, method)(**given)
+    needs_task = config.is_task_routed or config.router == "hash-balance" or config.needs_text
+    _check_unused("--method chosen, --router hash-balance or task", not needs_task, {"task": tasks or None})
     return config
 
 
-def _converted(name: Any, config: Any, importance: Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
-    from moebert_kernels.convert import convert_to_moe, load_importance
+def _converted(name: Any, config: Any, importance: Path | None, texts: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    from moebert_kernels.convert import choose_experts, convert_to_moe, count_tokens, load_importance, report_table
     from moebert_kernels.distill.loading import load_as_saved, load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(name)
     model = load_as_saved(name) if config.task_labels is None else load_classifier(name, options["seed"])
     scores = None if importance is None else load_importance(importance, model).scores
     before = sizes(model)
+    if config.router == "hash-balance" and texts is not None:
+        options["token_counts"] = count_tokens(texts.input_ids, model.config.get_text_config().vocab_size)
+    if config.needs_text:
+        batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
+        options["chosen"] = choose_experts(model, batches, config, seed=options["seed"], progress=True)
+        print(report_table([choice.report for choice in options["chosen"]]))
     convert_to_moe(model, config, importance=scores, **options)
     say_sizes(model, before)
     say_kept(scores, model)
@@ -266,21 +281,20 @@ def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any
         return converted, None
 
 
-def _count(
-    model: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None, label_column: str,
-    max_length: int | None,
+def _texts(
+    model: str, router: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
+    label_column: str, max_length: int | None,
 ) -> Any:  # fmt: skip
-    """How often each token occurs in the training split."""
-    from moebert_kernels.convert import count_tokens
+    """The tokens of the training split."""
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
     if tasks is None or len(tasks) != 1:
         got = ", ".join(tasks or ["none"])
-        raise UserError(f"task: expected one, whose training data hash-balance counts, got {got}")
+        reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
+        raise UserError(f"task: expected one, whose training data {reads}, got {got}")
     task = tasks[0]
     config = load_config(model)
     loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
     tokenizer = load_tokenizer(model)
     length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
-    features = inputs.tokenized(loaded, "train", tokenizer, length, None, config)
-    return count_tokens(features.input_ids, config.get_text_config().vocab_size)
+    return inputs.tokenized(loaded, "train", tokenizer, length, None, config)

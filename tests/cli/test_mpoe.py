@@ -79,7 +79,7 @@ def test_refusals(base, gpt2, tmp_path):
     assert line.startswith("importance: expected it with --experts split alone")
     assert refused(*words, base, "--router", "task") == "task: expected different tasks, got none"
     line = refused(*words, base, "--experts", "copies")
-    assert line == "experts: expected one of split, copy, mpo, got 'copies'"
+    assert line == "experts: expected one of split, clustered, copy, mpo, got 'copies'"
     done(*words, gpt2, "--max-bond", 1, "--low-bonds", "--sites", 2)
     assert not (tmp_path / "out2").exists()
     line = refused("convert", "--method", "mpoe", "--output", tmp_path / "out2", "--model", tmp_path / "out")

@@ -24,6 +24,8 @@ def command_words(name, model, data):
         "convert": ("convert", "--model", model),
         "merge": ("merge", "--model", model, "--task", "sst2"),
         "student": ("student", "--model", model),
+        "quantize": ("quantize", "--model", model),
+        "export": ("export", "--model", model),
         "demo": ("demo", "--quick"),
     }[name]
 
@@ -36,7 +38,7 @@ def test_every_command_that_writes_a_folder_is_looked_at():
             assert command_words(name, "model", "data")[0] == name
 
 
-FOLDER_COMMANDS = ("finetune", "distill", "ablate", "convert", "merge", "student", "demo")
+FOLDER_COMMANDS = ("finetune", "distill", "ablate", "convert", "merge", "student", "quantize", "export", "demo")
 
 
 @pytest.mark.parametrize("name", FOLDER_COMMANDS)

@@ -14,7 +14,7 @@ from moebert_kernels.convert import importance_scores, load_importance
 from moebert_kernels.data.tasks import custom_task, load_task
 from moebert_kernels.distill.features import Batches, tokenize
 from moebert_kernels.layers import moe_config, moe_layers
-from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert
+from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert, refused
 from tests.helpers import ROOT
 
 
@@ -161,6 +161,17 @@ def test_balanced_tables_count_the_train_split(teacher, importance, data, tmp_pa
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe")
     first, second = (layer.router.table for layer in moe_layers(model))
     assert torch.equal(first, second)
+
+
+def test_experts_and_tables_are_chosen_by_the_train_split(teacher, data, tmp_path):
+    words = ("convert", "--model", teacher, "--method", "chosen", "--expert-size", 8, *TABLE, "--data", data)
+    printed = done(*words, "--output", tmp_path / "moe")
+    assert "feed-forward" in printed and "mean" in printed  # the report by layer
+    config = moe_config(AutoModelForSequenceClassification.from_pretrained(tmp_path / "moe").config)
+    assert (config.router, config.experts, config.expert_size) == ("hash-chosen", "clustered", 8)
+    assert "is there already" in done(*words, "--output", tmp_path / "moe")
+    line = refused("convert", "--model", teacher, "--method", "chosen", "--output", tmp_path / "other")
+    assert line == "task: expected one, whose training data experts are chosen by, got none"
 
 
 def test_the_published_recipe_pads_and_routes_padding(teacher, importance, data, tmp_path):

@@ -152,7 +152,7 @@ def test_half_precision_and_mode_are_kept():
             {"router": "hash-random", "router_options": {"jitter": 0.1}},
             "router_options: expected none with router='hash-random', got {'jitter': 0.1}",
         ),
-        ({"experts": "sparse"}, "experts: expected one of split, copy, mpo, got 'sparse'"),
+        ({"experts": "sparse"}, "experts: expected one of split, clustered, copy, mpo, got 'sparse'"),
         ({"experts": "split", "noise": 0.1}, "noise: expected 0 with experts='split', got 0.1"),
         ({"experts": "copy", "max_bond": 4}, "max_bond: expected none with experts='copy', got 4"),
         (

@@ -132,7 +132,7 @@ def test_what_is_random_depends_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"experts": "clone"}, "experts: expected one of split, copy, mpo, got 'clone'"),
+        ({"experts": "clone"}, "experts: expected one of split, clustered, copy, mpo, got 'clone'"),
         ({"experts": "copy", "expert_size": 12}, "expert_size: expected none with experts='copy', got 12"),
         ({"experts": "mpo", "max_bond": 1}, "max_bond: expected caps at which building the weight pays, got bonds 1,"),
         ({"experts": "mpo", "w1_factors": [[2, 12], [4, 4]]}, r"w1_factors: expected products \(48, 16\), got \(24, "),

@@ -170,6 +170,7 @@ def test_layers_that_others_checkpoint(kind):
         part.config.use_cache = False  # a cache would be filled twice, in a dense model too
     batches = [kinds.batch(kind, seed, length, labels=True) for seed, length in ((0, 8), (1, 11))]
     wanted = gradients(net, batches, torch.Tensor.backward)
+    before = set(map(id, _first_runs))  # of models that other tests may have kept
     for lists in [module for module in net.modules() if isinstance(module, torch.nn.ModuleList)]:
         for name, layer in lists.named_children():
             if isinstance(layer, RecomputedLayer):
@@ -177,7 +178,7 @@ def test_layers_that_others_checkpoint(kind):
     for backward in (torch.Tensor.backward, lambda loss: in_threads(loss.backward)):
         got = gradients(net, batches, backward)
         assert_same({name.replace("_checkpoint_wrapped_module.", ""): p for name, p in got.items()}, wanted)
-    assert not list(_first_runs)
+    assert set(map(id, _first_runs)) <= before
 
 
 @pytest.mark.parametrize("kind", kinds.HASHED)

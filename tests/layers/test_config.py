@@ -16,7 +16,7 @@ TASKS = {"router": "task", "tasks": ["a", "b"]}
     [
         ({"router": "hash"}, "router: expected one of hash-random, hash-balance, .*task.*, got 'hash'"),
         ({"router": ["switch"]}, r"router: expected one of .* got \['switch'\]"),
-        ({"experts": "sparse"}, "experts: expected one of split, copy, mpo, got 'sparse'"),
+        ({"experts": "sparse"}, "experts: expected one of split, clustered, copy, mpo, got 'sparse'"),
         ({"norm": "none"}, "norm: expected one of expert, layer, got 'none'"),
         ({"expert_bias": "none"}, "expert_bias: expected one of expert, common, got 'none'"),
         ({"num_experts": 0}, "num_experts: expected an integer of at least 1, got 0"),
