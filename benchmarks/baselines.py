@@ -32,17 +32,17 @@ def dense_ffn_add_norm(
 
 def loop_of_linear(x: Tensor, expert_ids: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """Sort by expert, call the dense layer of each expert that has rows, put the rows back: what most people write."""
-    row_to_token = torch.argsort(expert_ids, stable=True)
+    row_to_assignment = torch.argsort(expert_ids, stable=True)
     counts = torch.bincount(expert_ids, minlength=w1.shape[0]).tolist()
-    return loop_over_experts(x, row_to_token, counts, w1, b1, w2, b2)
+    return loop_over_experts(x, row_to_assignment, counts, w1, b1, w2, b2)
 
 
-def loop_over_experts(x: Tensor, row_to_token: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+def loop_over_experts(x: Tensor, row_to_assignment: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
     """The loop alone: token of each sorted row, rows of each expert, w1 (E, I, H), b1, w2, b2 -> (T, H)."""
-    rows = x[row_to_token].split(counts)
+    rows = x[row_to_assignment].split(counts)
     experts = zip(*(w.unbind() for w in weights), strict=True)
     outputs = [dense_ffn(r, *of_expert) for r, of_expert in zip(rows, experts, strict=True) if len(r)]
-    return torch.zeros_like(x).index_copy(0, row_to_token, torch.cat(outputs))
+    return torch.zeros_like(x).index_copy(0, row_to_assignment, torch.cat(outputs))
 
 
 class OriginalExpert(nn.Module):

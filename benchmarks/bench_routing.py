@@ -64,21 +64,21 @@ def _build(T: int, target: Target, names: tuple[str, ...], *, V: int, L: int, E:
         positions = torch.arange(T, device=target.device)
         for table in tables:
             expert_ids = table[token_ids]
-            row_to_token = expert_ids.sort(stable=True).indices
+            row_to_assignment = expert_ids.sort(stable=True).indices
             counts = torch.zeros(E + 1, dtype=torch.int64, device=target.device)
             counts.index_add_(0, expert_ids + 1, torch.ones_like(expert_ids))  # bincount would wait for the device
-            token_to_row = torch.empty_like(row_to_token).index_copy_(0, row_to_token, positions)
-            outputs += [counts.cumsum(0), row_to_token, token_to_row]
+            assignment_to_row = torch.empty_like(row_to_assignment).index_copy_(0, row_to_assignment, positions)
+            outputs += [counts.cumsum(0), row_to_assignment, assignment_to_row]
         return tuple(outputs)
 
     def original() -> Outputs:
         outputs: list[Tensor] = []
         for table in tables:
             expert_ids = table[token_ids]
-            row_to_token = expert_ids.argsort(stable=True)
+            row_to_assignment = expert_ids.argsort(stable=True)
             counts = F.one_hot(expert_ids, E).gt(0).sum(0).tolist()
             offsets = torch.tensor([0, *counts], device=target.device).cumsum(0)
-            outputs += [offsets, row_to_token, row_to_token.argsort()]
+            outputs += [offsets, row_to_assignment, row_to_assignment.argsort()]
         return tuple(outputs)
 
     def exact(dtype: torch.dtype) -> Outputs:
@@ -95,7 +95,7 @@ def _build(T: int, target: Target, names: tuple[str, ...], *, V: int, L: int, E:
 
 
 def _maps(groupings: list[Grouping]) -> Outputs:
-    return tuple(t for g in groupings for t in (g.offsets, g.row_to_token, g.token_to_row))
+    return tuple(t for g in groupings for t in (g.offsets, g.row_to_assignment, g.assignment_to_row))
 
 
 def _as_float(outputs: Outputs) -> Outputs:

@@ -75,7 +75,7 @@ def _routing(op: str, draws: Draws, T: int, V: int, E: int) -> Provider:
         if isinstance(got, Tensor):
             return (got.double(),)
         groupings: Sequence[Grouping] = [got] if isinstance(got, Grouping) else got
-        return tuple(t.double() for g in groupings for t in (g.offsets, g.row_to_token, g.token_to_row))
+        return tuple(t.double() for g in groupings for t in (g.offsets, g.row_to_assignment, g.assignment_to_row))
 
     return Provider(lambda: numbers(getattr(moebert_kernels, op)), lambda dtype: numbers(getattr(reference, op)))
 

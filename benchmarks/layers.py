@@ -134,13 +134,13 @@ class Layers:
     def loop_of_linear_given_counts(self) -> Provider:
         """The same loop with sorted rows' counts known on the host: nothing waits for the device."""
         counts = torch.bincount(self.expert_ids, minlength=self.E).tolist()
-        order = self.grouping.row_to_token.long()
+        order = self.grouping.row_to_assignment.long()
         return self._experts(lambda x, *weights: baselines.loop_over_experts(x, order, counts, *weights))
 
     def grouped_mm(self) -> Provider | Skipped:
         if not hasattr(F, "grouped_mm"):
             return Skipped(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
-        order, ends = self.grouping.row_to_token.long(), self.grouping.offsets[1:]
+        order, ends = self.grouping.row_to_assignment.long(), self.grouping.offsets[1:]
         owner = self.expert_ids[order]
 
         def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ __device__ __forceinline__ void produce_gathered(const Params& params, typename 
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = tile.row0 + row_in_tile + i * kRowStep;
-      source_row[i] = row < tile.row_end ? params.epilogue.row_to_token[row] / params.top_k : -1;
+      source_row[i] = row < tile.row_end ? params.epilogue.row_to_assignment[row] / params.top_k : -1;
     }
     for (int k = 0; k < params.depth; k += Traits::kBlockK, ++slot) {
       hopper::wait(&shared.empty[slot.stage], slot.phase ^ 1);

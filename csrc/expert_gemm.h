@@ -10,12 +10,12 @@ struct ExpertGemmParams {
   int64_t a_row_stride;  // in elements, as all strides
   const void* w;         // (E, N, K), K adjacent
   int64_t w_expert_stride, w_row_stride;
-  void* y;                  // (rows, N) contiguous; row r is written to r, or with `scatter` to row_to_token[r]
+  void* y;                  // (rows, N) contiguous; row r is written to r, or with `scatter` to row_to_assignment[r]
   void* pre;                // as y: what the activation is taken of; or null
   const void* bias;         // (E, N) contiguous, or null
   const void* weights;      // (rows,) by assignment, or null
   const int* offsets;       // (E + 1,)
-  const int* row_to_token;  // (rows,) assignment of each row; its token is that / top_k
+  const int* row_to_assignment;  // (rows,) assignment of each row; its token is that / top_k
 
   int64_t rows;                         // T * top_k
   int64_t tokens;                       // T

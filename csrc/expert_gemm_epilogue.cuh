@@ -72,7 +72,7 @@ struct EpilogueParams {
   T* pre;            // (rows, N) contiguous, or null
   const T* bias;     // (E, N) contiguous, or null
   const T* weights;  // (rows,) by assignment, or null
-  const int* row_to_token;
+  const int* row_to_assignment;
   int columns;
   bool scatter;
   ActivationConstants constants;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void store_tile(const EpilogueParams<T>& params, cons
     int target_row = row;
     weights[i] = 1.0f;
     if (valid && (params.scatter || params.weights != nullptr)) {
-      const int assignment = params.row_to_token[row];
+      const int assignment = params.row_to_assignment[row];
       if (params.scatter) target_row = assignment;
       if (params.weights != nullptr) weights[i] = static_cast<float>(params.weights[assignment]);
     }
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_zeros(const EpilogueParams<T>& params, con
   if (thread >= kRowsAtOnce * (kBlockN / 8) || column >= params.columns) return;
   const int end = min(tile.row_end, tile.row0 + kExpertGemmBlockM);
   for (int row = tile.row0 + thread / (kBlockN / 8); row < end; row += kRowsAtOnce) {
-    const int target_row = params.scatter ? params.row_to_token[row] : row;
+    const int target_row = params.scatter ? params.row_to_assignment[row] : row;
     const int64_t target = static_cast<int64_t>(target_row) * params.columns + column;
     store_words(params.y + target, zeros);
     if (params.pre != nullptr) store_words(params.pre + target, zeros);

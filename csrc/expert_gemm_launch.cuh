@@ -85,7 +85,7 @@ cudaError_t launch(const ExpertGemmParams& params, const ActivationConstants& co
   device.epilogue.pre = static_cast<T*>(params.pre);
   device.epilogue.bias = static_cast<const T*>(params.bias);
   device.epilogue.weights = static_cast<const T*>(params.weights);
-  device.epilogue.row_to_token = params.row_to_token;
+  device.epilogue.row_to_assignment = params.row_to_assignment;
   device.epilogue.columns = static_cast<int>(params.columns);
   device.epilogue.scatter = params.scatter;
   device.epilogue.constants = constants;

@@ -67,7 +67,7 @@ cudaError_t fused_moe_ffn_add_norm(const FusedMoeFfnAddNormParams& params) {
   const int rows_of_block = kNormWarps / kernels.warps_per_row;
   MBK_RETURN_IF_ERROR(launch(kernels.forward, ceil_div(in.tokens, rows_of_block), kNormThreads,
                              static_cast<size_t>(fused_moe_ffn_add_norm_shared_bytes(in.columns, false)),
-                             params.stream, in, params.token_to_row, params.y, kernels.warps_per_row));
+                             params.stream, in, params.assignment_to_row, params.y, kernels.warps_per_row));
   return cudaGetLastError();
 }
 

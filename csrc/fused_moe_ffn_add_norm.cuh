@@ -118,12 +118,12 @@ __device__ __forceinline__ void row_statistics(const AddNormInputs& in, const fl
 
 template <typename X, typename F, int STEPS>
 __global__ void __launch_bounds__(kNormThreads)
-    add_norm_kernel(AddNormInputs in, const int32_t* token_to_row, void* y, int warps_per_row) {
+    add_norm_kernel(AddNormInputs in, const int32_t* assignment_to_row, void* y, int warps_per_row) {
   const int lanes_of_row = warps_per_row * kWarpSize;
   const int lane_of_row = static_cast<int>(threadIdx.x) % lanes_of_row;
   const int64_t token = int64_t{blockIdx.x} * (kNormThreads / lanes_of_row) + threadIdx.x / lanes_of_row;
   const bool active = token < in.tokens;
-  const int row = active ? token_to_row[token] : 0;
+  const int row = active ? assignment_to_row[token] : 0;
   const int expert = expert_of_row(in.offsets, in.num_experts, row);
   const bool routed = active && expert < in.num_experts;
   float z[STEPS][kVector];
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
   for (int first = first_row; first < end; first += rows_at_once) {
     const int row = first + static_cast<int>(threadIdx.x) / lanes_of_row;
     const bool active = row < end;
-    const int64_t token = active ? a.row_to_token[row] : 0;
+    const int64_t token = active ? a.row_to_assignment[row] : 0;
     float z[STEPS][kVector], d[STEPS][kVector];
     const unsigned kept = load_sums<X, F, STEPS>(in, token, row, active, active, lane_of_row, lanes_of_row, z);
 #pragma unroll

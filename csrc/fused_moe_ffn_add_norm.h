@@ -39,7 +39,7 @@ struct AddNormInputs {
 
 struct FusedMoeFfnAddNormParams {
   AddNormInputs inputs;
-  const int32_t* token_to_row;  // (T,)
+  const int32_t* assignment_to_row;  // (T,)
   void* y;                      // (T, H) contiguous, of x_type; x where a token has no expert
   cudaStream_t stream;
 };
@@ -47,7 +47,7 @@ struct FusedMoeFfnAddNormParams {
 struct FusedMoeFfnAddNormBackwardParams {
   AddNormInputs inputs;
   Matrix dy;                    // (T, H)
-  const int32_t* row_to_token;  // (T,)
+  const int32_t* row_to_assignment;  // (T,)
   void* dz;                     // (T, H) in row order, contiguous, of x_type
   void* dffn;                   // the same after dropout, of ffn_type; null: not wanted
   float* weight_partials;       // (norm_chunks, H)

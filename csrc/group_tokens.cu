@@ -48,8 +48,8 @@ cudaError_t group_tokens(const GroupTokensParams& params) {
   GroupTokensArguments arguments = {};
   arguments.lookup = params.lookup;
   arguments.offsets = params.offsets;
-  arguments.row_to_token = params.row_to_token;
-  arguments.token_to_row = params.token_to_row;
+  arguments.row_to_assignment = params.row_to_assignment;
+  arguments.assignment_to_row = params.assignment_to_row;
   for (int i = 0; i < params.num_tile_maps; ++i) arguments.tile_maps[i] = params.tile_maps[i];
   arguments.num_tile_maps = params.num_tile_maps;
   arguments.blocks = blocks;

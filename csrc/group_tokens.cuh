@@ -57,15 +57,15 @@ __global__ void __launch_bounds__(1024, 1) group_layer_kernel(GroupTokensArgumen
   int experts[ITEMS];
   rank_block<ITEMS, PACKED>(a, s, layer, first, experts);
   scan_experts(a.num_experts + 1, s.starts, [&](int e) { return s.counts[e]; });
-  int32_t* token_to_row = a.token_to_row + layer * a.tokens;
-  int32_t* row_to_token = a.row_to_token + layer * a.tokens;
+  int32_t* assignment_to_row = a.assignment_to_row + layer * a.tokens;
+  int32_t* row_to_assignment = a.row_to_assignment + layer * a.tokens;
 #pragma unroll
   for (int i = 0; i < ITEMS; ++i) {
     const int64_t token = first + i * kWarpSize;
     if (token >= a.tokens) break;
     const int row = s.starts[experts[i] & ((1 << kExpertBits) - 1)] + (experts[i] >> kExpertBits);
-    token_to_row[token] = row;
-    row_to_token[row] = static_cast<int32_t>(token);
+    assignment_to_row[token] = row;
+    row_to_assignment[row] = static_cast<int32_t>(token);
   }
   write_offsets(a, layer, s.starts, s.counts);
 }
@@ -92,14 +92,14 @@ __device__ __forceinline__ unsigned look_back(const uint64_t* words, int64_t blo
   }
 }
 
-// Leaves expert + (rank in the block << kExpertBits) in token_to_row for the task that places, then publishes.
+// Leaves expert + (rank in the block << kExpertBits) in assignment_to_row for the task that places, then publishes.
 template <bool PACKED>
 __device__ __forceinline__ void count_task(const GroupTokensArguments& a, const GroupTokensShared& s, int64_t layer,
                                            int64_t block) {
   const int64_t first = first_token_of_thread(block * kTokensOfTask, kTaskItems);
   int experts[kTaskItems];
   rank_block<kTaskItems, PACKED>(a, s, layer, first, experts);
-  int32_t* scratch = a.token_to_row + layer * a.tokens;
+  int32_t* scratch = a.assignment_to_row + layer * a.tokens;
 #pragma unroll
   for (int i = 0; i < kTaskItems; ++i) {
     if (first + i * kWarpSize < a.tokens) scratch[first + i * kWarpSize] = experts[i];
@@ -144,21 +144,21 @@ __device__ __forceinline__ void place_task(const GroupTokensArguments& a, const 
   }
   __syncthreads();
   const int64_t first = first_token_of_thread(block * kTokensOfTask, kTaskItems);
-  int32_t* token_to_row = a.token_to_row + layer * a.tokens;
-  int32_t* row_to_token = a.row_to_token + layer * a.tokens;
+  int32_t* assignment_to_row = a.assignment_to_row + layer * a.tokens;
+  int32_t* row_to_assignment = a.row_to_assignment + layer * a.tokens;
   int packed[kTaskItems];
 #pragma unroll
   for (int i = 0; i < kTaskItems; ++i) {
     const int64_t token = first + i * kWarpSize;
-    packed[i] = token < a.tokens ? load_volatile(token_to_row + token) : 0;
+    packed[i] = token < a.tokens ? load_volatile(assignment_to_row + token) : 0;
   }
 #pragma unroll
   for (int i = 0; i < kTaskItems; ++i) {
     const int64_t token = first + i * kWarpSize;
     if (token >= a.tokens) break;
     const int row = next_rows[packed[i] & ((1 << kExpertBits) - 1)] + (packed[i] >> kExpertBits);
-    token_to_row[token] = row;
-    row_to_token[row] = static_cast<int32_t>(token);
+    assignment_to_row[token] = row;
+    row_to_assignment[row] = static_cast<int32_t>(token);
   }
 }
 

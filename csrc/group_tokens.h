@@ -18,8 +18,8 @@ struct GroupTokensParams {
   TokenLookup lookup;
   bool by_hash;           // else `lookup.token_ids` holds expert ids (L, N) and the tables are not looked at
   int32_t* offsets;       // (L, E + 1)
-  int32_t* row_to_token;  // (L, N)
-  int32_t* token_to_row;  // (L, N)
+  int32_t* row_to_assignment;  // (L, N)
+  int32_t* assignment_to_row;  // (L, N)
   TileMap tile_maps[kMaxTileMaps];
   int num_tile_maps;
   void* workspace;  // group_tokens_workspace_bytes, aligned to 8; any content

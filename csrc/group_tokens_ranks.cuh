@@ -22,8 +22,8 @@ constexpr int kMaxStagedVocabulary = 65536;
 struct GroupTokensArguments {
   TokenLookup lookup;
   int32_t* offsets;
-  int32_t* row_to_token;
-  int32_t* token_to_row;
+  int32_t* row_to_assignment;
+  int32_t* assignment_to_row;
   TileMap tile_maps[kMaxTileMaps];
   int num_tile_maps;
   unsigned* ticket;

@@ -106,7 +106,7 @@ __device__ __forceinline__ Tile locate(const TinyFfnParams& p, int index, unsign
   if (routing.offsets != nullptr) {
     const auto count = [&](int e) { return (e < p.experts ? routing.offsets[e + 1] : p.tokens) - routing.offsets[e]; };
     const Tile tile = find_tile(count, p.experts, index, kBlockM);
-    if (static_cast<int>(threadIdx.x) < tile.rows) *token = routing.row_to_token[tile.first_row + threadIdx.x];
+    if (static_cast<int>(threadIdx.x) < tile.rows) *token = routing.row_to_assignment[tile.first_row + threadIdx.x];
     return tile;
   }
   int* const expert_of = reinterpret_cast<int*>(scratch);

@@ -21,7 +21,7 @@ constexpr int kTinyFfnSlabBytes = 128;  // of one row at one step along K
 // Either a Grouping (offsets is not null), or ids that every CTA looks through. Ids outside [0, E) have no expert.
 struct TinyFfnRouting {
   const int32_t* offsets;       // (E + 1,) or null
-  const int32_t* row_to_token;  // (T,) or null
+  const int32_t* row_to_assignment;  // (T,) or null
   Integers expert_ids;          // (T,), not looked at where there are offsets
 };
 

@@ -211,7 +211,7 @@ def _test_group_tokens_by_hash(device: torch.device) -> str:
 
 
 def _parts(grouping: moebert_kernels.Grouping) -> list[Tensor]:
-    return [grouping.offsets, grouping.row_to_token, grouping.token_to_row]
+    return [grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row]
 
 
 def _test_expert_gemm(device: torch.device) -> str:

@@ -19,14 +19,14 @@ class Grouping:
 
     Attributes:
         offsets: (E + 1,) int32. Rows of expert e are `offsets[e]:offsets[e + 1]`; `offsets[E]` rows are routed.
-        row_to_token: (T * top_k,) int32. Assignment held by each row, a full permutation (with top_k = 1: the token).
-        token_to_row: (T * top_k,) int32. The inverse of `row_to_token`.
+        row_to_assignment: (T * top_k,) int32. Assignment held by each row, a full permutation (top_k = 1: the token).
+        assignment_to_row: (T * top_k,) int32. The inverse of `row_to_assignment`.
         top_k: experts per token.
     """
 
     offsets: Tensor
-    row_to_token: Tensor
-    token_to_row: Tensor
+    row_to_assignment: Tensor
+    assignment_to_row: Tensor
     top_k: int = 1
 
     @property
@@ -36,7 +36,7 @@ class Grouping:
     @property
     def num_rows(self) -> int:
         """T * top_k: routed and skipped assignments together."""
-        return self.row_to_token.shape[0]
+        return self.row_to_assignment.shape[0]
 
     @property
     def num_tokens(self) -> int:
@@ -60,16 +60,18 @@ class Grouping:
         return torch.stack([expert, row.where(inside, self.num_rows)], dim=1).int()
 
     def to(self, device: torch.device | str) -> Grouping:
-        return Grouping(self.offsets.to(device), self.row_to_token.to(device), self.token_to_row.to(device), self.top_k)
+        return Grouping(
+            self.offsets.to(device), self.row_to_assignment.to(device), self.assignment_to_row.to(device), self.top_k
+        )
 
 
 def _flatten(grouping: Grouping) -> tuple[list[Any], Any]:
-    return [grouping.offsets, grouping.row_to_token, grouping.token_to_row], grouping.top_k
+    return [grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row], grouping.top_k
 
 
 def _unflatten(values: Any, top_k: Any) -> Grouping:
-    offsets, row_to_token, token_to_row = values
-    return Grouping(offsets, row_to_token, token_to_row, top_k)
+    offsets, row_to_assignment, assignment_to_row = values
+    return Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
 
 
 pytree.register_pytree_node(
@@ -78,7 +80,10 @@ pytree.register_pytree_node(
     _unflatten,
     serialized_type_name="moebert_kernels.Grouping",
     flatten_with_keys_fn=lambda grouping: (
-        [(pytree.GetAttrKey(name), getattr(grouping, name)) for name in ("offsets", "row_to_token", "token_to_row")],
+        [
+            (pytree.GetAttrKey(name), getattr(grouping, name))
+            for name in ("offsets", "row_to_assignment", "assignment_to_row")
+        ],
         grouping.top_k,
     ),
 )

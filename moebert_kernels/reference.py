@@ -35,11 +35,11 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     rows = [torch.nonzero(flat == e)[:, 0] for e in range(num_experts)]
     counts = [len(group) for group in rows]
     rows.append(torch.nonzero((flat < 0) | (flat >= num_experts))[:, 0])
-    row_to_token = torch.cat(rows)
-    token_to_row = torch.empty_like(row_to_token)
-    token_to_row[row_to_token] = torch.arange(len(flat), device=flat.device)
+    row_to_assignment = torch.cat(rows)
+    assignment_to_row = torch.empty_like(row_to_assignment)
+    assignment_to_row[row_to_assignment] = torch.arange(len(flat), device=flat.device)
     offsets = torch.tensor([0, *counts], device=flat.device).cumsum(0)
-    return Grouping(offsets.int(), row_to_token.int(), token_to_row.int(), top_k)
+    return Grouping(offsets.int(), row_to_assignment.int(), assignment_to_row.int(), top_k)
 
 
 def group_tokens_by_hash(
@@ -54,7 +54,7 @@ def expert_gemm(
 ) -> Tensor:
     """y[r] = w[e] @ x[r] + bias[e] for the rows r of expert e; zero past the routed rows."""
     if gather:
-        x = x[grouping.row_to_token.long() // grouping.top_k]
+        x = x[grouping.row_to_assignment.long() // grouping.top_k]
     row = torch.arange(x.shape[0], device=x.device)
     y = x.new_zeros(x.shape[0], w.shape[1])
     for e in range(w.shape[0]):

@@ -16,7 +16,7 @@ void bind_expert_gemm(pybind11::module_& module) {
   module.def(
       "expert_gemm",
       [](uintptr_t a, int64_t a_row_stride, uintptr_t w, int64_t w_expert_stride, int64_t w_row_stride, uintptr_t y,
-         uintptr_t pre, uintptr_t bias, uintptr_t weights, uintptr_t offsets, uintptr_t row_to_token, int64_t rows,
+         uintptr_t pre, uintptr_t bias, uintptr_t weights, uintptr_t offsets, uintptr_t row_to_assignment, int64_t rows,
          int64_t tokens, int64_t num_experts, int64_t columns, int64_t depth, int top_k, int dtype, int activation,
          bool gather, bool scatter, int block_n, int cluster, uintptr_t stream) {
         ExpertGemmParams params = {};
@@ -30,7 +30,7 @@ void bind_expert_gemm(pybind11::module_& module) {
         params.bias = reinterpret_cast<const void*>(bias);
         params.weights = reinterpret_cast<const void*>(weights);
         params.offsets = reinterpret_cast<const int*>(offsets);
-        params.row_to_token = reinterpret_cast<const int*>(row_to_token);
+        params.row_to_assignment = reinterpret_cast<const int*>(row_to_assignment);
         params.rows = rows;
         params.tokens = tokens;
         params.num_experts = num_experts;

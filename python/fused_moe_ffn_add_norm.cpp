@@ -49,8 +49,8 @@ void bind_fused_moe_ffn_add_norm(pybind11::module_& module) {
   module.def("norm_chunks", &norm_chunks, "Rows of the partials of T tokens and E experts.");
   module.def(
       "add_norm",
-      [](const AddNormInputs& in, uintptr_t token_to_row, uintptr_t y, uintptr_t stream) {
-        raise(fused_moe_ffn_add_norm({in, reinterpret_cast<const int32_t*>(token_to_row), reinterpret_cast<void*>(y),
+      [](const AddNormInputs& in, uintptr_t assignment_to_row, uintptr_t y, uintptr_t stream) {
+        raise(fused_moe_ffn_add_norm({in, reinterpret_cast<const int32_t*>(assignment_to_row), reinterpret_cast<void*>(y),
                                       reinterpret_cast<cudaStream_t>(stream)}),
               "add_norm", in);
       },
@@ -58,12 +58,12 @@ void bind_fused_moe_ffn_add_norm(pybind11::module_& module) {
   module.def(
       "add_norm_backward",
       [](const AddNormInputs& in, uintptr_t dy, int64_t dy_stride_row, int64_t dy_stride_column,
-         uintptr_t row_to_token, uintptr_t dz, uintptr_t dffn, uintptr_t weight_partials, uintptr_t bias_partials,
+         uintptr_t row_to_assignment, uintptr_t dz, uintptr_t dffn, uintptr_t weight_partials, uintptr_t bias_partials,
          uintptr_t dnorm_weight, uintptr_t dnorm_bias, uintptr_t dweights, uintptr_t stream) {
         FusedMoeFfnAddNormBackwardParams params = {};
         params.inputs = in;
         params.dy = matrix(dy, dy_stride_row, dy_stride_column);
-        params.row_to_token = reinterpret_cast<const int32_t*>(row_to_token);
+        params.row_to_assignment = reinterpret_cast<const int32_t*>(row_to_assignment);
         params.dz = reinterpret_cast<void*>(dz);
         params.dffn = reinterpret_cast<void*>(dffn);
         params.weight_partials = reinterpret_cast<float*>(weight_partials);

@@ -24,7 +24,7 @@ void bind_group_tokens(pybind11::module_& module) {
       [](uintptr_t ids, int64_t ids_stride_layer, int64_t ids_stride, int ids_type, uintptr_t tables,
          int64_t tables_stride_layer, int64_t tables_stride, int tables_type, uintptr_t mask, int64_t mask_stride,
          int mask_bytes, bool mask_is_float, int64_t vocab_size, bool by_hash, uintptr_t offsets,
-         uintptr_t row_to_token, uintptr_t token_to_row, const std::vector<std::pair<uintptr_t, int>>& tile_maps,
+         uintptr_t row_to_assignment, uintptr_t assignment_to_row, const std::vector<std::pair<uintptr_t, int>>& tile_maps,
          uintptr_t workspace, int64_t layers, int64_t tokens, int num_experts, uintptr_t stream) {
         GroupTokensParams params = {};
         params.lookup = token_lookup(ids, ids_stride_layer, ids_stride, ids_type, tables, tables_stride_layer,
@@ -32,8 +32,8 @@ void bind_group_tokens(pybind11::module_& module) {
                                      vocab_size);
         params.by_hash = by_hash;
         params.offsets = reinterpret_cast<int32_t*>(offsets);
-        params.row_to_token = reinterpret_cast<int32_t*>(row_to_token);
-        params.token_to_row = reinterpret_cast<int32_t*>(token_to_row);
+        params.row_to_assignment = reinterpret_cast<int32_t*>(row_to_assignment);
+        params.assignment_to_row = reinterpret_cast<int32_t*>(assignment_to_row);
         for (size_t i = 0; i < tile_maps.size() && i < kMaxTileMaps; ++i) {
           params.tile_maps[i] = {reinterpret_cast<int32_t*>(tile_maps[i].first), tile_maps[i].second};
         }

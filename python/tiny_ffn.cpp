@@ -25,7 +25,7 @@ void bind_tiny_ffn(pybind11::module_& module) {
       "Bytes of scratch, of any contents, for T tokens, sizes H and I, E experts.");
   module.def(
       "tiny_ffn",
-      [](uintptr_t ids, int64_t ids_stride, int ids_type, uintptr_t offsets, uintptr_t row_to_token,
+      [](uintptr_t ids, int64_t ids_stride, int ids_type, uintptr_t offsets, uintptr_t row_to_assignment,
          uintptr_t x, int64_t x_stride_t, int64_t x_stride_h, uintptr_t w1, int64_t w1_stride_e, int64_t w1_stride_n,
          int64_t w1_stride_k, uintptr_t b1, uintptr_t w2, int64_t w2_stride_e, int64_t w2_stride_n,
          int64_t w2_stride_k, uintptr_t b2, uintptr_t norm_weight, uintptr_t norm_bias, uintptr_t routing_weights,
@@ -34,7 +34,7 @@ void bind_tiny_ffn(pybind11::module_& module) {
         const auto data = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
         TinyFfnParams params = {};
         params.routing.offsets = reinterpret_cast<const int32_t*>(offsets);
-        params.routing.row_to_token = reinterpret_cast<const int32_t*>(row_to_token);
+        params.routing.row_to_assignment = reinterpret_cast<const int32_t*>(row_to_assignment);
         params.routing.expert_ids = {data(ids), 0, ids_stride, static_cast<IntType>(ids_type)};
         params.tokens = tokens;
         params.hidden = hidden;

@@ -36,9 +36,9 @@ def convert(
         str,
         typer.Option(
             "--method",
-            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but neurons"
-            " and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the whole"
-            " feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most"
+            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but"
+            " neurons and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the"
+            " whole feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most"
             " important neurons, for comparison. Other options change what a method makes.",
         ),
     ] = "moebert",

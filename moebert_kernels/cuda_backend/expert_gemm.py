@@ -65,7 +65,7 @@ def expert_gemm(
         a.data_ptr(), a.stride(0),
         w.data_ptr(), *_strides(w),
         y.data_ptr(), pointer(pre), pointer(bias), pointer(weights),
-        grouping.offsets.data_ptr(), grouping.row_to_token.data_ptr(),
+        grouping.offsets.data_ptr(), grouping.row_to_assignment.data_ptr(),
         grouping.num_rows, grouping.num_tokens, num_experts, columns, depth, grouping.top_k,
         FLOATS[w.dtype], _ACTIVATIONS[activation], gather, scatter, block_n, cluster, stream_of(y),
     )  # fmt: skip

@@ -58,7 +58,7 @@ def forward(
     y = x.new_empty(x.shape)
     weights = contiguous(routing_weights)
     inputs = _inputs(kernels, x, ffn, norm_weight, norm_bias, weights, grouping, eps, dropout_p, seed)
-    kernels.add_norm(inputs, grouping.token_to_row.data_ptr(), y.data_ptr(), stream_of(x))
+    kernels.add_norm(inputs, grouping.assignment_to_row.data_ptr(), y.data_ptr(), stream_of(x))
     return y, h_pre, ffn if save else ffn.new_empty(0, ffn.shape[1])
 
 
@@ -99,7 +99,7 @@ def backward(
     weights = contiguous(routing_weights)
     inputs = _inputs(kernels, x, ffn, norm_weight, norm_bias, weights, grouping, eps, dropout_p, seed)
     kernels.add_norm_backward(
-        inputs, dy.data_ptr(), *dy.stride(), grouping.row_to_token.data_ptr(),
+        inputs, dy.data_ptr(), *dy.stride(), grouping.row_to_assignment.data_ptr(),
         dz.data_ptr(), dffn.data_ptr() if apart else 0, partials[0].data_ptr(), partials[1].data_ptr(),
         pointer(dnorm_weight), pointer(dnorm_bias), pointer(dweights), stream_of(x),
     )  # fmt: skip

@@ -16,7 +16,7 @@ Maps = tuple[Tensor, Tensor, Tensor]
 
 
 def forward(expert_ids: Tensor, num_experts: int) -> Maps:
-    """(L, N) expert ids -> offsets (L, E + 1), row_to_token (L, N), token_to_row (L, N), all int32."""
+    """(L, N) expert ids -> offsets (L, E + 1), row_to_assignment (L, N), assignment_to_row (L, N), all int32."""
     if num_experts > native.module().max_grouped_experts:  # a warp's counters would not fit
         return by_sorting.forward(expert_ids, num_experts)
     return _group(expert_ids, None, None, expert_ids.shape[0], num_experts)[0]
@@ -49,15 +49,15 @@ def _group(
 ) -> tuple[Maps, list[Tensor]]:  # fmt: skip
     kernels, tokens = native.module(), ids.shape[-1]
     offsets = ids.new_empty(layers, num_experts + 1, dtype=torch.int32)
-    row_to_token = ids.new_empty(layers, tokens, dtype=torch.int32)
-    token_to_row = torch.empty_like(row_to_token)
+    row_to_assignment = ids.new_empty(layers, tokens, dtype=torch.int32)
+    assignment_to_row = torch.empty_like(row_to_assignment)
     tile_maps = [offsets.new_empty(layers, tokens // rows + num_experts, 2) for rows in block_rows]
     scratch_bytes = kernels.group_tokens_workspace_bytes(layers, tokens, num_experts)
     workspace = ids.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     kernels.group_tokens(
         *lookup_arguments(ids, tables, mask), tables is not None,
-        offsets.data_ptr(), row_to_token.data_ptr(), token_to_row.data_ptr(),
+        offsets.data_ptr(), row_to_assignment.data_ptr(), assignment_to_row.data_ptr(),
         [(tile_map.data_ptr(), rows) for tile_map, rows in zip(tile_maps, block_rows, strict=True)],
         0 if workspace is None else workspace.data_ptr(), layers, tokens, num_experts, stream_of(ids),
     )  # fmt: skip
-    return (offsets, row_to_token, token_to_row), tile_maps
+    return (offsets, row_to_assignment, assignment_to_row), tile_maps

@@ -58,7 +58,7 @@ def add_norm(
         _workspace_bytes(tokens, hidden, width, experts, dtype, number, norm_weight is not None) // w1.element_size()
     )
     if isinstance(routing, Grouping):
-        where = (0, 0, 0, routing.offsets.data_ptr(), routing.row_to_token.data_ptr())
+        where = (0, 0, 0, routing.offsets.data_ptr(), routing.row_to_assignment.data_ptr())
     else:
         where = (routing.data_ptr(), routing.stride(0), INTEGERS[routing.dtype], 0, 0)
     b1, b2, norm_weight, norm_bias, routing_weights = (

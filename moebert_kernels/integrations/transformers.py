@@ -94,7 +94,9 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         rows = expert_gemm(rows.to(casting or w2.dtype), w2, grouping, b2)
         if _has_post_norm(experts):
             rows = own.post_expert_norm(rows)
-        y = _weighted_sum(rows.index_select(0, grouping.token_to_row), top_k_index, top_k_weights, grouping.num_experts)
+        y = _weighted_sum(
+            rows.index_select(0, grouping.assignment_to_row), top_k_index, top_k_weights, grouping.num_experts
+        )
     elif top_k_weights.dtype == x.dtype or not (torch.is_grad_enabled() and top_k_weights.requires_grad):
         p = top_k_weights.to(x.dtype)
         y = fused_moe_ffn(x, grouping, w1, b1, w2, b2, routing_weights=p, activation=activation)
@@ -102,7 +104,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         # The op has one dtype: a router in float32 would get a gradient rounded to x's, and what it learns from is the
         # difference between experts. So each assignment is a token of its own here, and p keeps its dtype.
         repeated = x.unsqueeze(1).expand(-1, grouping.top_k, -1).reshape(-1, x.shape[1])
-        single = Grouping(grouping.offsets, grouping.row_to_token, grouping.token_to_row)
+        single = Grouping(grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row)
         assignments = fused_moe_ffn(repeated, single, w1, b1, w2, b2, activation=activation)
         y = _weighted_sum(assignments, top_k_index, top_k_weights, grouping.num_experts)
     return y.to(hidden_states.dtype)

@@ -98,7 +98,7 @@ def column_sums(
 
     def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
         arguments = (
-            a, *a.stride(), sums, weights, grouping.offsets, grouping.row_to_token, columns, top_k
+            a, *a.stride(), sums, weights, grouping.offsets, grouping.row_to_assignment, columns, top_k
         )  # fmt: skip
         constants = {
             "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": SUMS_CHUNK, "GATHER": gather,
@@ -108,7 +108,7 @@ def column_sums(
 
     _launch(
         (rows, columns, num_experts, top_k, layout(a), weights is not None and weights.dtype, gather),
-        (a, sums, weights, grouping.offsets, grouping.row_to_token),
+        (a, sums, weights, grouping.offsets, grouping.row_to_assignment),
         plan,
     )
 

@@ -148,7 +148,7 @@ def expert_gemm(
             weights,
             residual, 0 if residual is None else residual.stride(0),
             skipped, *((0, 0) if skipped is None else skipped.stride()),
-            grouping.offsets, grouping.row_to_token,
+            grouping.offsets, grouping.row_to_assignment,
             rows, columns, depth, top_k,
         )  # fmt: skip
         constants = {
@@ -164,7 +164,7 @@ def expert_gemm(
             rows, top_k, w.shape, layout(w), layout(a), y.dtype, layout(bias), weights is not None and weights.dtype,
             layout(residual), layout(skipped), gather, scatter, config, precision,
         ),
-        (a, w, y, bias, weights, residual, skipped, grouping.offsets, grouping.row_to_token),
+        (a, w, y, bias, weights, residual, skipped, grouping.offsets, grouping.row_to_assignment),
         plan,
     )  # fmt: skip
 

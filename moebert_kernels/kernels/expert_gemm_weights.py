@@ -189,7 +189,7 @@ def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping:
         arguments = (
             first.a, first.a.stride(0), first.b, first.b.stride(0), first.dw, *first.dw.shape[1:],
             second.a, second.a.stride(0), second.b, second.b.stride(0), second.dw, *second.dw.shape[1:],
-            partials, grouping.offsets, grouping.row_to_token, top_k,
+            partials, grouping.offsets, grouping.row_to_assignment, top_k,
         )  # fmt: skip
         even = all(p.dw.shape[1] % config.BLOCK_M == 0 and p.dw.shape[2] % config.BLOCK_N == 0 for p in products)
         constants = {
@@ -207,7 +207,7 @@ def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping:
         (shapes, first.a.dtype, *[operand.stride(0) for operand in operands], gathers, precision),
         (
             first.a, first.b, first.dw, second.a, second.b, second.dw, partials,
-            grouping.offsets, grouping.row_to_token,
+            grouping.offsets, grouping.row_to_assignment,
         ),
         plan,
     )  # fmt: skip

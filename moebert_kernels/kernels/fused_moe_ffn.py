@@ -201,7 +201,7 @@ def hidden(
             w1, *w1.stride(),
             b1, *((0, 0) if b1 is None else b1.stride()),
             h, h_pre, seed,
-            grouping.offsets, grouping.row_to_token,
+            grouping.offsets, grouping.row_to_assignment,
             rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
         )  # fmt: skip
         constants = {
@@ -217,7 +217,7 @@ def hidden(
             rows, top_k, w1.shape, layout(w1), layout(x), layout(b1), h is None, h_pre is None, activation,
             hidden_dropout_p, seed is None, config, precision,
         ),
-        (x, w1, b1, h, h_pre, seed, grouping.offsets, grouping.row_to_token),
+        (x, w1, b1, h, h_pre, seed, grouping.offsets, grouping.row_to_assignment),
         plan,
     )  # fmt: skip
 

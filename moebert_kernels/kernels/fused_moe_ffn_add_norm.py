@@ -161,7 +161,7 @@ def add_norm(
             ffn,
             norm_weight, *norm_weight.stride(),
             norm_bias, *norm_bias.stride(),
-            weights, y, seed, grouping.offsets, grouping.token_to_row,
+            weights, y, seed, grouping.offsets, grouping.assignment_to_row,
             tokens, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
         )  # fmt: skip
         constants = {
@@ -175,7 +175,7 @@ def add_norm(
             x.shape, num_experts, layout(x), ffn.dtype, layout(norm_weight), layout(norm_bias),
             weights is not None and weights.dtype, eps, dropout_p, seed is None,
         ),
-        (x, ffn, norm_weight, norm_bias, weights, y, seed, grouping.offsets, grouping.token_to_row),
+        (x, ffn, norm_weight, norm_bias, weights, y, seed, grouping.offsets, grouping.assignment_to_row),
         plan,
     )  # fmt: skip
 
@@ -201,7 +201,7 @@ def add_norm_backward(
             ffn,
             norm_weight, *norm_weight.stride(),
             norm_bias, *norm_bias.stride(),
-            weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_token,
+            weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_assignment,
             chunks, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
         )  # fmt: skip
         constants = {
@@ -220,7 +220,7 @@ def add_norm_backward(
         ),
         (
             dy, x, ffn, norm_weight, norm_bias, weights, dz, dffn, sums, dweights, seed,
-            grouping.offsets, grouping.row_to_token,
+            grouping.offsets, grouping.row_to_assignment,
         ),
         plan,
     )  # fmt: skip

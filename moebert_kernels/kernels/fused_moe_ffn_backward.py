@@ -188,7 +188,7 @@ def hidden_backward(
             w2, *w2.transpose(1, 2).stride(),
             h_pre, dh_pre, a,
             weights, dweights, seed,
-            grouping.offsets, grouping.row_to_token,
+            grouping.offsets, grouping.row_to_assignment,
             rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
         )  # fmt: skip
         constants = {
@@ -207,7 +207,7 @@ def hidden_backward(
             precision,
         ),
         (
-            dy, w2, h_pre, dh_pre, a, weights, dweights, seed, grouping.offsets, grouping.row_to_token
+            dy, w2, h_pre, dh_pre, a, weights, dweights, seed, grouping.offsets, grouping.row_to_assignment
         ),
         plan,
     )  # fmt: skip
@@ -227,7 +227,7 @@ def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights:
         dy, *dy.stride(),
         b2, *((0, 0) if b2 is None else b2.stride()),
         dweights,
-        grouping.offsets, grouping.row_to_token,
+        grouping.offsets, grouping.row_to_assignment,
         rows, dy.shape[1], parts.shape[1], grouping.top_k,
         E=num_experts, E_POW2=padded_experts(num_experts), HAS_BIAS=b2 is not None, BLOCK_M=block, BLOCK_N=128,
     )  # fmt: skip

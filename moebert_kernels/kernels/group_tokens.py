@@ -92,7 +92,12 @@ def _place_kernel(
 
 
 def group_tokens(
-    expert_ids: Tensor, num_experts: int, counts: Tensor, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor
+    expert_ids: Tensor,
+    num_experts: int,
+    counts: Tensor,
+    offsets: Tensor,
+    row_to_assignment: Tensor,
+    assignment_to_row: Tensor,
 ) -> None:
     """Launch: the maps of expert_ids (L, N >= 1); counts is (L, num_spans(N), padded_experts(E)) int32 of scratch."""
     layers, rows = expert_ids.shape
@@ -105,10 +110,10 @@ def group_tokens(
     _launch_count(key, (expert_ids, counts), lambda: ((spans, layers), (*ids, counts, rows, spans), sizes))
 
     def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        arguments = (*ids, counts, offsets, row_to_token, token_to_row, rows, spans)
+        arguments = (*ids, counts, offsets, row_to_assignment, assignment_to_row, rows, spans)
         return (spans, layers), arguments, sizes | {"SPANS_AT_ONCE": _SPANS_AT_ONCE}
 
-    _launch_place(key, (expert_ids, counts, offsets, row_to_token, token_to_row), plan)
+    _launch_place(key, (expert_ids, counts, offsets, row_to_assignment, assignment_to_row), plan)
 
 
 _launch_count, _launch_place = Launcher(_count_kernel), Launcher(_place_kernel)

@@ -46,7 +46,7 @@ class HotExperts:
         used = grouping.offsets.diff().nonzero().flatten().tolist()
         used.sort(key=lambda expert: expert not in self._slots)
         row_ids = torch.searchsorted(grouping.offsets[1:], torch.arange(grouping.num_rows, device=device), right=True)
-        expert_ids = row_ids[grouping.token_to_row.long()].view(-1, grouping.top_k)  # E where skipped
+        expert_ids = row_ids[grouping.assignment_to_row.long()].view(-1, grouping.top_k)  # E where skipped
         for first in range(0, len(used), self.size):
             batch = used[first : first + self.size]
             self._fill(batch, weights)

@@ -242,16 +242,16 @@ def check_maps(name: str, grouping: Grouping) -> None:
     """
     if getattr(grouping, _CHECKED, False):
         return
-    offsets, rows = grouping.offsets, grouping.row_to_token
-    for field in ("offsets", "row_to_token", "token_to_row"):
+    offsets, rows = grouping.offsets, grouping.row_to_assignment
+    for field in ("offsets", "row_to_assignment", "assignment_to_row"):
         tensor = getattr(grouping, field)
         check_tensor(f"{name}.{field}", tensor)
         if tensor.dtype != torch.int32 or tensor.device != offsets.device or tensor.ndim != 1:
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name}.{field}: expected one dimension of int32 on {offsets.device}, got {got}")
     top_k, num_rows = grouping.top_k, rows.shape[0]
-    if not isinstance(top_k, int) or top_k < 1 or num_rows % top_k or grouping.token_to_row.shape[0] != num_rows:
-        got = f"{num_rows} and {grouping.token_to_row.shape[0]} rows, top_k={top_k!r}"
+    if not isinstance(top_k, int) or top_k < 1 or num_rows % top_k or grouping.assignment_to_row.shape[0] != num_rows:
+        got = f"{num_rows} and {grouping.assignment_to_row.shape[0]} rows, top_k={top_k!r}"
         raise ValueError(f"{name}: expected maps of T * top_k rows with an integer top_k >= 1, got {got}")
     if offsets.shape[0] < 1:
         raise ValueError(f"{name}.offsets: expected shape (E + 1,), got {tuple(offsets.shape)}")
@@ -262,9 +262,9 @@ def check_maps(name: str, grouping: Grouping) -> None:
         if bounds[0] != 0 or sorted(bounds) != bounds or bounds[-1] > num_rows:
             raise ValueError(f"{name}.offsets: expected ascending values from 0 to at most {num_rows}, got {bounds}")
         if not torch.equal(rows.sort().values, torch.arange(num_rows, dtype=torch.int32)):
-            raise ValueError(f"{name}.row_to_token: expected a permutation of 0 to {num_rows - 1}, got another")
-        if not torch.equal(rows.argsort(), grouping.token_to_row.long()):
-            raise ValueError(f"{name}.token_to_row: expected the inverse of row_to_token, got another")
+            raise ValueError(f"{name}.row_to_assignment: expected a permutation of 0 to {num_rows - 1}, got another")
+        if not torch.equal(rows.argsort(), grouping.assignment_to_row.long()):
+            raise ValueError(f"{name}.assignment_to_row: expected the inverse of row_to_assignment, got another")
     trusted(grouping)
 
 

@@ -58,34 +58,35 @@ def expert_gemm(
     check_dtypes_and_devices("x", x, {"w": w, "bias": bias})
     operands = to_dtype(autocast_dtype(x), x, w, bias)
     return _EXPERT_GEMM(
-        opaque(x), *operands, grouping.offsets, grouping.row_to_token, grouping.token_to_row, grouping.top_k, gather
+        opaque(x), *operands, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, grouping.top_k,
+        gather,
     )  # fmt: skip
 
 
 def _forward(
-    x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor,
+    x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor,
     top_k: int, gather: bool,
 ) -> tuple[Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
         return (backend.implementation("expert_gemm", x).forward(x, w, bias, grouping, gather),)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, row_to_token: Tensor,
-    token_to_row: Tensor, top_k: int, gather: bool, needs: list[bool],
+    dy: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, row_to_assignment: Tensor,
+    assignment_to_row: Tensor, top_k: int, gather: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
         grads = backend.implementation("expert_gemm", x).backward(dy, x, w, grouping, gather, tuple(needs))
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w, bias, offsets, row_to_token, token_to_row, top_k, gather):
-    return (x.new_empty(row_to_token.shape[0], w.shape[1]),)
+def _fake_forward(x, w, bias, offsets, row_to_assignment, assignment_to_row, top_k, gather):
+    return (x.new_empty(row_to_assignment.shape[0], w.shape[1]),)
 
 
-def _fake_backward(dy, x, w, bias, offsets, row_to_token, token_to_row, top_k, gather, needs):
+def _fake_backward(dy, x, w, bias, offsets, row_to_assignment, assignment_to_row, top_k, gather, needs):
     return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip((x, w, bias), needs, strict=True))
 
 

@@ -82,18 +82,19 @@ def fused_moe_ffn(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN(
-        one_node, flat, *weights, routing_weights, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
-        dropout_seed, top_k, activation, float(hidden_dropout_p), trains and not recompute,
+        one_node, flat, *weights, routing_weights,
+        grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed, top_k, activation,
+        float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y if x.ndim == 2 else y.view(x.shape)
 
 
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, routing_weights: Tensor | None,
-    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
+    offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor, seed: Tensor | None,
     top_k: int, activation: str, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
         return backend.implementation("fused_moe_ffn", x).forward(
             x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save
@@ -102,10 +103,11 @@ def _forward(
 
 def _backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
-    routing_weights: Tensor | None, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
-    h_pre: Tensor, top_k: int, activation: str, hidden_dropout_p: float, save: bool, needs: list[bool],
+    routing_weights: Tensor | None, offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor,
+    seed: Tensor | None, h_pre: Tensor, top_k: int, activation: str, hidden_dropout_p: float, save: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row, top_k)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
         grads = backend.implementation("fused_moe_ffn", x).backward(
             dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
@@ -113,12 +115,12 @@ def _backward(
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w1, b1, w2, b2, routing_weights, offsets, row_to_token, token_to_row, seed,
+def _fake_forward(x, w1, b1, w2, b2, routing_weights, offsets, row_to_assignment, assignment_to_row, seed,
                   top_k, activation, hidden_dropout_p, save):  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(row_to_token.shape[0] if save else 0, w1.shape[1])
+    return x.new_empty(x.shape), x.new_empty(row_to_assignment.shape[0] if save else 0, w1.shape[1])
 
 
-def _fake_backward(dy, x, w1, b1, w2, b2, routing_weights, offsets, row_to_token, token_to_row, seed, h_pre,
+def _fake_backward(dy, x, w1, b1, w2, b2, routing_weights, offsets, row_to_assignment, assignment_to_row, seed, h_pre,
                    top_k, activation, hidden_dropout_p, save, needs):  # fmt: skip
     inputs = (x, w1, b1, w2, b2, routing_weights)
     return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))

@@ -103,7 +103,7 @@ def fused_moe_ffn_add_norm(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN_ADD_NORM(
-        one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_token, grouping.token_to_row,
+        one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row,
         dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y if x.ndim == 2 else y.view(x.shape)
@@ -111,10 +111,10 @@ def fused_moe_ffn_add_norm(
 
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
-    routing_weights: Tensor | None, offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None,
-    eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
+    routing_weights: Tensor | None, offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor,
+    seed: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row)
     with inside_op(x):
         return backend.implementation("fused_moe_ffn_add_norm", x).forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
@@ -125,10 +125,10 @@ def _forward(
 def _backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None,
-    offsets: Tensor, row_to_token: Tensor, token_to_row: Tensor, seed: Tensor | None, h_pre: Tensor, ffn: Tensor,
-    eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
+    offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor, seed: Tensor | None, h_pre: Tensor,
+    ffn: Tensor, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grouping = Grouping(offsets, row_to_token, token_to_row)
+    grouping = Grouping(offsets, row_to_assignment, assignment_to_row)
     with inside_op(x):
         grads = backend.implementation("fused_moe_ffn_add_norm", x).backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
@@ -137,14 +137,14 @@ def _backward(
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token, token_to_row,
-                  seed, eps, activation, dropout_p, hidden_dropout_p, save):  # fmt: skip
-    rows = row_to_token.shape[0] if save else 0
+def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_assignment,
+                  assignment_to_row, seed, eps, activation, dropout_p, hidden_dropout_p, save):  # fmt: skip
+    rows = row_to_assignment.shape[0] if save else 0
     return x.new_empty(x.shape), w1.new_empty(rows, w1.shape[1]), w1.new_empty(rows, x.shape[1])
 
 
-def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_token,
-                   token_to_row, seed, h_pre, ffn, eps, activation, dropout_p, hidden_dropout_p, save, needs,
+def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_assignment,
+                   assignment_to_row, seed, h_pre, ffn, eps, activation, dropout_p, hidden_dropout_p, save, needs,
                    ):  # fmt: skip
     inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights)
     return tuple(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True))

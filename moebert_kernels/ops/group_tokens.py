@@ -27,7 +27,7 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
         num_experts: E >= 1.
 
     Returns:
-        Grouping with int32 offsets (E + 1,), row_to_token and token_to_row (T * top_k,).
+        Grouping with int32 offsets (E + 1,), row_to_assignment and assignment_to_row (T * top_k,).
 
     Raises:
         ValueError: a dtype or shape disagrees with the above.
@@ -36,8 +36,8 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     expert_ids, top_k = check_expert_ids(expert_ids)
     check_num_experts(num_experts)
     run = torch.ops.moebert_kernels.group_tokens if opaque(expert_ids) or transformed() else _group_tokens
-    offsets, row_to_token, token_to_row = run(expert_ids.reshape(1, -1), num_experts)
-    return trusted(Grouping(offsets[0], row_to_token[0], token_to_row[0], top_k))
+    offsets, row_to_assignment, assignment_to_row = run(expert_ids.reshape(1, -1), num_experts)
+    return trusted(Grouping(offsets[0], row_to_assignment[0], assignment_to_row[0], top_k))
 
 
 def check_expert_ids(expert_ids: Tensor, name: str = "expert_ids") -> tuple[Tensor, int]:

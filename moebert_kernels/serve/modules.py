@@ -196,13 +196,13 @@ class PackedExperts(PackedModule):
             flat = x.reshape(-1, x.shape[-1])
             bounds = grouping.offsets.tolist()
             routed, top_k = bounds[-1], grouping.top_k
-            tokens = grouping.row_to_token if top_k == 1 else grouping.row_to_token // top_k
+            tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
             if not routed:
                 y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
                 return y.view(x.shape)
             outputs = list(self._outputs(flat.index_select(0, tokens[:routed]), bounds))
             if p is not None:
-                p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_token[:routed])
+                p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
                 outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
             if routed < grouping.num_rows:  # behind the routed rows stand the skipped ones, also in the permutation
                 skipped = tokens[routed:]
@@ -213,7 +213,7 @@ class PackedExperts(PackedModule):
                 )
             # one read of each row: `index_copy_` and `index_put_` take four times as long
             rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            y = rows.index_select(0, grouping.token_to_row)
+            y = rows.index_select(0, grouping.assignment_to_row)
             if top_k > 1:
                 y = y.view(-1, top_k, y.shape[1]).sum(1)
             return y.view(x.shape)

@@ -66,7 +66,7 @@ class _Layout:
         counts = [hi - lo for lo, hi in pairwise(bounds)]
         row_to_padded = numpy.arange(bounds[-1]) + numpy.repeat(shift, counts)
         padded_to_token = numpy.zeros(base, dtype=numpy.int64)
-        padded_to_token[row_to_padded] = grouping.row_to_token[: bounds[-1]].numpy() // grouping.top_k
+        padded_to_token[row_to_padded] = grouping.row_to_assignment[: bounds[-1]].numpy() // grouping.top_k
         self.padded_to_token = torch.from_numpy(padded_to_token)  # padding repeats token 0
         self.row_to_padded = row_to_padded
 
@@ -74,13 +74,13 @@ class _Layout:
         """(num_rows, H) in assignment order; `skipped` (num_rows, H) is what skipped assignments get, None zeros."""
         routed = self.row_to_padded.shape[0]
         if routed == grouping.num_rows and p_rows is None:
-            token_to_padded = self.row_to_padded[grouping.token_to_row.numpy()]
+            token_to_padded = self.row_to_padded[grouping.assignment_to_row.numpy()]
             return padded.index_select(0, torch.from_numpy(token_to_padded))
         rows = padded.index_select(0, torch.from_numpy(self.row_to_padded))
         if p_rows is not None:
             rows *= p_rows
         if routed == grouping.num_rows:
-            return rows.index_select(0, grouping.token_to_row)
+            return rows.index_select(0, grouping.assignment_to_row)
         if skipped is None:
             y = rows.new_zeros(grouping.num_rows, rows.shape[1])
         else:

@@ -28,7 +28,7 @@ def spans(bounds: list[int]) -> list[Span]:
 
 def routed_tokens(grouping: Grouping, routed: int) -> Tensor:
     """(R,) token of each routed row."""
-    assignments = grouping.row_to_token[:routed]
+    assignments = grouping.row_to_assignment[:routed]
     return assignments if grouping.top_k == 1 else assignments // grouping.top_k
 
 
@@ -101,13 +101,13 @@ def backward(
 
 def row_to_assignment(grouping: Grouping, routed: int) -> Tensor:
     """(R,) int64: `index_copy_` takes no int32."""
-    return grouping.row_to_token[:routed].long()
+    return grouping.row_to_assignment[:routed].long()
 
 
 def rows_to_tokens(rows: Tensor, grouping: Grouping) -> Tensor:
     """Routed rows (R, H) back to token order (T, H), summed over a token's experts; zero where it has none."""
     if rows.shape[0] == grouping.num_rows:
-        return sum_assignments(rows.index_select(0, grouping.token_to_row), grouping)
+        return sum_assignments(rows.index_select(0, grouping.assignment_to_row), grouping)
     assignments = rows.new_zeros(grouping.num_rows, rows.shape[1])
     return sum_assignments(assignments.index_copy_(0, row_to_assignment(grouping, rows.shape[0]), rows), grouping)
 

@@ -33,7 +33,7 @@ from moebert_kernels.torch_backend.expert_gemm import (
 def _hidden_keep(seed: Tensor | None, grouping: Grouping, routed: int, columns: int, p: float) -> Tensor | None:
     if p == 0 or seed is None:
         return None
-    return dropout.keep_mask(seed, grouping.row_to_token[:routed], columns, p, dropout.HIDDEN_STREAM)
+    return dropout.keep_mask(seed, grouping.row_to_assignment[:routed], columns, p, dropout.HIDDEN_STREAM)
 
 
 # Mean rows per expert that has any: below the first, calls cost more than batches save; above the second, passes over
@@ -146,7 +146,7 @@ def row_weights(routing_weights: Tensor | None, grouping: Grouping, routed: int)
     """(T, top_k) routing weights -> (R, 1), one per routed row."""
     if routing_weights is None:
         return None
-    return routing_weights.reshape(-1).index_select(0, grouping.row_to_token[:routed])[:, None]
+    return routing_weights.reshape(-1).index_select(0, grouping.row_to_assignment[:routed])[:, None]
 
 
 def assignment_gradient(dp_rows: Tensor, grouping: Grouping) -> Tensor:

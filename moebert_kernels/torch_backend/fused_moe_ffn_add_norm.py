@@ -94,7 +94,7 @@ def _padded(rows: Tensor, grouping: Grouping) -> Tensor:
 def _to_token_order(rows: Tensor, grouping: Grouping, tokens: Tensor, skipped: Tensor) -> Tensor:
     """Routed rows (R, H) -> (T, H), with `skipped` (T, H) where a token has no expert."""
     if rows.shape[0] == grouping.num_rows:
-        return rows.index_select(0, grouping.token_to_row)
+        return rows.index_select(0, grouping.assignment_to_row)
     return skipped.clone(memory_format=torch.contiguous_format).index_copy_(0, tokens, rows)
 
 

@@ -13,15 +13,15 @@ _MAX_EXPERTS = 1024
 
 
 def forward(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, N) expert ids -> offsets (L, E + 1), row_to_token (L, N), token_to_row (L, N), all int32."""
+    """(L, N) expert ids -> offsets (L, E + 1), row_to_assignment (L, N), assignment_to_row (L, N), all int32."""
     if num_experts > _MAX_EXPERTS:  # comparing with every expert costs more than a sort
         return by_sorting.forward(expert_ids, num_experts)
     layers, rows = expert_ids.shape
-    row_to_token = expert_ids.new_empty(layers, rows, dtype=torch.int32)
-    token_to_row = torch.empty_like(row_to_token)
+    row_to_assignment = expert_ids.new_empty(layers, rows, dtype=torch.int32)
+    assignment_to_row = torch.empty_like(row_to_assignment)
     if layers * rows == 0:
-        return row_to_token.new_zeros(layers, num_experts + 1), row_to_token, token_to_row
-    offsets = row_to_token.new_empty(layers, num_experts + 1)
-    counts = row_to_token.new_empty(layers, num_spans(rows), padded_experts(num_experts))
-    group_tokens(expert_ids, num_experts, counts, offsets, row_to_token, token_to_row)
-    return offsets, row_to_token, token_to_row
+        return row_to_assignment.new_zeros(layers, num_experts + 1), row_to_assignment, assignment_to_row
+    offsets = row_to_assignment.new_empty(layers, num_experts + 1)
+    counts = row_to_assignment.new_empty(layers, num_spans(rows), padded_experts(num_experts))
+    group_tokens(expert_ids, num_experts, counts, offsets, row_to_assignment, assignment_to_row)
+    return offsets, row_to_assignment, assignment_to_row

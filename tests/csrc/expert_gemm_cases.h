@@ -95,7 +95,7 @@ class Problem {
         y_(size(rows_, c.columns)),
         pre_(size(rows_, c.columns)),
         offsets_(static_cast<size_t>(c.experts) + 1),
-        row_to_token_(static_cast<size_t>(rows_)) {
+        row_to_assignment_(static_cast<size_t>(rows_)) {
     for (auto* array : {&a_, &w_, &bias_, &weights_}) {
       for (T& value : *array) value = rounded<T>(static_cast<float>(draw(-3, 3)) * 0.25f);
     }
@@ -105,7 +105,7 @@ class Problem {
     std::vector<int> order(expert.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return expert[at(i)] < expert[at(j)]; });
-    std::copy(order.begin(), order.end(), row_to_token_.begin());
+    std::copy(order.begin(), order.end(), row_to_assignment_.begin());
     for (int e = 0; e <= c.experts; ++e) {
       offsets_[at(e)] = static_cast<int>(std::count_if(expert.begin(), expert.end(), [&](int i) { return i < e; }));
     }
@@ -122,7 +122,7 @@ class Problem {
     params.bias = c_.has_bias ? bias_.data() : nullptr;
     params.weights = c_.has_weights ? weights_.data() : nullptr;
     params.offsets = offsets_.data();
-    params.row_to_token = row_to_token_.data();
+    params.row_to_assignment = row_to_assignment_.data();
     params.rows = rows_;
     params.tokens = c_.tokens;
     params.num_experts = c_.experts;
@@ -145,7 +145,7 @@ class Problem {
     int expert = 0;
     for (int row = 0; row < rows_; ++row) {
       while (expert < c_.experts && row >= offsets_[at(expert + 1)]) ++expert;
-      const int assignment = row_to_token_[at(row)], source = c_.gather ? assignment / c_.top_k : row;
+      const int assignment = row_to_assignment_[at(row)], source = c_.gather ? assignment / c_.top_k : row;
       const size_t to = size(c_.scatter ? assignment : row, c_.columns);
       for (int k = 0; k < c_.depth; ++k) row_of_a[at(k)] = static_cast<float>(a_[size(source, c_.depth) + at(k)]);
       for (int n = 0; n < c_.columns; ++n) {
@@ -176,7 +176,7 @@ class Problem {
   Case c_;
   int rows_;
   Guarded<T> a_, w_, bias_, weights_, y_, pre_;
-  Guarded<int> offsets_, row_to_token_;
+  Guarded<int> offsets_, row_to_assignment_;
 };
 
 }  // namespace cases

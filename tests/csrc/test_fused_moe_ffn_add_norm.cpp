@@ -120,14 +120,14 @@ void run(const Case& c) {
     const int64_t expert = skewed ? draw(0, draw(0, c.num_experts - 1)) : draw(0, c.num_experts - 1);
     tokens_of[static_cast<size_t>(skip ? c.num_experts : expert)].push_back(static_cast<int32_t>(t));
   }
-  Guarded<int32_t> offsets(static_cast<size_t>(c.num_experts) + 1), row_to_token(static_cast<size_t>(tokens));
-  Guarded<int32_t> token_to_row(static_cast<size_t>(tokens));
+  Guarded<int32_t> offsets(static_cast<size_t>(c.num_experts) + 1), row_to_assignment(static_cast<size_t>(tokens));
+  Guarded<int32_t> assignment_to_row(static_cast<size_t>(tokens));
   int32_t row = 0;
   for (size_t e = 0; e < tokens_of.size(); ++e) {
     offsets[e] = row;
     for (int32_t token : tokens_of[e]) {
-      row_to_token[static_cast<size_t>(row)] = token;
-      token_to_row[static_cast<size_t>(token)] = row++;
+      row_to_assignment[static_cast<size_t>(row)] = token;
+      assignment_to_row[static_cast<size_t>(token)] = row++;
     }
   }
 
@@ -149,7 +149,7 @@ void run(const Case& c) {
   in.scale = c.dropout ? 65536.0f / static_cast<float>(65536 - threshold) : 1.0f;
   in.x_type = type;
   in.ffn_type = c.ffn_type;
-  CHECK(mbk::fused_moe_ffn_add_norm({in, token_to_row.data(), y.data(), nullptr}) == cudaSuccess, "%s",
+  CHECK(mbk::fused_moe_ffn_add_norm({in, assignment_to_row.data(), y.data(), nullptr}) == cudaSuccess, "%s",
         c.text().c_str());
   cudaDeviceSynchronize();
 
@@ -158,7 +158,7 @@ void run(const Case& c) {
   mbk::FusedMoeFfnAddNormBackwardParams backward = {};
   backward.inputs = in;
   backward.dy = dy.view();
-  backward.row_to_token = row_to_token.data();
+  backward.row_to_assignment = row_to_assignment.data();
   backward.dz = dz.data();
   backward.dffn = c.want_dffn ? dffn.data() : nullptr;
   backward.weight_partials = weight_partials.data();
@@ -176,7 +176,7 @@ void run(const Case& c) {
   for (int e = 0; e <= c.num_experts; ++e) {
     std::vector<double> want_weight(z.size()), want_bias(z.size()), weight_size(z.size(), 1), bias_size(z.size(), 1);
     for (int32_t token : tokens_of[static_cast<size_t>(e)]) {
-      const int64_t r = token_to_row[static_cast<size_t>(token)];
+      const int64_t r = assignment_to_row[static_cast<size_t>(token)];
       if (e == c.num_experts) {
         for (int64_t h = 0; h < columns; ++h) check_close("skipped", x.get(token, h), y.get(token, h), 0, 0, c);
         continue;

@@ -107,7 +107,7 @@ void check_equal(const char* name, const std::vector<T>& wanted, T* got, const C
 
 // What one layer must give, by counting.
 void check_layer(const Case& c, int64_t layer, const std::vector<int64_t>& experts, Guarded<int32_t>& offsets,
-                 Guarded<int32_t>& row_to_token, Guarded<int32_t>& token_to_row,
+                 Guarded<int32_t>& row_to_assignment, Guarded<int32_t>& assignment_to_row,
                  std::vector<std::unique_ptr<Guarded<int32_t>>>& tile_maps) {
   const int num_experts = c.num_experts;
   std::vector<std::vector<int32_t>> tokens_of(static_cast<size_t>(num_experts) + 1);
@@ -122,8 +122,8 @@ void check_layer(const Case& c, int64_t layer, const std::vector<int64_t>& exper
   }
   for (size_t r = 0; r < rows.size(); ++r) inverse[static_cast<size_t>(rows[r])] = static_cast<int32_t>(r);
   check_equal("offsets", starts, offsets.data() + layer * (num_experts + 1), c);
-  check_equal("row_to_token", rows, row_to_token.data() + layer * c.tokens, c);
-  check_equal("token_to_row", inverse, token_to_row.data() + layer * c.tokens, c);
+  check_equal("row_to_assignment", rows, row_to_assignment.data() + layer * c.tokens, c);
+  check_equal("assignment_to_row", inverse, assignment_to_row.data() + layer * c.tokens, c);
   for (size_t i = 0; i < c.block_rows.size(); ++i) {
     const int64_t block = c.block_rows[i], num_tiles = c.tokens / block + num_experts;
     std::vector<int32_t> tiles;
@@ -179,7 +179,7 @@ void run(const Case& c) {
   }
 
   const auto rows = static_cast<size_t>(c.layers * c.tokens);
-  Guarded<int32_t> offsets(static_cast<size_t>(c.layers * (c.num_experts + 1))), row_to_token(rows), token_to_row(rows);
+  Guarded<int32_t> offsets(static_cast<size_t>(c.layers * (c.num_experts + 1))), row_to_assignment(rows), assignment_to_row(rows);
   Guarded<unsigned char> workspace(
       static_cast<size_t>(mbk::group_tokens_workspace_bytes(c.layers, c.tokens, c.num_experts)));
   std::vector<std::unique_ptr<Guarded<int32_t>>> tile_maps;
@@ -193,8 +193,8 @@ void run(const Case& c) {
   params.lookup = lookup;
   params.by_hash = c.by_hash;
   params.offsets = offsets.data();
-  params.row_to_token = row_to_token.data();
-  params.token_to_row = token_to_row.data();
+  params.row_to_assignment = row_to_assignment.data();
+  params.assignment_to_row = assignment_to_row.data();
   params.workspace = workspace.data();
   params.layers = c.layers;
   params.tokens = c.tokens;
@@ -222,7 +222,7 @@ void run(const Case& c) {
       }
       experts.push_back(expert);
     }
-    check_layer(c, layer, experts, offsets, row_to_token, token_to_row, tile_maps);
+    check_layer(c, layer, experts, offsets, row_to_assignment, assignment_to_row, tile_maps);
   }
 }
 

@@ -127,7 +127,7 @@ struct Problem {
         norm_bias(c.x_dtype, int64_t{c.experts} * c.hidden, 1, 0.3),
         weights(c.x_dtype, c.tokens, 1, 0.3, 0.7),
         offsets(static_cast<size_t>(c.experts) + 1),
-        row_to_token(experts.size()),
+        row_to_assignment(experts.size()),
         ids(experts.begin(), experts.end()),
         workspace(static_cast<size_t>(
             mbk::tiny_ffn_plan(c.tokens, c.hidden, c.width, c.experts, c.dtype, c.activation, c.has_norm).bytes)) {
@@ -165,11 +165,11 @@ struct Problem {
         for (int t = 0; t < c.tokens; ++t) {
           const int expert = experts[static_cast<size_t>(t)];
           const bool mine = e < c.experts ? expert == e : expert < 0 || expert >= c.experts;
-          if (mine) row_to_token[static_cast<size_t>(row++)] = t;
+          if (mine) row_to_assignment[static_cast<size_t>(row++)] = t;
         }
       }
       params.routing.offsets = offsets.data();
-      params.routing.row_to_token = row_to_token.data();
+      params.routing.row_to_assignment = row_to_assignment.data();
       return;
     }
     params.routing.expert_ids = {ids.data(), 0, 1, IntType::kInt64};
@@ -232,7 +232,7 @@ struct Problem {
   int64_t rows1;
   std::vector<int> experts;
   Array x, w1, w2, b1, b2, norm_weight, norm_bias, weights;
-  Guarded<int32_t> offsets, row_to_token;
+  Guarded<int32_t> offsets, row_to_assignment;
   std::vector<int64_t> ids;
   Guarded<char> workspace;
   mbk::TinyFfnParams params{};

@@ -26,7 +26,7 @@ def on_the_gpu():
 
 
 def same(got, wanted):
-    for name in ("offsets", "row_to_token", "token_to_row"):
+    for name in ("offsets", "row_to_assignment", "assignment_to_row"):
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
 
 

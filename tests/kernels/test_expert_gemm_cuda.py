@@ -37,7 +37,7 @@ class StandIn:
         self.calls = 0
 
     def expert_gemm(
-        self, a, a_row_stride, w, w_expert_stride, w_row_stride, y, pre, bias, weights, offsets, row_to_token,
+        self, a, a_row_stride, w, w_expert_stride, w_row_stride, y, pre, bias, weights, offsets, row_to_assignment,
         rows, tokens, num_experts, columns, depth, top_k, dtype, activation, gather, scatter, block_n, cluster, stream,
     ):  # fmt: skip
         self.calls += 1
@@ -47,7 +47,7 @@ class StandIn:
         y, pre = (view(pointer, dtype, (rows, columns)) for pointer in (y, pre))
         bias, weights = view(bias, dtype, (num_experts, columns)), view(weights, dtype, (rows,))
         offsets = view(offsets, torch.int32, (num_experts + 1,)).tolist()
-        assignment = view(row_to_token, torch.int32, (rows,)).long()
+        assignment = view(row_to_assignment, torch.int32, (rows,)).long()
         for e in range(num_experts + 1):
             row = torch.arange(offsets[e], offsets[e + 1] if e < num_experts else rows)
             to = assignment[row] if scatter else row
@@ -212,7 +212,7 @@ def test_values_on_hopper(block_n, cluster, tokens, columns, depth, gather, scat
         for wide in (dtype, torch.float64)
     )
     if scatter:
-        same, exact = (rows[grouping.token_to_row.long()] for rows in (same, exact))
+        same, exact = (rows[grouping.assignment_to_row.long()] for rows in (same, exact))
     assert_as_accurate(pre, same, exact, "pre")
     same, exact = (torch.nn.functional.gelu(rows) for rows in (same, exact))
     assert_as_accurate(y, same, exact, "y")

@@ -31,14 +31,14 @@ def grouping(request, device):
 def rows_of(grouping):
     """The tokens of each expert."""
     bounds = grouping.offsets.tolist()
-    return [grouping.row_to_token[first:end].long() for first, end in itertools.pairwise(bounds)]
+    return [grouping.row_to_assignment[first:end].long() for first, end in itertools.pairwise(bounds)]
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 1000])
 def test_two_products(grouping, programs, device):
     tokens = grouping.num_rows
     x, dy = torch.randn(tokens, 40, device=device), torch.randn(tokens, 20, device=device)
-    order = grouping.row_to_token.long()
+    order = grouping.row_to_assignment.long()
     products = [
         Product(dy[order], x, x.new_empty(E, 20, 40), False, True),
         Product(x, dy[order], x.new_empty(E, 40, 20), True, False),

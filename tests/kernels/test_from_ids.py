@@ -21,7 +21,7 @@ def seen(monkeypatch):
     def add_norm(x, routing, w1, b1, w2, b2, norm_weight, norm_bias, weights, eps, activation):
         found.append(routing)
         if isinstance(routing, Grouping):
-            routing = torch.searchsorted(routing.offsets[1:], routing.token_to_row, right=True)
+            routing = torch.searchsorted(routing.offsets[1:], routing.assignment_to_row, right=True)
         if norm_weight is None:
             return reference.fused_moe_ffn(x, routing, w1, b1, w2, b2, routing_weights=weights, activation=activation)
         return reference.fused_moe_ffn_add_norm(

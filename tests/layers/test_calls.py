@@ -288,7 +288,7 @@ def test_the_stacks_of_t5_route_by_their_own_tokens():
     for stack, (table, grouping) in seen.items():
         expert_ids = table[ids[stack]][~skipped[stack]].long()
         assert grouping.offsets.diff().tolist() == expert_ids.bincount(minlength=3).tolist()
-        rows = grouping.row_to_token[: len(expert_ids)].long()
+        rows = grouping.row_to_assignment[: len(expert_ids)].long()
         assert (table[ids[stack][rows]].long().diff() >= 0).all() and not skipped[stack][rows].any()
     alone = net.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     torch.testing.assert_close(net(**batch | {"input_ids": None}, encoder_outputs=alone).logits, net(**batch).logits)

@@ -136,12 +136,12 @@ def check_group_tokens(problem: Routed) -> None:
     ids = ids.t().contiguous().t() if problem.layouts[0] == "transposed" else ids
     grouping = group_tokens(ids, problem.experts)
     assert_same(grouping, reference.group_tokens(ids.long(), problem.experts))
-    offsets, rows = grouping.offsets.tolist(), grouping.row_to_token.tolist()
+    offsets, rows = grouping.offsets.tolist(), grouping.row_to_assignment.tolist()
     assert sorted(rows) == list(range(ids.numel())) and offsets == sorted(offsets) and offsets[0] == 0
     for e in range(problem.experts):
         mine = rows[offsets[e] : offsets[e + 1]]
         assert mine == sorted(mine) and all(ids.reshape(-1)[a] == e for a in mine)
-    assert [rows[r] for r in grouping.token_to_row.tolist()] == list(range(ids.numel()))
+    assert [rows[r] for r in grouping.assignment_to_row.tolist()] == list(range(ids.numel()))
 
 
 hashes = st.fixed_dictionaries({

@@ -133,16 +133,16 @@ def test_vmap_over_ids():
     tables, ids = torch.randint(0, E, (2, 20)), torch.randint(-1, 22, (3, T))
     got = vmap(lambda i: hash_route(i, tables[0]))(ids)
     assert torch.equal(got, torch.stack([hash_route(row, tables[0]) for row in ids]))
-    got = vmap(lambda i: group_tokens_by_hash(i, tables, E)[1].row_to_token)(ids)
-    assert torch.equal(got, torch.stack([group_tokens_by_hash(row, tables, E)[1].row_to_token for row in ids]))
+    got = vmap(lambda i: group_tokens_by_hash(i, tables, E)[1].row_to_assignment)(ids)
+    assert torch.equal(got, torch.stack([group_tokens_by_hash(row, tables, E)[1].row_to_assignment for row in ids]))
 
 
 def test_no_op_can_be_traced_by_torch_jit():
     ids, table = torch.arange(T) % E, torch.arange(20) % E
     calls = {name: op(name) for name in NAMES} | {
         "hash_route": (lambda ids: hash_route(ids, table), (ids,)),
-        "group_tokens": (lambda ids: group_tokens(ids, E).row_to_token, (ids,)),
-        "group_tokens_by_hash": (lambda ids: group_tokens_by_hash(ids, table[None], E)[0].row_to_token, (ids,)),
+        "group_tokens": (lambda ids: group_tokens(ids, E).row_to_assignment, (ids,)),
+        "group_tokens_by_hash": (lambda ids: group_tokens_by_hash(ids, table[None], E)[0].row_to_assignment, (ids,)),
     }
     for name, (function, tensors) in calls.items():
         with pytest.raises(ValueError, match=f"^{name}: expected a call that torch.jit.trace does not record"):

@@ -46,7 +46,7 @@ def test_gather_with_top_k_sums_gradients_of_a_token():
 
 def test_opcheck():
     grouping = group_tokens(torch.randint(-1, E, (T,)), E)
-    maps = (grouping.offsets, grouping.row_to_token, grouping.token_to_row)
+    maps = (grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row)
     tensors = [t.requires_grad_() for t in (torch.randn(T, H), torch.randn(E, I, H), torch.randn(E, I))]
     torch.library.opcheck(torch.ops.moebert_kernels.expert_gemm.default, (*tensors, *maps, 1, True))
 

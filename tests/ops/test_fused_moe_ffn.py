@@ -92,7 +92,7 @@ def test_equals_the_composition_of_two_expert_gemms():
     grouping = group_tokens(ids, E)
     h = F.gelu(expert_gemm(x, w1, grouping, b1, gather=True))
     rows = expert_gemm(h, w2, grouping, b2)
-    y = rows[grouping.token_to_row.long()]
+    y = rows[grouping.assignment_to_row.long()]
     torch.testing.assert_close(fused_moe_ffn(x, ids, w1, b1, w2, b2), y, rtol=1e-5, atol=1e-5)
 
 
@@ -131,7 +131,7 @@ def test_frozen_weights_and_frozen_input():
 def test_opcheck_compile_and_export():
     x, weights = torch.randn(T, H), parameters(torch.float32)
     grouping = group_tokens(torch.randint(-1, E, (T, 2)), E)
-    maps = (grouping.offsets, grouping.row_to_token, grouping.token_to_row)
+    maps = (grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row)
     tensors = [t.requires_grad_() for t in (x, *weights, torch.rand(T, 2))]
     torch.library.opcheck(
         torch.ops.moebert_kernels.fused_moe_ffn.default, (*tensors, *maps, torch.tensor(5), 2, "gelu", 0.1, True)

@@ -116,7 +116,7 @@ def test_leading_dimensions_and_prebuilt_grouping():
 def test_opcheck_and_compile():
     x, weights = torch.randn(T, H), parameters(torch.float32, norm=True)
     grouping = group_tokens(torch.randint(-1, E, (T,)), E)
-    maps = (grouping.offsets, grouping.row_to_token, grouping.token_to_row)
+    maps = (grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row)
     tensors = [t.requires_grad_() for t in (x, *weights, torch.rand(T, 1))]
     torch.library.opcheck(
         torch.ops.moebert_kernels.fused_moe_ffn_add_norm.default,

@@ -8,7 +8,7 @@ from tests.ops.cases import HARDEST, ROUTINGS, E
 
 def assert_same(got: Grouping, wanted: Grouping) -> None:
     assert got.top_k == wanted.top_k
-    for name in ("offsets", "row_to_token", "token_to_row"):
+    for name in ("offsets", "row_to_assignment", "assignment_to_row"):
         assert getattr(got, name).dtype == torch.int32
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
 

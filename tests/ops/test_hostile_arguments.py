@@ -148,18 +148,18 @@ def test_rejects_negative_views_and_seeds_elsewhere():
 
 
 def malformed(grouping: Grouping) -> dict[str, Grouping]:
-    offsets, to_token, to_row = grouping.offsets, grouping.row_to_token, grouping.token_to_row
+    offsets, to_token, to_row = grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row
     return {
         "offsets: expected ascending": Grouping(offsets.flip(0), to_token, to_row),
         "offsets: expected ascending values from 0 to at most 8": Grouping(offsets * 100, to_token, to_row),
         "offsets: expected ascending values from 0": Grouping(offsets + 1, to_token, to_row),
         "offsets: expected one dimension of int32": Grouping(offsets.long(), to_token, to_row),
         "offsets: expected a tensor, got list": Grouping(offsets.tolist(), to_token, to_row),
-        "row_to_token: expected a permutation": Grouping(offsets, to_token + 10**6, to_row),
-        "row_to_token: expected a permutation of 0 to 7": Grouping(offsets, to_token * 0, to_row),
-        "row_to_token: expected one dimension of int32": Grouping(offsets, to_token[None], to_row),
-        "row_to_token: expected one dimension of int32 on cpu": Grouping(offsets, to_token.to("meta"), to_row),
-        "token_to_row: expected the inverse of row_to_token": Grouping(offsets, to_token, to_row.flip(0)),
+        "row_to_assignment: expected a permutation": Grouping(offsets, to_token + 10**6, to_row),
+        "row_to_assignment: expected a permutation of 0 to 7": Grouping(offsets, to_token * 0, to_row),
+        "row_to_assignment: expected one dimension of int32": Grouping(offsets, to_token[None], to_row),
+        "row_to_assignment: expected one dimension of int32 on cpu": Grouping(offsets, to_token.to("meta"), to_row),
+        "assignment_to_row: expected the inverse of row_to_assignment": Grouping(offsets, to_token, to_row.flip(0)),
         " expected maps of T * top_k rows with an integer top_k >= 1, got 8 and 7": Grouping(
             offsets, to_token, to_row[1:]
         ),
@@ -182,7 +182,7 @@ def test_rejects_groupings_whose_maps_do_not_fit_together(op, argument):
 def test_groupings_made_by_hand_copied_or_pickled_are_as_good():
     made = group_tokens(torch.tensor([2, 0, -1, 1, 0, 3, 2, 2]), E)
     others = [
-        Grouping(made.offsets, made.row_to_token, made.token_to_row), copy.deepcopy(made), copy.copy(made),
+        Grouping(made.offsets, made.row_to_assignment, made.assignment_to_row), copy.deepcopy(made), copy.copy(made),
         pickle.loads(pickle.dumps(made)), made.to(made.offsets.device), dataclasses.replace(made),
     ]  # fmt: skip
     arguments = ffn()
