@@ -31,9 +31,8 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
     "int8": weights are symmetric with a scale for each output, activations are quantised in each call with one scale,
     sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "int8-token": the
     same with a scale for each token, slower, and much closer for models in which few tokens have very large values.
-    "bfloat16": the
-    whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the model's, up to
-    rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
+    "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
+    model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 
     Args:
         model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
