@@ -24,7 +24,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import PreparedConfig, describe, prepare
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
-from moebert_kernels.serve.packed import DTYPES
+from moebert_kernels.serve.packed import DTYPES, available
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
 
 SPLIT = {"expert_size": 18, "num_shared_neurons": 8}
@@ -38,10 +38,6 @@ KINDS = {
 }
 # relative distance of the hidden states of tiny models
 CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06}
-
-
-def slow_unless(families):
-    return [f if f in families else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
 def made(family, kind, auto=AutoModel, **changes):
@@ -81,9 +77,11 @@ def distance(got, wanted):
 @pytest.fixture(autouse=True)
 def small_embeddings_too(monkeypatch):
     monkeypatch.setattr("moebert_kernels.serve.preparation.FEWEST_ROWS", 50)
+    # a second measurement may find another engine, whose sums differ by rounding; here the numbers are compared by bits
+    monkeypatch.setattr("moebert_kernels.serve.packed.available", lambda dtype: available(dtype)[-1:])
 
 
-@pytest.mark.parametrize("family", slow_unless(ONE_OF_EACH_SHAPE))
+@pytest.mark.parametrize("family", ONE_OF_EACH_SHAPE)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prepared_saved_and_loaded(family, dtype, tmp_path):
     check_family(family, dtype, tmp_path, ("dense", "gate" if family in IMAGES else "hash"))
@@ -91,9 +89,8 @@ def test_prepared_saved_and_loaded(family, dtype, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_router_and_kind_of_experts(family, dtype, tmp_path):
-    check_family(family, dtype, tmp_path, [kind for kind in kinds_of(family) if kind not in ("dense", "hash")])
+def test_every_router_and_kind_of_experts(family, tmp_path):
+    check_family(family, "int8", tmp_path, kinds_of(family))
 
 
 def check_family(family, dtype, tmp_path, kinds):
