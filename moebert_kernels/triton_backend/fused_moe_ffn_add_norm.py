@@ -67,8 +67,9 @@ def backward(
     if need_dnorm_weight or need_dnorm_bias or need_db2:
         sums = sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype)
         dnorm_weight = sums[0] if need_dnorm_weight else None
-        dnorm_bias = sums[1] if need_dnorm_bias else None
-        db2 = sums[2].to(w2.dtype) if need_db2 else None
+        # outputs of a custom op may not share memory
+        dnorm_bias = sums[1].clone() if need_dnorm_bias else None
+        db2 = sums[2].to(w2.dtype, copy=True) if need_db2 else None
     grads = ffn_gradients(
         dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed,
         (*needs[:4], False),
