@@ -1,4 +1,4 @@
-"""Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, collapse, students."""
+"""Dense -> MoE: importance, split, hash tables, MPO, conversion, the original's checkpoints, merging, students."""
 
 # ruff: noqa: E402  what is missing is named before the imports that need it
 from moebert_kernels.errors import require_extra
