@@ -90,8 +90,10 @@ def distil_table(name: str, found: dict[str, Any]) -> str:
 
 
 def speed_table(name: str, found: dict[str, Any]) -> str:
+    some = next(iter(found.values()))
     rows = [
-        f"### {name}: CPU time of B = 8, T = 128, chosen on news: median ratio (quartiles) of interleaved rounds",
+        f"### {name}: CPU time at B = 8, T = 128; chosen by {some['tokens']:,} tokens of news; median (quartiles) "
+        f"of {some['rounds']} rounds in turns",
         "| text | chosen / random tables | chosen / dense of the same FLOPs | teacher / chosen | "
         "fullest expert: chosen, random |",
         "|---|---|---|---|---|",

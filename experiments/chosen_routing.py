@@ -98,8 +98,11 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
 
 
-def choose(model: nn.Module, tokenizer: Any, texts: Sequence[str], folder: Path) -> list[SiteChoice]:
-    return choose_experts(model, Texts(tokenizer, texts), max_tokens=CHOOSING, folder=folder, progress=True)
+def choose(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], kind: str, args: argparse.Namespace
+) -> list[SiteChoice]:
+    folder = args.work / args.name / (kind if args.tokens == CHOOSING else f"{kind}-{args.tokens}")
+    return choose_experts(model, Texts(tokenizer, texts), max_tokens=args.tokens, folder=folder, progress=True)
 
 
 def errors(args: argparse.Namespace) -> None:
@@ -112,7 +115,7 @@ def errors(args: argparse.Namespace) -> None:
         if kind in found:
             continue
         start = time.time()
-        choices = choose(model, tokenizer, texts[kind], args.work / args.name / kind)
+        choices = choose(model, tokenizer, texts[kind], kind, args)
         seconds, judged = time.time() - start, {}
         for other in KINDS:
             reports = judge_experts(model, choices, Texts(tokenizer, texts[other][-1500:]), max_tokens=JUDGING)
@@ -124,9 +127,9 @@ def errors(args: argparse.Namespace) -> None:
         file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def students(teacher: Any, tokenizer: Any, texts: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
+def students(teacher: Any, tokenizer: Any, texts: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The three students, of which each has the FLOPs of the others."""
-    choices = choose(teacher, tokenizer, texts, folder)
+    choices = choose(teacher, tokenizer, texts, "news", args)
     strength = torch.stack([choice.strength for choice in choices])
     chosen = convert_to_moe(copy.deepcopy(teacher), MoEConfig.chosen(), chosen=choices)
     return {
@@ -213,7 +216,7 @@ def distilled(
         return correlations(student, tokenizer, args.data) | {"loss": loss}
 
     result: dict[str, Any] = {"before": judged()}
-    optimizer = torch.optim.AdamW(student.train().parameters(), args.rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(student.train().parameters(), args.rate, weight_decay=0.01, fused=True)
     losses = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = args.rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
@@ -243,7 +246,7 @@ def distil(args: argparse.Namespace) -> None:
         done = found.setdefault(str(seed), {})
         if all(arm in done for arm in args.arms):
             continue
-        made = students(teacher, tokenizer, choosing, args.work / args.name / "news", seed)
+        made = students(teacher, tokenizer, choosing, seed, args)
         order = list(training)
         random.Random(seed).shuffle(order)
         parts = (order[: args.batch * args.steps], order[-HELD_OUT:])
@@ -262,7 +265,7 @@ def speed(args: argparse.Namespace) -> None:
     """Write speed-NAME.json: ratios of CPU times, and the fullest expert's share, on two kinds of text."""
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     news = sentences(args.data, "news")
-    made = students(teacher, tokenizer, news[:2000], args.work / args.name / "news", 0)
+    made = students(teacher, tokenizer, news[:2000], 0, args)
     models = {"teacher": teacher} | {arm: made[arm].eval() for arm in ARMS}
     found = {}
     for kind in ("news", "questions"):
@@ -287,7 +290,7 @@ def speed(args: argparse.Namespace) -> None:
             )
             for arm in ("random", "chosen")
         }  # fmt: skip
-        found[kind] = {"ratios": ratios, "fullest expert": loads, "seconds": min(times["chosen"]) / BATCHES}
+        found[kind] = {"ratios": ratios, "fullest expert": loads, "rounds": args.rounds, "tokens": args.tokens}
         print(kind, json.dumps(found[kind]), flush=True)
     (HERE / f"speed-{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
@@ -304,6 +307,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=CHOOSING, help="that choose")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rate", type=float, default=1e-4)
     args = parser.parse_args()
