@@ -262,13 +262,13 @@ def distil(args: argparse.Namespace) -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Write speed-NAME.json: ratios of CPU times, and the fullest expert's share, on two kinds of text."""
+    """Write speed-NAME.json: ratios of CPU times, and the fullest expert's share, by kind of text."""
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
     news = sentences(args.data, "news")
     made = students(teacher, tokenizer, news[:2000], 0, args)
     models = {"teacher": teacher} | {arm: made[arm].eval() for arm in ARMS}
     found = {}
-    for kind in ("news", "questions"):
+    for kind in args.kinds:
         text = tokenizer(" ".join(sentences(args.data, kind)[2000:5000]))["input_ids"]
         ids = torch.tensor(text[: BATCHES * B * T]).view(BATCHES, B, T)
         times: dict[str, list[float]] = {name: [] for name in models}
