@@ -65,9 +65,11 @@ def distil_table(name: str, found: dict[str, Any]) -> str:
     teacher = ", ".join(f"{task} {value:.1f}" for task, value in found["teacher"].items())
     if not seeds:
         return f"### {name}: distilled without labels: no seed is done"
+    with_text = sum("loss" in seed["dense"]["after"] for seed in seeds)
     rows = [
         f"### {name}: {seeds[0]['dense']['steps']} steps without labels, {len(seeds)} seeds; teacher {teacher}",
         f"| student | {', '.join(tasks)} before | loss, last sixth of the steps | minus dense's | loss, held-out text "
+        f"({with_text} seeds) "
         f"| minus dense's | {', '.join(tasks)} after | minus dense's |",
         "|---|---|---|---|---|---|---|---|",
     ]
