@@ -87,7 +87,8 @@ def distil_table(name: str, found: dict[str, Any]) -> str:
             cells += [f"{statistics.mean(of(seed[arm]) for seed in some):.4f}" if some else "-"]
             cells += [spread([of(seed[arm]) - of(seed["dense"]) for seed in some], 4) if some else "-"]
         gains = [spread([s[arm]["after"][task] - s["dense"]["after"][task] for s in here], 2) for task in tasks]
-        rows.append(f"| {arm} | {before} | {' | '.join(cells)} | {after} | {', '.join(gains)} |")
+        label = arm if len(here) == len(seeds) else f"{arm} ({len(here)} of the seeds)"
+        rows.append(f"| {label} | {before} | {' | '.join(cells)} | {after} | {', '.join(gains)} |")
     return "\n".join(rows)
 
 

@@ -70,7 +70,7 @@ def test_tables_of_chosen_routing():
     assert rows[5] == (
         "| chosen | 90.0 | 0.2500 | -0.0500 +- 0.0707 | 0.5000 | -0.1000 +- 0.1414 | 91.5 | +0.50 +- 0.00 |"
     )
-    assert rows[6] == f"| {routing.HALF} | 90.0 | 0.2500 | -0.0500 | 0.5000 | -0.1000 | 91.2 | +0.25 |"
+    assert rows[6] == f"| {routing.HALF} (1 of the seeds) | 90.0 | 0.2500 | -0.0500 | 0.5000 | -0.1000 | 91.2 | +0.25 |"
     speed = {"ratios": {"chosen / random": [0.98, 1.0, 1.02]}, "fullest expert": {"random": 1.2, "chosen": 1.1}}
     speed |= {"rounds": 5, "tokens": 2000}
     assert (
