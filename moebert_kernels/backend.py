@@ -1,6 +1,6 @@
 """Which implementation runs an op here, and why: the only place that chooses.
 
-`_OFFERS` names what exists, best first; the first that can run on the tensor's device and dtype does. An op's
+`_IMPLEMENTATIONS` names what exists, best first; the first that can run on the tensor's device and dtype does. An op's
 implementation in backend `b` is the module `moebert_kernels.<folder of b>.<op>`; the order changes only with a
 committed measurement.
 """
@@ -27,7 +27,7 @@ BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
 _FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_backend"}
-_OFFERS: dict[str, tuple[str, ...]] = {
+_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "hash_route": ("triton", "cuda", "torch"),
     "group_tokens": ("triton", "cuda", "torch"),
     "expert_gemm": ("triton", "cuda", "torch"),
@@ -35,7 +35,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "fused_moe_ffn_add_norm": ("triton", "cuda", "torch"),
     "mpo_expert_weights": ("triton", "torch"),
 }
-OPS = tuple(_OFFERS)
+OPS = tuple(_IMPLEMENTATIONS)
 _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "hash_route": ("hash_route",),
     "group_tokens": ("group_tokens", "hash_route"),
@@ -89,7 +89,7 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         _preference.reset(token)
 
 
-def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
+def capture_preference() -> Callable[[], AbstractContextManager[None]]:
     """Capture the current preference: autograd runs backward in its own threads, which inherit no context variables."""
     here = _preference.get()
 
@@ -123,15 +123,15 @@ def interpreting() -> bool:
 
 
 @cache
-def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
     if backend == "cuda":
-        found = native.obstacle(_KERNELS[op], device, dtype)
+        found = native.unsupported_reason(_KERNELS[op], device, dtype)
         if found is None and op == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
             found = "it multiplies by wgmma, which needs compute capability 9.x"
-        return obstacle(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
+        return unsupported_reason(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -143,10 +143,10 @@ def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 
 
 @cache
-def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
-    for name in _OFFERS[op]:
-        found = obstacle(op, name, device, dtype)
+def _first_that_runs(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+    passed = [f"{name} is not in this version" for name in BACKENDS if name not in _IMPLEMENTATIONS[op]]
+    for name in _IMPLEMENTATIONS[op]:
+        found = unsupported_reason(op, name, device, dtype)
         if found is None and name == "triton" and device.type != "cuda":
             found = "its interpreter runs only on request"
         if found is None:
@@ -167,17 +167,17 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
         device, dtype = x.device, x.dtype
     preference = _current_preference()
     if preference is None:
-        return _first_offer(op, device, dtype)
-    offers = _OFFERS[op]
+        return _first_that_runs(op, device, dtype)
+    offers = _IMPLEMENTATIONS[op]
     found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        found = obstacle(op, preference.backend, device, dtype)
+        found = unsupported_reason(op, preference.backend, device, dtype)
         if found is None:
             return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"
     if preference.strict:
         raise RuntimeError(message)
-    other = _first_offer(op, device, dtype).backend
+    other = _first_that_runs(op, device, dtype).backend
     _warn_once(f"{message}; {other} runs instead. See `moebert doctor`.")
     return Choice(op, other, f"{preference.source} prefers {preference.backend}, got {found}")
 

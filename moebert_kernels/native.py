@@ -41,7 +41,7 @@ def device_error(device: torch.device | None = None) -> str:
     return module().device_error(index)
 
 
-def obstacle(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on such tensors, or None."""
     if dtype == torch.float64:
         return "computes in float32, asked for float64"
