@@ -32,8 +32,8 @@ license: apache-2.0
 
 # moebert-kernels
 
-Mixture-of-experts feed-forwards as differentiable ops: Triton kernels on GPUs of compute capability 8.0 and above, plain
-torch on CPUs. The kernels have been tested without a GPU, and nobody has measured them on one.
+Mixture-of-experts feed-forwards as differentiable ops: Triton kernels on GPUs of compute capability 8.0 and
+above, plain torch on CPUs. The kernels have been tested without a GPU, and nobody has measured them on one.
 """
 # what names the package -> the same in a package of another name
 _REPLACED = (
@@ -54,7 +54,9 @@ def relative(source: str, depth: int) -> str:
         source = pattern.sub(replacement, source)
     source = _IMPORT.sub(lambda found: f"{found[1]}from {dots}{found[2] or ''} import ", source)
     if re.search(r"\badd_op_namespace_prefix\(|\bops\.\w+ if ", source):
-        source = source.replace("\nimport torch\n", f"\nimport torch\n\nfrom {dots}_ops import add_op_namespace_prefix, ops\n", 1)
+        source = source.replace(
+            "\nimport torch\n", f"\nimport torch\n\nfrom {dots}_ops import add_op_namespace_prefix, ops\n", 1
+        )
     return source
 
 

@@ -1,7 +1,7 @@
 """Mixture-of-Experts feed-forward layers that are really faster: kernels, routing, conversion and distillation.
 
-Importing this package imports torch and nothing heavier: models, converters and the distillation loop live in the
-subpackages `nn`, `models`, `convert` and `distill`.
+Importing this package imports torch and nothing heavier. Modules for models of your own are in `nn`; conversion,
+training and serving of transformers' models are in `layers`, `convert`, `distill` and `serve`.
 """
 
 from moebert_kernels.grouping import Grouping

@@ -1,8 +1,8 @@
 """Which implementation runs an op here, and why: the only place that chooses.
 
-`_IMPLEMENTATIONS` names what exists, best first; the first that can run on the tensor's device and dtype does. An op's
-implementation in backend `b` is the module `moebert_kernels.<folder of b>.<op>`; the order changes only with a
-committed measurement.
+`_IMPLEMENTATIONS` lists the backends of each op, best first; the first one that supports the tensor's device and dtype
+runs. Backend `b` has an op in the module `moebert_kernels.<folder of b>.<op>`. The order changes only with a committed
+measurement.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
-        return "computes in float32, asked for float64"
+        return "it computes in float32, and the tensors are float64"
     if device.type != "cuda":
         return None if interpreting() else f"needs a CUDA device, got {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -173,7 +173,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     if preference.backend in offers:
         found = unsupported_reason(op, preference.backend, device, dtype)
         if found is None:
-            return Choice(op, preference.backend, f"asked for by {preference.source}")
+            return Choice(op, preference.backend, f"{preference.source} asks for it")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"
     if preference.strict:
         raise RuntimeError(message)

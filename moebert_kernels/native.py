@@ -18,9 +18,9 @@ FOLDER = Path(__file__).parent
 def record(folder: Path | None = None) -> dict[str, Any]:
     """`built`; if so `archs`, `ptx`, `compilers`, `ops` and `left_out` (op -> reason), else the `reason`."""
     try:
-        return json.loads(((folder or FOLDER) / "_C.json").read_text())  # written by build_native.py beside the module
+        return json.loads(((folder or FOLDER) / "_C.json").read_text())  # build_native.py writes it next to the module
     except FileNotFoundError:
-        return {"built": False, "reason": "this copy of the package was never built; see `make build`"}
+        return {"built": False, "reason": "this copy of the package was never built; `make build` builds it"}
 
 
 @cache
@@ -44,7 +44,7 @@ def device_error(device: torch.device | None = None) -> str:
 def unsupported_reason(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on such tensors, or None."""
     if dtype == torch.float64:
-        return "computes in float32, asked for float64"
+        return "it computes in float32, and the tensors are float64"
     found = record()
     if not found["built"]:
         return f"not built: {found['reason']}"

@@ -58,8 +58,8 @@ def expert_gemm(
     row = torch.arange(x.shape[0], device=x.device)
     y = x.new_zeros(x.shape[0], w.shape[1])
     for e in range(w.shape[0]):
-        mine = (row >= grouping.offsets[e]) & (row < grouping.offsets[e + 1])
-        y = torch.where(mine[:, None], F.linear(x, w[e], None if bias is None else bias[e]), y)
+        of_expert = (row >= grouping.offsets[e]) & (row < grouping.offsets[e + 1])
+        y = torch.where(of_expert[:, None], F.linear(x, w[e], None if bias is None else bias[e]), y)
     return y
 
 

@@ -47,7 +47,7 @@ def test_backward_prefers_what_forward_did_in_any_thread(monkeypatch):
     thread.start()
     thread.join()
     assert x.grad is not None and len(chosen) >= 2
-    assert {choice.reason for choice in chosen} == {"asked for by use_backend"}
+    assert {choice.reason for choice in chosen} == {"use_backend asks for it"}
 
 
 def test_unknown_name():

@@ -34,7 +34,9 @@ def test_build_that_failed(record):
 def test_kernels_that_were_left_out(record):
     record(BUILT)
     assert native.unsupported_reason(("expert_gemm",), CUDA, torch.float32) == "not built: expert_gemm: no headers"
-    assert "hash_route: not in this build" in native.unsupported_reason(("group_tokens", "hash_route"), CUDA, torch.float32)
+    assert "hash_route: not in this build" in native.unsupported_reason(
+        ("group_tokens", "hash_route"), CUDA, torch.float32
+    )
 
 
 def test_wrong_dtype_and_device(record):

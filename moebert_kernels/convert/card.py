@@ -1,4 +1,4 @@
-"""The model card: README.md beside a saved model, with the code that loads it and the numbers that are known."""
+"""The model card: the README.md of a saved model, with the code that loads it and the known numbers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: all but the experts that it does not go to."""
+    """Count all parameters of a model, and those that one token uses: all but the experts that it does not go to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     config = moe_config(model.config)
     E, top_k = (1, 1) if config is None else (config.num_experts, config.experts_per_token)

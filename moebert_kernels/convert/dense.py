@@ -1,4 +1,4 @@
-"""Dense models of the same class as another one: what experts merge into, and students with fewer neurons."""
+"""Dense models of the same class as a given one: merged experts, and students with fewer neurons."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def head_name(model: Any) -> str:
     """The dotted path of the linear layer that gives a classifier's logits.
 
     Raises:
-        UserError: a model that is none for sequence classification.
+        UserError: the model is not one for sequence classification.
     """
     base, rows = f"{model.base_model_prefix}.", model.config.num_labels
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -162,10 +162,10 @@ def build_model(
     Args:
         like: a model whose device, dtype, mode and settings for generation it gets.
         new: prefixes of weights that may be missing in `state`; the model's own initialisation draws them by `seed`.
-        options: of the model's constructor.
+        options: arguments of the model's constructor.
 
     Raises:
-        UserError: other weights than the model has.
+        UserError: the weights are not those of this class.
     """
     # drawing weights that all are replaced would be most of a conversion's time
     with torch.random.fork_rng(devices=[]), nullcontext() if new else no_init_weights():
@@ -193,11 +193,11 @@ def constructor_options(model: Any) -> dict[str, Any]:
 
 
 def _dense_like(model: Any, width: int, state: Mapping[str, Tensor], **fields: Any) -> Any:
-    """A dense model of the class of `model`, whose feed-forwards have `width` neurons and weights of no meaning.
+    """A dense model of the class of `model`, whose feed-forwards have `width` neurons and uninitialised weights.
 
     Args:
-        state: of all other weights; its feed-forwards' are left out.
-        fields: of the configuration, to be changed.
+        state: the weights to load; those of feed-forwards are left out.
+        fields: fields of the configuration to change.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):

@@ -1,7 +1,7 @@
 """Import checkpoints of the original MoEBERT code (SimiaoZuo/MoEBERT), which nothing else loads.
 
 Their keys are `bert.encoder.layer.N.experts.experts.E.{fc1,fc2,LayerNorm}.*`, and `...experts.gate.weight` for a gate;
-the distillation teacher is stored beside the student and dropped here. Hash tables are *not* in them.
+the files also hold the distillation teacher, which is dropped here. Hash tables are *not* in them.
 """
 
 import json

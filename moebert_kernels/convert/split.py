@@ -9,9 +9,9 @@ from moebert_kernels.errors import UserError
 def expert_indices(scores: Tensor, num_experts: int, expert_size: int, num_shared_neurons: int) -> Tensor:
     """Split the neurons of a layer, or of all layers, into experts by importance.
 
-    With `rank` the neurons by descending score, expert e takes rank[:num_shared_neurons] and every E-th of the rest
-    starting with the e-th, cut to `expert_size`: the shared neurons are copied into every expert, the next are dealt
-    out, the least important are left over. Equal scores go by neuron number.
+    Let `rank` be the neurons by descending score, equal scores by neuron number. Expert e takes
+    rank[:num_shared_neurons] and every E-th of the rest, starting with the e-th, up to `expert_size`. So the shared
+    neurons are copied into every expert, the next ones are dealt out, and the least important ones are left out.
 
     Args:
         scores: (D,) or (L, D), higher is more important.

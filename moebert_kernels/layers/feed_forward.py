@@ -21,7 +21,7 @@ class NormedExperts(DenseExperts):
 
     Args:
         hidden_size, expert_size, num_experts, options: as for `Experts`.
-        eps: of the LayerNorms.
+        eps: added to the variance in the LayerNorms.
         output_dropout: probability of dropping an output of FFN_e in training.
 
     Parameters: those of `DenseExperts`, norm_weight and norm_bias (E, H).
@@ -54,8 +54,8 @@ class MoEFeedForward(nn.Module):
     routing the grouping was made before the first layer.
 
     Args:
-        router: what chooses.
-        experts: what computes. `NormedExperts` add the residual and normalise.
+        router: chooses the experts of each token.
+        experts: compute them. `NormedExperts` also add the residual and normalise.
         output_dropout: probability of dropping an output in training, before the residual.
         norm: the LayerNorm behind the residual, or None. Under hash routing of experts with weights of their own it
             runs in one op with them; a token that is skipped is then x, as with `NormedExperts`.

@@ -83,7 +83,7 @@ def group_by_hash(
     """The groupings of token ids for all layers in one step, before the first of them runs.
 
     Args:
-        routers: of the layers.
+        routers: one for each layer.
         token_ids, attention_mask: as for `group_tokens_by_hash`.
 
     Returns:
@@ -97,13 +97,13 @@ def group_by_hash(
 
 
 def join_tables(routers: Sequence[HashRouter]) -> None:
-    """Let the tables of these routers stand behind one another, so that no forward has to stack them."""
+    """Place the tables of these routers one after another in memory, so that no forward has to stack them."""
     for router, table in zip(routers, torch.stack([router.table for router in routers]), strict=True):
         router.table = table
 
 
 def _stacked(tables: Sequence[Tensor]) -> Tensor:
-    """(L, V); without a copy where the tables stand behind one another in memory."""
+    """The tables as (L, V), without a copy if they lie one after another in memory."""
     first, V = tables[0], tables[0].shape[0]
     if not torch.compiler.is_compiling() and not first.is_meta:
         start, step = first.data_ptr(), V * first.element_size()

@@ -79,7 +79,7 @@ class MPOWeight(nn.Module):
             nn.init.normal_(site, std=self.initial_std(std))
 
     def initial_std(self, std: float) -> float:
-        """Of every site, for folded entries of standard deviation `std`: sums over all paths along the bonds."""
+        """The standard deviation of site entries that gives folded ones `std`: those are sums over paths of bonds."""
         paths = math.prod(site.shape[-1] for site in self.sites)
         return (std * std / paths) ** (0.5 / len(self.sites))
 
@@ -123,7 +123,7 @@ class MPOWeight(nn.Module):
         return self.fold()
 
     def fold(self) -> Tensor:
-        """Fold all experts and keep the result in the dtype that autocast asks for here, or the parameters' own."""
+        """Fold all experts and keep the result, in autocast's dtype if it is enabled, else in the parameters' own."""
         key, kept = self.cache_key(), self._folded
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # or what is kept could never meet a gradient
@@ -168,7 +168,7 @@ class MPOWeight(nn.Module):
         self._leaf = folded, folded.detach().requires_grad_(folded.requires_grad)
 
     def close_leaf(self, backward: bool) -> None:
-        """Hand the leaf's gradient on to the parameters, if asked, and forget it."""
+        """Forget the leaf; with `backward`, first run the fold's backward with its gradient."""
         if self._leaf is None:
             return
         folded, leaf = self._leaf
@@ -331,7 +331,7 @@ def _positive(value: object) -> bool:
 
 
 class SharedFold:
-    """What `shared_fold` gives: the means to run the folds' backward early."""
+    """The handle that `shared_fold` yields; it can run the folds' backward early."""
 
     def __init__(self, weights: list[MPOWeight]) -> None:
         self._weights = weights
@@ -354,7 +354,7 @@ def shared_fold(module: nn.Module) -> Iterator[SharedFold]:
     of the folded weights. Needs the memory of all folded weights and their gradients.
 
     Raises:
-        ValueError: inside another one.
+        ValueError: this context is inside another one.
     """
     weights = [m for m in module.modules() if isinstance(m, MPOWeight)]
     if any(weight.has_leaf for weight in weights):

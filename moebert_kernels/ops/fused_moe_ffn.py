@@ -50,8 +50,8 @@ def fused_moe_ffn(
         Shape of `x`. Its dtype; under autocast the autocast dtype, as torch.nn.functional.linear does it.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees with the above; or a second derivative, forward mode,
-            torch.vmap or torch.jit.trace is asked for.
+        ValueError: a shape, dtype, device or value disagrees with the above. The op also raises one under
+            torch.jit.trace, torch.vmap, forward-mode differentiation and for a second derivative.
 
     Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.

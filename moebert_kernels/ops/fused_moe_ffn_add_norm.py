@@ -59,8 +59,8 @@ def fused_moe_ffn_add_norm(
         Shape of `x`. Its dtype; under autocast float32, as torch.nn.functional.layer_norm does it.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees with the above; or a second derivative, forward mode,
-            torch.vmap or torch.jit.trace is asked for.
+        ValueError: a shape, dtype, device or value disagrees with the above. The op also raises one under
+            torch.jit.trace, torch.vmap, forward-mode differentiation and for a second derivative.
 
     Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, all weights and biases, the norm's parameters and routing_weights.

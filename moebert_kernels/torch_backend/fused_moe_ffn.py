@@ -55,7 +55,7 @@ def expert_outputs(
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
     """Inference with many rows: each expert's output rows in turn, while they are in the cache.
 
-    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int32 of each
+    Drawing the next rows overwrites the yielded ones. x (T, H), tokens (R,) int32 of each
     routed row; with `residual` x's rows are added.
     """
     of_experts = spans(bounds)
