@@ -191,9 +191,6 @@ def convert(
 
         config = _config(method, task or [], fields | {"expert_size": expert_size})
         _check_unused("--experts split", config.experts != "split", {"importance": importance})
-        _check_unused(
-            "--router hash-random or hash-balance", config.router == "hash-chosen", {"hash_tables": hash_tables}
-        )
         _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
         _check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
         given = config.router in ("hash-random", "hash-balance")

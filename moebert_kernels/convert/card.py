@@ -28,7 +28,7 @@ _AUTO_CLASSES = (
 )
 
 
-def save_with_card(model: Any, folder: str | os.PathLike, *card: Any, **options: Any) -> None:
+def save_with_card(model: Any, folder: str | os.PathLike[str], *card: Any, **options: Any) -> None:
     """`save_pretrained`, then `write_card` with the other arguments."""
     model.save_pretrained(folder)
     write_card(model, folder, *card, **options)
@@ -36,9 +36,9 @@ def save_with_card(model: Any, folder: str | os.PathLike, *card: Any, **options:
 
 def write_card(
     model: Any,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     scores: Mapping[str, float] | None = None,
-    previous: str | os.PathLike | None = None,
+    previous: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the card of a transformers model, dense or with experts, unless the folder has one that a person wrote.
 

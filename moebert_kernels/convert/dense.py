@@ -136,7 +136,7 @@ def head_name(model: Any) -> str:
         UserError: the model is not one for sequence classification.
     """
     base, rows = f"{model.base_model_prefix}.", model.config.num_labels
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = [n for n in linear if not n.startswith(base) and model.get_submodule(n).out_features == rows]
     if not found or "ForSequenceClassification" not in type(model).__name__:
         raise UserError(f"model: expected one for sequence classification, got a {type(model).__name__}")
@@ -237,7 +237,7 @@ def _merged(layer: MoEFeedForward, config: MoEConfig, task_id: int) -> DenseWeig
     halves = 2 if is_gated(experts.activation) else 1
 
     def rows(stacked: Tensor) -> Tensor:  # (k, 2I, ...) -> (2 k I, ...): the gates of all experts come first
-        return stacked.unflatten(1, (halves, -1)).transpose(0, 1).flatten(0, 2)
+        return stacked.view(len(stacked), halves, -1, *stacked.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     w2 = (w2.double() * g[:, None, None]).transpose(0, 1).flatten(1)  # (k, H, I) -> (H, k I)
     b2 = None if b2 is None else (b2.double() * g[:, None]).sum(0).to(dtype)

@@ -87,6 +87,7 @@ def convert_to_moe(
         )
     if config.experts == "mpo" and not force:
         for factors in (config.w1_factors, config.w2_factors):
+            assert factors is not None  # `resolved` chose them
             check_caps(factors[0], factors[1], config.max_bond)
     generator = torch.Generator().manual_seed(seed)
     split: Sequence[Tensor | None] = [None] * len(sites)
@@ -99,7 +100,7 @@ def convert_to_moe(
         raise UserError("tables: expected none with router='hash-chosen', got some")
     if config.needs_text:
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
-        neurons = split if config.experts == "split" else None
+        neurons = [part for part in split if part is not None] or None
         chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
         split, routers = _checked(chosen, config, weights), [{"router.table": made.table} for made in chosen]
     state = [
@@ -216,10 +217,10 @@ def resolved(
         changes["expert_size"] = size = default_split(D, config.expert_size)[0]
         check_split(D, 1, size, config.num_shared_neurons or 0)
     if config.experts == "split":
-        size, shared = config.expert_size, config.num_shared_neurons
+        given, shared = config.expert_size, config.num_shared_neurons
         if by_task:
-            size, shared = size or max(D // config.num_experts, 1), shared or 0
-        size, shared = default_split(D, size, shared)
+            given, shared = given or max(D // config.num_experts, 1), shared or 0
+        size, shared = default_split(D, given, shared)
         check_split(D, config.num_experts, size, shared)
         changes |= {"expert_size": size, "num_shared_neurons": shared}
     if config.experts == "mpo":
@@ -246,6 +247,7 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
     dropout = site.output_dropout if config.expert_dropout is None else config.expert_dropout
     experts: Any
     if config.experts == "mpo":
+        assert config.w1_factors is not None and config.w2_factors is not None
         experts = MPOExperts(
             H, D, E, w1_factors=config.w1_factors, w2_factors=config.w2_factors, max_bond=config.max_bond, **options
         )
@@ -269,7 +271,8 @@ def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> 
     if config.router.startswith("gate-"):
         classes[config.router], options["per"] = GateRouter, config.router.removeprefix("gate-")
     try:
-        return classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+        router: nn.Module = classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+        return router
     except TypeError as error:
         raise UserError(
             f"router_options: expected options of router {config.router!r}, got {options} ({error})"

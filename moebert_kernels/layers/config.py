@@ -270,7 +270,8 @@ def moe_config(model_config: Any) -> MoEConfig | None:
     """
     found = getattr(model_config, "quantization_config", None)
     if isinstance(found, Mapping) and found.get("quant_method") == METHOD:
-        return MoEConfig.from_dict(found)
+        config: MoEConfig = MoEConfig.from_dict(found)
+        return config
     return found if isinstance(found, MoEConfig) else None
 
 

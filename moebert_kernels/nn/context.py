@@ -183,7 +183,7 @@ def recomputed_class(base: Any) -> Any:
     return derived_class(recomputed_class, base, (RecomputedLayer, base), {})
 
 
-def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
     """Derive a class that replaces `base`: it has the same name, and its instances can be pickled.
 
     Args:

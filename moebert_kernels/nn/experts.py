@@ -209,8 +209,8 @@ class MPOExperts(Experts):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | self._nothing_kept()  # copies and pickles fold for themselves
 
-    def _replicate_for_data_parallel(self) -> MPOExperts:
-        replica = super()._replicate_for_data_parallel()
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__ |= self._nothing_kept()
         return replica
 

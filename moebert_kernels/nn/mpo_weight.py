@@ -81,7 +81,7 @@ class MPOWeight(nn.Module):
     def initial_std(self, std: float) -> float:
         """The standard deviation of site entries that gives folded ones `std`: those are sums over paths of bonds."""
         paths = math.prod(site.shape[-1] for site in self.sites)
-        return (std * std / paths) ** (0.5 / len(self.sites))
+        return float((std * std / paths) ** (0.5 / len(self.sites)))
 
     def set_sites(self, sites: Sequence[Tensor]) -> None:
         """Take over the site tensors (D_k, i_k, j_k, D_k+1) of one matrix, the same for every expert.
@@ -200,16 +200,18 @@ class MPOWeight(nn.Module):
                 folded = mpo_expert_weights(central, [a[experts] for a in aux], offsets=some)
                 rows |= dict(zip(experts, folded.unbind(), strict=True))
             weights = torch.stack([rows[e] for e in range(self.num_experts)])
-        return _JoinGraph.apply(weights, self.central) if all(all_masked) and _is_distributed() else weights
+        if not all(all_masked) or not _is_distributed():
+            return weights
+        return _JoinGraph.apply(weights, self.central)  # type: ignore[no-any-return, no-untyped-call]
 
     def train(self, mode: bool = True) -> MPOWeight:
         if mode:
             self.unfold()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> MPOWeight:
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.unfold()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unfold()
@@ -218,8 +220,8 @@ class MPOWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_folded": None, "_leaf": None}  # copies and pickles fold for themselves
 
-    def _replicate_for_data_parallel(self) -> MPOWeight:
-        replica = super()._replicate_for_data_parallel()
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._folded = None  # it would be on another device, or of older parameters
         return replica
 
@@ -238,7 +240,7 @@ class KeptFolds:
     @classmethod
     def of(cls, *weights: MPOWeight) -> KeptFolds | None:
         """What they keep; None if one keeps nothing, or for tensors made in inference mode, which count no versions."""
-        keys = [weight._folded and weight._folded[0] for weight in weights]
+        keys: list[Any] = [weight._folded and weight._folded[0] for weight in weights]
         sites = [site for weight in weights for site in weight.sites]
         if None in keys or any(site.is_inference() for site in sites) or autocast_dtype(sites[0]) is not None:
             return None
