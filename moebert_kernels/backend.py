@@ -143,7 +143,7 @@ def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch
 
 
 @cache
-def _first_that_runs(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     passed = [f"{name} is not in this version" for name in BACKENDS if name not in _IMPLEMENTATIONS[op]]
     for name in _IMPLEMENTATIONS[op]:
         found = unsupported_reason(op, name, device, dtype)
@@ -167,7 +167,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
         device, dtype = x.device, x.dtype
     preference = _current_preference()
     if preference is None:
-        return _first_that_runs(op, device, dtype)
+        return _first_offer(op, device, dtype)
     offers = _IMPLEMENTATIONS[op]
     found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
@@ -177,7 +177,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"
     if preference.strict:
         raise RuntimeError(message)
-    other = _first_that_runs(op, device, dtype).backend
+    other = _first_offer(op, device, dtype).backend
     _warn_once(f"{message}; {other} runs instead. See `moebert doctor`.")
     return Choice(op, other, f"{preference.source} prefers {preference.backend}, got {found}")
 

@@ -247,10 +247,8 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
     dropout = site.output_dropout if config.expert_dropout is None else config.expert_dropout
     experts: Any
     if config.experts == "mpo":
-        assert config.w1_factors is not None and config.w2_factors is not None
-        experts = MPOExperts(
-            H, D, E, w1_factors=config.w1_factors, w2_factors=config.w2_factors, max_bond=config.max_bond, **options
-        )
+        options |= {"w1_factors": config.w1_factors, "w2_factors": config.w2_factors, "max_bond": config.max_bond}
+        experts = MPOExperts(H, D, E, **options)
     elif config.norm == "expert":
         eps = getattr(site.norm, "eps", None) or site.norm.variance_epsilon
         experts = NormedExperts(H, config.expert_size or D, E, eps=eps, output_dropout=dropout, **options)

@@ -43,14 +43,6 @@ class HashRouter(nn.Module):
     def vocab_size(self) -> int:
         return self.table.shape[0]
 
-    def set_table(self, table: Tensor) -> None:
-        """Replace the table by one for the same vocabulary."""
-        self.table.copy_(checked_table(table, self.num_experts, self.vocab_size))
-
-    def validate(self, vocab_size: int | None = None, name: str = "table") -> None:
-        """Raise a UserError unless the table has values in [0, E) and, if given, `vocab_size` entries."""
-        checked_table(self.table, self.num_experts, vocab_size, name)
-
     def resize(self, vocab_size: int) -> None:
         """Cut the table, or extend it: new tokens get random experts from torch's CPU generator."""
         extra = vocab_size - self.vocab_size
@@ -68,13 +60,6 @@ class HashRouter(nn.Module):
         if key in state_dict:
             state_dict[key] = checked_table(state_dict[key], self.num_experts, self.vocab_size, key)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def resize_tables(module: nn.Module, vocab_size: int) -> None:
-    """Cut or extend the tables of all hash routers inside; see `HashRouter.resize`."""
-    for router in module.modules():
-        if isinstance(router, HashRouter) and router.vocab_size != vocab_size:
-            router.resize(vocab_size)
 
 
 def group_by_hash(

@@ -83,24 +83,6 @@ class MPOWeight(nn.Module):
         paths = math.prod(site.shape[-1] for site in self.sites)
         return float((std * std / paths) ** (0.5 / len(self.sites)))
 
-    def set_sites(self, sites: Sequence[Tensor]) -> None:
-        """Take over the site tensors (D_k, i_k, j_k, D_k+1) of one matrix, the same for every expert.
-
-        Raises:
-            UserError: another number of sites, or a site of another shape than this weight's.
-        """
-        own = self.sites
-        if len(sites) != len(own):
-            raise UserError(f"sites: expected {len(own)} tensors, got {len(sites)}")
-        for k, (target, site) in enumerate(zip(own, sites, strict=True)):
-            wanted = tuple(target.shape) if target is self.central else tuple(target.shape[1:])
-            if tuple(site.shape) != wanted:
-                name = "central tensor" if target is self.central else f"site {k}"
-                raise UserError(f"{name}: expected shape {wanted}, got {tuple(site.shape)}")
-        with torch.no_grad():
-            for target, site in zip(own, sites, strict=True):
-                target.copy_(site)  # auxiliary ones are broadcast over the experts
-
     @property
     def sites(self) -> list[Tensor]:
         """All parameters in the order of the sites."""
