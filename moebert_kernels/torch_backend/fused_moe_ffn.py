@@ -42,7 +42,7 @@ _SOME_ROWS, _MANY_ROWS = 8, 96
 
 
 def rows_per_expert(bounds: list[int]) -> Literal["few", "some", "many"]:
-    """Which way through inference is the fastest."""
+    """Choose the fastest of the three ways through inference."""
     experts = max(len(set(bounds)) - 1, 1)
     if bounds[-1] < _SOME_ROWS * experts:
         return "few"
