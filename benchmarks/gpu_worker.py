@@ -79,7 +79,7 @@ def check(target: Any, folder: Path, op: str, name: str) -> dict[str, Any]:
     from benchmarks import gpu_checks
     from moebert_kernels import backend
 
-    backend.unsupported_reason.cache_clear()  # it may have been asked before `_C` was built
+    backend.obstacle.cache_clear()  # it may have been asked before `_C` was built
     found = gpu_checks.check(op, "torch" if target.smoke and name == "cuda" else name, target)
     path = folder / "gpu-checks.json"
     known = json.loads(path.read_text()) if path.exists() else {}

@@ -1,8 +1,8 @@
 """Which implementation runs an op here, and why: the only place that chooses.
 
-`_IMPLEMENTATIONS` lists the backends of each op, best first; the first one that supports the tensor's device and dtype
-runs. Backend `b` has an op in the module `moebert_kernels.<folder of b>.<op>`. The order changes only with a committed
-measurement.
+`_OFFERS` names what exists, best first; the first that can run on the tensor's device and dtype does. An op's
+implementation in backend `b` is the module `moebert_kernels.<folder of b>.<op>`; the order changes only with a
+committed measurement.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BACKENDS = ("cuda", "triton", "torch")
 ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
 _FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_backend"}
-_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+_OFFERS: dict[str, tuple[str, ...]] = {
     "hash_route": ("triton", "cuda", "torch"),
     "group_tokens": ("triton", "cuda", "torch"),
     "expert_gemm": ("triton", "cuda", "torch"),
@@ -35,7 +35,7 @@ _IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "fused_moe_ffn_add_norm": ("triton", "cuda", "torch"),
     "mpo_expert_weights": ("triton", "torch"),
 }
-OPS = tuple(_IMPLEMENTATIONS)
+OPS = tuple(_OFFERS)
 _KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
     "hash_route": ("hash_route",),
     "group_tokens": ("group_tokens", "hash_route"),
@@ -89,7 +89,7 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         _preference.reset(token)
 
 
-def capture_preference() -> Callable[[], AbstractContextManager[None]]:
+def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
     """Capture the current preference: autograd runs backward in its own threads, which inherit no context variables."""
     here = _preference.get()
 
@@ -123,19 +123,19 @@ def interpreting() -> bool:
 
 
 @cache
-def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
     if backend == "cuda":
-        found = native.unsupported_reason(_KERNELS[op], device, dtype)
+        found = native.obstacle(_KERNELS[op], device, dtype)
         if found is None and op == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
             found = "it multiplies by wgmma, which needs compute capability 9.x"
-        return unsupported_reason(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
+        return obstacle(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
-        return "it computes in float32, and the tensors are float64"
+        return "computes in float32, asked for float64"
     if device.type != "cuda":
         return None if interpreting() else f"needs a CUDA device, got {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -144,9 +144,9 @@ def unsupported_reason(op: str, backend: str, device: torch.device, dtype: torch
 
 @cache
 def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    passed = [f"{name} is not in this version" for name in BACKENDS if name not in _IMPLEMENTATIONS[op]]
-    for name in _IMPLEMENTATIONS[op]:
-        found = unsupported_reason(op, name, device, dtype)
+    passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
+    for name in _OFFERS[op]:
+        found = obstacle(op, name, device, dtype)
         if found is None and name == "triton" and device.type != "cuda":
             found = "its interpreter runs only on request"
         if found is None:
@@ -168,12 +168,12 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     preference = _current_preference()
     if preference is None:
         return _first_offer(op, device, dtype)
-    offers = _IMPLEMENTATIONS[op]
+    offers = _OFFERS[op]
     found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        found = unsupported_reason(op, preference.backend, device, dtype)
+        found = obstacle(op, preference.backend, device, dtype)
         if found is None:
-            return Choice(op, preference.backend, f"{preference.source} asks for it")
+            return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"
     if preference.strict:
         raise RuntimeError(message)

@@ -20,7 +20,7 @@ def record(folder: Path | None = None) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(((folder or FOLDER) / "_C.json").read_text())  # of build_native.py
     except FileNotFoundError:
-        return {"built": False, "reason": "this copy of the package was never built; `make build` builds it"}
+        return {"built": False, "reason": "this copy of the package was never built; see `make build`"}
     return found
 
 
@@ -42,10 +42,10 @@ def device_error(device: torch.device | None = None) -> str:
     return str(module().device_error(index))
 
 
-def unsupported_reason(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
+def obstacle(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot run on such tensors, or None."""
     if dtype == torch.float64:
-        return "it computes in float32, and the tensors are float64"
+        return "computes in float32, asked for float64"
     found = record()
     if not found["built"]:
         return f"not built: {found['reason']}"

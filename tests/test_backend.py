@@ -13,14 +13,14 @@ def test_explain_names_every_op_and_says_why():
 
 
 def test_strict_raises_where_the_backend_lacks_the_op(monkeypatch):
-    monkeypatch.setitem(backend._IMPLEMENTATIONS, "expert_gemm", ("torch",))
+    monkeypatch.setitem(backend._OFFERS, "expert_gemm", ("torch",))
     with backend.use_backend("cuda", strict=True), pytest.raises(RuntimeError, match="expert_gemm: expected a cuda"):
         backend.implementation("expert_gemm", torch.empty(0))
     assert backend.choose("expert_gemm").backend == "torch"
 
 
 def test_preference_falls_back_with_one_warning(monkeypatch, recwarn):
-    monkeypatch.setitem(backend._IMPLEMENTATIONS, "expert_gemm", ("torch",))
+    monkeypatch.setitem(backend._OFFERS, "expert_gemm", ("torch",))
     backend._warn_once.cache_clear()
     for _ in range(3):
         with backend.use_backend("cuda"):
@@ -47,7 +47,7 @@ def test_backward_prefers_what_forward_did_in_any_thread(monkeypatch):
     thread.start()
     thread.join()
     assert x.grad is not None and len(chosen) >= 2
-    assert {choice.reason for choice in chosen} == {"use_backend asks for it"}
+    assert {choice.reason for choice in chosen} == {"asked for by use_backend"}
 
 
 def test_unknown_name():

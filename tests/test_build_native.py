@@ -24,7 +24,7 @@ def programs(monkeypatch, tmp_path):
     return write
 
 
-def test_auto_builds_where_there_are_nvcc_and_a_gpu(programs, monkeypatch, tmp_path):
+def test_auto_builds_where_there_are_nvcc_and_a_gpu(programs):
     assert build_native.why_not_tried() == "nvcc was not found, neither under CUDA_HOME nor on PATH"
     assert build_native.build_tools() == []
     programs("nvcc")
@@ -34,10 +34,6 @@ def test_auto_builds_where_there_are_nvcc_and_a_gpu(programs, monkeypatch, tmp_p
     programs("nvidia-smi", "9.0\\n9.0\\n8.6\\n")
     assert build_native.why_not_tried() is None
     assert "pybind11>=3" in build_native.build_tools()
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert build_native.why_not_tried() == "the CUDA kernels are built on Linux alone, and this is win32"
-    with pytest.raises(build_native.NotBuilt, match="built on Linux alone"):
-        build_native.configure_and_build(tmp_path, [])
 
 
 def test_the_mode_decides_before_the_machine(programs, monkeypatch):
@@ -108,6 +104,16 @@ def test_architectures_that_are_none(programs, monkeypatch, given, message):
 )
 def test_a_failed_build_names_its_first_error(log, line):
     assert build_native.first_error(log) == line
+
+
+def test_other_platforms_than_linux_build_nothing(programs, monkeypatch, tmp_path):
+    programs("nvcc")
+    programs("nvidia-smi", "9.0\\n")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv(build_native.BUILD_CUDA, "auto")
+    assert build_native.why_not_tried() == "the CUDA kernels are built on Linux alone, and this is win32"
+    with pytest.raises(build_native.NotBuilt, match="built on Linux alone"):
+        build_native.configure_and_build(tmp_path, [])
 
 
 # A build in a folder that holds what setuptools reads, whose CMake is replaced.

@@ -23,41 +23,39 @@ def record(tmp_path, monkeypatch):
 
 
 def test_never_built(record):
-    assert "never built" in native.unsupported_reason(("group_tokens",), CUDA, torch.float32)
+    assert "never built" in native.obstacle(("group_tokens",), CUDA, torch.float32)
 
 
 def test_build_that_failed(record):
     record({"built": False, "reason": "the build failed: no space"})
-    assert native.unsupported_reason(("group_tokens",), CUDA, torch.float32) == "not built: the build failed: no space"
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) == "not built: the build failed: no space"
 
 
 def test_kernels_that_were_left_out(record):
     record(BUILT)
-    assert native.unsupported_reason(("expert_gemm",), CUDA, torch.float32) == "not built: expert_gemm: no headers"
-    assert "hash_route: not in this build" in native.unsupported_reason(
-        ("group_tokens", "hash_route"), CUDA, torch.float32
-    )
+    assert native.obstacle(("expert_gemm",), CUDA, torch.float32) == "not built: expert_gemm: no headers"
+    assert "hash_route: not in this build" in native.obstacle(("group_tokens", "hash_route"), CUDA, torch.float32)
 
 
 def test_wrong_dtype_and_device(record):
     record(BUILT)
-    assert "float64" in native.unsupported_reason(("group_tokens",), CUDA, torch.float64)
-    assert native.unsupported_reason(("group_tokens",), CPU, torch.float32) == "needs a CUDA device, got cpu"
+    assert "float64" in native.obstacle(("group_tokens",), CUDA, torch.float64)
+    assert native.obstacle(("group_tokens",), CPU, torch.float32) == "needs a CUDA device, got cpu"
 
 
 def test_gpu_or_driver_that_cannot_run_it(record, monkeypatch):
     record(BUILT)
     monkeypatch.setattr(native, "device_error", lambda device: "no kernel image is available")
     expected = "built for sm_90a and compute_90, got: no kernel image is available"
-    assert native.unsupported_reason(("group_tokens",), CUDA, torch.float32) == expected
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) == expected
     monkeypatch.setattr(native, "device_error", lambda device: "")
-    assert native.unsupported_reason(("group_tokens",), CUDA, torch.float32) is None
+    assert native.obstacle(("group_tokens",), CUDA, torch.float32) is None
 
 
 def test_module_of_another_python(record, monkeypatch):
     record(BUILT)
     monkeypatch.setattr(native, "device_error", lambda device: native.importlib.import_module("moebert_kernels._no"))
-    assert "_C does not import" in native.unsupported_reason(("group_tokens",), CUDA, torch.float32)
+    assert "_C does not import" in native.obstacle(("group_tokens",), CUDA, torch.float32)
 
 
 def test_the_module_imports_without_a_gpu():
@@ -71,8 +69,8 @@ def test_the_module_imports_without_a_gpu():
 def test_the_list_of_offers_is_that_of_the_files():
     """An op with a CUDA form has its file, its entry behind Triton, and the names of its kernels."""
     folder = native.FOLDER / "cuda_backend"
-    offered = {op for op, backends in backend._IMPLEMENTATIONS.items() if "cuda" in backends}
+    offered = {op for op, backends in backend._OFFERS.items() if "cuda" in backends}
     assert offered == {op for op in backend.OPS if (folder / f"{op}.py").exists()}
     assert offered == set(CUDA_FORMS) == set(backend._KERNELS)
     for op in offered:
-        assert backend._IMPLEMENTATIONS[op] == ("triton", "cuda", "torch")
+        assert backend._OFFERS[op] == ("triton", "cuda", "torch")

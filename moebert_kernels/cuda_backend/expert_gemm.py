@@ -24,7 +24,7 @@ _PIECE, _ALIGNMENT = 8, 16  # elements and bytes of what a copy moves at least
 
 def runs_on(x: Tensor) -> bool:
     """Whether the kernel is in this build and x's GPU can run it."""
-    return backend.unsupported_reason("expert_gemm", "cuda", x.device, x.dtype) is None
+    return backend.obstacle("expert_gemm", "cuda", x.device, x.dtype) is None
 
 
 def applies(w: Tensor) -> bool:

@@ -47,7 +47,7 @@ class Differentiable:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.save_for_backward(*inputs[:tensor_arguments], *output[1:])
             ctx.constants = inputs[tensor_arguments:]
-            ctx.preferring = backend.capture_preference()
+            ctx.preferring = backend.preferring_as_here()
 
         def run_backward(run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
