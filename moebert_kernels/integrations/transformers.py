@@ -165,7 +165,7 @@ def _place(experts: nn.Module, name: str) -> str:
 
 
 def _parameter(experts: nn.Module, name: str) -> Tensor:
-    value: Tensor = getattr(experts, name, None)  # type: ignore[assignment]  # the next line refuses what is none
+    value = getattr(experts, name, None)
     check_tensor(f"{type(experts).__name__}.{name}", value)
     if value.dtype not in FLOATS:
         raise ValueError(
