@@ -65,7 +65,8 @@ config = BertConfig(
 
 with tempfile.TemporaryDirectory() as folder:
     work = Path(folder)
-    teacher = train(AutoModelForSequenceClassification.from_config(config), work / "teacher-run")
+    teacher = AutoModelForSequenceClassification.from_config(config)
+    train(teacher, work / "teacher-run", num_train_epochs=6)
 
     # Experts, and the table that sends each word to its expert, are chosen by text; labels are not used.
     batches = [{"input_ids": torch.tensor(training["input_ids"][i : i + 32])} for i in range(0, 960, 32)]
