@@ -125,12 +125,14 @@ def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str,
 def parts_of(folder: Path, identity: Mapping[str, Any]) -> Path:
     """Where an interrupted call of this identity leaves what it made so far: beside the folder that it is to write."""
     digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = folder.absolute()
     return folder.with_name(f".{folder.name}.parts-{digest}")
 
 
 def drop_parts(folder: Path) -> None:
     """Remove what calls left beside a folder that is written now."""
-    for parts in folder.absolute().parent.glob(f".{glob.escape(folder.name)}.parts-????????"):
+    folder = folder.absolute()
+    for parts in folder.parent.glob(f".{glob.escape(folder.name)}.parts-????????"):
         shutil.rmtree(parts, ignore_errors=True)
 
 
