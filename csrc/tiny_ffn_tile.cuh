@@ -66,12 +66,6 @@ __device__ __forceinline__ Words pack(const float (&value)[8], T) {
 template <typename T>
 __device__ __forceinline__ void load_chunk(unsigned char* destination, const Operand& source, int64_t start,
                                            int valid) {
-  if (source.vector && !source.is_float) {
-    const int count = valid < 0 ? 0 : valid < kPerChunk<T> ? valid : kPerChunk<T>;
-    const T* from = static_cast<const T*>(source.data) + (count > 0 ? start : 0);
-    copy_async(destination, from, count * static_cast<int>(sizeof(T)));
-    return;
-  }
   float value[kPerChunk<T>];
   if (source.vector && valid >= kPerChunk<T>) {
 #pragma unroll
@@ -89,16 +83,33 @@ __device__ __forceinline__ void load_chunk(unsigned char* destination, const Ope
   *reinterpret_cast<Words*>(destination) = pack(value, T{});
 }
 
-// Rows [0, rows) of an operand at one step along K. row_start(r): first element of row r, below 0 for a row of zeros.
+// Rows [0, rows) of an operand at one step along K; `rows` is a multiple of 16. row_start(r): first element of row r,
+// below 0 for a row of zeros. What does not depend on the row is decided before the rows, and four of them are asked for
+// at a time: a warp has as many chains of addresses.
 template <typename T, typename RowStart>
 __device__ __forceinline__ void load_rows(unsigned char* slab, const Operand& source, int rows, int slab_index,
                                           int length, RowStart row_start) {
+  constexpr int kStep = 32 / kChunks, kAtOnce = 16 / kStep;
   const int lane = threadIdx.x & 31;
-  const int chunk = lane & (kChunks - 1);
-  const int k = (slab_index * kChunks + chunk) * kPerChunk<T>;
-  for (int row = lane / kChunks; row < rows; row += 32 / kChunks) {
+  const int chunk = lane & (kChunks - 1), first = lane / kChunks;
+  const int k = (slab_index * kChunks + chunk) * kPerChunk<T>, left = length - k;
+  if (source.vector && !source.is_float) {
+    const int bytes = (left < 0 ? 0 : left < kPerChunk<T> ? left : kPerChunk<T>) * static_cast<int>(sizeof(T));
+    const T* const data = static_cast<const T*>(source.data);
+    for (int row = first; row < rows; row += kStep * kAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t start = row_start(row + i * kStep);
+        const bool inside = start >= 0 && bytes > 0;
+        copy_async(slab + chunk_offset(row + i * kStep, chunk), inside ? data + start + k : data, inside ? bytes : 0);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = first; row < rows; row += kStep) {
     const int64_t start = row_start(row);
-    load_chunk<T>(slab + chunk_offset(row, chunk), source, start + k * source.stride_k, start < 0 ? 0 : length - k);
+    load_chunk<T>(slab + chunk_offset(row, chunk), source, start + k * source.stride_k, start < 0 ? 0 : left);
   }
 }
 

@@ -124,7 +124,6 @@ class Problem {
     params.offsets = offsets_.data();
     params.row_to_assignment = row_to_assignment_.data();
     params.rows = rows_;
-    params.tokens = c_.tokens;
     params.num_experts = c_.experts;
     params.columns = c_.columns;
     params.depth = c_.depth;
@@ -137,6 +136,9 @@ class Problem {
     params.cluster = c_.cluster;
     return params;
   }
+
+  // What stands at the operand `a` of a launch from now on.
+  void take_rows(const T* rows) { std::copy(rows, rows + a_.size(), a_.begin()); }
 
   void check() {
     const double epsilon = std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7;
