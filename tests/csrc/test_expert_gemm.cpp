@@ -40,11 +40,11 @@ void test_refusals() {
 int main() {
   test_refusals();
   int count = 0;
-  for (int activation = 0; activation < 5; ++activation) {
+  for (mbk::Activation activation : cases::kActivations) {
     for (int block_n : {0, 128, 192, 256}) {
       for (int cluster : {0, 1, 2}) {
         cases::Case c = cases::draw_case(block_n, cluster);
-        c.activation = static_cast<mbk::Activation>(activation);
+        c.activation = activation;
         if (count++ % 2 == 0) {
           check<__half>(c);
         } else {
