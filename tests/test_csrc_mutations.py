@@ -13,10 +13,11 @@ from tests.helpers import ROOT
 COMPILER = os.environ.get("CXX", "c++")
 GEMM, FEW_TOKENS, GROUPING = "test_expert_gemm_pipeline", "test_tiny_ffn", "test_group_tokens"
 WAIT = "      producer_acquire<Traits>(shared, slot);\n"
+EMPTY = "kConsumerWarps * Traits::kGroups * Traits::kCluster);"
 # what breaks: the program that must notice, the file, what stands there, what takes its place
 MUTATIONS = {
     "full barrier, one arrival": (GEMM, "expert_gemm.cuh", "params.gather ? 1 + kProducerWarps : 1)", "1)"),
-    "empty barrier, one arrival": (GEMM, "expert_gemm.cuh", "kConsumerWarps * Traits::kGroups * Traits::kCluster)", "1)"),
+    "empty barrier, one arrival": (GEMM, "expert_gemm.cuh", EMPTY, "1);"),
     "proxy fence": (GEMM, "expert_gemm.cuh", "  hopper::fence_proxies();\n", ""),
     "wait for copies": (GEMM, "expert_gemm.cuh", "  hopper::wait_for_copies<kPending>();\n", ""),
     "turns of the consumers": (GEMM, "expert_gemm.cuh", "if (!is_first) hopper::sync_named(256, group);", ""),

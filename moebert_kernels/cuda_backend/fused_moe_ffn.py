@@ -1,8 +1,8 @@
 """The expert feed-forward as two launches. Each form is asked whether it applies, the best one first:
 
 1. `tiny_ffn`: few tokens of one expert each, in inference, on any GPU, from a `Grouping` or straight from expert ids;
-2. Hopper's expert GEMM, twice: h = act(x[token] @ w1[e].T + b1[e]), with the pre-activations beside it in training, then
-   y = p * (h @ w2[e].T + b2[e]) scattered to token order;
+2. Hopper's expert GEMM, twice: h = act(x[token] @ w1[e].T + b1[e]), in training with the pre-activations beside it,
+   then y = p * (h @ w2[e].T + b2[e]) scattered to token order;
 3. Triton's kernels, which take everything and run every backward.
 """
 
