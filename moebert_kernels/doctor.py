@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
 
 
 def self_test() -> dict[str, dict[str, Any]]:
-    """Run each op on 64 tokens, with gradients, against `moebert_kernels.reference`: in float32, on a GPU also bfloat16.
+    """Run each op on 64 tokens, with gradients, against `moebert_kernels.reference`; float32, on a GPU also bfloat16.
 
     Returns:
         op -> `ok`, and `message`: the worst error as a share of what is allowed, or what went wrong.
