@@ -12,13 +12,11 @@ so few tokens read few experts. The gradient of a weight is written for all expe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from moebert_kernels.kernels.config import Device, Kind, mean_waves, pick_config, precision_of
 from moebert_kernels.nn.hash_router import table_dtype
 
 Direction = Literal["forward", "forward_backward"]
@@ -155,38 +153,6 @@ def _feed_forward(op: str, T: int, E: int, H: int, I: int, size: int, top_k: int
     dx = rows * W + touched * w1 + rows * H
     dx += T * H if add_norm else summed  # the residual's dz
     return forward + Cost(4 * rows * (w1 + w2), size * (norm + dh + dw2 + dw1 + dx))
-
-
-def op_waves(
-    op: str, *, T: int, E: int, H: int, I: int, dtype: str | torch.dtype, device: Device, top_k: int = 1,
-    gated: bool = False,
-) -> float:  # fmt: skip
-    """Waves of tiles that the op's first GEMM takes on a GPU, as `pick_config` predicts them for ragged groups.
-
-    Raises:
-        ValueError: an op without a GEMM.
-    """
-    if op not in OPS or op in ROUTING:
-        raise ValueError(f"op: expected one with a GEMM, got {op}")
-    if T == 0:
-        return 0.0
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    rows, columns = T * top_k, I
-    kind: Kind = "rows" if op == "expert_gemm" else "gated" if gated else "hidden"
-    config = pick_config(kind, rows, E, columns, H, wanted, device)
-    return mean_waves(config, kind, precision_of(wanted), rows, E, columns, device)
-
-
-def waves_of(parameters: Mapping[str, Any], device: Device) -> float | None:
-    """`op_waves` of a case's parameters; None where they are not of an op with a GEMM."""
-    sizes = {name: parameters.get(name) for name in ("T", "E", "H", "I", "dtype")}
-    top_k = parameters.get("top_k", 1)
-    if parameters.get("op") == "expert_gemm":
-        sizes |= {"H": parameters.get("K"), "I": parameters.get("N")}
-    if parameters.get("op") not in OPS or None in sizes.values():
-        return None
-    gated = parameters.get("layer") == "swiglu"
-    return op_waves(parameters["op"], **sizes, device=device, top_k=top_k, gated=gated)
 
 
 def encoder_cost(

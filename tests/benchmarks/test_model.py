@@ -11,13 +11,9 @@ from benchmarks.model import (
     encoder_cost,
     experts_touched,
     op_cost,
-    op_waves,
-    waves_of,
 )
 from moebert_kernels import group_tokens, reference
-from moebert_kernels.kernels.config import CANDIDATES, Device, mean_waves, pick_config
 
-H200 = Device(90, 132)
 T, H, I = 6, 5, 7
 BIG = {"T": 4096, "E": 4, "H": 768, "I": 768, "dtype": "bfloat16"}
 
@@ -159,35 +155,6 @@ def test_roof_is_the_longer_of_both_times():
     assert cost + cost == cost * 2
 
 
-def test_waves_are_those_of_the_chosen_configuration():
-    sizes = {"T": 4096, "E": 4, "H": 768, "I": 768}
-    config = pick_config("hidden", 4096, 4, 768, 768, torch.bfloat16, H200)
-    got = op_waves("fused_moe_ffn", **sizes, dtype="bfloat16", device=H200)
-    assert got == mean_waves(config, "hidden", "half", 4096, 4, 768, H200) >= 1
-    assert op_waves("fused_moe_ffn", **sizes | {"T": 0}, dtype="bfloat16", device=H200) == 0
-
-
-def test_waves_of_a_case():
-    sizes = {"direction": "forward", "dtype": "bfloat16", "T": 4096, "E": 4}
-    wanted = op_waves("fused_moe_ffn", **BIG, device=H200)
-    assert waves_of({"op": "fused_moe_ffn", "H": 768, "I": 768, "D": 3072} | sizes, H200) == wanted
-    plain = op_waves("expert_gemm", **BIG, device=H200)
-    assert waves_of({"op": "expert_gemm", "K": 768, "N": 768} | sizes, H200) == plain
-    gated = waves_of({"op": "fused_moe_ffn", "layer": "swiglu", "H": 768, "I": 768} | sizes, H200)
-    assert gated == op_waves("fused_moe_ffn", **BIG, gated=True, device=H200) > wanted
-    assert waves_of({"op": "group_tokens_by_hash", "V": 9} | sizes, H200) is None
-    assert waves_of({"model": "bert-base", "H": 768, "I": 768} | sizes, H200) is None
-
-
-def test_waves_count_tiles_over_slots():
-    tile = next(c for c in CANDIDATES["half"]["rows"] if (c.BLOCK_M, c.BLOCK_N) == (128, 128))
-    # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 slots, 264 without a
-    # residual
-    assert mean_waves(tile, "rows", "half", 4096, 4, 768, H200) == 1
-    assert mean_waves(tile, "residual", "half", 4096, 4, 768, H200) == 2
-    assert mean_waves(tile, "rows", "half", 128, 1, 128, H200) == 1
-
-
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 def test_flops_of_an_encoder_are_what_torch_counts(direction):
     from transformers import BertConfig, BertModel
@@ -241,8 +208,6 @@ def test_encoder_rejects():
         encoder_cost("forward", **sizes, routed_tokens=11)
     with pytest.raises(ValueError, match="direction"):
         encoder_cost("backward", **sizes)
-    with pytest.raises(ValueError, match="op: expected one with a GEMM, got hash_route"):
-        op_waves("hash_route", T=4, E=2, H=1, I=1, dtype="float32", device=H200)
 
 
 def test_every_op_has_a_cost():
