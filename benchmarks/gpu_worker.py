@@ -78,8 +78,8 @@ def check(target: Any, folder: Path, name: str) -> dict[str, Any]:
     """Every op with the kernels of one backend, as `moebert doctor` does it, into gpu-checks.json."""
     from moebert_kernels import backend, doctor
 
-    backend.obstacle.cache_clear()  # they may have been asked before `_C` was built
-    backend.kernel_obstacle.cache_clear()
+    backend.unavailable.cache_clear()  # they may have been asked before `_C` was built
+    backend.kernel_unavailable.cache_clear()
     if name == "cuda":
         found = doctor.cuda_self_test()
     else:

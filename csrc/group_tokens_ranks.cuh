@@ -183,15 +183,15 @@ __device__ __forceinline__ void add_up_warps(int num_experts, uint16_t* before, 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   __syncthreads();
   for (int e = warp; e <= num_experts; e += warps) {
-    uint16_t* mine = before + lane * (num_experts + 1) + e;
-    const int own = lane < warps ? *mine : 0;
+    uint16_t* entry = before + lane * (num_experts + 1) + e;
+    const int own = lane < warps ? *entry : 0;
     int sum = own;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       const int other = __shfl_up_sync(kWholeWarp, sum, distance);
       if (lane >= distance) sum += other;
     }
-    if (lane < warps) *mine = static_cast<uint16_t>(sum - own);
+    if (lane < warps) *entry = static_cast<uint16_t>(sum - own);
     if (lane == kWarpSize - 1) counts[e] = sum;
   }
   __syncthreads();

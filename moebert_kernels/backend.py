@@ -124,24 +124,24 @@ def interpreting() -> bool:
 
 
 @cache
-def kernel_obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def kernel_unavailable(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this kernel of `moebert_kernels._C` cannot run on such tensors, or None."""
-    found = native.obstacle(kernel, device, dtype)
+    found = native.unavailable(kernel, device, dtype)
     if found is None and kernel == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
         return "it multiplies by wgmma, which needs compute capability 9.x"
     return found
 
 
 @cache
-def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
     if backend == "cuda":
-        found = [kernel_obstacle(kernel, device, dtype) for kernel in _CUDA_FORMS[op]]
+        found = [kernel_unavailable(kernel, device, dtype) for kernel in _CUDA_FORMS[op]]
         if None not in found:
             return found[0]
-        return None if op in _WITHOUT_TRITON else obstacle(op, "triton", device, dtype)
+        return None if op in _WITHOUT_TRITON else unavailable(op, "triton", device, dtype)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -156,7 +156,7 @@ def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
     for name in _OFFERS[op]:
-        found = obstacle(op, name, device, dtype)
+        found = unavailable(op, name, device, dtype)
         if found is None and name == "triton" and device.type != "cuda":
             found = "its interpreter runs only on request"
         if found is None:
@@ -181,7 +181,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     offers = _OFFERS[op]
     found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        found = obstacle(op, preference.backend, device, dtype)
+        found = unavailable(op, preference.backend, device, dtype)
         if found is None:
             return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"

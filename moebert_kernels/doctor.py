@@ -80,7 +80,7 @@ def cuda_self_test(device: torch.device | None = None) -> dict[str, dict[str, An
     results = {}
     with backend.use_backend("cuda", strict=True):
         for (op, kernel), test in _CUDA_SELF_TESTS.items():
-            if backend.kernel_obstacle(kernel, device, torch.float32) is None:
+            if backend.kernel_unavailable(kernel, device, torch.float32) is None:
                 results[f"{op}: {kernel}"] = _result(test, device)
     return results
 

@@ -41,7 +41,7 @@ def device_error(device: torch.device | None = None) -> str:
     return module().device_error(index)
 
 
-def obstacle(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this kernel cannot run on such tensors, or None."""
     if dtype == torch.float64:
         return "computes in float32, asked for float64"

@@ -75,10 +75,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
     monkeypatch.setattr(cuda_groups, "forward", forward)
     monkeypatch.setattr(cuda_groups, "by_hash", lambda *a: forward(by_table.forward(*a[:3]), a[3]))
-    monkeypatch.setattr(backend, "kernel_obstacle", lambda *_: None)
-    backend.obstacle.cache_clear()
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
+    backend.unavailable.cache_clear()
     yield kernels
-    backend.obstacle.cache_clear()
+    backend.unavailable.cache_clear()
 
 
 def test_each_cuda_form_is_tested_where_a_gpu_can_run_it(pretended_gpu, monkeypatch):
@@ -93,7 +93,7 @@ def test_each_cuda_form_is_tested_where_a_gpu_can_run_it(pretended_gpu, monkeypa
     monkeypatch.setattr(pretended_gpu, "expert_gemm", lambda **k: honest(**{**k, "bias": 0}))
     wrong = [name for name, result in doctor.cuda_self_test(torch.device("cpu")).items() if not result["ok"]]
     assert wrong == [name for name in results if name.endswith(": expert_gemm")]
-    monkeypatch.setattr(backend, "kernel_obstacle", lambda kernel, *_: None if kernel == "group_tokens" else "none")
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *_: None if kernel == "group_tokens" else "none")
     assert set(doctor.cuda_self_test(torch.device("cpu"))) == {name for name in results if "group" in name}
 
 

@@ -22,7 +22,7 @@ _PIECE, _ALIGNMENT = 8, 16  # elements and bytes of what a copy moves at least
 
 def applies(x: Tensor, *weights: Tensor) -> bool:
     """Whether x's GPU has the kernel and it can multiply by each w (E, N, K); rows of any strides are made to fit."""
-    return all(map(_fits, weights)) and backend.kernel_obstacle("expert_gemm", x.device, x.dtype) is None
+    return all(map(_fits, weights)) and backend.kernel_unavailable("expert_gemm", x.device, x.dtype) is None
 
 
 def expert_gemm(

@@ -22,7 +22,7 @@ def applies(x: Tensor, top_k: int, w1: Tensor) -> bool:
     """
     return (
         top_k == 1
-        and backend.kernel_obstacle("tiny_ffn", x.device, x.dtype) is None
+        and backend.kernel_unavailable("tiny_ffn", x.device, x.dtype) is None
         and x.shape[0] <= native.module().tiny_ffn_max_tokens
         and w1.shape[0] <= native.module().tiny_ffn_max_experts
         and w1.dtype in FLOATS

@@ -21,8 +21,8 @@ def stand_in(monkeypatch):
     found = StandIn()
     monkeypatch.setattr(native, "module", lambda: found)
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
-    obstacles = {"expert_gemm": None}
-    monkeypatch.setattr(backend, "kernel_obstacle", lambda kernel, *where: obstacles.get(kernel, "not in this test"))
+    reasons = {"expert_gemm": None}
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *where: reasons.get(kernel, "not in this test"))
     return found
 
 
@@ -159,7 +159,7 @@ def test_what_the_kernel_cannot_take_runs_in_triton(stand_in):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch fails only where there is no CUDA GPU")
 def test_a_launch_that_fails_says_which_and_why(monkeypatch):
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
-    monkeypatch.setattr(backend, "kernel_obstacle", lambda *_: None)
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
     x, w = torch.randn(19, 24, dtype=torch.float16), torch.randn(E, 40, 24, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"^expert_gemm\(rows=19, E=4, N=40, K=24\): .*(CUDA|driver)"):
         expert_gemm.forward(x, w, None, grouping_of(19), True)

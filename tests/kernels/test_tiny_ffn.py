@@ -50,7 +50,7 @@ def test_no_tokens():
     ],
 )
 def test_applies(monkeypatch, tokens, top_k, x_dtype, dtype, expected):
-    monkeypatch.setattr(backend, "kernel_obstacle", lambda *_: None)
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
     assert tiny_ffn.applies(torch.empty(tokens, H, dtype=x_dtype), top_k, torch.empty(E, I, H, dtype=dtype)) is expected
 
 
