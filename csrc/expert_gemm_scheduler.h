@@ -16,7 +16,7 @@ namespace mbk {
 
 struct ExpertTile {
   int expert;           // E: rows without an expert, whose results are zeros
-  int row0, row_end;    // rows row0:min(row0 + kBlockM, row_end); none for a CTA that only keeps its pair company
+  int row0, row_end;    // rows row0:min(row0 + kBlockM, row_end); none for a CTA without a tile of its own
   int tile_n;           // columns tile_n * kBlockN and on
   bool shared_weights;  // the other CTA of the cluster has the same expert and tile_n
 };
@@ -115,7 +115,7 @@ inline int64_t max_expert_gemm_items(const ExpertGemmConfig& config, const Exper
 // average, and the sum of the experts' tiles varies by 1 / sqrt(12) each.
 // - A step of 64 multiplies 128 x block_n x 64 at 4,096 operations per cycle, or is bound by shared memory, of which a
 //   product of 128 columns reads 160 bytes per cycle, one of 192 columns 138, and an SM delivers 128.
-// - The epilogue of a row of a thread issues 20 instructions for each of its elements, 6 without an activation, at 0.7
+// - The epilogue issues 20 instructions for each element of a thread, 8 without an activation (counted), at 0.7
 //   per cycle and scheduler. In turns it is hidden behind the other group's products, the last one excepted; a shared
 //   tile's is not, and two warps of each scheduler have one.
 inline double expert_gemm_cycles(const ExpertGemmConfig& config, const ExpertGemmSizes& sizes, int multiprocessors) {
@@ -127,7 +127,7 @@ inline double expert_gemm_cycles(const ExpertGemmConfig& config, const ExpertGem
   const double shared_memory = config.block_n == 128 ? 1.25 : config.block_n == 192 ? 1.08 : 1.0;
   const auto steps = static_cast<double>(ceil_div(sizes.depth, kExpertGemmBlockK));
   const double products = steps * 4 * config.block_n * shared_memory;
-  const double epilogue = config.block_n * (sizes.has_activation ? 20 : 6) / 0.7;
+  const double epilogue = config.block_n * (sizes.has_activation ? 20 : 8) / 0.7;
   return expert_gemm_is_cooperative(config.block_n) ? waves * (products + epilogue)
                                                     : waves * std::fmax(products, epilogue / 2) + epilogue;
 }
