@@ -288,9 +288,9 @@ def _cuda_test(op: str, tokens: int, dtype: torch.dtype) -> Callable[[torch.devi
     """One of the two layers on so many tokens, after a check that the form meant, and no other, applies."""
 
     def test(device: torch.device) -> str:
-        ids, shapes = _expert_ids(device, tokens), ((tokens, HIDDEN), *_FFN_SHAPES[1:])
-        if op == "fused_moe_ffn_add_norm":
-            shapes += ((EXPERTS, HIDDEN), (EXPERTS, HIDDEN))
+        ids = _expert_ids(device, tokens)
+        norm = ((EXPERTS, HIDDEN), (EXPERTS, HIDDEN)) if op == "fused_moe_ffn_add_norm" else ()
+        shapes = ((tokens, HIDDEN), *_FFN_SHAPES[1:], *norm)
 
         def call(x: Tensor, w1: Tensor, *rest: Tensor) -> Tensor:
             from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn  # these need Triton
@@ -323,7 +323,8 @@ def _as_accurate(
     dtypes: tuple[torch.dtype, ...] = (), gradients: bool = True,
 ) -> str:  # fmt: skip
     """Output and, if asked, all gradients of `op`, within the bound of `error_and_bound`."""
-    compared, worst = [], 0.0
+    compared: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+    worst = 0.0
     for dtype in dtypes or (torch.float32, *((torch.bfloat16,) if device.type == "cuda" else ())):
         generator = _generator()
         inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -351,7 +352,8 @@ def _outputs(
     with torch.enable_grad():
         leaves = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
         y = op(*leaves)
-        return [y, *torch.autograd.grad(y.sin().sum(), leaves)]  # sin: a gradient that differs from place to place
+        dy = torch.randn(y.shape, generator=_generator(), dtype=torch.float64).bfloat16()  # the same in each dtype
+        return [y, *torch.autograd.grad(y, leaves, dy.to(device, dtype))]
 
 
 _SELF_TESTS = {
