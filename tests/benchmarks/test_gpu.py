@@ -357,7 +357,7 @@ def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_
     shutil.copytree(ROOT, copy, ignore=ignored)
     (copy / "build").mkdir()
     (copy / "build" / "commit").write_text("0123456789abcdef")
-    only = ("check/triton/hash", "check/triton/group", "routing", "tiny", "tune/half-rows", "test/ops/test_hash")
+    only = ("check/triton", "routing", "tiny", "tune/half-rows", "test/ops/test_hash")
     words = (
         sys.executable,
         "-m",
@@ -383,5 +383,5 @@ def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_
     (kept,) = (copy / "build" / "gpu").iterdir()
     after = json.loads((kept / gpu.RECORD).read_text())["steps"]
     assert {name: after[name] for name in before} == before  # nothing is done twice
-    assert len(after) == 13 and {was["status"] for was in after.values()} == {"ok"}
+    assert len(after) == 11 and {was["status"] for was in after.values()} == {"ok"}
     assert gpu_machine.end_leftovers(kept) == 0
