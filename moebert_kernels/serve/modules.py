@@ -133,6 +133,7 @@ class PackedExperts(PackedModule):
         w1, w2 = tensors["w1"], tensors["w2"]
         assert w1 is not None and w2 is not None
         self.num_experts = w1.shape[0]
+        self.top_k = 1  # on which engines are compared
         self._shapes = {"w1": (w1.shape[1], w1.shape[2]), "w2": (w2.shape[1], w2.shape[2])}
         self._first: list[Packed] = []
         self._second: list[Packed] = []
@@ -145,11 +146,7 @@ class PackedExperts(PackedModule):
         with torch.no_grad():
             w1, w2 = experts.weights()
             b1, b2 = experts.biases()
-            tensors: dict[str, Tensor | None] = {}
-            for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
-                made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
-                for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
-                    tensors[key] = None if parts[0] is None else torch.stack(list(parts))
+            tensors = expert_tensors(w1, b1, w2, b2, dtype)
             if experts.adds_residual:
                 to = input_dtype(dtype)
                 tensors |= {name: getattr(experts, name).detach().to(to) for name in ("norm_weight", "norm_bias")}
@@ -224,16 +221,24 @@ class PackedExperts(PackedModule):
         experts = [e for e, count in enumerate(counts) if count]
         inputs = rows.split_with_sizes([counts[e] for e in experts])
         hidden: Sequence[Tensor] | None = None
-        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses:
+        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses(self.activation):
             together = torch.cat([self._first[e](x) for e, x in zip(experts, inputs, strict=True)])
-            hidden = activate(together, self.activation, inplace=True).split_with_sizes([len(x) for x in inputs])
+            hidden = self._activate(together).split_with_sizes([len(x) for x in inputs])
         for k, (e, x) in enumerate(zip(experts, inputs, strict=True)):
-            y = self._second[e](self._first[e](x, self.activation) if hidden is None else hidden[k])
+            y = self._second[e](self._hidden(e, x) if hidden is None else hidden[k])
             if self.adds_residual:
                 weight, bias = self._norms[e]
                 z = y.add_(x) if y.dtype == torch.float32 else y.float().add_(x)
                 y = torch.layer_norm(z, (z.shape[1],), weight, bias, self.eps).to(y.dtype)
             yield y
+
+    def _hidden(self, e: int, x: Tensor) -> Tensor:
+        """(R, I) of the rows of one expert; the library may apply the activation."""
+        return self._first[e](x, self.activation)
+
+    def _activate(self, h_pre: Tensor) -> Tensor:
+        """(R, I or 2I) -> (R, I)."""
+        return activate(h_pre, self.activation, inplace=True)
 
     def extra_repr(self) -> str:
         engines = sorted({layer.engine for layer in (*self._first, *self._second)}) or ["empty"]
@@ -283,6 +288,18 @@ def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     scale = torch.empty(len(weight), device="meta") if is_int8(dtype) else None
     bias = None if bias is None else torch.empty_like(bias, dtype=to)
     return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)
+
+
+def expert_tensors(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dtype: str
+) -> dict[str, Tensor | None]:
+    """The buffers of `PackedExperts` from w1 (E, I or 2I, H), b1, w2 (E, H, I), b2, of any strides."""
+    tensors: dict[str, Tensor | None] = {}
+    for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
+        made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
+        for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
+            tensors[key] = None if parts[0] is None else torch.stack(list(parts))
+    return tensors
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

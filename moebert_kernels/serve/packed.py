@@ -36,7 +36,7 @@ _NOT_FUSED = ("none", "")
 _SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
 _PACKED_ROWS = 256  # the row count that oneDNN's order is made for: of 1 to 1,024, the best or near it for all
 # what the overloads call: for the experts of few tokens, their Python around it takes 5 % of the time
-_SMALLEST = 1e-30  # a row of zeros is divided by it
+SMALLEST = 1e-30  # a row of zeros is divided by it
 _linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
 
@@ -55,16 +55,18 @@ class Packed:
     Attributes:
         engine: its name.
         dtype: of inputs and outputs.
-        fuses: whether an activation costs no pass over the outputs.
     """
 
     engine: str
     dtype: torch.dtype
-    fuses = False
 
     def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
         """act(x (..., K) w' + bias) (..., N); gated activations give N / 2 columns."""
         raise NotImplementedError
+
+    def fuses(self, activation: str) -> bool:
+        """Whether this activation costs no pass over the outputs."""
+        return False
 
     def weights(self) -> Weights:
         """What was packed, bit for bit."""
@@ -99,7 +101,7 @@ class _Int8(Packed):
             y = _linear_dynamic(x, self._packed, self._reduced)
         else:
             # two passes in vectors: `vector_norm` and `aminmax` of rows are 15 times as slow
-            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=_SMALLEST)
+            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=SMALLEST)
             y = torch.addcmul(self._late_bias, _linear_dynamic(x / largest, self._packed, self._reduced), largest)
         return activate(y, activation, inplace=True)
 
@@ -111,7 +113,6 @@ class _Int8(Packed):
 
 class _OneDNN(Packed):
     engine = "onednn"
-    fuses = True
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
@@ -122,6 +123,9 @@ class _OneDNN(Packed):
         name, algorithm = _FUSED.get(activation, _NOT_FUSED)
         y = _linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
         return y if name != "none" else activate(y, activation, inplace=True)
+
+    def fuses(self, activation: str) -> bool:
+        return activation in _FUSED
 
     def weights(self) -> Weights:
         return Weights(self._weight.to_dense(), None, self._bias)
