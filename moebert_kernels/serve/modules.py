@@ -6,7 +6,7 @@ form of an engine, and `state_dict` turns that back into the same buffers, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -104,7 +104,7 @@ class PackedLinear(PackedModule):
         assert packed is not None
         if x.dtype is not packed.dtype:
             raise ValueError(f"x: expected {packed.dtype} in a model prepared as {self.dtype}, got {x.dtype}")
-        return packed(x)
+        return packed.linear(x)
 
     def extra_repr(self) -> str:
         engine = "empty" if self._packed is None else self._packed.engine
@@ -186,10 +186,11 @@ class PackedExperts(PackedModule):
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`."""
+        """As `Experts.forward`; a `Grouping` is that of x, and is not checked."""
         with torch.no_grad():
-            grouping = resolve_routing(x, routing, self.num_experts, max_top_k=1 if self.adds_residual else None)
-            p = resolve_routing_weights(x, grouping.top_k, routing_weights)
+            grouping = routing
+            if not isinstance(grouping, Grouping):
+                grouping = resolve_routing(x, grouping, self.num_experts, max_top_k=1 if self.adds_residual else None)
             flat = x.reshape(-1, x.shape[-1])
             bounds = grouping.offsets.tolist()
             routed, top_k = bounds[-1], grouping.top_k
@@ -197,11 +198,13 @@ class PackedExperts(PackedModule):
             if not routed:
                 y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
                 return y.view(x.shape)
-            outputs = list(self._outputs(flat.index_select(0, tokens[:routed]), bounds))
-            if p is not None:
+            skips = routed < grouping.num_rows
+            outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), bounds)
+            if routing_weights is not None:
+                p = resolve_routing_weights(x, top_k, routing_weights)
                 p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
                 outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
-            if routed < grouping.num_rows:  # behind the routed rows stand the skipped ones, also in the permutation
+            if skips:  # behind the routed rows stand the skipped ones, also in the permutation
                 skipped = tokens[routed:]
                 outputs.append(
                     flat.index_select(0, skipped)
@@ -215,26 +218,37 @@ class PackedExperts(PackedModule):
                 y = y.view(-1, top_k, y.shape[1]).sum(1)
             return y.view(x.shape)
 
-    def _outputs(self, rows: Tensor, bounds: list[int]) -> Iterator[Tensor]:
-        """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them."""
-        counts = [hi - lo for lo, hi in pairwise(bounds)]
-        experts = [e for e, count in enumerate(counts) if count]
-        inputs = rows.split_with_sizes([counts[e] for e in experts])
-        hidden: Sequence[Tensor] | None = None
-        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses(self.activation):
-            together = torch.cat([self._first[e](x) for e, x in zip(experts, inputs, strict=True)])
-            hidden = self._activate(together).split_with_sizes([len(x) for x in inputs])
-        for k, (e, x) in enumerate(zip(experts, inputs, strict=True)):
-            y = self._second[e](self._hidden(e, x) if hidden is None else hidden[k])
-            if self.adds_residual:
-                weight, bias = self._norms[e]
-                z = y.add_(x) if y.dtype == torch.float32 else y.float().add_(x)
-                y = torch.layer_norm(z, (z.shape[1],), weight, bias, self.eps).to(y.dtype)
-            yield y
+    def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
+        """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them.
 
-    def _hidden(self, e: int, x: Tensor) -> Tensor:
+        With few tokens a fifth of the time was Python: no views but these, and no calls around the library's.
+        """
+        first, second, norms = self._first, self._second, self._norms
+        counts = [hi - lo for lo, hi in pairwise(bounds)]
+        if 0 in counts:
+            experts = [e for e, count in enumerate(counts) if count]
+            counts = [counts[e] for e in experts]
+            first, second = [first[e] for e in experts], [second[e] for e in experts]
+            norms = [norms[e] for e in experts] if norms else norms
+        inputs = rows.split_with_sizes(counts)
+        hidden: Iterable[Tensor]
+        if len(inputs) > 1 and bounds[-1] <= _FEW_ROWS * len(inputs) and not first[0].fuses(self.activation):
+            together = torch.cat([layer.linear(x) for layer, x in zip(first, inputs, strict=True)])
+            hidden = self._activate(together).split_with_sizes(counts)
+        else:
+            hidden = map(self._hidden, first, inputs)  # each when its expert's turn comes, and is in the cache then
+        if not norms:
+            return [layer.linear(h) for layer, h in zip(second, hidden, strict=True)]
+        outputs, size, to = [], (rows.shape[1],), rows.dtype
+        for layer, h, x, (weight, bias) in zip(second, hidden, inputs, norms, strict=True):
+            z = layer.linear(h) if to is torch.float32 else layer.linear(h).float()
+            y = torch.layer_norm(z.add_(x), size, weight, bias, self.eps)
+            outputs.append(y if to is torch.float32 else y.to(to))
+        return outputs
+
+    def _hidden(self, layer: Packed, x: Tensor) -> Tensor:
         """(R, I) of the rows of one expert; the library may apply the activation."""
-        return self._first[e](x, self.activation)
+        return layer(x, self.activation)
 
     def _activate(self, h_pre: Tensor) -> Tensor:
         """(R, I or 2I) -> (R, I)."""

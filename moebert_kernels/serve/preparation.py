@@ -121,12 +121,16 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs."""
+    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs.
+
+    What transformers loads in float32 in any case stays so.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for module in model.modules():
         if isinstance(module, PackedModule):
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.float32 if name in kept else dtype)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))

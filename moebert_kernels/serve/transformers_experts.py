@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from moebert_kernels.integrations.transformers import activation_of, check_options, weights_of
 from moebert_kernels.serve.modules import PackedExperts, expert_tensors
+from moebert_kernels.serve.packed import Packed
 
 OWN = "own"  # the name of no activation
 
@@ -18,7 +18,7 @@ class PackedTransformersExperts(PackedExperts):
     """An experts module of transformers with packed weights: y[t] = sum_j p[t, j] * expert_e(x[t]).
 
     Buffers: those of `PackedExperts` without norms. A gate, an activation or a norm behind the experts that no op
-    has is the module's own code, which stays as the submodule `own`, without its matrices.
+    has is the module's own code: it stays as `own`, without its matrices.
     """
 
     own: Any
@@ -35,7 +35,9 @@ class PackedTransformersExperts(PackedExperts):
         if activation is None:
             for name in [name for name in experts._parameters if "proj" in name]:
                 del experts._parameters[name]
-            made.own = experts
+            object.__setattr__(made, "own", experts)  # no submodule: transformers would draw its matrices on loading
+            if hasattr(experts, "post_expert_norm"):
+                made.post_expert_norm = experts.post_expert_norm
         return made
 
     def forward(  # type: ignore[override]
@@ -44,15 +46,14 @@ class PackedTransformersExperts(PackedExperts):
         """(T, H), ids (T, top_k) of which those outside [0, E) are skipped, p (T, top_k) -> (T, H)."""
         return super().forward(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
 
-    def _hidden(self, e: int, x: Tensor) -> Tensor:
-        return super()._hidden(e, x) if self.activation != OWN else self._activate(self._first[e](x))
+    def _hidden(self, layer: Packed, x: Tensor) -> Tensor:
+        return super()._hidden(layer, x) if self.activation != OWN else self._activate(layer.linear(x))
 
     def _activate(self, h_pre: Tensor) -> Tensor:
         if self.activation != OWN:
             return super()._activate(h_pre)
         return self.own._apply_gate(h_pre) if self.own.has_gate else self.own.act_fn(h_pre)
 
-    def _outputs(self, rows: Tensor, bounds: list[int]) -> Iterator[Tensor]:
-        norm = getattr(self.own, "post_expert_norm", None) if self.activation == OWN else None
-        for y in super()._outputs(rows, bounds):
-            yield y if norm is None else norm(y)
+    def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
+        outputs = super()._outputs(rows, bounds)
+        return [self.post_expert_norm(y) for y in outputs] if hasattr(self, "post_expert_norm") else outputs
