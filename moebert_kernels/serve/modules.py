@@ -6,7 +6,7 @@ form of an engine, and `state_dict` turns that back into the same buffers, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +20,8 @@ from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weight
 from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, is_int8, pack
 from moebert_kernels.torch_backend.activation import activate
 
-# of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
-_FEW_ROWS = 32
+# Experts whose pre-activations are no more than these numbers together get one activation: 1 MiB, for the cache.
+_TOGETHER = 2**18
 Engines = Callable[[tuple[int, int], bool], str]  # shape (N, K), and whether of experts -> engine
 
 
@@ -232,11 +232,11 @@ class PackedExperts(PackedModule):
             norms = [norms[e] for e in experts] if norms else norms
         inputs = rows.split_with_sizes(counts)
         hidden: Iterable[Tensor]
-        if len(inputs) > 1 and bounds[-1] <= _FEW_ROWS * len(inputs) and not first[0].fuses(self.activation):
-            together = torch.cat([layer.linear(x) for layer, x in zip(first, inputs, strict=True)])
-            hidden = self._activate(together).split_with_sizes(counts)
+        # each when its expert's turn comes, and is in the cache then
+        if len(inputs) == 1 or first[0].fuses(self.activation):
+            hidden = map(self._hidden, first, inputs)
         else:
-            hidden = map(self._hidden, first, inputs)  # each when its expert's turn comes, and is in the cache then
+            hidden = self._several_hidden(first, inputs, counts)
         if not norms:
             return [layer.linear(h) for layer, h in zip(second, hidden, strict=True)]
         outputs, size, to = [], (rows.shape[1],), rows.dtype
@@ -245,6 +245,24 @@ class PackedExperts(PackedModule):
             y = torch.layer_norm(z.add_(x), size, weight, bias, self.eps)
             outputs.append(y if to is torch.float32 else y.to(to))
         return outputs
+
+    def _several_hidden(
+        self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]
+    ) -> Iterator[Tensor]:
+        """`_hidden` of each expert; with few rows, of several experts at once."""
+        most = max(_TOGETHER // self._shapes["w1"][0], 1)
+        start = 0
+        while start < len(counts):
+            end, rows = start + 1, counts[start]
+            while end < len(counts) and rows + counts[end] <= most:
+                rows += counts[end]
+                end += 1
+            if end == start + 1:
+                yield self._hidden(first[start], inputs[start])
+            else:
+                parts = [layer.linear(x) for layer, x in zip(first[start:end], inputs[start:end], strict=True)]
+                yield from self._activate(torch.cat(parts)).split_with_sizes(counts[start:end])
+            start = end
 
     def _hidden(self, layer: Packed, x: Tensor) -> Tensor:
         """(R, I) of the rows of one expert; the library may apply the activation."""

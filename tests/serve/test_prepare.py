@@ -167,8 +167,9 @@ def test_few_and_many_rows_of_an_expert_are_the_same(monkeypatch):
     model = prepare(made("bert", "hash"))
     inputs = make_inputs("bert")
     few = run(model, inputs)
-    monkeypatch.setattr("moebert_kernels.serve.modules._FEW_ROWS", 0)
-    assert distance(run(model, inputs), few) < 1e-6
+    for numbers in (0, 90, 18 * 12):
+        monkeypatch.setattr("moebert_kernels.serve.modules._TOGETHER", numbers)
+        assert distance(run(model, inputs), few) < 1e-6
 
 
 def test_half_precision_models_too():
