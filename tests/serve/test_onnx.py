@@ -154,6 +154,7 @@ def test_one_operator_for_all_experts(kind, tmp_path):
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_one_operator_and_gelu(tmp_path):
     """The model's gelu is the form with erf."""
     model = made("bert", "hash", num_hidden_layers=1)
