@@ -78,7 +78,7 @@ def measured(
         case["ms"][name] = spread(times[name])
         q1, median, q3 = case["over"][name] = ratio(times, name, baseline)
         print(
-            f"  {name:24} {statistics.median(times[name]):9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] times {baseline}"
+            f"  {name:24} {statistics.median(times[name]):9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] of {baseline}"
         )
     for ours, over, least in required:
         if least is not None and ours in ways and over in ways:

@@ -1,5 +1,6 @@
-"""Training with the roundings of int8 in the forward, so that a model learns to bear them (straight-through: 1712.05877,
-section 3). Weights stay in floating point and have the names that they had.
+"""Training with the roundings of int8 in the forward, so that a model learns to bear them.
+
+Gradients pass straight through (1712.05877, section 3). Weights stay in floating point, under the names that they had.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def rounded_weight(weight: Tensor) -> Tensor:
 
 
 def rounded_activation(x: Tensor, dtype: str) -> Tensor:
-    """On 8 bits between the smallest and the largest number, of all of them or of each row; the gradient is that of x."""
+    """On 8 bits between the smallest and the largest number, of all or of each row; the gradient is that of x."""
     if not x.numel():
         return x
     with torch.no_grad():

@@ -246,9 +246,7 @@ class PackedExperts(PackedModule):
             outputs.append(y if to is torch.float32 else y.to(to))
         return outputs
 
-    def _several_hidden(
-        self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]
-    ) -> Iterator[Tensor]:
+    def _several_hidden(self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]) -> Iterator[Tensor]:
         """`_hidden` of each expert; with few rows, of several experts at once."""
         most = max(_TOGETHER // self._shapes["w1"][0], 1)
         start = 0

@@ -45,8 +45,8 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts
         model: of transformers, dense or converted, not prepared; an encoder, with a head or without.
         path: of the file. Weights of more than 2 GB go beside it.
         dtype: "float32"; or "int8": then ONNX Runtime's dynamic quantisation has run over it, with weights per channel.
-        experts: "matrices": standard operators alone, padding costs nothing. "operator": one `com.microsoft.MoE` for the
-            experts of a layer, of a converted model in float32; ONNX Runtime has it for CPUs and CUDA.
+        experts: "matrices": standard operators alone, and padding costs nothing. "operator": one `com.microsoft.MoE`
+            for the experts of a layer, of a converted model in float32; ONNX Runtime has it for CPUs and CUDA.
 
     Raises:
         UserError: a model that is no encoder, is prepared, or routes by task; another dtype or form of the experts;

@@ -86,7 +86,7 @@ def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, ty
     experts_beside = {id(parent): child.num_experts for parent, _, child in places if is_experts(child)}
     found: list[tuple[nn.Module, str, Any, type[PackedModule]]] = []
     for parent, name, child in places:
-        outputs = child.nf if type(child).__name__ == "Conv1D" else getattr(child, "out_features", 0)
+        outputs: Any = child.nf if type(child).__name__ == "Conv1D" else getattr(child, "out_features", 0)
         if isinstance(parent, MoEFeedForward) and name == "experts":
             found.append((parent, name, child, PackedExperts))
         elif is_experts(child):

@@ -56,4 +56,5 @@ class PackedTransformersExperts(PackedExperts):
 
     def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
         outputs = super()._outputs(rows, bounds)
-        return [self.post_expert_norm(y) for y in outputs] if hasattr(self, "post_expert_norm") else outputs
+        norm: Any = getattr(self, "post_expert_norm", None)
+        return outputs if norm is None else [norm(y) for y in outputs]

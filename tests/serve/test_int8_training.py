@@ -107,6 +107,7 @@ def test_refusals():
     model = make("gpt2", AutoModelForCausalLM)
     with int8_forward(model), pytest.raises(UserError, match="expected one whose forward is not in int8 yet"):
         int8_forward(model)
-    tiny = make("bert", hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=40, max_position_embeddings=40)
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    tiny = make("bert", **small, vocab_size=40, max_position_embeddings=40)
     with pytest.raises(UserError, match="model: expected linear layers or experts that int8 changes, found none"):
         int8_forward(tiny).__enter__()
