@@ -89,11 +89,13 @@ def bench(
         typer.Option(
             "--form",
             help="On a CPU: compare the models in these forms, with their scores where --task is given: float32,"
-            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated.",
+            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one form,"
+            " by --dtype.",
         ),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="With --form and --task: a PNG of the scores over the times.")
+        Path | None,
+        typer.Option("--chart", help="With --form and --task: a PNG of the scores over the times. Default: none."),
     ] = None,
 ) -> None:
     """Compare the speed of two models: medians of runs in turns, on random tokens or on a task's padded batches.
