@@ -69,6 +69,9 @@ def test_a_head_and_the_routers():
     layer = prepared.model.layers[0]
     assert type(layer.mlp.router).__name__ == "OpenAIPrivacyFilterTopKRouter" and layer.mlp.router.weight.numel()
     assert isinstance(layer.self_attn.q_proj, PackedLinear)
+    half = prepare(tiny("openai_privacy_filter"), "bfloat16").layers[0]
+    # transformers loads the sinks in float32 whatever the dtype
+    assert half.self_attn.sinks.dtype == torch.float32 and half.mlp.router.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("options", [
