@@ -89,8 +89,8 @@ def bench(
         typer.Option(
             "--form",
             help="On a CPU: compare the models in these forms, with their scores where --task is given: float32,"
-            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one form,"
-            " by --dtype.",
+            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one"
+            " form, by --dtype.",
         ),
     ] = None,
     chart: Annotated[

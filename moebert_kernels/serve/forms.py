@@ -91,7 +91,7 @@ def _made(model: Any, name: str, tokens: int, folder: Path) -> Any:
         return model
     if name == "compiled":
         compiled = copy.deepcopy(model)
-        compiled.compile()
+        compiled.compile(dynamic=True)
         return compiled
     if name in _PREPARED:
         return prepare(copy.deepcopy(model), _PREPARED[name], tokens=tokens)

@@ -8,7 +8,6 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from moebert_kernels import errors
 from moebert_kernels.layers import moe_layers
-from moebert_kernels.serve.forms import FORMS
 from moebert_kernels.serve.modules import PackedExperts
 from tests.cli.tiny import TABLE, done, refused
 
@@ -85,16 +84,3 @@ def test_bench_refusals_of_forms(base, tmp_path):
     assert "dtype: expected none with --form" in refused(*both, "--form", "int8", "--dtype", "bfloat16")
     assert "chart: expected --task too" in refused(*both, "--form", "int8", "--chart", tmp_path / "c.png")
     assert "chart: expected --form too" in refused(*both, "--chart", tmp_path / "c.png")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra serve")
-def test_bench_of_all_forms(student, teacher, data, tmp_path):
-    out = tmp_path / "bench.json"
-    words = ("--form", "all", "--rounds", 1, "--batch-size", 2, "--length", 8, "--output", out)
-    done("bench", "--model", student, "--against", teacher, *words, *TABLE, "--data", data)
-    result = json.loads(out.read_text())
-    assert not result["left_out"]
-    assert set(result["scores"]) == {f"{model} {form}" for model in ("model", "against") for form in FORMS}
-    exact = result["scores"]["model float32"]
-    assert all(result["scores"][f"model {form}"] == exact for form in ("compiled", "packed", "onnx"))

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve import Int8Callback, int8_forward, prepare
 from moebert_kernels.serve.int8_training import rounded_activation, rounded_weight
 from moebert_kernels.serve.packed import quantised
 from tests.convert.families import make, make_inputs
+from tests.distill.tiny_trainer import trainer
 from tests.serve.problems import _rounded
 from tests.serve.test_prepare import distance, made, run
 
@@ -111,3 +113,17 @@ def test_refusals():
     tiny = make("bert", **small, vocab_size=40, max_position_embeddings=40)
     with pytest.raises(UserError, match="model: expected linear layers or experts that int8 changes, found none"):
         int8_forward(tiny).__enter__()
+
+
+def test_with_our_trainer_and_a_teacher(tmp_path):
+    """The teacher stays in floating point."""
+    seen = []
+    teacher = make("bert", AutoModelForSequenceClassification, num_labels=3)
+    student = made("bert", "hash", AutoModelForSequenceClassification, num_labels=3)
+    for model in (teacher, student):
+        model.bert.encoder.layer[0].attention.self.query.register_forward_hook(
+            lambda module, *_: seen.append((module in set(teacher.modules()), hasattr(module, "rounded_as")))
+        )
+    objective = LayerwiseObjective("classification")
+    trainer(tmp_path, student, teacher=teacher, objective=objective, callbacks=[Int8Callback()], max_steps=2).train()
+    assert set(seen) == {(True, False), (False, True)}
