@@ -135,6 +135,7 @@ class PackedExperts(PackedModule):
         self.num_experts = w1.shape[0]
         self.top_k = 1  # on which engines are compared
         self._shapes = {"w1": (w1.shape[1], w1.shape[2]), "w2": (w2.shape[1], w2.shape[2])}
+        self._rows_together = max(_TOGETHER // w1.shape[1], 1)
         self._first: list[Packed] = []
         self._second: list[Packed] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -187,36 +188,38 @@ class PackedExperts(PackedModule):
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
         """As `Experts.forward`; a `Grouping` is that of x, and is not checked."""
-        with torch.no_grad():
-            grouping = routing
-            if not isinstance(grouping, Grouping):
-                grouping = resolve_routing(x, grouping, self.num_experts, max_top_k=1 if self.adds_residual else None)
-            flat = x.reshape(-1, x.shape[-1])
-            bounds = grouping.offsets.tolist()
-            routed, top_k = bounds[-1], grouping.top_k
-            tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
-            if not routed:
-                y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
-                return y.view(x.shape)
-            skips = routed < grouping.num_rows
-            outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), bounds)
-            if routing_weights is not None:
-                p = resolve_routing_weights(x, top_k, routing_weights)
-                p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
-                outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
-            if skips:  # behind the routed rows stand the skipped ones, also in the permutation
-                skipped = tokens[routed:]
-                outputs.append(
-                    flat.index_select(0, skipped)
-                    if self.adds_residual
-                    else outputs[0].new_zeros(len(skipped), flat.shape[1])
-                )
-            # one read of each row: `index_copy_` and `index_put_` take four times as long
-            rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            y = rows.index_select(0, grouping.assignment_to_row)
-            if top_k > 1:
-                y = y.view(-1, top_k, y.shape[1]).sum(1)
+        if torch.is_grad_enabled():  # `no_grad` costs as much as a LayerNorm, and most callers are inside one
+            with torch.no_grad():
+                return PackedExperts.forward(self, x, routing, routing_weights)
+        grouping = routing
+        if not isinstance(grouping, Grouping):
+            grouping = resolve_routing(x, grouping, self.num_experts, max_top_k=1 if self.adds_residual else None)
+        flat = x.reshape(-1, x.shape[-1])
+        bounds = grouping.offsets.tolist()
+        routed, top_k = bounds[-1], grouping.top_k
+        tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
+        if not routed:
+            y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
             return y.view(x.shape)
+        skips = routed < grouping.num_rows
+        outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), bounds)
+        if routing_weights is not None:
+            p = resolve_routing_weights(x, top_k, routing_weights)
+            p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
+            outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
+        if skips:  # behind the routed rows stand the skipped ones, also in the permutation
+            skipped = tokens[routed:]
+            outputs.append(
+                flat.index_select(0, skipped)
+                if self.adds_residual
+                else outputs[0].new_zeros(len(skipped), flat.shape[1])
+            )
+        # one read of each row: `index_copy_` and `index_put_` take four times as long
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        y = rows.index_select(0, grouping.assignment_to_row)
+        if top_k > 1:
+            y = y.view(-1, top_k, y.shape[1]).sum(1)
+        return y.view(x.shape)
 
     def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
         """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them.
@@ -232,9 +235,11 @@ class PackedExperts(PackedModule):
             norms = [norms[e] for e in experts] if norms else norms
         inputs = rows.split_with_sizes(counts)
         hidden: Iterable[Tensor]
-        # each when its expert's turn comes, and is in the cache then
         if len(inputs) == 1 or first[0].fuses(self.activation):
-            hidden = map(self._hidden, first, inputs)
+            hidden = map(self._hidden, first, inputs)  # each when its expert's turn comes, and is in the cache then
+        elif bounds[-1] <= self._rows_together:
+            together = torch.cat([layer.linear(x) for layer, x in zip(first, inputs, strict=True)])
+            hidden = self._activate(together).split_with_sizes(counts)
         else:
             hidden = self._several_hidden(first, inputs, counts)
         if not norms:
@@ -248,8 +253,7 @@ class PackedExperts(PackedModule):
 
     def _several_hidden(self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]) -> Iterator[Tensor]:
         """`_hidden` of each expert; with few rows, of several experts at once."""
-        most = max(_TOGETHER // self._shapes["w1"][0], 1)
-        start = 0
+        most, start = self._rows_together, 0
         while start < len(counts):
             end, rows = start + 1, counts[start]
             while end < len(counts) and rows + counts[end] <= most:
