@@ -273,12 +273,16 @@ def speed(args: argparse.Namespace) -> None:
         ids = torch.tensor(text[: BATCHES * B * T]).view(BATCHES, B, T)
         times: dict[str, list[float]] = {name: [] for name in models}
         for number in range(-1, args.rounds):
-            for name in random.Random(number).sample(list(models), len(models)):
-                start = time.process_time()
-                with torch.inference_mode():
-                    for batch in ids:
+            order = random.Random(number).sample(list(models), len(models))
+            for batch in ids:
+                spent = dict.fromkeys(models, 0.0)
+                for name in (*order, *reversed(order)):  # so that a drift of the machine's speed hits all alike
+                    start = time.process_time()
+                    with torch.inference_mode():
                         models[name](input_ids=batch, attention_mask=torch.ones_like(batch))
-                times[name] += [time.process_time() - start] * (number >= 0)
+                    spent[name] += time.process_time() - start
+                for name in times:
+                    times[name] += [spent[name]] * (number >= 0)
         ratios = {
             f"{one} / {other}": statistics.quantiles(map(operator.truediv, times[one], times[other]), n=4)
             for one, other in (("chosen", "random"), ("chosen", "dense"), ("teacher", "chosen"))
