@@ -2,13 +2,15 @@
 
     python experiments/chosen_routing.py errors --model folder --name mpnet --data data --work work
     python experiments/chosen_routing.py distil --model folder --name minilm --data data --work work
-    python experiments/chosen_routing.py report
+    python experiments/chosen_routing.py speed --model folder --name minilm --data data --work work
+    python experiments/chosen_report.py
 
 `errors`: for each kind of text (reviews: SST-2; news and captions: STS-B; questions: QQP) experts are chosen, and
 judged layer by layer on text of each kind that chose nothing. `distil`: students of three kinds follow the model
-without labels, for the same steps; loss, and the correlation of the embeddings' cosines with people's scores on STS-B
-and SICK. The data is that of GLUE and SICK, gzipped. Both go on where they were interrupted. `report` writes table.md
-and a chart for each model.
+without labels, for the same steps, and the chosen one once more for half of them; loss, also on text that trained
+nobody, and the correlation of the embeddings' cosines with people's scores on STS-B and SICK. `speed`: CPU time of the
+students on real text, in turns. The data is that of GLUE and SICK, gzipped. `errors` and `distil` go on where they were
+interrupted. chosen_report.py writes table.md and a chart for each model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import copy
 import gzip
 import json
+import operator
 import random
 import statistics
 import time
@@ -40,13 +43,16 @@ from moebert_kernels.convert import (
     judge_experts,
     report_table,
 )
-from moebert_kernels.layers import MoEConfig
+from moebert_kernels.layers import MoEConfig, moe_layers
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
 KINDS = ("reviews", "news", "questions")
 MAX_LENGTH = 48
 CHOOSING, JUDGING = 24000, 6000  # tokens
+BATCHES, B, T = 2, 8, 128  # of `speed`
 ARMS = ("dense", "random", "chosen")
+HALF = "chosen, half of the steps"
+HELD_OUT = 320  # sentences at the end of the training order, on which the students are judged
 SCORE_COLUMNS = {"STS-B/dev.tsv.gz": ("sentence1", "sentence2", "score"),
                  "SICK/dev.tsv.gz": ("sentence_A", "sentence_B", "relatedness_score")}  # fmt: skip
 
@@ -92,8 +98,11 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     return dict(tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt"))
 
 
-def choose(model: nn.Module, tokenizer: Any, texts: Sequence[str], folder: Path) -> list[SiteChoice]:
-    return choose_experts(model, Texts(tokenizer, texts), max_tokens=CHOOSING, folder=folder, progress=True)
+def choose(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], kind: str, args: argparse.Namespace
+) -> list[SiteChoice]:
+    folder = args.work / args.name / (kind if args.tokens == CHOOSING else f"{kind}-{args.tokens}")
+    return choose_experts(model, Texts(tokenizer, texts), max_tokens=args.tokens, folder=folder, progress=True)
 
 
 def errors(args: argparse.Namespace) -> None:
@@ -106,7 +115,7 @@ def errors(args: argparse.Namespace) -> None:
         if kind in found:
             continue
         start = time.time()
-        choices = choose(model, tokenizer, texts[kind], args.work / args.name / kind)
+        choices = choose(model, tokenizer, texts[kind], kind, args)
         seconds, judged = time.time() - start, {}
         for other in KINDS:
             reports = judge_experts(model, choices, Texts(tokenizer, texts[other][-1500:]), max_tokens=JUDGING)
@@ -118,14 +127,16 @@ def errors(args: argparse.Namespace) -> None:
         file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def students(teacher: Any, tokenizer: Any, texts: Sequence[str], folder: Path, seed: int) -> dict[str, Any]:
+def students(teacher: Any, tokenizer: Any, texts: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The three students, of which each has the FLOPs of the others."""
-    choices = choose(teacher, tokenizer, texts, folder)
+    choices = choose(teacher, tokenizer, texts, "news", args)
     strength = torch.stack([choice.strength for choice in choices])
+    chosen = convert_to_moe(copy.deepcopy(teacher), MoEConfig.chosen(), chosen=choices)
     return {
         "dense": dense_student(teacher, chosen=choices),
         "random": convert_to_moe(copy.deepcopy(teacher), MoEConfig.moebert(), importance=strength, seed=seed),
-        "chosen": convert_to_moe(copy.deepcopy(teacher), MoEConfig.chosen(), chosen=choices),
+        "chosen": chosen,
+        HALF: copy.deepcopy(chosen),
     }
 
 
@@ -135,52 +146,92 @@ def embedding(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, tuple
     return F.normalize((output.last_hidden_state * mask).sum(1) / mask.sum(1), dim=1), output.hidden_states
 
 
+@torch.no_grad()
 def correlations(model: nn.Module, tokenizer: Any, data: Path) -> dict[str, float]:
     """Spearman's, times 100, of the embeddings' cosines with people's scores."""
     found = {}
     for name in SCORE_COLUMNS:
         one, two, scores = scored_pairs(data, name)
-        cosines: list[float] = []
-        with torch.no_grad():
-            for start in range(0, len(one), 50):
-                a, b = (embedding(model, encoded(tokenizer, side[start : start + 50]))[0] for side in (one, two))
-                cosines += (a * b).sum(1).tolist()
+        ordered = sorted({*one, *two}, key=len)
+        parts = [embedding(model, encoded(tokenizer, ordered[k : k + 50]))[0] for k in range(0, len(ordered), 50)]
+        place, rows = {text: k for k, text in enumerate(ordered)}, torch.cat(parts)
+        cosines = (rows[[place[text] for text in one]] * rows[[place[text] for text in two]]).sum(1).tolist()
         found[name.partition("/")[0]] = 100 * float(spearmanr(cosines, scores).statistic)
     return found
 
 
+def by_length(texts: Sequence[str], size: int, seed: int) -> list[Sequence[str]]:
+    """Batches of texts of about one length, in a random order: 16 of them are sorted at a time."""
+    batches, shuffle = [], random.Random(seed).shuffle
+    for start in range(0, len(texts), 16 * size):
+        window = sorted(texts[start : start + 16 * size], key=len)
+        some = [window[k : k + size] for k in range(0, len(window), size)]
+        shuffle(some)
+        batches += some
+    return batches
+
+
+class Targets:
+    """What the teacher makes of batches of texts; kept in a folder, so that it computes them for one student alone."""
+
+    def __init__(self, teacher: nn.Module, tokenizer: Any, batches: Sequence[Sequence[str]], folder: Path) -> None:
+        self.teacher, self.tokenizer, self.batches, self.folder = teacher, tokenizer, batches, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, number: int) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
+        """A batch, its embeddings and the layers' hidden states."""
+        batch, file = encoded(self.tokenizer, self.batches[number]), self.folder / f"{number:04d}.pt"
+        if not file.exists():
+            with torch.no_grad():
+                torch.save(embedding(self.teacher, batch), file.with_suffix(".part"))
+            file.with_suffix(".part").replace(file)
+        return batch, *torch.load(file)
+
+
+def loss_of(student: nn.Module, targets: Targets, number: int) -> Tensor:
+    """Of the hidden states, relative to the teacher's, and of the embedding."""
+    batch, wanted, states_wanted = targets(number)
+    got, states = embedding(student, batch)
+    weight = batch["attention_mask"] / batch["attention_mask"].sum()
+    layers = [
+        ((state - target).square().mean(-1) * weight).sum() / (target.square().mean(-1) * weight).sum()
+        for state, target in zip(states[1:], states_wanted[1:], strict=True)
+    ]
+    return torch.stack(layers).mean() + (got - wanted).square().sum(1).mean()
+
+
 def distilled(
-    teacher: nn.Module, student: nn.Module, tokenizer: Any, texts: Sequence[str], args: argparse.Namespace
+    student: nn.Module, tokenizer: Any, targets: Targets, steps: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Follow the teacher's hidden states and embeddings; the loss is the mean over the last sixth of the steps."""
+    """Follow the teacher for some steps: losses by sixths of them, before and after on the last batches."""
     for module in student.modules():  # the teacher's outputs have no dropout
         for name in ("p", "output_dropout", "hidden_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    result: dict[str, Any] = {"before": correlations(student.eval(), tokenizer, args.data)}
-    optimizer = torch.optim.AdamW(student.train().parameters(), args.rate, weight_decay=0.01)
+    held_out = range(args.steps, len(targets.batches))
+
+    @torch.no_grad()
+    def judged() -> dict[str, Any]:
+        loss = statistics.mean(float(loss_of(student.eval(), targets, n)) for n in held_out)
+        return correlations(student, tokenizer, args.data) | {"loss": loss}
+
+    result: dict[str, Any] = {"before": judged()}
+    optimizer = torch.optim.AdamW(student.train().parameters(), args.rate, weight_decay=0.01, fused=True)
     losses = []
-    for step in range(args.steps):
-        optimizer.param_groups[0]["lr"] = args.rate * min(1.0, (step + 1) / 10) * (1 - step / args.steps)
-        batch = encoded(tokenizer, texts[args.batch * step : args.batch * (step + 1)])
-        weight = batch["attention_mask"] / batch["attention_mask"].sum()
-        with torch.no_grad():
-            wanted, targets = embedding(teacher, batch)
-        got, states = embedding(student, batch)
-        layers = [
-            ((state - target).square().mean(-1) * weight).sum() / (target.square().mean(-1) * weight).sum()
-            for state, target in zip(states[1:], targets[1:], strict=True)
-        ]
-        loss = torch.stack(layers).mean() + (got - wanted).square().sum(1).mean()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = args.rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
+        loss = loss_of(student, targets, step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-    part = max(1, args.steps // 6)
-    result["losses"] = [statistics.mean(losses[k : k + part]) for k in range(0, args.steps, part)]
-    result["after"] = correlations(student.eval(), tokenizer, args.data)
-    return result
+    part = max(1, steps // 6)
+    return result | {
+        "losses": [statistics.mean(losses[k : k + part]) for k in range(0, steps, part)],
+        "after": judged(),
+        "steps": steps,
+    }
 
 
 def distil(args: argparse.Namespace) -> None:
@@ -191,135 +242,81 @@ def distil(args: argparse.Namespace) -> None:
     file = HERE / f"distil-{args.name}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found.setdefault("teacher", correlations(teacher, tokenizer, args.data))
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         done = found.setdefault(str(seed), {})
         if all(arm in done for arm in args.arms):
             continue
-        made = students(teacher, tokenizer, choosing, args.work / args.name / "news", seed)
+        made = students(teacher, tokenizer, choosing, seed, args)
         order = list(training)
         random.Random(seed).shuffle(order)
-        order = order * (1 + args.batch * args.steps // len(order))
+        parts = (order[: args.batch * args.steps], order[-HELD_OUT:])
+        batches = [batch for part in parts for batch in by_length(part, args.batch, seed)]
+        targets = Targets(teacher, tokenizer, batches, args.work / args.name / f"targets-{args.steps}-{seed}")
         for arm in [arm for arm in args.arms if arm not in done]:
-            start = time.time()
-            done[arm] = distilled(teacher, made.pop(arm), tokenizer, order, args) | {"steps": args.steps}
+            start, steps = time.time(), args.steps // (2 if arm == HALF else 1)
+            done[arm] = distilled(made.pop(arm), tokenizer, targets, steps, args)
             done[arm]["seconds"] = time.time() - start
             print(seed, arm, json.dumps(done[arm]), flush=True)
             HERE.mkdir(exist_ok=True)
             file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def report(_: argparse.Namespace) -> None:
-    """Write table.md and chart.png of all results that there are."""
-    parts = []
-    for file in sorted(HERE.glob("errors-*.json")):
-        found, name = json.loads(file.read_text()), file.stem.removeprefix("errors-")
-        parts += [error_tables(name, found)]
-        draw(name, found)
-    for file in sorted(HERE.glob("distil-*.json")):
-        parts += [distil_table(file.stem.removeprefix("distil-"), json.loads(file.read_text()))]
-    (HERE / "table.md").write_text("\n\n".join(parts) + "\n")
-
-
-def error_tables(name: str, found: dict[str, Any]) -> str:
-    kind = next(kind for kind in KINDS if kind in found)
-    of_kind = found[kind]
-    rows = [
-        f"### {name}: error of each layer, chosen by and judged on {kind}{of_kind.get('note', '')}",
-        "| layer | dense of the same FLOPs | MoEBERT's split, random table | **chosen** | best expert for each token | "
-        "chosen below dense | fullest expert | common neurons |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    layers = of_kind["choice"]
-    mean = {key: statistics.mean(row[key] for row in layers) for key in layers[0] if key != "name"}
-    for label, row in [*((number(row), row) for row in layers), ("mean", mean)]:
-        rows.append(
-            f"| {label} | {row['dense']:.4f} | {row['random']:.4f} | **{row['chosen']:.4f}** | {row['best']:.4f} | "
-            f"{100 - 100 * row['chosen'] / row['dense']:.0f} % | {row['load']:.2f} | {row['common']:.0f} |"
-        )
-    rows += ["", f"### {name}: means over the layers, by the text that chose and the text that judged"]
-    rows += ["| chose | judged | dense | chosen | below dense | fullest expert, mean, worst layer | unseen tokens |"]
-    rows += ["|---|---|---|---|---|---|---|"]
-    for one, of_one in found.items():
-        for other, reports in of_one["judged"].items():
-            dense, chosen, load = (statistics.mean(row[key] for row in reports) for key in ("dense", "chosen", "load"))
-            rows.append(
-                f"| {one} | {other} | {dense:.4f} | {chosen:.4f} | {100 - 100 * chosen / dense:.0f} % | {load:.2f}, "
-                f"{max(row['load'] for row in reports):.2f} | {100 * reports[0]['unseen']:.0f} % |"
+def speed(args: argparse.Namespace) -> None:
+    """Write speed-NAME.json: ratios of CPU times, and the fullest expert's share, by kind of text."""
+    tokenizer, teacher = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
+    news = sentences(args.data, "news")
+    made = students(teacher, tokenizer, news[:2000], 0, args)
+    models = {"teacher": teacher} | {arm: made[arm].eval() for arm in ARMS}
+    found = {}
+    for kind in args.kinds:
+        text = tokenizer(" ".join(sentences(args.data, kind)[2000:5000]))["input_ids"]
+        ids = torch.tensor(text[: BATCHES * B * T]).view(BATCHES, B, T)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(-1, args.rounds):
+            order = random.Random(number).sample(list(models), len(models))
+            for batch in ids:
+                spent = dict.fromkeys(models, 0.0)
+                for name in (*order, *reversed(order)):  # so that a drift of the machine's speed hits all alike
+                    start = time.process_time()
+                    with torch.inference_mode():
+                        models[name](input_ids=batch, attention_mask=torch.ones_like(batch))
+                    spent[name] += time.process_time() - start
+                for name in times:
+                    times[name] += [spent[name]] * (number >= 0)
+        ratios = {
+            f"{one} / {other}": statistics.quantiles(map(operator.truediv, times[one], times[other]), n=4)
+            for one, other in (("chosen", "random"), ("chosen", "dense"), ("teacher", "chosen"))
+        }
+        loads = {
+            arm: statistics.mean(
+                float(torch.bincount(layer.router.table.long()[batch].flatten(), minlength=4).max()) * 4 / batch.numel()
+                for layer in moe_layers(models[arm]) for batch in ids
             )
-    return "\n".join(rows)
-
-
-def number(row: dict[str, Any]) -> int:
-    """Of a layer, from 1."""
-    return 1 + int(next(part for part in row["name"].split(".") if part.isdigit()))
-
-
-def distil_table(name: str, found: dict[str, Any]) -> str:
-    """Means over the seeds that are done, and differences to the dense student, paired."""
-    seeds = [of_seed for seed, of_seed in found.items() if seed != "teacher" and all(arm in of_seed for arm in ARMS)]
-    teacher = ", ".join(f"{task} {value:.1f}" for task, value in found["teacher"].items())
-    if not seeds:
-        return f"### {name}: distilled without labels: no seed is done"
-    steps = seeds[0]["dense"]["steps"]
-    rows = [
-        f"### {name}: {steps} steps without labels, {len(seeds)} seeds; teacher {teacher}",
-        "| student | STS-B, SICK before | loss, last sixth | loss minus dense's | STS-B, SICK after | minus dense's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for arm in ARMS:
-        tasks = list(found["teacher"])
-        before, after = (
-            ", ".join(f"{statistics.mean(seed[arm][when][task] for seed in seeds):.1f}" for task in tasks)
-            for when in ("before", "after")
-        )
-        loss = statistics.mean(seed[arm]["losses"][-1] for seed in seeds)
-        lower = spread([seed[arm]["losses"][-1] - seed["dense"]["losses"][-1] for seed in seeds], 4)
-        gains = [spread([s[arm]["after"][task] - s["dense"]["after"][task] for s in seeds], 2) for task in tasks]
-        rows.append(f"| {arm} | {before} | {loss:.4f} | {lower} | {after} | {', '.join(gains)} |")
-    return "\n".join(rows)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    shown = f"{statistics.mean(values):+.{digits}f}"
-    return shown if len(values) < 2 else f"{shown} +- {statistics.stdev(values):.{digits}f}"
-
-
-def draw(name: str, found: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kind = next(kind for kind in KINDS if kind in found)
-    of_kind = found[kind]
-    layers = of_kind["choice"]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for key, label in (("random", "MoEBERT's split, random table"), ("dense", "dense of the same FLOPs, corrected"),
-                       ("chosen", "chosen"), ("best", "best expert for each token")):  # fmt: skip
-        axes.plot([number(row) for row in layers], [row[key] for row in layers], "o-", label=label)
-    axes.set(xlabel="layer", ylabel="error behind the feed-forward", title=f"{name}, {kind}", ylim=(0, None))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(HERE / f"chart-{name}.png", dpi=110)
-    plt.close(figure)
+            for arm in ("random", "chosen")
+        }  # fmt: skip
+        found[kind] = {"ratios": ratios, "fullest expert": loads, "rounds": args.rounds, "tokens": args.tokens}
+        print(kind, json.dumps(found[kind]), flush=True)
+    (HERE / f"speed-{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("errors", "distil", "report"))
+    parser.add_argument("what", choices=("errors", "distil", "speed"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--name")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, HALF), default=(*ARMS, HALF))
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=CHOOSING, help="that choose")
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rate", type=float, default=1e-4)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="no importance scores")
-    {"errors": errors, "distil": distil, "report": report}[args.what](args)
+    {"errors": errors, "distil": distil, "speed": speed}[args.what](args)
 
 
 if __name__ == "__main__":

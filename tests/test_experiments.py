@@ -54,6 +54,30 @@ def test_report_over_seeds(minilm_reviews, tmp_path):
     assert all("correct" not in run for runs in report["seeds"].values() for run in runs)
 
 
+def test_tables_of_chosen_routing():
+    routing = experiment("chosen_routing")
+    report = experiment("chosen_report")
+
+    def result(loss, score):
+        return {"before": {"STS-B": 90.0}, "losses": [loss], "steps": 6, "after": {"STS-B": score, "loss": 2 * loss}}
+
+    found = {"teacher": {"STS-B": 92.0}}
+    for seed, shift in (("0", 0.0), ("1", 0.1)):
+        found[seed] = {"dense": result(0.3, 91.0), "random": result(0.4, 90.5), "chosen": result(0.2 + shift, 91.5)}
+    found["0"][routing.HALF] = result(0.25, 91.25)
+    rows = report.distil_table("name", found).splitlines()
+    assert rows[0] == "### name: 6 steps without labels, 2 seeds; teacher STS-B 92.0"
+    assert rows[5] == (
+        "| chosen | 90.0 | 0.2500 | -0.0500 +- 0.0707 | 0.5000 | -0.1000 +- 0.1414 | 91.5 | +0.50 +- 0.00 |"
+    )
+    assert rows[6] == f"| {routing.HALF} (1 of the seeds) | 90.0 | 0.2500 | -0.0500 | 0.5000 | -0.1000 | 91.2 | +0.25 |"
+    speed = {"ratios": {"chosen / random": [0.98, 1.0, 1.02]}, "fullest expert": {"random": 1.2, "chosen": 1.1}}
+    speed |= {"rounds": 5, "tokens": 2000}
+    assert (
+        report.speed_table("name", {"news": speed}).splitlines()[-1] == "| news | 1.000 (0.980, 1.020) | 1.10, 1.20 |"
+    )
+
+
 @pytest.fixture(scope="module")
 def wikitext_mpoe():
     return experiment("wikitext_mpoe")

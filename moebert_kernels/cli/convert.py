@@ -9,7 +9,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, write_model
+from moebert_kernels.cli.outputs import already_written, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
@@ -223,8 +223,10 @@ def convert(
         options = {
             "seed": seed, "tables": tables, "num_sites": sites or 5, "force": bool(low_bonds), "noise": noise or 0.0,
         }  # fmt: skip
-        converted, tokenizer = _converted(model, config, importance, texts, options)
+        parts = parts_of(output, identity)
+        converted, tokenizer = _converted(model, config, importance, texts, parts, options)
     write_model(output, converted, tokenizer, identity)
+    drop_parts(output)
 
 
 def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
@@ -241,8 +243,18 @@ def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
     return config
 
 
-def _converted(name: Any, config: Any, importance: Path | None, texts: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-    from moebert_kernels.convert import choose_experts, convert_to_moe, count_tokens, load_importance, report_table
+def _converted(
+    name: Any, config: Any, importance: Path | None, texts: Any, parts: Path, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The converted model and its tokenizer; what was chosen so far is kept in `parts`."""
+    from moebert_kernels.convert import (
+        choose_experts,
+        convert_to_moe,
+        count_tokens,
+        load_importance,
+        report_chart,
+        report_table,
+    )
     from moebert_kernels.distill.loading import load_as_saved, load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(name)
@@ -253,8 +265,10 @@ def _converted(name: Any, config: Any, importance: Path | None, texts: Any, opti
         options["token_counts"] = count_tokens(texts.input_ids, model.config.get_text_config().vocab_size)
     if config.needs_text:
         batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
-        options["chosen"] = choose_experts(model, batches, config, seed=options["seed"], progress=True)
-        print(report_table([choice.report for choice in options["chosen"]]))
+        chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
+        options["chosen"], reports = chosen, [choice.report for choice in chosen]
+        print(report_table(reports))
+        print(report_chart(reports))
     convert_to_moe(model, config, importance=scores, **options)
     say_sizes(model, before)
     say_kept(scores, model)

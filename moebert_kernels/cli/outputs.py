@@ -6,10 +6,13 @@ training run nothing more: its own files say the rest.
 
 from __future__ import annotations
 
+import glob
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,20 @@ def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str,
 
     write_folder(folder, write)
     print(f"saved in {folder}")
+
+
+def parts_of(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Where an interrupted call of this identity leaves what it made so far: beside the folder that it is to write."""
+    digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.parts-{digest}")
+
+
+def drop_parts(folder: Path) -> None:
+    """Remove what calls left beside a folder that is written now."""
+    folder = folder.absolute()
+    for parts in folder.parent.glob(f".{glob.escape(folder.name)}.parts-????????"):
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 def check_run(folder: Path, command: str, restart: bool, force: bool, *models: str | Path | None) -> None:

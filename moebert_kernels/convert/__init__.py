@@ -6,7 +6,7 @@ from moebert_kernels.errors import require_extra
 require_extra("train", "transformers")
 
 from moebert_kernels.convert.card import parameter_counts
-from moebert_kernels.convert.chosen import choose_experts, judge_experts, report_table
+from moebert_kernels.convert.chosen import choose_experts, judge_experts, report_chart, report_table
 from moebert_kernels.convert.chosen_site import SiteChoice, SiteReport
 from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
@@ -56,6 +56,7 @@ __all__ = [
     "parameter_counts",
     "plan_factors",
     "random_hash_table",
+    "report_chart",
     "report_table",
     "save_importance",
     "to_dense_experts",

@@ -156,6 +156,24 @@ def report_table(reports: Iterable[SiteReport]) -> str:
     return "\n".join([*lines, line("mean", means)])
 
 
+def report_chart(reports: Iterable[SiteReport], width: int = 50) -> str:
+    """The errors as bars, one line for each feed-forward: `#` the chosen experts', `-` what the dense one loses more.
+
+    Args:
+        reports: of `choose_experts` or `judge_experts`.
+        width: of the longest bar, in characters.
+    """
+    rows = list(reports)
+    most = max((max(row.chosen, row.dense) for row in rows), default=0.0) or 1.0
+    label = max(len(row.name) for row in rows)
+    lines = []
+    for row in rows:
+        chosen, dense = (round(width * error / most) for error in (row.chosen, row.dense))
+        below = f"{100 - 100 * row.chosen / row.dense:.0f} % below dense" if row.dense else "no error"
+        lines.append(f"{row.name:{label}} {'#' * chosen}{'-' * (dense - chosen)} {below}")
+    return "\n".join(lines)
+
+
 def _sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
     weight = max((site.weights().w2 for site in sites), key=lambda w2: w2.shape[0])
     return max(1, _MEMORY // (max_tokens * weight.shape[0] * weight.element_size()))

@@ -142,16 +142,16 @@ def check_text(text: SiteText, num_experts: int) -> None:
     """Raise a UserError for text of which no table of token ids can be made; with the share that is wrong."""
     counts = torch.bincount(text.ids)
     kinds, (most, which) = int((counts > 0).sum()), counts.max(0)
-    if kinds < 2 * num_experts:
-        raise UserError(
-            f"batches: expected text with at least {2 * num_experts} different token ids for {num_experts} experts, "
-            f"got {kinds} in {len(text.ids)} tokens"
-        )
     share = float(most) / len(text.ids)
     if share > MOST_OF_ONE_ID:
         raise UserError(
             f"batches: expected text in a language that the tokenizer knows, got token id {int(which)} for "
             f"{100 * share:.0f} % of the tokens"
+        )
+    if kinds < 2 * num_experts:
+        raise UserError(
+            f"batches: expected text with at least {2 * num_experts} different token ids for {num_experts} experts, "
+            f"got {kinds} in {len(text.ids)} tokens"
         )
     unseen = unseen_share(text)
     if unseen > MOST_UNSEEN:

@@ -1,12 +1,20 @@
 """Experts and tables chosen by text: better than random ones, in any family, saved, repeatable, resumed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModel
 
-from moebert_kernels.convert import choose_experts, convert_to_moe, dense_student, judge_experts, report_table
+from moebert_kernels.convert import (
+    choose_experts,
+    convert_to_moe,
+    dense_student,
+    judge_experts,
+    report_chart,
+    report_table,
+)
 from moebert_kernels.convert.correction import Refit
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
@@ -27,6 +35,14 @@ def text(family="bert", count=12, seed=0, vocab=(3, 40)):
         batches.append({"input_ids": ids, "attention_mask": mask})
         if family in TWO_STACKS:
             batches[-1]["decoder_input_ids"] = ids.flip(1)
+    return batches
+
+
+def two_languages():
+    """One sequence in eight, which judges, has ids of its own."""
+    batches = text(vocab=(3, 40))
+    for batch in batches[1::2]:
+        batch["input_ids"][3] += 40
     return batches
 
 
@@ -256,6 +272,18 @@ def test_the_report_is_a_table():
     assert len({len(line) for line in table}) == 1
 
 
+def test_the_chart_has_bars_as_long_as_the_errors():
+    report = chosen_for(strong())[0].report
+    one = replace(report, name="a", dense=0.4, chosen=0.2)
+    other = replace(report, name="long", dense=0.1, chosen=0.1)
+    none = replace(report, name="none", dense=0.0, chosen=0.0)
+    assert report_chart([one, other, none], width=20).splitlines() == [
+        "a    ##########---------- 50 % below dense",
+        "long ##### 0 % below dense",
+        "none  no error",
+    ]
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "options", "message"),
     [
@@ -277,6 +305,7 @@ def test_the_report_is_a_table():
             "tables: expected none with router='hash-chosen'",
         ),
         ("bert", {}, {"batches": text(vocab=(3, 6))}, "at least 8 different token ids for 4 experts, got 3 in"),
+        ("bert", {}, {"batches": two_languages()}, "of which 100 % of the tokens are unseen in the others"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(family, fields, options, message):
