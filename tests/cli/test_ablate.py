@@ -9,7 +9,7 @@ from transformers import BertModel
 
 from tests.cli.tiny import BAD, GOOD, done, refused, write_base
 
-SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "12")
+SHORT = ("--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--max-length", "12")
 
 
 def write_task(folder, header, row, rows=24):
@@ -37,10 +37,21 @@ def setting(base, tmp_path_factory):
     tasks = ("--task", "sst2", "--task", "stsb")
     data = ("--data", f"sst2={root / 'sst2'}", "--data", f"stsb={root / 'stsb'}")
     done("convert", "--router", "task", "--model", base, *tasks, "--experts", "copy", "--output", root / "moe")
-    done("finetune", "--model", root / "moe", *tasks, *data, "--output", root / "teacher", *SHORT, "--epochs", "2")
+    done(
+        "finetune",
+        "--model",
+        root / "moe",
+        *tasks,
+        *data,
+        "--output",
+        root / "teacher",
+        *SHORT,
+        "--num_train_epochs",
+        "2",
+    )
     for task in ("sst2", "stsb"):
         done("finetune", "--model", base, "--task", task, "--data", root / task, "--output", root / f"dense-{task}",
-             *SHORT, "--epochs", "1")  # fmt: skip
+             *SHORT, "--num_train_epochs", "1")  # fmt: skip
     write_base(root / "small", hidden_size=16, num_hidden_layers=1)
     return root, (*tasks, *data)
 
@@ -48,7 +59,7 @@ def setting(base, tmp_path_factory):
 def words(setting, output, *more):
     root, common = setting
     return ("ablate", "--model", root / "small", "--teacher", root / "teacher", *common, "--output", output,
-            "--epochs", "1", *SHORT, *more)  # fmt: skip
+            "--num_train_epochs", "1", *SHORT, *more)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -93,12 +104,12 @@ def test_refusals(setting, tmp_path):
         (("--arm", "fal"), "arm: expected some of full, no-fal, .*, each once, got fal"),
         (("--arm", "kd", "--arm", "kd"), "arm: expected .*, each once, got kd, kd"),
         (
-            ("--recipe", "microbert-lean", "--arm", "no-gan"),
+            ("--config", "microbert-lean", "--arm", "no-gan"),
             "arm: expected arms that differ for the recipe microbert-l",
         ),
         (("--dense-teacher", f"sst2={root}"), "dense-teacher: expected one for all tasks, .*, got none for stsb"),
         (("--task", "squad"), "task: expected tasks of GLUE"),
-        (("--recipe", "bert"), "recipe: expected one of finetune, kd"),
+        (("--config", "bert"), "recipe: expected one of finetune, kd"),
         (("--temprature", "3"), "the nearest is 'temperature'"),
     ):
         assert re.search(message, refused(*words(setting, tmp_path / "o", *more)))
