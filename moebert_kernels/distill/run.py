@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback
 
 from moebert_kernels.convert.card import save_with_card
 from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
-from moebert_kernels.distill.callbacks import BarCallback, StopCallback
+from moebert_kernels.distill.callbacks import StopCallback
 from moebert_kernels.distill.files import model_fingerprint, recover_folder, write_folder, write_tensors, write_text
 from moebert_kernels.distill.identity import check_run
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
@@ -36,9 +35,9 @@ from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.recipe import MICROBERT, Recipe, Stage
 from moebert_kernels.distill.run_state import last_whole_checkpoint
 from moebert_kernels.distill.settings import OF_DATA
+from moebert_kernels.distill.task_trainer import TaskTrainer
 from moebert_kernels.distill.teacher import TeacherInfo, check_one_head, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.errors import UserError
 
 RUN = "run.json"
@@ -119,7 +118,9 @@ def train_stages(
     runs = []
     for stage, objective in zip(stages, objectives, strict=True):
         last = stage is stages[-1]
-        judging = {"evaluate": evaluate, "best_metric": best_metric, "greater": greater_is_better} if last else {}
+        judging: dict[str, Any] = {}
+        if last:
+            judging = {"evaluate": evaluate, "best_metric": best_metric, "greater": greater_is_better}
         runs.append(
             _Run(
                 student, stage, train, output_dir if last else output_dir / stage.name, objective,
@@ -170,7 +171,8 @@ def _kept(
         raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
     dtype = recipe.common("teacher_outputs_dtype")
     some: list[Any] = [objective for objective in objectives if objective is not None]
-    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in (student, teacher))
+    both: list[Any] = [student, teacher]
+    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in both)
     pairs: list[Any] = [getattr(objective, "pairs", lambda *_: {})(ours, theirs) for objective in some]
     layers = sorted({layer for pair in pairs for layer in pair.values()}) or [theirs]
     pooled = all(stage.is_lean for stage in recipe.active if stage.needs_teacher)
@@ -212,7 +214,8 @@ class _Run:
         settings = {name: value for name, value in stage.settings.items() if name not in OF_DATA}
         for name in ("teacher_outputs", "teacher_outputs_dtype", "objective", "objective_options"):
             settings.pop(name, None)  # these are made
-        self.settings = {**DEFAULTS, **settings, "loss_weights": stage.weights}
+        pinned = {"dataloader_pin_memory": torch.cuda.is_available()}
+        self.settings = {**DEFAULTS, **pinned, **settings, "loss_weights": stage.weights}
         if train.pad_to is not None:
             self.settings["train_sampling_strategy"] = settings.get("train_sampling_strategy", "random")
         strategy = self.settings.get("eval_strategy") or ("steps" if "eval_steps" in settings else "epoch")
@@ -303,7 +306,7 @@ class _Run:
     def _finish(self, trainer: TaskTrainer) -> RunResult:
         state = trainer.state
         history = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
-        evaluations = [
+        evaluations: list[dict[str, Any]] = [
             {"step": entry["step"], "epoch": entry["epoch"], "metrics": trainer.metrics_in(entry)} for entry in history
         ]
         best_step = state.best_global_step if self.evaluate is not None else None
@@ -317,10 +320,10 @@ class _Run:
             write_folder(self.folder / name, lambda folder: self._write(folder, best, self.folder / name))
             if self.objective is not None and self.objective.maps is not None:
                 write_tensors(self.folder / MAPS, self.objective.maps.state_dict())
-            facts = asdict(result) | {"model_dir": name}
-            write_text(self.folder / RUN, json.dumps({"identity": self.identity, "result": facts}))
             if best_step not in (None, state.global_step):
                 self._keep_last(state.global_step)
+            facts = asdict(result) | {"model_dir": name}
+            write_text(self.folder / RUN, json.dumps({"identity": self.identity, "result": facts}))
             self._drop_checkpoints()
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -343,63 +346,10 @@ class _Run:
 
     def _load(self, folder: Path) -> None:
         with quiet_transformers():
-            saved = type(self.student).from_pretrained(folder)
+            kind: Any = type(self.student)
+            saved = kind.from_pretrained(folder)
         self.student.load_state_dict(saved.state_dict())
 
     def _drop_checkpoints(self) -> None:
         for path in self.folder.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-class TaskTrainer(MoETrainer):
-    """`MoETrainer` on tokenised splits, judged by a function of the model; of equal checkpoints the later is kept.
-
-    Args:
-        train: the training data.
-        judge: gives metrics by name; None: nothing is evaluated.
-        model, args, options: as for `MoETrainer`.
-    """
-
-    def __init__(self, model: nn.Module, args: MoETrainingArguments, *, train: Any, judge: Any = None, **options: Any):
-        self.train_split, self.judge = train, judge
-        super().__init__(
-            model, args, train_dataset=train.columns, data_collator=train.collator, processing_class=train.tokenizer,
-            eval_dataset=None if judge is None else train.columns,  # which Trainer wants, and the judge has its own
-            **options,
-        )  # fmt: skip
-        self.remove_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(BarCallback())
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Metrics:
-        if self.judge is None or (eval_dataset is not None and eval_dataset is not self.eval_dataset):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        self._losses.judge(self.state.global_step)  # not the metrics of a broken run
-        self.model.eval()
-        with torch.no_grad():
-            found = {f"{metric_key_prefix}_{name}": float(value) for name, value in self.judge(self.model).items()}
-        self.log(dict(found))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
-
-    @staticmethod
-    def metrics_in(entry: Mapping[str, Any]) -> Metrics:
-        """The metrics of an evaluation in the log."""
-        return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As `Trainer` has it, but that of equals the later is the best: it was trained for longer, at a lower rate."""
-        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        if self.args.metric_for_best_model is not None and name not in metrics:
-            names = ", ".join(self.metrics_in(metrics))
-            raise UserError(f"metric_for_best_model: expected one of {names}, got {name.removeprefix('eval_')!r}")
-        equal = self.args.metric_for_best_model is not None and metrics[name] == self.state.best_metric
-        if equal:
-            self.state.best_global_step = self.state.global_step
-        return super()._determine_best_metric(metrics, trial) or equal
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = getattr(self.train_split, "sampler", None)
-        if sampler is None:
-            return super()._get_train_sampler(train_dataset)
-        return sampler(self)

@@ -23,7 +23,7 @@ _DECIDED = (
     "output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
     "restore_callback_states_from_checkpoint",
 )  # fmt: skip
-_WORDS = {int: "a whole number", float: "a number"}
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 @cache
@@ -103,19 +103,20 @@ class _Parser(HfArgumentParser):
         choices = re.search(r"choose from (.*)\)", message)
         raise ValueError(f"one of {choices[1].replace(chr(39), '')}" if choices else "another value")
 
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
+    def _get_value(self, action: Any, text: str) -> Any:
+        parent: Any = super()
         try:
-            return super()._get_value(action, text)
+            return parent._get_value(action, text)
         except argparse.ArgumentError:
-            raise ValueError(
-                _WORDS.get(action.type, "true or false" if action.nargs == "?" else "another value")
-            ) from None
+            wanted = "true or false" if action.nargs == "?" else "another value"
+            raise ValueError(_WORDS.get(action.type, wanted)) from None
 
 
 @cache
 def _parser() -> HfArgumentParser:
     """Of single values: what is not given has no default."""
-    parser = _Parser(MoETrainingArguments, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    arguments: Any = MoETrainingArguments
+    parser = _Parser(arguments, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     for name in OF_DATA:
         parser.add_argument(f"--{name}", type=int)
     for action in parser._actions:

@@ -105,11 +105,11 @@ def test_refusals(setting, tmp_path):
         (("--arm", "kd", "--arm", "kd"), "arm: expected .*, each once, got kd, kd"),
         (
             ("--config", "microbert-lean", "--arm", "no-gan"),
-            "arm: expected arms that differ for the recipe microbert-l",
+            "arm: expected arms that differ for the config microbert-l",
         ),
         (("--dense-teacher", f"sst2={root}"), "dense-teacher: expected one for all tasks, .*, got none for stsb"),
         (("--task", "squad"), "task: expected tasks of GLUE"),
-        (("--config", "bert"), "recipe: expected one of finetune, kd"),
+        (("--config", "bert"), "config: expected one of finetune, kd"),
         (("--temprature", "3"), "the nearest is 'temperature'"),
     ):
         assert re.search(message, refused(*words(setting, tmp_path / "o", *more)))

@@ -59,7 +59,9 @@ def train(folder, model, task, rows, tokenizer, length=16, **options):
 
 def test_a_table_becomes_a_trained_and_judged_model(tmp_path):
     model = convert_to_moe(tiny_bert(0, num_labels=2), MoEConfig.moebert(), importance=torch.rand(2, 32))
-    run = train(tmp_path, model, REVIEWS, reviews(), words(), train_sampling_strategy="group_by_length")
+    texts = [f"the film was {'very ' * (n // 2 % 3)}{('bad', 'good')[n % 2]}" for n in range(24)]
+    rows = Dataset.from_dict({"text": texts, "label": [n % 2 for n in range(24)]})
+    run = train(tmp_path, model, REVIEWS, rows, words(), train_sampling_strategy="group_by_length")
     assert run.evaluate()["eval_accuracy"] == 1.0
 
 

@@ -72,9 +72,12 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_an_update_without_labels_is_refused(tmp_path):
-    data = story().columns.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    split = story()
+    data = split.columns.map(lambda row: {"labels": [-100] * len(row["labels"])})
     with pytest.raises(UserError, match="labels: expected at least one in an optimizer step, got none after 0"):
-        trainer(tmp_path, tiny_gpt2(), data).train()
+        run = trainer(tmp_path, tiny_gpt2(), data)
+        run.data_collator = split.collator
+        run.train()
     with pytest.raises(UserError, match="labels: expected in each batch for the task's loss, got none"):
         batch_weight({}, causal=True)
 

@@ -164,6 +164,20 @@ def test_mixed_precision_leaves_the_model_as_it_was(tmp_path):
     run(tmp_path / "after", settings={"num_train_epochs": 1})  # another precision in the same process
 
 
+def test_the_teacher_is_frozen_apart_and_in_eval_mode(tmp_path):
+    teacher, modes = tiny_bert(1, dropout=0.5).train(), []
+    before = weights(teacher)
+    teacher.register_forward_hook(lambda module, *_: modes.append((module.training, torch.is_grad_enabled())))
+    run(tmp_path / "eval", settings=LAYERWISE | {"num_train_epochs": 1}, teacher=teacher)
+    assert set(modes) == {(False, False)}
+    assert_same_weights(teacher, before)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert set(saved_weights(tmp_path / "eval/best")) == set(before)
+    modes.clear()
+    run(tmp_path / "train", settings=LAYERWISE | {"num_train_epochs": 1, "teacher_dropout": True}, teacher=teacher)
+    assert set(modes) == {(True, False)} and not teacher.training
+
+
 def test_a_student_with_gates_is_distilled_and_loads(tmp_path):
     config = MoEConfig.moebert(router="gate-token", expert_size=8, load_balance=0.1)
     student = convert_to_moe(tiny_bert(3), config, importance=torch.rand(2, 32), seed=3)
