@@ -310,7 +310,7 @@ class _Run:
             {"step": entry["step"], "epoch": entry["epoch"], "metrics": trainer.metrics_in(entry)} for entry in history
         ]
         best_step = state.best_global_step if self.evaluate is not None else None
-        best = next((entry["metrics"] for entry in evaluations if entry["step"] == best_step), {})
+        best: Metrics = next((entry["metrics"] for entry in evaluations if entry["step"] == best_step), {})
         name = "final" if self.evaluate is None else "best"
         result = RunResult(
             state.global_step, Path(name), state.global_step < state.max_steps, best_step, best, evaluations
