@@ -50,7 +50,8 @@ def finetune(
             regression=regression or None, doc_stride=doc_stride,
         )  # fmt: skip
         recipe = recipe_of(ctx, config, settings)
-        finetune_tasks(model, task, data, hold_out, output, recipe, task_temperature, max_length, not restart)
+        length = recipe.common("max_length")
+        finetune_tasks(model, task, data, hold_out, output, recipe, task_temperature, length, not restart)
         return
     if task_temperature != 1.0:
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")

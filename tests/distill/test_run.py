@@ -23,9 +23,10 @@ from tests.distill.tiny_run import (
     saved_weights,
     tiny_split,
 )
+from tests.distill.tiny_trainer import mostly_slow
 from tests.helpers import misaligned
 
-LAYERWISE = {"objective": "layerwise"}
+LAYERWISE, SHORT = {"objective": "layerwise"}, {"num_train_epochs": 1}
 
 
 def test_the_best_is_kept_of_equals_the_later_and_stops_early(tmp_path):
@@ -68,7 +69,7 @@ def test_metrics_are_named(tmp_path):
         run(tmp_path, evaluate=constant([1, 2, 3]))
 
 
-@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize("at", mostly_slow([3, 6, 9], {6}))
 def test_an_interrupted_run_ends_with_the_same_bits(at, tmp_path, monkeypatch, capsys):
     """In the middle of an epoch, and in its last step, whose checkpoint waits for the evaluation."""
     options = {"settings": LAYERWISE | {"gradient_accumulation_steps": 1}, "teacher": tiny_bert(1)}
@@ -89,7 +90,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path, monkeypatch):
         interrupt(patched, 3, times=2)
         run(tmp_path)
     assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "best").exists()
-    run(tmp_path, settings={"num_train_epochs": 1})  # nothing is lost that another run could be confused with
+    run(tmp_path, settings=SHORT)  # nothing is lost that another run could be confused with
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
@@ -143,25 +144,25 @@ def test_how_often_it_saves_may_change(two_runs, tmp_path):
 
 
 def test_a_run_can_begin_anew(tmp_path):
-    run(tmp_path)
-    result = run(tmp_path, settings={"num_train_epochs": 1}, resume=False)
-    assert result.step == 6 and json.loads((tmp_path / RUN).read_text())["result"]["step"] == 6
+    run(tmp_path, settings=SHORT)
+    result = run(tmp_path, settings={"max_steps": 2}, resume=False)
+    assert result.step == 2 and json.loads((tmp_path / RUN).read_text())["result"]["step"] == 2
 
 
 def test_a_run_does_not_depend_on_where_its_models_lie(tmp_path):
     """Loaded tensors begin where their file has them, and matrix products of some CPUs sum in another order there."""
     for name, place in (("new", lambda model: model), ("loaded", misaligned)):
         student, teacher = place(tiny_bert(0, dropout=0.1)), place(tiny_bert(1).eval())
-        run(tmp_path / name, student, settings=LAYERWISE, teacher=teacher)
+        run(tmp_path / name, student, settings=LAYERWISE | SHORT, teacher=teacher)
     assert_same_tensors(saved_weights(tmp_path / "new/best"), saved_weights(tmp_path / "loaded/best"))
 
 
 def test_mixed_precision_leaves_the_model_as_it_was(tmp_path):
     student = tiny_bert(0)
-    run(tmp_path / "bf16", student, settings=LAYERWISE | {"bf16": True}, teacher=tiny_bert(1))
+    run(tmp_path / "bf16", student, settings=LAYERWISE | SHORT | {"bf16": True}, teacher=tiny_bert(1))
     assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
     assert student(torch.ones(1, 3, dtype=torch.int64)).logits.dtype == torch.float32
-    run(tmp_path / "after", settings={"num_train_epochs": 1})  # another precision in the same process
+    run(tmp_path / "after", settings=SHORT)  # another precision in the same process
 
 
 def test_the_teacher_is_frozen_apart_and_in_eval_mode(tmp_path):
@@ -181,7 +182,7 @@ def test_the_teacher_is_frozen_apart_and_in_eval_mode(tmp_path):
 def test_a_student_with_gates_is_distilled_and_loads(tmp_path):
     config = MoEConfig.moebert(router="gate-token", expert_size=8, load_balance=0.1)
     student = convert_to_moe(tiny_bert(3), config, importance=torch.rand(2, 32), seed=3)
-    run(tmp_path, student, settings=LAYERWISE | {"logging_steps": 1}, teacher=tiny_bert(1))
+    run(tmp_path, student, settings=LAYERWISE | SHORT | {"logging_steps": 1}, teacher=tiny_bert(1))
     for line in log(tmp_path):
         total = line["task"] + line["hidden"] + line["prediction"] + 0.1 * line["balance"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)

@@ -25,6 +25,7 @@ from tests.distill.tiny_run import (
     saved_weights,
     tiny_split,
 )
+from tests.distill.tiny_trainer import mostly_slow
 
 COMMON = SETTINGS | {"objective": "microbert", "num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 1}
 FEATURES = {"task": 0.0, "embedding": 1.0, "hidden": 1.0, "alignment": 1.0}
@@ -99,7 +100,7 @@ def test_stages_are_not_named_as_the_folders_of_a_run():
             Stage(name)
 
 
-@pytest.mark.parametrize("at", [9, 14])
+@pytest.mark.parametrize("at", mostly_slow([9, 14], {14}))
 def test_maps_go_on_in_the_next_stage_and_resume_is_exact(at, tmp_path, monkeypatch):
     """Stage 2 starts from the map of the last layer as stage 1 left it, also where it was interrupted."""
     first = []
@@ -141,7 +142,7 @@ def test_a_map_of_other_states_starts_anew():
     assert not torch.equal(objective.maps.layers["1"].weight, weight)
 
 
-@pytest.mark.parametrize("router", ["gate-token", "hash-random"])
+@pytest.mark.parametrize("router", mostly_slow(["gate-token", "hash-random"], {"gate-token"}))
 def test_a_student_with_experts(router, tmp_path):
     """One head, any router: all terms, and with gates their balance loss."""
     with pytest.warns(UserWarning, match="ranked at random"):
@@ -168,6 +169,7 @@ def test_models_with_several_heads_are_refused_by_name(cached, tmp_path):
     assert not list(tmp_path.glob("o/*"))
 
 
+@pytest.mark.slow
 def test_one_cache_serves_all_stages(tmp_path):
     """Of the layers that any of them follows; and the run from it ends as with the teacher."""
     ends = []
