@@ -139,7 +139,10 @@ def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mappin
     tokens = {name: tokenizer_digest(load_tokenizer(name)) for name in names}
     facts: dict[str, Any] = {}
     for stage in recipe.stages:
-        facts |= {f"{stage.name}.{key}": value for key, value in stage.settings.items()}
+        for key, value in stage.settings.items():
+            entries = value if isinstance(value, dict) else {}
+            named = {f"{key}.{entry}": one for entry, one in entries.items()} or {key: value}
+            facts |= {f"{stage.name}.{name}": one for name, one in named.items()}
     for kind, by_task in models.items():
         facts |= {f"{kind} weights for {task}": weights[name] for task, name in by_task.items()}
         facts |= {f"{kind} tokenizer for {task}": tokens[name] for task, name in by_task.items()}

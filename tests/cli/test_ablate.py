@@ -67,7 +67,8 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     root, _ = setting
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 10)
     dense = ("--dense-teacher", f"sst2={root / 'dense-sst2'}", "--dense-teacher", f"stsb={root / 'dense-stsb'}")
-    text = done(*words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3"))
+    hot = ("--seeds", "1", "--objective_options.temperature", "3")
+    text = done(*words(setting, tmp_path, *dense, *hot))
     labels = ("full", "-FAL", "-GAN", "-MoE", "-hidden", "KD only")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[1:]] == ["teacher of full", "teacher of -MoE", *labels]
@@ -78,13 +79,14 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     results = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
     assert len(results) == 2 * (6 + 2)
     (tmp_path / "results/sst2-kd-0.json").unlink()  # trained, but not judged when it was interrupted
-    assert done(*words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")).count("KD only\n") == 1
+    assert done(*words(setting, tmp_path, *dense, *hot)).count("KD only\n") == 1
     again = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
     assert {file.name for file in again if again[file] != results[file]} == {"sst2-kd-0.json"}
     line = refused(*words(setting, tmp_path, *dense, "--seeds", "1"))
-    assert f"got {tmp_path} with results of other student.temperature (it was 3.0 and is 2.0 now) (use another" in line
+    other = "student.objective_options.temperature (it was 3 and is 2.0 now)"
+    assert f"got {tmp_path} with results of other {other} (use another" in line
 
-    same = words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")
+    same = words(setting, tmp_path, *dense, *hot)
     table, rows = root / "sst2/train.tsv", (root / "sst2/train.tsv").read_text()
     table.write_text(rows.replace("\t1", "\t0", 1))
     assert "with results of other sst2 training rows (use another" in refused(*same)
