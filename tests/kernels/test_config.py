@@ -111,3 +111,12 @@ def test_narrowing_limits_the_elements_of_a_thread():
             narrow = candidate.narrowed(16)
             assert narrow.BLOCK_N == 16 or 16 * 32 * narrow.num_warps >= narrow.BLOCK_M * narrow.BLOCK_N
             assert narrow.BLOCK_N <= candidate.BLOCK_N
+
+
+def test_waves_count_tiles_over_slots():
+    tile = next(c for c in CANDIDATES["half"]["rows"] if (c.BLOCK_M, c.BLOCK_N) == (128, 128))
+    # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 slots, 264 without a
+    # residual
+    assert config.mean_waves(tile, "rows", "half", 4096, 4, 768, H200) == 1
+    assert config.mean_waves(tile, "residual", "half", 4096, 4, 768, H200) == 2
+    assert config.mean_waves(tile, "rows", "half", 128, 1, 128, H200) == 1
