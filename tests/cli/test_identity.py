@@ -92,7 +92,7 @@ def test_options_that_decide_the_result_are_said(base, teacher, moe, small, tmp_
     for more, what in (
         (("--max-length", "10"), "12 and is 10 now"),
         (("--loss_weights.hidden", "3"), "1.0 and is 3 now"),
-        (("--num_train_epochs", "2"), "1 and is 2 now"),
+        (("--num_train_epochs", "2"), "1.0 and is 2.0 now"),
         (("--seed", "4"), "0 and is 4 now"),
     ):
         line = refused(*words, *SHORT, *more)
