@@ -24,7 +24,7 @@ template <ActivationForm kForm>
 __device__ __forceinline__ float activate(float x, const ActivationConstants& constants) {
   if constexpr (kForm == ActivationForm::kGelu) {
     // max(x, 0) - |x| Phi(-|x|), with Phi(-|x|) as in moebert_kernels/kernels/activation.py: off by 3.5e-5 of itself.
-    const float size = fabsf(x);
+    const float size = fminf(fabsf(x), 16.0f);  // from 16 on the tail is 0: infinity times it would be NaN
     const float t = fast_reciprocal(fmaf(size, 0.376f, 1.0f));
     float tail = fmaf(t, -0.0908573932f, 0.1987446318f);
     tail = fmaf(t, tail, 0.0847112676f);

@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,19 +91,22 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         _preference.reset(token)
 
 
-def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
-    """Capture the current preference: autograd runs backward in its own threads, which inherit no context variables."""
-    here = _preference.get()
+def preference() -> Any:
+    """What is preferred here, for `preferring`: autograd runs backward in threads that inherit no context variables."""
+    return _preference.get()
 
-    @contextmanager
-    def preferring() -> Iterator[None]:
-        token = _preference.set(here)
-        try:
-            yield
-        finally:
-            _preference.reset(token)
 
-    return preferring
+class preferring:
+    """What `preference` found elsewhere is preferred inside."""
+
+    def __init__(self, there: Any) -> None:
+        self._there = there
+
+    def __enter__(self) -> None:
+        self._token = _preference.set(self._there)
+
+    def __exit__(self, *_: object) -> None:
+        _preference.reset(self._token)
 
 
 def _current_preference() -> _Preference | None:

@@ -94,11 +94,7 @@ def _scores(
     config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
 ) -> Callable[[Any], str]:
     """A function that evaluates a model on a split and gives its metrics as text."""
-    from moebert_kernels.distill.evaluation import Evaluator
-
-    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
-    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
-    evaluate = Evaluator(inputs.tokenized(loaded, name, tokenizer, length, stride, config), batch_size, progress=True)
+    evaluate = evaluation(config, loaded, split, tokenizer, max_length, batch_size)
 
     def scores(model: Any) -> str:
         start = time.perf_counter()
@@ -107,6 +103,17 @@ def _scores(
         return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()) + f", in {seconds:.1f} s"
 
     return scores
+
+
+def evaluation(
+    config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
+) -> Callable[[Any], Any]:
+    """A function that gives the metrics of a model of this configuration on a split."""
+    from moebert_kernels.distill.evaluation import Evaluator
+
+    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
+    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
+    return Evaluator(inputs.tokenized(loaded, name, tokenizer, length, stride, config), batch_size, progress=True)
 
 
 def _mib(model: Any) -> float:

@@ -66,6 +66,7 @@ def test_a_measured_table_decides(monkeypatch):
 
 
 KINDS = ["rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights"]
+DESCRIPTORS = ["descriptors", "hidden_descriptors", "backward_descriptors"]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
@@ -87,9 +88,15 @@ def test_every_tile_was_compiled_for_every_kind():
         for kind in KINDS:
             table = config._occupancy()[f"sm_{arch}"][f"half-{kind}"]
             assert all(candidate.name() in table for candidate in candidates(kind, "half", arch))
+    for kind in DESCRIPTORS:
+        table, found = config._occupancy()["sm_90"][f"half-{kind}"], candidates(kind, "half", 90)
+        assert found and all(candidate.name() in table for candidate in found)
+        assert (
+            not candidates(kind, "half", 80) and not candidates(kind, "half", 100) and not candidates(kind, "tf32", 90)
+        )
 
 
-@pytest.mark.parametrize("kind", ["rows", "hidden", "backward", "gated", "gated_backward"])
+@pytest.mark.parametrize("kind", ["rows", "residual", "descriptors", "hidden", "backward", "gated", "gated_backward"])
 def test_two_tiles_of_128_by_128_share_a_multiprocessor_of_hopper(kind):
     tile = Config(128, 128, 64, 8, 3)
     tile = tile.narrowed(config.GATED_ACCUMULATORS) if kind.startswith("gated") else tile
