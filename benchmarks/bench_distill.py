@@ -1,8 +1,8 @@
 """One distillation step: student and teacher forward, layer-wise loss, backward, clipping, AdamW; tokens per second.
 
 The MoE student against the dense model as its own student, and against a dense student of an expert's width. The step
-is made of the pieces that `moebert_kernels.distill.fit` is made of, without its log and its checkpoints. Dropout is on
-where the step is timed; losses and gradients are checked without it, from the same weights.
+is made of the pieces of `moebert_kernels.distill.MoETrainer`, without its log and its checkpoints. Dropout is on where
+the step is timed; losses and gradients are checked without it, from the same weights.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
 from benchmarks.model import Cost
 from moebert_kernels import reference
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.distill.config import FitConfig
 from moebert_kernels.distill.objectives import LayerwiseObjective, task_loss
-from moebert_kernels.distill.setup import new_optimizer
 from moebert_kernels.distill.teacher import LiveTeacher
 from moebert_kernels.layers import MoEFeedForward, moe_layers
 
 PROVIDERS = ("moebert_kernels", "dense", "ideal")
-CONFIG = FitConfig()
+LEARNING_RATE, MAX_GRAD_NORM = 5e-5, 1.0
 
 
 def cases(target: Target) -> list[Case]:
@@ -107,7 +105,7 @@ class Step:
         self.student, self.batch, self.target = student, batch, target
         self.teacher = LiveTeacher(teacher, target.device, autocast=self.autocast)
         self.objective = LayerwiseObjective("classification")
-        self.optimizer = new_optimizer(student, CONFIG, target.device)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def autocast(self) -> AbstractContextManager[object]:
         half = self.target.dtype in (torch.bfloat16, torch.float16)
@@ -118,7 +116,7 @@ class Step:
         self.student.train()
         terms = self.terms()
         torch.stack(list(terms.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), CONFIG.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return tuple(term.detach() for term in terms.values())

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from moebert_kernels.demo.clocks import Timer, WallTimer, first_line, peak_mib, timer
+from moebert_kernels.bench.clocks import Timer, WallTimer, first_line, peak_mib, timer
 
 __all__ = ["Timer", "WallTimer", "device_lost", "first_line", "peak_mib", "roof", "timer"]
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measuring import Target
 from moebert_kernels import group_tokens
-from moebert_kernels.demo import clocks
+from moebert_kernels.bench import clocks
 from moebert_kernels.kernels import config as configs
 from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights, num_programs

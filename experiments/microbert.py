@@ -18,7 +18,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -27,24 +27,25 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
+from moebert_kernels.bench.tables import millions
+from moebert_kernels.bench.timing import compare_models, random_inputs
 from moebert_kernels.convert import StudentShape, convert_to_moe, make_student, merge, parameter_counts
 from moebert_kernels.data.held_out import hold_out
 from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, TaskData, load_task
 from moebert_kernels.demo.data import base_model
-from moebert_kernels.demo.report import millions, write_report
+from moebert_kernels.demo.report import write_report
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.demo.timing import compare_models, random_inputs
-from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
-from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.features import Batches, Features, tokenize
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
-from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
-from moebert_kernels.distill.recipe import Recipe, load_recipe
-from moebert_kernels.distill.student import fit_recipe
+from moebert_kernels.distill.microbert import MicroBertObjective
+from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvaluator, load_report
+from moebert_kernels.distill.recipe import Recipe, Stage, load_recipe
+from moebert_kernels.distill.run import train_stages
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.layers import MoEConfig
 
@@ -120,16 +121,14 @@ class Study:
             step(f"seed {seed}", f"{task}, {ARMS[arm].label}")
             student = self.new_student(task, seed)
             begun = time.monotonic()
-            fitted = fit_recipe(
+            fitted = train_stages(
                 student,
-                self._recipe(arm),
-                self.features(task, "train"),
-                task=TASKS[task],
+                self._recipe(arm).with_values({"seed": seed}),
+                self.split(task, "train"),
                 output_dir=self.work / "students" / f"{task}-{arm}-{seed}",
                 teacher=self.outputs(task, ARMS[arm].dense_teacher),
                 evaluate=self.evaluator(task, "validation"),
-                seed=seed,
-                also_save=self.tokenizer.save_pretrained,
+                best_metric=TASKS[task].main_metric,
             )
             seconds = time.monotonic() - begun
             return self._judged(student, task) | {"seconds": seconds, "path": str(fitted.model_dir.resolve())}
@@ -141,14 +140,17 @@ class Study:
         """A teacher's outputs for all arms and seeds."""
         teacher = load_model(self.teacher(task, dense)["path"], TASKS[task])
         return TeacherCache.build(
-            teacher, Batches(self.features(task, "train"), self.settings.teacher_batch_size),
+            teacher, self.split(task, "train").batches(self.settings.teacher_batch_size),
             self.work / "outputs" / f"{task}{'-dense' * dense}",
             layers=states("microbert", teacher, self.new_student(task, 0)),
             dtype="float16",  # half the size; its rounding is far below what a student can match
         )  # fmt: skip
 
     def _recipe(self, arm: str) -> Recipe:
-        values = {name: getattr(self.settings, name) for name in ("epochs", "learning_rate", "batch_size")}
+        values = {
+            "num_train_epochs": self.settings.epochs, "learning_rate": self.settings.learning_rate,
+            "per_device_train_batch_size": self.settings.batch_size,
+        }  # fmt: skip
         return load_recipe("microbert").with_values(values | dict(ARMS[arm].values))
 
     def new_student(self, task: str, seed: int) -> Any:
@@ -172,11 +174,9 @@ class Study:
             step("teacher", f"{task}, dense")
             torch.manual_seed(0)
             model = load_model(self.base, TASKS[task], new_head=True)
-            batches = Batches(self.features(task, "train"), self.settings.teacher_batch_size)
-            metric = TASKS[task].main_metric
-            path = fit(
-                model, batches, config=self._teacher_config(metric), output_dir=folder,
-                evaluate=self.evaluator(task, "validation"), also_save=self.tokenizer.save_pretrained,
+            path = train_stages(
+                model, self._teacher_recipe(), self.split(task, "train"), output_dir=folder,
+                evaluate=self.evaluator(task, "validation"), best_metric=TASKS[task].main_metric,
             ).model_dir  # fmt: skip
         else:
             path = folder
@@ -196,29 +196,29 @@ class Study:
         torch.manual_seed(0)
         dense = load_model(self.base, TASKS["mrpc"], new_head=True)  # whose head gives way to one for each task
         model = convert_to_moe(dense, MoEConfig.task(labels, **experts))
-        batches = {name: Batches(self.features(name, "train"), self.settings.teacher_batch_size) for name in FOLDERS}
         begun = time.monotonic()
-        fitted = fit(
+        fitted = train_stages(
             model,
-            MultiTaskBatches(batches, list(FOLDERS)),
-            config=replace(self._teacher_config("mean"), router_learning_rate=self.settings.router_learning_rate),
+            self._teacher_recipe(router_learning_rate=self.settings.router_learning_rate),
+            JoinedTasks({name: self.split(name, "train") for name in FOLDERS}, list(FOLDERS)),
             output_dir=self.work / "teachers" / "moe",
             evaluate=MultiTaskEvaluator(
                 {name: self.evaluator(name, "validation") for name in FOLDERS},
                 {name: TASKS[name].main_metric for name in FOLDERS},
             ),
-            also_save=self.tokenizer.save_pretrained,
+            best_metric=MEAN,
         )
         return {
             "path": str(fitted.model_dir.resolve()), "experts": load_report(model),
             "seconds": time.monotonic() - begun, **parameter_counts(model),
         }  # fmt: skip
 
-    def _teacher_config(self, metric: str) -> FitConfig:
-        return FitConfig(
-            epochs=self.settings.teacher_epochs, learning_rate=self.settings.teacher_learning_rate,
-            batch_size=self.settings.teacher_batch_size, weight_decay=0.01, warmup_ratio=0.1, best_metric=metric,
-        )  # fmt: skip
+    def _teacher_recipe(self, **more: Any) -> Recipe:
+        settings = {
+            "num_train_epochs": self.settings.teacher_epochs, "learning_rate": self.settings.teacher_learning_rate,
+            "per_device_train_batch_size": self.settings.teacher_batch_size, "weight_decay": 0.01, "warmup_steps": 0.1,
+        }  # fmt: skip
+        return Recipe("teacher", (Stage(settings=settings | more),))
 
     def _judged(self, model: Any, task: str) -> Result:
         judge = self.evaluator(task, "test")
@@ -243,16 +243,17 @@ class Study:
         return TaskData(loaded.task, loaded.splits | {"train": rows})
 
     @cache  # noqa: B019
-    def features(self, task: str, split: str) -> Features:
-        return tokenize(self.data(task).split(split), TASKS[task], self.tokenizer, self.settings.max_length)
+    def split(self, task: str, split: str) -> TokenizedSplit:
+        rows = self.data(task).split(split)
+        return TokenizedSplit(rows, TASKS[task], self.tokenizer, max_length=self.settings.max_length)
 
     def evaluator(self, task: str, split: str) -> Evaluator:
-        return Evaluator(TASKS[task], self.data(task).split(split), self.features(task, split))
+        return Evaluator(self.split(task, split))
 
 
 def states(recipe: str, teacher: Any, student: Any) -> list[int]:
     """The teacher's states that a recipe needs."""
-    objective = load_recipe(recipe).stages[0].objective(TASKS["sst2"])
+    objective = MicroBertObjective("classification", load_recipe(recipe).stages[0].terms)
     pairs = objective.pairs(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     return sorted(set(pairs.values()))
 
@@ -286,21 +287,20 @@ def cache_speed(study: Study, rows: int = 640) -> Result:
     task = TASKS["mrpc"]
     teacher: Any = load_model(study.teacher("mrpc")["path"], task)
     data = study.data("mrpc").train
-    train = tokenize(data.select(range(min(rows, len(data)))), task, study.tokenizer, study.settings.max_length)
+    some = data.select(range(min(rows, len(data))))
+    train = TokenizedSplit(some, task, study.tokenizer, max_length=study.settings.max_length)
     seconds: dict[str, list[float]] = {"live": [], "cached": []}
     students = {}
     with tempfile.TemporaryDirectory() as folder:
         layers = states("microbert-lean", teacher, study.new_student("mrpc", 0))
-        outputs = TeacherCache.build(teacher, Batches(train, 32), Path(folder) / "outputs", layers=layers, pooled=True)
+        outputs = TeacherCache.build(teacher, train.batches(32), Path(folder) / "outputs", layers=layers, pooled=True)
         for epochs in (1, 2):
-            recipe = load_recipe("microbert-lean").with_values({"epochs": epochs})
+            recipe = load_recipe("microbert-lean").with_values({"num_train_epochs": epochs})
             for name, source in (("live", teacher), ("cached", outputs)):
                 students[name] = study.new_student("mrpc", 0)
                 begun = time.monotonic()
-                fit_recipe(
-                    students[name], recipe, train, task=task, teacher=source, evaluate=lambda _: {"f1": 0.0},
-                    output_dir=Path(folder) / f"{name}-{epochs}",
-                )  # fmt: skip
+                output = Path(folder) / f"{name}-{epochs}"
+                train_stages(students[name], recipe, train, teacher=source, output_dir=output)
                 seconds[name].append(time.monotonic() - begun)
     one, other = (students[name].state_dict() for name in seconds)
     per_epoch = {name: two - one for name, (one, two) in seconds.items()}
@@ -329,7 +329,7 @@ def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result])
     moe = {key: value for key, value in study.moe().items() if key != "path"}
     return {
         "command": command(study.settings, seeds), "settings": asdict(study.settings), "machine": machine(),
-        "rows": {task: len(study.features(task, "train")) for task in FOLDERS}, "moe_teacher": moe,
+        "rows": {task: len(study.split(task, "train")) for task in FOLDERS}, "moe_teacher": moe,
         "main": summary(records, {name: TASKS[name] for name in FOLDERS}, references, MAIN),
         "ablation": summary(records, ablated, references, ABLATION), **measure(),
     }  # fmt: skip

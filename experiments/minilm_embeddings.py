@@ -27,14 +27,14 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from moebert_kernels.bench.tables import millions
 from moebert_kernels.convert import convert_to_moe, dense_student, parameter_counts
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.data.tasks import TaskData, custom_task, load_task
 from moebert_kernels.demo.data import base_model
-from moebert_kernels.demo.report import millions
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments
-from moebert_kernels.distill.checkpoint import write_text
 from moebert_kernels.distill.embedding import Pooling, keep_pooling, read_pooling
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.layers import MoEConfig
 
 HERE = Path(__file__).resolve().parent / "minilm_embeddings"

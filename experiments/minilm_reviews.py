@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moebert_kernels.bench.tables import millions, percent
 from moebert_kernels.demo.data import base_model, cache_folder, movie_reviews
-from moebert_kernels.demo.report import difference, label_of, millions, percent, write_report
+from moebert_kernels.demo.report import difference, label_of, write_report
 from moebert_kernels.demo.run import TIMED_SHAPE, machine, step, with_times
 from moebert_kernels.demo.study import FULL, Study
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.files import write_text
 
 SIZES = {384: 256, 192: 128}  # expert size -> shared, two thirds
 KINDS = ("moe", "dense")

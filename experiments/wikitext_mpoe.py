@@ -30,15 +30,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from moebert_kernels.bench.tables import millions
 from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.data.files import find_split_files, read_text
-from moebert_kernels.demo.report import millions
+from moebert_kernels.data.split import TokenizedSplit
+from moebert_kernels.data.tasks import get_task
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.distill import FitConfig, fit
-from moebert_kernels.distill.checkpoint import write_text
-from moebert_kernels.distill.features import Batches, Features
+from moebert_kernels.distill.evaluation import Evaluator
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.distill.identity import changed, described
-from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.distill.recipe import Recipe as Stages
+from moebert_kernels.distill.recipe import Stage
+from moebert_kernels.distill.run import train_stages
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import GradientMask
 
@@ -139,16 +142,14 @@ class Study:
     Args:
         work: models and checkpoints, of all seeds.
         runs: the folder for the results.
-        features: of the parts, by name.
+        splits: the parts as windows of tokens, by name.
     """
 
     def __init__(
-        self, work: Path, runs: Path, features: Mapping[str, Features], recipe: Recipe, seed: int,
-        also_save: Callable[[Path], object],
+        self, work: Path, runs: Path, splits: Mapping[str, TokenizedSplit], recipe: Recipe, seed: int
     ) -> None:  # fmt: skip
-        self.work, self.runs, self.recipe, self.seed = work, runs, recipe, seed
-        self.features, self.also_save = features, also_save
-        self.texts = {f"{name} text": part.fingerprint for name, part in features.items()}
+        self.work, self.runs, self.recipe, self.seed, self.splits = work, runs, recipe, seed, splits
+        self.texts = {f"{name} text": part.fingerprint for name, part in splits.items()}
 
     def run(self, name: str) -> None:
         """Train and test an arm (or "base"), and the base model before it, unless they are done."""
@@ -172,31 +173,32 @@ class Study:
             model = converted(GPT2LMHeadModel.from_pretrained(self.work / "base" / "best"), arm, recipe, seed)
             settings = (recipe.learning_rate, recipe.epochs)
             evaluations, patience = recipe.evaluations_per_epoch, recipe.patience
-        batches = Batches(self.features["train"], recipe.batch_size, seed)
-        config = FitConfig(
-            learning_rate=settings[0], epochs=settings[1], batch_size=recipe.batch_size, seed=seed, patience=patience,
-            weight_decay=recipe.weight_decay, schedule="linear", warmup_ratio=0.05, best_metric="perplexity",
-            greater_is_better=False, eval_steps=max(1, len(batches) // evaluations),
-        )  # fmt: skip
-        outcome = {"name": name, "seed": seed, **self._train(place, model, batches, config, arm.masked)}
+        steps = -(-len(self.splits["train"]) // recipe.batch_size)  # of an epoch
+        told = {
+            "learning_rate": settings[0], "num_train_epochs": settings[1], "early_stopping_patience": patience,
+            "per_device_train_batch_size": recipe.batch_size, "weight_decay": recipe.weight_decay,
+            "warmup_steps": 0.05, "seed": seed, "eval_strategy": "steps", "eval_steps": max(1, steps // evaluations),
+            **({"gradient_mask": {"probability": arm.masked}} if arm.masked else {}),
+        }  # fmt: skip
+        outcome = {"name": name, "seed": seed, **self._train(place, model, told, steps)}
         write_text(file, json.dumps(outcome) + "\n")
 
-    def _train(self, place: str, model: Any, batches: Batches, config: FitConfig, masked: float) -> dict[str, Any]:
+    def _train(self, place: str, model: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         """Train with early stopping, and test what validation chose."""
-        judge = PerplexityEvaluator(self.features["validation"])
+        judge = Evaluator(self.splits["validation"])
         before = judge(model)
         with clock(self.work / f"{place}.seconds") as seconds:
-            result = fit(
-                model, batches, config=config, output_dir=self.work / place, evaluate=judge, also_save=self.also_save,
-                gradient_mask=GradientMask(model, masked, seed=config.seed) if masked else None,
+            result = train_stages(
+                model, Stages(place, (Stage(settings=settings),)), self.splits["train"], output_dir=self.work / place,
+                evaluate=judge, best_metric="perplexity", greater_is_better=False,
             )  # fmt: skip
         return {
             "perplexity_before": before["perplexity"],
             "perplexity_validation": result.best_metrics["perplexity"],
-            "perplexity_test": PerplexityEvaluator(self.features["test"])(model)["perplexity"],
+            "perplexity_test": Evaluator(self.splits["test"])(model)["perplexity"],
             "steps": result.step,
             "best_step": result.best_step,
-            "steps_per_epoch": len(batches),
+            "steps_per_epoch": steps,
             "stopped_early": result.stopped_early,
             "cpu_seconds": seconds(),
             **parameter_counts(model),
@@ -346,22 +348,22 @@ def main() -> None:
     parts = read_parts(arguments.data)
     tokenizer = trained_tokenizer(parts["train"], recipe.vocab_size)
     recipe = replace(recipe, vocab_size=len(tokenizer))
-    features = {
-        name: text_features(Dataset.from_dict({"text": [text]}), "text", tokenizer, recipe.block)
+    splits = {
+        name: TokenizedSplit(Dataset.from_dict({"text": [text]}), get_task("lm"), tokenizer, max_length=recipe.block)
         for name, text in parts.items()
         if name in ("train", "validation", "test")
     }
     runs = arguments.output / "runs"
     if not arguments.report:
         for seed in arguments.seeds:
-            study = Study(arguments.work, runs, features, recipe, seed, tokenizer.save_pretrained)
+            study = Study(arguments.work, runs, splits, recipe, seed)
             for name in arguments.models:
                 step(f"seed {seed}", label_of(name))
                 study.run(name)
-    report(runs, arguments.output, recipe, features)
+    report(runs, arguments.output, recipe, splits)
 
 
-def report(runs: Path, output: Path, recipe: Recipe, features: Mapping[str, Features]) -> None:
+def report(runs: Path, output: Path, recipe: Recipe, splits: Mapping[str, TokenizedSplit]) -> None:
     """Write the table and the chart of the arms that are done for every seed that was begun, if there are any."""
     done = [json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]
     seeds = sorted({run["seed"] for run in done if run["name"] != "base"})
@@ -372,8 +374,8 @@ def report(runs: Path, output: Path, recipe: Recipe, features: Mapping[str, Feat
         return
     facts = {
         "threads": machine()["torch_threads"],
-        **{name: sum(int((labels != -100).sum()) for labels in part.token_targets["labels"])
-           for name, part in features.items()},
+        **{name: sum(sum(label != -100 for label in labels) for labels in part.columns["labels"])
+           for name, part in splits.items()},
     }  # fmt: skip
     text = table(results, step_times(recipe), facts)
     write_text(output / "table.md", text)

@@ -29,7 +29,7 @@ LAYERS = (
     ("nn", "integrations"),
     ("layers",),
     ("convert",),
-    ("serve", "data"),
+    ("serve", "data", "bench"),
     ("distill",),
     ("demo", "doctor"),
     ("cli",),
@@ -224,15 +224,15 @@ def cli_options() -> dict[str, set[str]]:
     from typer.main import get_command
 
     from moebert_kernels.cli import app
-    from moebert_kernels.distill.recipe import keys
+    from moebert_kernels.distill.settings import names
 
     commands = get_command(app).commands
     options = {
         name: {"--help", *(o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts))}
         for name, command in commands.items()
     }
-    of_recipes = {f"--{key.replace('_', '-')}" for key in keys()}
-    return {name: of | (of_recipes if "--recipe" in of else set()) for name, of in options.items()}
+    arguments = {option for name in names() for option in (f"--{name}", f"--{name.replace('_', '-')}")}
+    return {name: of | (arguments if "--config" in of else set()) for name, of in options.items()}
 
 
 def test_commands_in_documents_exist():
@@ -258,7 +258,8 @@ def problems_of(span: str, targets: set[str], options: dict[str, set[str]]) -> l
             found.append(f"no command {name}")
             continue
         given = [word.partition("=")[0] for word in words[2:] if word.startswith("--")]
-        found += [f"{name} has no option {option}" for option in given if option not in options[name]]
+        # an entry of a dictionary is an option too
+        found += [f"{name} has no option {option}" for option in given if option.partition(".")[0] not in options[name]]
     return found
 
 

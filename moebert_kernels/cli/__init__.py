@@ -13,7 +13,7 @@ from moebert_kernels.cli.dense import merge, student
 from moebert_kernels.cli.export import export
 from moebert_kernels.cli.importance import importance
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
-from moebert_kernels.cli.options import DEFAULTS_BY_TASK
+from moebert_kernels.cli.options import DEFAULTS_BY_TASK, EXAMPLES
 from moebert_kernels.cli.quantize import quantize
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# these take further --KEY VALUE, of a recipe, and look at them themselves
+# these take further --NAME VALUE, training arguments, and look at them themselves
 _OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
 for _name, _function in (
     ("doctor", doctor),
@@ -46,8 +46,8 @@ for _name, _function in (
 ):
     app.command(
         _name,
-        context_settings=_OPEN if _name in ("distill", "ablate") else None,
-        epilog=DEFAULTS_BY_TASK if _name in ("finetune", "distill") else None,
+        context_settings=_OPEN if _name in ("finetune", "distill", "ablate") else None,
+        epilog=f"Example: {EXAMPLES[_name]}" + f"\n\n{DEFAULTS_BY_TASK}" * (_name in ("finetune", "distill")),
     )(command(_function))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +45,7 @@ def ablate(
             "--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS} Default: none."
         ),
     ] = None,
-    recipe: o.AblationRecipe = "microbert",
+    config: o.AblationConfig = "microbert",
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,6 +57,7 @@ def ablate(
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm on each task.")] = 3,
     hold_out: o.HoldOut = None,
+    max_length: o.MaxLength = None,
 ) -> None:
     """Train a student by a recipe with parts left out, and compare: a table, a chart, retention and paired tests.
 
@@ -66,7 +66,7 @@ def ablate(
     """
     from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, repeated_arms, summary, table
-    from moebert_kernels.distill.checkpoint import write_text
+    from moebert_kernels.distill.files import write_text
     from moebert_kernels.distill.identity import changed, described
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
@@ -88,17 +88,17 @@ def ablate(
         for one in sorted(set(named.values())):
             inputs.check_models(**{option: one})
     files = data_by_task(data, task)
-    chosen = recipe_of(ctx, recipe)
+    chosen = recipe_of(ctx, config)
     repeated = repeated_arms(chosen, arms)
     if arm and repeated:
         name, first = next(iter(repeated.items()))
         raise UserError(
-            f"arm: expected arms that differ for the recipe {recipe}, got {name}, which does what {first} does"
+            f"arm: expected arms that differ for the config {config}, got {name}, which does what {first} does"
         )
     arms = [name for name in arms if name not in repeated]
     data_of = {name: inputs.load_data(known, files.get(name), "train", hold_out) for name, known in tasks.items()}
     by_task = {"student": students, "teacher": teachers, "dense teacher": dense}
-    identity = {"recipe": recipe, "hold_out": hold_out} | _facts(chosen, by_task, data_of)
+    identity = {"config": config, "hold_out": hold_out} | _facts(chosen, by_task, data_of)
     claim(output, "ablate")
     changes = changed(once(output / "identity.json", lambda: identity), identity)
     if changes:
@@ -107,7 +107,7 @@ def ablate(
             f" other {described(changes)} (use another --output)"
         )
 
-    length = chosen.active[0].max_length
+    length = chosen.common("max_length")
     records, references = [], {}
     for name, loaded in data_of.items():
         for seed in range(seeds):
@@ -124,13 +124,13 @@ def ablate(
     report = summary(records, tasks, references, arms)
     write_report(report, output / "report.json")
     write_text(output / "table.md", table(report))
-    draw(report, output / "chart.png", f"Students by the recipe {recipe}, {seeds} seeds")
+    draw(report, output / "chart.png", f"Students by {config}, {seeds} seeds")
     print(table(report))
 
 
 def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mapping[str, Any]) -> dict[str, Any]:
     """What the results of a comparison depend on."""
-    from moebert_kernels.distill.checkpoint import model_fingerprint
+    from moebert_kernels.distill.files import model_fingerprint
     from moebert_kernels.distill.identity import row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 
@@ -139,7 +139,10 @@ def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mappin
     tokens = {name: tokenizer_digest(load_tokenizer(name)) for name in names}
     facts: dict[str, Any] = {}
     for stage in recipe.stages:
-        facts |= {f"{stage.name}.{key}": value for key, value in asdict(stage).items() if key != "name"}
+        for key, value in stage.settings.items():
+            entries = value if isinstance(value, dict) else {}
+            named = {f"{key}.{entry}": one for entry, one in entries.items()} or {key: value}
+            facts |= {f"{stage.name}.{name}": one for name, one in named.items()}
     for kind, by_task in models.items():
         facts |= {f"{kind} weights for {task}": weights[name] for task, name in by_task.items()}
         facts |= {f"{kind} tokenizer for {task}": tokens[name] for task, name in by_task.items()}
@@ -158,7 +161,8 @@ def _run(
 
     print(f"\n{name}: {ARMS[arm].label}", flush=True)
     begun = time.monotonic()
-    trained = train_by_recipe(recipe_of_arm(recipe, arm), student, teacher, loaded, output / "runs" / name, seed=seed)
+    chosen = recipe_of_arm(recipe, arm).with_values({"seed": seed})
+    trained = train_by_recipe("distill", chosen, student, teacher, loaded, output / "runs" / name)
     seconds = time.monotonic() - begun
     return _judged(trained.student, load_tokenizer(student), loaded, length) | {"seconds": seconds}
 
@@ -177,8 +181,7 @@ def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict
     split = "test" if "test" in loaded.splits else "validation"
     loaded = inputs.labels_as_in(loaded, model.config)
     length, _ = inputs.lengths_for(model.config, loaded.task, tokenizer, length)
-    features = inputs.tokenized(loaded, split, tokenizer, length, None, model.config)
-    evaluator = Evaluator(loaded.task, loaded.split(split), features, progress=True)
+    evaluator = Evaluator(inputs.tokenized(loaded, split, tokenizer, length, None, model.config), progress=True)
     predictions, references = evaluator.predict(model), evaluator.references
     score = compute_metrics(loaded.task, predictions, references)[loaded.task.main_metric]
     return {"score": score, "split": split, "predictions": predictions, "references": references}

@@ -38,8 +38,8 @@ def run_forms(
     task: str | None, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Load the models, time and score them; what goes into the result beside the environment."""
+    from moebert_kernels.bench.benchmark import sizes_of
     from moebert_kernels.cli.quantize import evaluation
-    from moebert_kernels.demo.benchmark import sizes_of
     from moebert_kernels.demo.forms import compare_forms
     from moebert_kernels.distill.loading import load_encoder, load_model, load_tokenizer
 

@@ -262,7 +262,7 @@ def _converted(
     scores = None if importance is None else load_importance(importance, model).scores
     before = sizes(model)
     if config.router == "hash-balance" and texts is not None:
-        options["token_counts"] = count_tokens(texts.input_ids, model.config.get_text_config().vocab_size)
+        options["token_counts"] = count_tokens(texts.columns["input_ids"], model.config.get_text_config().vocab_size)
     if config.needs_text:
         batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
         chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)

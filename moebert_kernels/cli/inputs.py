@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,10 @@ from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import torch
 
+    from moebert_kernels.data.split import TokenizedSplit
     from moebert_kernels.data.tasks import Task, TaskData
-    from moebert_kernels.distill.config import Metrics
-    from moebert_kernels.distill.features import Features
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -76,7 +72,7 @@ def check_dense(name: str) -> None:
 
 def _is_run(folder: Path) -> bool:
     note = read_note(folder)
-    return (folder / "state").is_dir() or (note is not None and note["command"] in ("finetune", "distill"))
+    return (folder / "run.json").exists() or (note is not None and note["command"] in ("finetune", "distill"))
 
 
 def make_task(
@@ -182,22 +178,9 @@ def split_called(name: str) -> str:
     return _SPLIT_NAMES[name]
 
 
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Without the bars of `datasets` for steps that take no time ("Flattening the indices")."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
-
-
 def labels_as_in(data: TaskData, config: Any) -> TaskData:
     """The data with classes numbered as the model numbers them."""
+    from moebert_kernels.data.split import quiet_datasets
     from moebert_kernels.distill.loading import check_labels, label_names
 
     check_labels(data.task, config)
@@ -227,7 +210,7 @@ def lengths_for(
             say(f"--{name.replace('_', '-')} {wanted}: the model was trained with {trained[name]}")
     if max_length is not None and positions is not None and max_length > positions:
         raise UserError(f"max-length: expected at most {positions}, the model's positions, got {max_length}")
-    longest = max_length or trained.get("max_length") or preset_for(task.name).max_length
+    longest = max_length or trained.get("max_length") or preset_for(task.name)["max_length"]
     stride = trained.get("doc_stride") if doc_stride is None else doc_stride
     return longest if positions is None else min(longest, positions), stride
 
@@ -249,79 +232,42 @@ def device() -> torch.device:
 
 def tokenized(
     data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
-) -> Features:
-    """Features of a split, as a model of this configuration takes them.
-
-    Args:
-        doc_stride: tokens that neighbouring windows share. None: 128 for questions, 1 for running text.
+) -> TokenizedSplit:
+    """A split as a model of this configuration reads it; says how many of its texts are cut.
 
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for.
-
-    Says how many texts are cut.
     """
-    features = _tokenized(data, split, tokenizer, max_length, doc_stride, model_config)
+    from moebert_kernels.data.split import TokenizedSplit
     from moebert_kernels.data.summary import cut_texts
-
-    cut = cut_texts(split, features, max_length)
-    if cut is not None:
-        say(f"{data.task.name}: {cut}")
-    return features
-
-
-def _tokenized(
-    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
-) -> Features:
-    from moebert_kernels.distill.features import tokenize
-    from moebert_kernels.distill.language import text_features
-    from moebert_kernels.distill.text_to_text import text_to_text_features
 
     most = model_config.get_text_config().vocab_size
     if len(tokenizer) > most:
         raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
-    rows, task = data.split(split), data.task
-    if task.kind == "lm":
-        overlap = 1 if doc_stride is None else doc_stride
-        return text_features(rows, task.text_columns[0], tokenizer, max_length, overlap, progress=True)
-    if model_config.is_encoder_decoder:
-        return text_to_text_features(rows, task, tokenizer, max_length, progress=True)
-    stride = 128 if doc_stride is None else doc_stride
-    return tokenize(rows, task, tokenizer, max_length, stride, progress=True)
+    texts = TokenizedSplit(
+        data.split(split), data.task, tokenizer, max_length=max_length, doc_stride=doc_stride,
+        text_to_text=model_config.is_encoder_decoder, pad_to=padding_for(model_config, max_length),
+    )  # fmt: skip
+    cut = cut_texts(split, texts)
+    if cut is not None:
+        say(f"{data.task.name}: {cut}")
+    return texts
 
 
 def run_facts(
-    data: TaskData, tokenizer: Any, student: Any, max_length: int, doc_stride: int | None, **options: Any
+    data: TaskData, tokenizer: Any, max_length: int, doc_stride: int | None, **options: Any
 ) -> dict[str, Any]:
-    """What a training run's result depends on beside what `fit` knows: rows, tokenizer, first weights and options."""
-    from moebert_kernels.distill.checkpoint import model_fingerprint
+    """What a training run's result depends on beside what its settings say: rows, tokenizer and options."""
     from moebert_kernels.distill.identity import row_facts, tokenizer_digest
 
     return {
         "task": data.task.name,
         "max_length": max_length,
         "doc_stride": doc_stride,
-        "model weights": model_fingerprint(student),
         "tokens of the tokenizer": tokenizer_digest(tokenizer),
         **row_facts(data, ("train", "validation")),
         **options,
     }
-
-
-def evaluator(
-    data: TaskData, split: str, features: Features, tokenizer: Any, batch_size: int | None, pad_to: int | None,
-    model_config: Any,
-) -> Callable[[Any], Metrics]:  # fmt: skip
-    """What judges a model of this configuration on a split, with a bar."""
-    from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.language import PerplexityEvaluator
-    from moebert_kernels.distill.text_to_text import TextToTextEvaluator
-
-    if data.task.kind == "lm":
-        return PerplexityEvaluator(features, batch_size or 16, progress=True)
-    rows, size = data.split(split), batch_size or 64
-    if model_config.is_encoder_decoder:
-        return TextToTextEvaluator(data.task, rows, features, tokenizer, size, progress=True)
-    return Evaluator(data.task, rows, features, size, pad_to, progress=True)
 
 
 def splits_named(data: TaskData, split: str) -> list[str]:

@@ -35,6 +35,7 @@ def evaluate(
     hold_out: o.HoldOut = None,
 ) -> None:
     """Evaluate a model, dense or MoE, with the task's metrics. Nothing in it is random."""
+    from moebert_kernels.distill.evaluation import Evaluator
     from moebert_kernels.distill.loading import load_model, load_tokenizer
 
     if output is not None:
@@ -46,11 +47,10 @@ def evaluate(
     judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
     loaded = inputs.labels_as_in(loaded, judged.config)
     length, doc_stride = inputs.lengths_for(judged.config, loaded.task, tokenizer, max_length, doc_stride)
-    pad_to = inputs.padding_for(judged.config, length)
     result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
     for name in inputs.splits_named(loaded, split):
         features = inputs.tokenized(loaded, name, tokenizer, length, doc_stride, judged.config)
-        metrics = inputs.evaluator(loaded, name, features, tokenizer, batch_size, pad_to, judged.config)(judged)
+        metrics = Evaluator(features, batch_size, progress=True)(judged)
         result["splits"][name] = metrics | {"examples": len(features)}
         print_metrics(metrics, f"{name} ({len(features)} examples)")
     if output is not None:
@@ -104,8 +104,8 @@ def bench(
     """
     import torch
 
+    from moebert_kernels.bench.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.cli.bench_forms import check_forms, run_forms
-    from moebert_kernels.demo.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.demo.forms import forms_chart, forms_table
     from moebert_kernels.distill.loading import load_encoder
     from moebert_kernels.doctor import self_test
@@ -182,7 +182,7 @@ def _random_batches(
     models: Iterable[Any], batch_sizes: list[int], lengths: list[int], seed: int
 ) -> list[tuple[Any, Any]]:
     """Ids and mask of random tokens, one batch for each size and length."""
-    from moebert_kernels.demo.timing import random_inputs
+    from moebert_kernels.bench.timing import random_inputs
     from moebert_kernels.distill.loading import longest_input
 
     models = list(models)
@@ -224,7 +224,7 @@ def _first_rows(data: TaskData, split: str, count: int) -> TaskData:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from moebert_kernels.distill.checkpoint import write_text
+    from moebert_kernels.distill.files import write_text
 
     write_text(path, json.dumps(content, indent=1) + "\n")
     print(f"saved in {path}")

@@ -13,19 +13,18 @@ _TASK = (
     "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli of GLUE; squad or squad_v2; lm for running text and a"
     " language model; or custom for a table of your own"
 )
-_BY_TASK = "Default: by task, see below"
-_RECIPES = (
-    "microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file. Any value can be given as --KEY"
-    " VALUE, or --STAGE.KEY VALUE for one stage."
+_CONFIG = (
+    "microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file of training arguments, which the"
+    " command line overrides; --STAGE.NAME VALUE holds for one stage, --loss_weights.TERM VALUE for one term."
 )
 
-# at the end of the help of commands that train; a test compares it with distill/presets.py
+# at the end of the help of commands that train; a test compares it with distill/presets.yaml
 DEFAULTS_BY_TASK = "\n\n".join(
     (
         "Defaults by task (the published ones where MoEBERT's authors give any):",
         *(
-            f"{tasks}: --learning-rate {rate} --batch-size {batch} --epochs {epochs} --weight-decay {decay}"
-            f" --max-length {length} (--distill-weight {weight})"
+            f"{tasks}: --learning_rate {rate} --per_device_train_batch_size {batch} --num_train_epochs {epochs}"
+            f" --weight_decay {decay} --max-length {length} (distillation terms {weight})"
             for tasks, rate, batch, epochs, decay, length, weight in (
                 ("custom, stsb, wnli", "3e-05", 32, 3, "0.0", 128, "1.0"),
                 ("cola", "2e-05", 8, 10, "0.0", 512, "3.0"),
@@ -40,10 +39,28 @@ DEFAULTS_BY_TASK = "\n\n".join(
                 ("lm", "5e-05", 8, 3, "0.01", 1024, "1.0"),
             )
         ),
-        "Several tasks together: as custom, but each with its own --max-length. With --accumulation N a batch is one"
-        " Nth of what is listed. With --recipe all defaults are the recipe's.",
+        "Several tasks together: as custom, but each with its own --max-length. With --gradient_accumulation_steps N a"
+        " batch is one Nth of what is listed. With --config all defaults are the file's. All training arguments:"
+        " https://huggingface.co/docs/transformers/main_classes/trainer, and docs/guide/trainer.md.",
     )
 )
+
+# at the end of each command's help
+EXAMPLES = {
+    "doctor": "moebert doctor --json",
+    "finetune": "moebert finetune --model bert-base-uncased --task mrpc --output teacher --learning_rate 3e-5",
+    "importance": "moebert importance --model teacher --task mrpc --output importance.safetensors",
+    "convert": "moebert convert --model teacher --importance importance.safetensors --output moe",
+    "distill": "moebert distill --model moe --teacher teacher --task mrpc --output student --num_train_epochs 5",
+    "ablate": "moebert ablate --model small --teacher teacher --task mrpc --seeds 3 --output ablation",
+    "merge": "moebert merge --model routed --task mrpc --output mrpc-teacher",
+    "student": "moebert student --model teacher --layers 3 --output small",
+    "quantize": "moebert quantize --model student --output student-int8",
+    "export": "moebert export --model student --output student-onnx",
+    "eval": "moebert eval --model student --task mrpc",
+    "bench": "moebert bench --model student --against teacher --batch-size 1 --batch-size 32",
+    "demo": "moebert demo --quick",
+}
 
 
 def _path(text: str) -> Path:
@@ -152,7 +169,6 @@ HoldOut = Annotated[
         " Default: none is made.",
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help=f"Sequences at once. {_BY_TASK}.")]
 EvaluationBatchSize = Annotated[
     int | None,
     typer.Option("--batch-size", min=1, help="Sequences at once. Default: 64, with --task lm 16."),
@@ -161,113 +177,21 @@ ScoringBatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequ
 Split = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the earlier result that --output holds.")]
 
-RecipeName = Annotated[
+Config = Annotated[
     str | None,
     typer.Option(
-        "--recipe",
-        help=f"Train a small dense student. {_RECIPES} Without it, a MoE follows its teacher layer by layer.",
+        "--config", help=f"{_CONFIG} Default: by task, see below; distill follows the teacher layer by layer."
     ),
 ]
-AblationRecipe = Annotated[str, typer.Option("--recipe", help=_RECIPES)]
+AblationConfig = Annotated[str, typer.Option("--config", help=_CONFIG)]
 ExtraText = Annotated[
     Path | None,
     typer.Option(
         "--extra-text",
-        help="With --recipe: texts without labels, a table with the task's text columns. Default: none.",
+        help="Texts without labels to follow the teacher on, a table with the task's text columns. Default: none.",
     ),
 ]
 
-Epochs = Annotated[
-    int | None,
-    typer.Option("--epochs", min=1, help=f"Passes over the training data. {_BY_TASK}.", rich_help_panel=_TRAINING),
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--learning-rate",
-        min=0.0,
-        help=f"At the start; it falls linearly to 0. {_BY_TASK}.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-Accumulation = Annotated[
-    int, typer.Option("--accumulation", min=1, help="Batches per optimizer step.", rich_help_panel=_TRAINING)
-]
-WeightDecay = Annotated[
-    float | None,
-    typer.Option(
-        "--weight-decay",
-        min=0.0,
-        help=f"Of AdamW, but for biases and norms. {_BY_TASK}.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-RouterLearningRate = Annotated[
-    float | None,
-    typer.Option(
-        "--router-learning-rate", min=0.0, help="Of learned routers. Default: as all others.", rich_help_panel=_TRAINING
-    ),
-]
-WarmupRatio = Annotated[
-    float,
-    typer.Option(
-        "--warmup-ratio",
-        min=0.0,
-        max=1.0,
-        help="Share of the steps in which the learning rate rises from 0.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-MixedPrecision = Annotated[str, typer.Option("--mixed-precision", help="no, fp16 or bf16.", rich_help_panel=_TRAINING)]
-EvalSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--eval-steps", min=1, help="Evaluate after so many steps. Default: each epoch.", rich_help_panel=_TRAINING
-    ),
-]
-SaveSteps = Annotated[
-    int, typer.Option("--save-steps", min=1, help="Write a checkpoint after so many steps.", rich_help_panel=_TRAINING)
-]
-Patience = Annotated[
-    int | None,
-    typer.Option(
-        "--patience",
-        min=1,
-        help="Stop after so many evaluations without a new best. Default: never.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-MaxSteps = Annotated[
-    int | None,
-    typer.Option(
-        "--max-steps",
-        min=1,
-        help="Optimizer steps at most. Default: those of all epochs.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-LabelSmoothing = Annotated[
-    float,
-    typer.Option(
-        "--label-smoothing", min=0.0, max=0.99, help="For models that answer in text.", rich_help_panel=_TRAINING
-    ),
-]
-GradientMask = Annotated[
-    float,
-    typer.Option(
-        "--gradient-mask",
-        min=0.0,
-        max=1.0,
-        help="MPOE: share of steps that leave the central tensors as they are.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-SharedFold = Annotated[
-    bool,
-    typer.Option(
-        "--shared-fold", help="MPOE: fold the experts' weights once per step, not per batch.", rich_help_panel=_TRAINING
-    ),
-]
 Restart = Annotated[
     bool,
     typer.Option(

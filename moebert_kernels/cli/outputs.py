@@ -105,8 +105,8 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
 def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
     """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
     from moebert_kernels.convert.card import save_with_card
-    from moebert_kernels.distill.checkpoint import write_folder
-    from moebert_kernels.distill.progress import quiet_transformers
+    from moebert_kernels.distill.files import write_folder
+    from moebert_kernels.distill.loading import quiet_transformers
 
     output = folder
 
@@ -160,7 +160,10 @@ def claim(folder: Path, command: str) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether a training run in `folder` has come to its end."""
-    return (folder / "state" / "finished.json").exists()
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))["result"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str) -> None:

@@ -75,8 +75,8 @@ def write(
     output: Path, save: Callable[[Path], Any], tokenizer: Any, identity: dict[str, Any], config: Any = None
 ) -> None:
     """What `save` writes into a folder, a tokenizer, a configuration and the note of the call; whole or not at all."""
-    from moebert_kernels.distill.checkpoint import write_folder
-    from moebert_kernels.distill.progress import quiet_transformers
+    from moebert_kernels.distill.files import write_folder
+    from moebert_kernels.distill.loading import quiet_transformers
 
     def fill(folder: Path) -> None:
         with quiet_transformers():
@@ -109,10 +109,11 @@ def evaluation(
     config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
 ) -> Callable[[Any], Any]:
     """A function that gives the metrics of a model of this configuration on a split."""
+    from moebert_kernels.distill.evaluation import Evaluator
+
     name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
     length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
-    features = inputs.tokenized(loaded, name, tokenizer, length, stride, config)
-    return inputs.evaluator(loaded, name, features, tokenizer, batch_size, inputs.padding_for(config, length), config)
+    return Evaluator(inputs.tokenized(loaded, name, tokenizer, length, stride, config), batch_size, progress=True)
 
 
 def _mib(model: Any) -> float:

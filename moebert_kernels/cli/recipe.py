@@ -1,9 +1,8 @@
-"""What `moebert distill --recipe` does: a student trained by a recipe, with any of its values given as --KEY VALUE."""
+"""From a command's words to a recipe, and from a recipe to a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,81 +10,68 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.running import print_settings, run_settings
+from moebert_kernels.cli.running import print_settings
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
     from moebert_kernels.data.tasks import Task
-    from moebert_kernels.distill.config import FitResult
     from moebert_kernels.distill.recipe import Recipe
+    from moebert_kernels.distill.run import RunResult
 
-_WITHOUT_RECIPE = ("distill_weight", "preset", "doc_stride", "label_smoothing", "gradient_mask", "shared_fold")
+_OWN = ("seed", "max_length", "doc_stride")  # options of the commands that a recipe can say too
 
 
 class Trained(NamedTuple):
-    """A training run's result, and the student with the best weights."""
+    """A training run's result, and the model with the best weights."""
 
-    result: FitResult
+    result: RunResult
     student: Any
 
 
-def given(ctx: typer.Context) -> dict[str, Any]:
-    """The command's own options that stand on the command line, by parameter name."""
-    return {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
-
-
-def no_further_options(ctx: typer.Context) -> None:
-    """Raise UserError for what is neither an option of the command nor, without a recipe, anything else."""
-    from moebert_kernels.distill.recipe import nearest
-
-    if ctx.args:
-        known = [option for parameter in ctx.command.params for option in parameter.opts]
-        name = ctx.args[0].partition("=")[0]
-        raise UserError(f"{name}: expected an option of moebert {ctx.command.name}, got none{nearest(name, known)}")
-
-
-def recipe_of(ctx: typer.Context, name: str) -> Recipe:
-    """The recipe with the values of the command line: options of the command's own, and any --KEY VALUE.
+def recipe_of(ctx: typer.Context, config: str | None, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """What a command was told: its --config, or else `settings`, with the values of the command line.
 
     Raises:
-        UserError: an unknown key or value, or an option that no recipe knows.
+        UserError: an unknown name, with the nearest known one, or a value that cannot be one of it.
     """
-    from moebert_kernels.distill.recipe import keys, load_recipe
+    from moebert_kernels.distill.recipe import Recipe, Stage, load_recipe
 
-    ours = given(ctx)
-    for option in _WITHOUT_RECIPE:
-        if option in ours:
-            raise UserError(f"{option.replace('_', '-')}: expected it without --recipe, got {ours[option]}")
-    values = {key: value for key, value in ours.items() if key in keys()}
-    return load_recipe(name).with_values(values | _pairs(ctx.args))
+    if settings is None or config is not None:
+        recipe = load_recipe(config or "")
+    else:
+        recipe = Recipe(f"moebert {ctx.command.name}", (Stage(settings=dict(settings)),))
+    own = {
+        name: ctx.params[name] for name in _OWN
+        if name in ctx.params and ctx.get_parameter_source(name).name == "COMMANDLINE"
+    }  # fmt: skip
+    return recipe.with_values(own | arguments(ctx.args))
 
 
-def _pairs(words: Sequence[str]) -> dict[str, str]:
-    """["--key", "value", "--other=value"] as a mapping; - and _ in a key are the same."""
-    pairs: dict[str, str] = {}
+def arguments(words: Sequence[str]) -> dict[str, Any]:
+    """["--key", "value", "--flag", "--other=value"] as a mapping; several values of a key are a list."""
+    found: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or (not equals and not rest):
-            raise UserError(f"recipe: expected --KEY VALUE, got {word}")
-        pairs[key.replace("-", "_")] = value if equals else rest.pop(0)
-    return pairs
+        if not word.startswith("--"):
+            raise UserError(f"options: expected --NAME VALUE, got {word}")
+        values = [value] if equals else []
+        while rest and not equals and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        found[key.replace("-", "_")] = "true" if not values else values[0] if len(values) == 1 else values
+    return found
 
 
-def print_recipe(recipe: Recipe, max_length: int, seed: int) -> None:
-    """Print what each stage does, in the recipe's keys, as they would be typed."""
-    from moebert_kernels.distill.microbert import TERMS
+def print_recipe(recipe: Recipe, lengths: Mapping[str, Any]) -> None:
+    """Print what each stage does, as it would be typed."""
+    from moebert_kernels.distill.run import DEFAULTS
 
     for stage in recipe.active:
-        terms = {name: getattr(stage, name) for name in ("labels", "balance", *stage.terms)}
-        more = {
-            field.name: getattr(stage, field.name)
-            for field in fields(stage)
-            if field.name not in ("name", *TERMS) and getattr(stage, field.name) != field.default
-        }
-        prefix = f"{stage.name}." if len(recipe.active) > 1 else ""
-        print_settings(terms | more | run_settings(stage) | {"max_length": max_length, "seed": seed}, prefix)
+        print_settings(
+            {"seed": DEFAULTS["seed"], **stage.settings, **lengths},
+            prefix=f"{stage.name}." if len(recipe.active) > 1 else "",
+        )
 
 
 def load_teacher(name: str, task: Task) -> Any:
@@ -107,64 +93,72 @@ def load_teacher(name: str, task: Task) -> Any:
 
 
 def train_by_recipe(
-    recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, seed: int, cache: Path | None = None,
-    cache_dtype: str | None = None, extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
+    command: str, recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, new_head: bool = True,
+    extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
 ) -> Trained:  # fmt: skip
-    """Train a student on a task."""
+    """Train a model on a task."""
     import torch
 
+    from moebert_kernels.data import extra
+    from moebert_kernels.distill.evaluation import Evaluator
+    from moebert_kernels.distill.identity import check_vocabularies, tokenizer_digest
     from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
-    from moebert_kernels.distill.student import (
-        check_vocabularies,
-        fit_recipe,
-        tokenizer_facts,
-        with_extra_text,
-    )  # fmt: skip
-    from moebert_kernels.distill.student import (
-        extra_text as read_extra_text,
-    )
+    from moebert_kernels.distill.run import DEFAULTS, train_stages
 
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)
-    torch.manual_seed(seed)  # a new head's weights come from torch's own generator
-    student = load_model(model, loaded.task, new_head=True)
+    seed = recipe.common("seed")
+    torch.manual_seed(DEFAULTS["seed"] if seed is None else seed)  # a new head's weights come from torch's generator
+    student = load_model(model, loaded.task, new_head=new_head)
     loaded = inputs.labels_as_in(loaded, student.config)
     guide = None
     if recipe.needs_teacher:
         if teacher is None:
-            raise UserError(f"teacher: expected one for the recipe {recipe.name}, got none")
+            raise UserError(f"teacher: expected one for {recipe.name}, got none")
         check_vocabularies(tokenizer, load_tokenizer(teacher))
         guide = load_teacher(teacher, loaded.task)
-    lengths = {stage.max_length for stage in recipe.active}
-    if len(lengths) > 1:
-        raise UserError(f"max_length: expected the same in every stage, got {' and '.join(sorted(map(str, lengths)))}")
-    length, _ = inputs.lengths_for(student.config, loaded.task, tokenizer, lengths.pop())
-    keep_lengths(tokenizer, loaded.task.name, length)
+        if any(stage.objective == "layerwise" for stage in recipe.active):
+            _check_student(student, guide, model)
+    given = (recipe.common("max_length"), recipe.common("doc_stride"))
+    length, stride = inputs.lengths_for(student.config, loaded.task, tokenizer, *given)
+    keep_lengths(tokenizer, loaded.task.name, length, stride)
+    print_recipe(recipe, {"max_length": length, "doc_stride": stride})
     train, validation = (
-        inputs.tokenized(loaded, split, tokenizer, length, None, student.config) for split in ("train", "validation")
+        inputs.tokenized(loaded, split, tokenizer, length, stride, student.config) for split in ("train", "validation")
     )
-    print_recipe(recipe, length, seed)
-    facts = inputs.run_facts(loaded, tokenizer, student, length, None, hold_out=hold_out, recipe=recipe.name)
+    facts = inputs.run_facts(loaded, tokenizer, length, stride, hold_out=hold_out)
     if extra_text is not None:
-        if not any("soft" in stage.terms for stage in recipe.active):
-            raise UserError("extra-text: expected a recipe with soft targets, as texts without labels need, got none")
-        train = with_extra_text(train, read_extra_text(loaded.task, extra_text), loaded.task, tokenizer, length)
+        if guide is None:
+            raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
+        train = extra.with_extra_text(train, extra.extra_text(loaded.task, extra_text))
         facts["texts without labels"] = train.fingerprint
-    claim(output, "distill")
-    result = fit_recipe(
+    claim(output, command)
+    result = train_stages(
         student,
         recipe,
         train,
-        task=loaded.task,
         output_dir=output,
+        evaluate=Evaluator(validation, progress=True),
+        best_metric=loaded.task.main_metric,
+        greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        cache=cache,
-        cache_dtype=cache_dtype,
-        cache_inputs=tokenizer_facts(tokenizer, length),
-        evaluate=inputs.evaluator(loaded, "validation", validation, tokenizer, None, None, student.config),
-        seed=seed,
+        outputs_of={"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length},
         identity=facts,
-        also_save=tokenizer.save_pretrained,
         resume=resume,
     )
     return Trained(result, student)
+
+
+def _check_student(student: Any, teacher: Any, name: str) -> None:
+    """Raise UserError for a dense student that is as wide as its teacher: nobody means to train that."""
+    from moebert_kernels.convert.sites import common_width, find_sites
+    from moebert_kernels.distill.loading import is_moe
+
+    if is_moe(student.config):
+        return
+    kind, ours, theirs = student.config.model_type, find_sites(student), find_sites(teacher)
+    if kind != teacher.config.model_type or common_width(ours) >= common_width(theirs):
+        raise UserError(
+            f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
+            f" {kind}; moebert convert makes a MoE"
+        )

@@ -24,12 +24,6 @@ _OPTION_OF = {
     "num_hidden_layers": "layers", "num_attention_heads": "heads", "gradient_mask.probability": "gradient_mask",
     "objective.preset": "preset",
 }  # fmt: skip
-# of a run, the settings that a command prints before it starts, where they are set
-_SETTINGS = (
-    "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "router_learning_rate", "weight_decay",
-    "warmup_ratio", "mixed_precision", "label_smoothing", "eval_steps", "save_steps", "patience", "shared_fold",
-    "teacher_dropout", "seed",
-)  # fmt: skip
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,18 +117,13 @@ def print_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
     """One line with what a run was told or takes for granted, as it would be typed; what is off is left out."""
     words = []
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            value = ",".join(f"{one}:{other}" for one, other in value.items())
-        elif isinstance(value, tuple):
-            value = ",".join(map(str, value))
-        if value is not None and value is not False:
-            words.append(_typed(prefix + name) if value is True else f"{_typed(prefix + name)} {value}")
+        entries = value if isinstance(value, Mapping) else {}
+        for key, one in (
+            {f"{name}.{entry}": one for entry, one in entries.items()} if entries else {name: value}
+        ).items():
+            if one is not None and one is not False and one != {}:
+                words.append(f"--{prefix}{key}" if one is True else f"--{prefix}{key} {one}")
     print(f"settings: {' '.join(words)}", flush=True)
-
-
-def run_settings(config: Any) -> dict[str, Any]:
-    """The settings of a FitConfig, or of a recipe's stage, that options give, by name."""
-    return {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

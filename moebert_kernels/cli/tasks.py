@@ -8,7 +8,8 @@ from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.running import print_metrics, print_settings, run_settings
+from moebert_kernels.cli.recipe import print_recipe
+from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
 _DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
@@ -40,17 +41,15 @@ def refuse_for_tasks(**options: Any) -> None:
 
 
 def finetune_tasks(
-    name: str, tasks: Sequence[str], data: Sequence[str] | None, hold_out: str | None, output: Path, config: Any,
+    name: str, tasks: Sequence[str], data: Sequence[str] | None, hold_out: str | None, output: Path, recipe: Any,
     temperature: float, max_length: int | None, resume: bool,
 ) -> None:  # fmt: skip
-    """Train one task-routed model on several tasks; `config` judges by "mean"."""
-    from moebert_kernels.distill.checkpoint import model_fingerprint
+    """Train one task-routed model on several tasks, judged by the mean of their main metrics."""
     from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.features import Batches
     from moebert_kernels.distill.identity import row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
-    from moebert_kernels.distill.loop import fit
-    from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report
+    from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvaluator, load_report
+    from moebert_kernels.distill.run import train_stages
     from moebert_kernels.layers import moe_config
 
     known, files = known_tasks(tasks), data_by_task(data, tasks)
@@ -64,12 +63,12 @@ def finetune_tasks(
     for task_name in known:
         moe.task_id(task_name)  # which refuses others
     facts: dict[str, Any] = {
-        "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature, "max_length": max_length,
-        "model weights": model_fingerprint(student), "tokens of the tokenizer": tokenizer_digest(tokenizer),
+        "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature,
+        "tokens of the tokenizer": tokenizer_digest(tokenizer),
     }  # fmt: skip
-    print_settings(run_settings(config) | {"max_length": max_length, "task_temperature": temperature})
-    batches: dict[str, Batches] = {}
-    evaluators: dict[str, Evaluator] = {}
+    print_recipe(recipe, {"max_length": max_length})
+    splits: dict[str, Any] = {}
+    evaluators: dict[str, Any] = {}
     for task_name, task in known.items():
         loaded = inputs.load_data(task, files.get(task_name), "train", hold_out)
         loaded = inputs.labels_as_in(loaded, student.config)
@@ -77,23 +76,21 @@ def finetune_tasks(
         keep_lengths(tokenizer, task_name, length)
         facts[f"max_length of {task_name}"] = length
         facts |= row_facts(loaded, ("train", "validation"), task_name)
-        pad_to = inputs.padding_for(student.config, length)
-        train, validation = (
+        splits[task_name], validation = (
             inputs.tokenized(loaded, split, tokenizer, length, None, student.config)
             for split in ("train", "validation")
         )
-        batches[task_name] = Batches(train, config.batch_size, config.seed, bucket=pad_to is None, pad_to=pad_to)
-        evaluators[task_name] = Evaluator(loaded.task, loaded.validation, validation, 64, pad_to, progress=True)
+        evaluators[task_name] = Evaluator(validation, progress=True)
     main = {task_name: task.main_metric for task_name, task in known.items()}
     claim(output, "finetune")
-    result = fit(
+    result = train_stages(
         student,
-        MultiTaskBatches(batches, moe.tasks or (), config.seed, temperature=temperature),
-        config=config,
+        recipe,
+        JoinedTasks(splits, moe.tasks or (), temperature=temperature),
         output_dir=output,
         evaluate=MultiTaskEvaluator(evaluators, main),
+        best_metric=MEAN,
         identity=facts,
-        also_save=tokenizer.save_pretrained,
         resume=resume,
     )
     print("\n".join(load_report(student)))

@@ -6,6 +6,7 @@ comes, and what does not is kept in `datasets`' cache. `length` is there for sam
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def tokenized(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 128,
-    doc_stride: int = 64,
+    doc_stride: int | None = None,
     text_to_text: bool = False,
     num_proc: int | None = None,
 ) -> Any:
@@ -42,14 +43,15 @@ def tokenized(
 
     Rows of classes and scores keep their number, `example_id`. A question with a long context becomes several windows,
     with `start_positions`, `end_positions` (0 where a window does not have the answer) and, for `answers_of`, the
-    columns of WINDOW. Running text ("lm") becomes windows of `max_length` tokens without overlap, documents one after
-    another; each batch of the map ends with a shorter one.
+    columns of WINDOW. Running text ("lm") becomes windows of `max_length` tokens, documents one after another, each
+    behind a token that starts it where the tokenizer has one. Every token is a label once: one that two windows share
+    is so in the earlier one, where it has the longer context. Each batch of the map ends with a shorter window.
 
     Args:
         data: a `datasets` split with the task's columns, as `load_task` gives it, or one that streams. Without a column
             `label` there are no `labels`: text to follow a teacher on.
         max_length: tokens at most; longer texts are cut, contexts of questions divided.
-        doc_stride: tokens that two windows of a context share.
+        doc_stride: tokens that two windows of a context or of running text share. None: 128 for questions, 1 for text.
         text_to_text: inputs and labels of an encoder-decoder: "NAME sentence1: ... sentence2: ..." and the number of
             the class or the score.
         num_proc: processes, of a data set that does not stream.
@@ -64,9 +66,14 @@ def tokenized(
     if text_to_text:
         made, options = _text_to_text, options | {"task": task}
     elif task.kind == "qa":
-        made, options = _questions, options | {"doc_stride": doc_stride}
+        made, options = _questions, options | {"doc_stride": 128 if doc_stride is None else doc_stride}
     elif task.kind == "lm":
-        made, options = _running_text, options | {"column": task.text_columns[0]}
+        overlap = 1 if doc_stride is None else doc_stride
+        if not 1 <= overlap < max_length:
+            raise UserError(
+                f"doc_stride: expected between 1 and {max_length - 1} tokens in windows of {max_length}, got {overlap}"
+            )
+        made, options = _running_text, options | {"column": task.text_columns[0], "overlap": overlap}
     else:
         made, options = _sentences, options | {"columns": task.text_columns, "scores": task.kind == "regression"}
     rows_change = task.kind in ("qa", "lm")
@@ -77,12 +84,16 @@ def tokenized(
     )
 
 
-def collator(task: Task, tokenizer: PreTrainedTokenizerBase, *, text_to_text: bool = False) -> Any:
-    """What makes batches of these columns: padded to the longest text, labels by token with -100."""
+def collator(
+    task: Task, tokenizer: PreTrainedTokenizerBase, *, text_to_text: bool = False, pad_to: int | None = None
+) -> Any:
+    """What makes batches of these columns: padded to the longest text or to `pad_to`, labels by token with -100."""
     if text_to_text:
         return DataCollatorForSeq2Seq(tokenizer)
     if task.kind == "lm":
         return _LanguageModelCollator(tokenizer)
+    if pad_to is not None:
+        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=pad_to)
     return DataCollatorWithPadding(tokenizer)
 
 
@@ -96,7 +107,8 @@ class _LanguageModelCollator(DataCollatorForTokenClassification):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # masked wherever it stands
+            tokenizer = copy.deepcopy(tokenizer)  # which is saved with the model as it is
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)  # masked wherever it stands
         super().__init__(tokenizer)
 
 
@@ -125,18 +137,22 @@ def target_text(task: Task, label: float) -> str:
     return f"{round(label * 5) / 5:.1f}" if task.kind == "regression" else str(label)
 
 
-def _running_text(rows: Rows, tokenizer: Any, max_length: int, column: str) -> dict[str, list[Any]]:
+def _running_text(rows: Rows, tokenizer: Any, max_length: int, column: str, overlap: int) -> dict[str, list[Any]]:
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    documents = tokenizer(list(rows[column]), add_special_tokens=False, verbose=False)["input_ids"]
-    stream = list(chain.from_iterable(([] if start is None else [start]) + ids for ids in documents))
-    windows = [stream[n : n + max_length] for n in range(0, len(stream), max_length)]
-    windows = [window for window in windows if len(window) > 1]
-    return {
-        "input_ids": windows,
-        "attention_mask": [[1] * len(window) for window in windows],
-        "labels": [list(window) for window in windows],
-        "length": [len(window) for window in windows],
-    }
+    stream: list[int] = []
+    for document in rows[column]:
+        lines = document.splitlines(keepends=True)
+        ids = tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
+        stream.extend(chain([] if start is None else [start], chain.from_iterable(ids)))
+    made: dict[str, list[Any]] = {name: [] for name in ("input_ids", "attention_mask", "labels", "length")}
+    for first in range(0, max(len(stream) - overlap, 1), max_length - overlap):
+        window, known = stream[first : first + max_length], overlap if first else 0
+        if len(window) > 1:
+            made["input_ids"].append(window)
+            made["attention_mask"].append([1] * len(window))
+            made["labels"].append([IGNORED] * known + window[known:])
+            made["length"].append(len(window))
+    return made
 
 
 def _questions(

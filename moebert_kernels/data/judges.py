@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from moebert_kernels.data.columns import IGNORED
-from moebert_kernels.data.metrics import Window, answers_from_spans, compute_metrics
+from moebert_kernels.data.metrics import Metrics, Window, answers_from_spans, compute_metrics
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -28,7 +28,7 @@ class Judge:
         preprocess_logits_for_metrics: of a batch's logits what is kept for them; None: all.
     """
 
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    compute_metrics: Callable[[EvalPrediction], Metrics]
     preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None = None
 
 
@@ -43,7 +43,7 @@ def judge(task: Task, rows: Any = None, columns: Any = None) -> Judge:
         UserError: questions without their split.
     """
     if task.kind == "lm":
-        return Judge(_perplexity, _label_losses)
+        return Judge(_perplexity, label_losses)
     if task.kind != "qa":
         return Judge(lambda given: compute_metrics(task, _answers(task, given.predictions), list(given.label_ids)))
     if rows is None or columns is None:
@@ -56,7 +56,7 @@ def _answers(task: Task, logits: Any) -> list[Any]:
     return (logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)).tolist()
 
 
-def _label_losses(logits: Any, labels: Tensor) -> Tensor:
+def label_losses(logits: Any, labels: Tensor) -> Tensor:
     """(B, T) the loss at each position, -1 where no label follows: what a perplexity needs of logits (B, T, V)."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
@@ -64,21 +64,31 @@ def _label_losses(logits: Any, labels: Tensor) -> Tensor:
     return torch.where(shifted == IGNORED, -1.0, losses.view_as(shifted))
 
 
-def _perplexity(given: EvalPrediction) -> dict[str, float]:
+def _perplexity(given: EvalPrediction) -> Metrics:
     losses = np.asarray(given.predictions, dtype=np.float64)
-    loss = float(losses[losses >= 0].mean())  # padding between batches is -100
-    return {"perplexity": math.exp(loss) if loss < 700.0 else math.inf, "loss_by_label": loss}
+    found = perplexity([losses[losses >= 0]])  # padding between batches is -100
+    return {"perplexity": found["perplexity"], "loss_by_label": found["loss"]}
 
 
-def _judged_questions(task: Task, rows: Any, columns: Any, predictions: Any) -> dict[str, float]:
+def perplexity(losses: Sequence[np.ndarray]) -> Metrics:
+    """The mean of all these losses by label, in nats, and its exponential; summed in float64."""
+    loss = float(np.concatenate(losses).astype(np.float64).mean())
+    return {"perplexity": math.exp(loss) if loss < 700.0 else math.inf, "loss": loss}
+
+
+def _judged_questions(task: Task, rows: Any, columns: Any, predictions: Any) -> Metrics:
+    answers = question_answers(task, rows, columns, *predictions[:2])
+    return compute_metrics(task, answers, [held["text"] for held in rows["answers"]])
+
+
+def question_answers(task: Task, rows: Any, columns: Any, starts: Sequence[Any], ends: Sequence[Any]) -> list[str]:
+    """The answer to each question, "" for none, from the logits (T,) of each window, padded or not."""
     windows = [
         Window(row, np.array(offsets, dtype=np.int32))
         for row, offsets in zip(columns["row"], columns["offset_mapping"], strict=True)
     ]
     starts, ends = (
-        [logits[: len(window.offsets)] for logits, window in zip(part, windows, strict=True)]
-        for part in predictions[:2]
+        [logits[: len(window.offsets)] for logits, window in zip(part, windows, strict=True)] for part in (starts, ends)
     )
     no_answers = task.name != "squad"
-    answers = answers_from_spans(windows, starts, ends, rows["context"], may_have_no_answer=no_answers)
-    return compute_metrics(task, answers, [held["text"] for held in rows["answers"]])
+    return answers_from_spans(windows, starts, ends, rows["context"], may_have_no_answer=no_answers)

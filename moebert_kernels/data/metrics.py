@@ -13,6 +13,7 @@ import numpy as np
 
 from moebert_kernels.data.tasks import Task
 
+Metrics = dict[str, float]  # by name
 N_BEST = 20
 MAX_ANSWER_TOKENS = 30
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

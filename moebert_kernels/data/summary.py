@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moebert_kernels.data.tasks import SPLIT_WORDS, Task, TaskData
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from moebert_kernels.data.split import TokenizedSplit
 
 
 _SHOWN = 12  # classes of a split; more of them are summed up
@@ -53,10 +55,11 @@ def _rows(task: Task, name: str, rows: Dataset) -> str:
     return f"{line}; {', '.join([*shown, *more, *none])}"
 
 
-def cut_texts(split: str, features: Any, max_length: int) -> str | None:
+def cut_texts(name: str, split: TokenizedSplit) -> str | None:
     """How many texts of a split lost their ends, if any did."""
-    if not features.cut:
+    whole = split.cut()
+    if not whole:
         return None
-    cut = f"{features.cut} of {len(features)} {SPLIT_WORDS.get(split, split)} texts"
-    longest = f"the longest has {features.longest} (--max-length changes it)"
-    return f"{cut} are longer than {max_length} tokens and are cut there, {longest}"
+    cut = f"{len(whole)} of {len(split)} {SPLIT_WORDS.get(name, name)} texts"
+    longest = f"the longest has {max(whole)} (--max-length changes it)"
+    return f"{cut} are longer than {split.max_length} tokens and are cut there, {longest}"

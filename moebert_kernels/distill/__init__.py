@@ -1,4 +1,4 @@
-"""Fine-tuning and distillation: objectives, training on transformers' Trainer, the commands' own loop and recipes."""
+"""Fine-tuning and distillation: objectives, and training with them on transformers' Trainer."""
 
 # ruff: noqa: E402  what is missing is named before the imports that need it
 from importlib import import_module
@@ -8,29 +8,25 @@ from moebert_kernels.errors import require_extra
 
 require_extra("train", "transformers", "accelerate", "datasets")
 
-from moebert_kernels.distill.config import Batch, Batches, FitConfig, FitResult, Metrics
-from moebert_kernels.distill.loop import fit
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.distill.token_objective import TokenObjective
 
 __all__ = [
-    "Batch",
-    "Batches",
     "EmbeddingObjective",
-    "FitConfig",
-    "FitResult",
     "LayerwiseObjective",
-    "Metrics",
     "MoETrainer",
     "MoETrainingArguments",
     "TeacherCache",
     "TokenObjective",
-    "fit",
+    "train_stages",
 ]
 
 # transformers' Trainer takes its time to import, and commands that do not train would wait for it
-_LATER = {"EmbeddingObjective": "embedding", "MoETrainer": "trainer", "MoETrainingArguments": "arguments"}
+_LATER = {
+    "EmbeddingObjective": "embedding", "MoETrainer": "trainer", "MoETrainingArguments": "arguments",
+    "train_stages": "run",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from moebert_kernels.data.tasks import Task
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.errors import UserError
 
 Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds
 ROUNDS = 1000  # of the bootstrap
-_FEATURES = {"embedding": 0, "hidden": 0}
+_FEATURES = {"loss_weights.embedding": 0, "loss_weights.hidden": 0}
+_NO_SENTENCES = {"loss_weights.alignment": 0, "loss_weights.adversarial": 0}
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Arm:
 
 ARMS = {
     "full": Arm("full"),
-    "no-fal": Arm("-FAL", {"alignment": 0}),
-    "no-gan": Arm("-GAN", {"adversarial": 0}),
+    "no-fal": Arm("-FAL", {"loss_weights.alignment": 0}),
+    "no-gan": Arm("-GAN", {"loss_weights.adversarial": 0}),
     "no-moe": Arm("-MoE", dense_teacher=True),
     "no-hidden": Arm("-hidden", _FEATURES),
-    "lean": Arm("lean", _FEATURES | {"adversarial": 0, "pool_first": True}),
-    "kd": Arm("KD only", _FEATURES | {"alignment": 0, "adversarial": 0}),
-    "finetune": Arm("fine-tuned alone", _FEATURES | {"alignment": 0, "adversarial": 0, "soft": 0, "labels": 1}),
+    "lean": Arm("lean", _FEATURES | {"loss_weights.adversarial": 0, "objective_options.pool_first": True}),
+    "kd": Arm("KD only", _FEATURES | _NO_SENTENCES),
+    "finetune": Arm("fine-tuned alone", _FEATURES | _NO_SENTENCES | {"loss_weights.soft": 0, "loss_weights.task": 1}),
 }
 DEFAULT_ARMS = ("full", "no-fal", "no-gan", "no-moe", "no-hidden", "kd")
 
@@ -56,21 +57,30 @@ def recipe_of_arm(recipe: Recipe, arm: str) -> Recipe:
     if not idle:
         return changed
     last = changed.active[-1]
-    values = {f"{last.name}.epochs": last.epochs + sum(stage.epochs for stage in idle)}
-    if last.max_steps is not None:
-        values[f"{last.name}.max_steps"] = last.max_steps + sum(stage.max_steps or 0 for stage in idle)
+    values = {
+        f"{last.name}.{name}": sum(stage.settings[name] for stage in (last, *idle))
+        for name in ("num_train_epochs", "max_steps")
+        if name in last.settings and all(name in stage.settings for stage in idle)
+    }
     return changed.with_values(values)
 
 
 def repeated_arms(recipe: Recipe, arms: Iterable[str]) -> dict[str, str]:
     """Arms that do what "full" or another one before them does, with that one's name."""
-    seen = {repr((recipe.active, False)): "full"}
+    seen = {_does(recipe, False): "full"}
     repeated = {}
     for arm in arms:
-        first = seen.setdefault(repr((recipe_of_arm(recipe, arm).active, ARMS[arm].dense_teacher)), arm)
+        first = seen.setdefault(_does(recipe_of_arm(recipe, arm), ARMS[arm].dense_teacher), arm)
         if first != arm:
             repeated[arm] = first
     return repeated
+
+
+def _does(recipe: Recipe, dense_teacher: bool) -> str:
+    """What tells the arms apart: all settings, without weights of 0."""
+    stages = [(stage.name, sorted({**stage.settings, "loss_weights": sorted(stage.weights.items())}.items(), key=str))
+              for stage in recipe.active]  # fmt: skip
+    return repr((stages, dense_teacher))
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:

@@ -9,6 +9,12 @@ from transformers import TrainingArguments
 
 from moebert_kernels.errors import UserError
 
+# which transformers does not look at
+_LEAST = {
+    "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "label_smoothing_factor": 0,
+    "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "save_total_limit": 1, "early_stopping_patience": 1,
+}  # fmt: skip
 OBJECTIVES = ("layerwise", "tokens", "microbert", "embedding")
 
 
@@ -63,12 +69,22 @@ class MoETrainingArguments(TrainingArguments):
     teacher_outputs_dtype: str | None = field(
         default=None, metadata={"help": "float32, float16 or bfloat16. None: as the teacher computes."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a new best, where `metric_for_best_model` is set."},
+    )
     # Terms that are not finite stop the run by name; transformers would hide them from the log.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not finite out of the log."}
     )
 
     def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"{name}: expected a number of at least {least}, got {value!r}")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise UserError(f"num_train_epochs: expected a number above 0, got {self.num_train_epochs!r}")
         super().__post_init__()
         if self.shared_fold and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights

@@ -16,9 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import get_scheduler
 
-from moebert_kernels.distill.checkpoint import Part
 from moebert_kernels.errors import UserError
 
 Input = Literal["auto", "logits", "pooled", "both"]
@@ -117,8 +115,7 @@ class Adversary:
             torch.manual_seed(seed)
             self.network = Discriminator(size, config.sizes, config.dropout)
         self.network.to(device).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, betas=config.betas)
-        self.part = Part(self.network, optimizer, get_scheduler("constant", optimizer))
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, betas=config.betas)
         self.stopped = False
         self._window: list[tuple[Tensor, Tensor]] = []
         self._sums = torch.zeros(len(self.METRICS) + 1, device=device)  # of the metrics, and the sequences
@@ -157,8 +154,8 @@ class Adversary:
         (losses.sum() / total).backward()
         for parameter in self.network.parameters():
             parameter.grad = reduce(parameter.grad)
-        self.part.optimizer.step()
-        self.part.optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.network.eval().requires_grad_(False)
         self._note(real.detach(), fake.detach(), losses.detach(), share, reduce)
 
@@ -192,7 +189,7 @@ class Adversary:
         return means | {"adversarial_stopped": True} if self.stopped else means
 
     def state(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
-        """JSON-able, exact; without weights and optimizer, which are `part`."""
+        """JSON-able, exact; without the weights and the optimizer."""
         sums, recent = (reduce(value.clone()).tolist() for value in (self._sums, self._recent))
         return {"stopped": self.stopped, "sums": sums, "recent": recent, "steps": self._steps}
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from moebert_kernels.convert import describe_layer_map
+from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, View, pool, vector_distance
-from moebert_kernels.distill.config import Batch
 from moebert_kernels.distill.objectives import (
     Objective,
     checked_pairs,

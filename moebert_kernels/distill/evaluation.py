@@ -1,92 +1,123 @@
-"""Predictions of a model on a tokenised split, and what they are worth."""
+"""Predictions of a model on a split, and what they are worth."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from moebert_kernels.data.metrics import answers_from_spans, compute_metrics
-from moebert_kernels.data.tasks import Task
-from moebert_kernels.distill.config import Metrics
-from moebert_kernels.distill.features import Features, ordered_batches
+from moebert_kernels.data.columns import target_text
+from moebert_kernels.data.judges import label_losses, perplexity, question_answers
+from moebert_kernels.data.metrics import Metrics, compute_metrics
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.teacher import LABEL_KEYS, forward_keys
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+UNREAD_SCORE = 0.0  # of an answer that is no number; their share is reported as "unread"
+_SCORE = re.compile(r"[-+]?\d+(\.\d+)?")
+_SCORE_TOKENS = 12  # generated at most
 
 
 class Evaluator:
     """Judges models on one split; calling it with a model gives the task's metrics. `fingerprint` names the split.
 
+    Text-to-text models answer classes by scoring: the class whose target has the highest probability given the row,
+    end-of-sequence token included. That is what exact decoding restricted to valid answers gives. Scores have no list
+    of valid answers, so they are generated greedily and read.
+
     Args:
-        task: what the predictions are.
-        data: the split, with the columns that `load_task` gives.
-        features: the split as `tokenize` gives it.
-        batch_size: sequences at once.
-        pad_to: pad to this length, for a model that routes padding as published. None: to the longest of a batch.
+        split: what is judged on.
+        batch_size: sequences at once. None: 64, of running text 16.
         progress: show a bar.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        data: Dataset,
-        features: Features,
-        batch_size: int = 64,
-        pad_to: int | None = None,
-        progress: bool = False,
-    ):
-        self.task, self.features, self.batch_size, self.pad_to = task, features, batch_size, pad_to
-        self.progress = progress
+    def __init__(self, split: TokenizedSplit, batch_size: int | None = None, progress: bool = False) -> None:
+        self.split, self.task, self.progress = split, split.task, progress
+        self.batch_size = batch_size or (16 if split.task.kind == "lm" else 64)
+        rows, self.references = split.rows, []
         contexts: list[str] = []
-        if task.kind == "qa":
-            contexts = self.contexts = list(data["context"])
-            self.references: list[Any] = [answers["text"] for answers in data["answers"]]
-        else:
-            self.references = list(data["label"])
-        facts = (task.kind, task.metrics, features.fingerprint, pad_to, self.references, contexts)
+        if split.task.kind == "qa":
+            contexts, self.references = list(rows["context"]), [answers["text"] for answers in rows["answers"]]
+        elif split.task.has_label:
+            self.references = list(rows["label"])
+        facts = (self.task.kind, self.task.metrics, self.task.label_names, split.fingerprint, self.references, contexts)
         self.fingerprint = sha256(repr(facts).encode()).hexdigest()[:32]
 
     def __call__(self, model: nn.Module) -> Metrics:
-        return compute_metrics(self.task, self.predict(model), self.references)
+        answers = self.predict(model)
+        if self.task.kind == "lm":
+            return perplexity(answers)
+        if None not in answers:
+            return compute_metrics(self.task, answers, self.references)
+        scores = [UNREAD_SCORE if score is None else score for score in answers]
+        unread = answers.count(None) / len(answers)
+        return compute_metrics(self.task, scores, self.references) | {"unread": unread}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module) -> list[Any]:
-        """A class number, a score or an answer for each row of the split; the model's mode is left as it was."""
+    def predict(self, model: Any) -> list[Any]:
+        """An answer for each row of the split; the model's mode is left as it was.
+
+        A class number, a score (of a text-to-text model None where the answer is none) or a text. For running text, of
+        each window the losses (labels,) of its labels, in nats.
+        """
         training = model.training
         model.eval()
         device = next(model.parameters()).device
-        keys = [key for key in forward_keys(model) if key not in LABEL_KEYS]
-        outputs: list[Any] = [None] * len(self.features)
-        for indices in tqdm(
-            ordered_batches(self.features, self.batch_size), desc="evaluating", disable=not self.progress, leave=False
-        ):
-            batch = self.features.collate(indices, self.pad_to)
-            output = model(**{key: batch[key].to(device) for key in keys if key in batch})
-            if self.task.kind == "qa":
-                starts, ends = output.start_logits.float().cpu().numpy(), output.end_logits.float().cpu().numpy()
-                for row, index in enumerate(indices):
-                    length = len(self.features.input_ids[index])
-                    outputs[index] = (starts[row, :length], ends[row, :length])
-            else:
-                logits = output.logits.float().cpu().numpy()
-                for row, index in enumerate(indices):
-                    outputs[index] = logits[row]
+        ask = self._asking(model)
+        found: list[Any] = [None] * len(self.split)
+        groups = self.split.by_length(self.batch_size)
+        for indices in tqdm(groups, desc="evaluating", disable=not self.progress, leave=False):
+            batch = {name: tensor.to(device) for name, tensor in self.split.collate(indices).items()}
+            for index, answer in zip(indices, ask(batch), strict=True):
+                found[index] = answer
         model.train(training)
-        return self._decode(outputs)
+        if self.task.kind != "qa":
+            return found
+        starts, ends = zip(*found, strict=True)
+        return question_answers(self.task, self.split.rows, self.split.columns, starts, ends)
 
-    def _decode(self, outputs: list[Any]) -> list[Any]:
-        if self.task.kind == "qa":
-            starts, ends = ([pair[i] for pair in outputs] for i in (0, 1))
-            may_have_no_answer = self.task.name != "squad"
-            windows = self.features.windows or []
-            return answers_from_spans(windows, starts, ends, self.contexts, may_have_no_answer=may_have_no_answer)
-        logits = np.stack(outputs)
-        if self.task.kind == "regression":
-            return [float(value) for value in logits[:, 0]]
-        return [int(value) for value in logits.argmax(-1)]
+    def _asking(self, model: Any) -> Callable[[dict[str, Tensor]], Sequence[Any]]:
+        """What gives an answer for each sequence of a batch, on its device."""
+        if self.split.text_to_text:
+            answer = self._class_texts if self.task.kind == "classification" else self._score_texts
+            return lambda batch: answer(model, batch["input_ids"], batch["attention_mask"])
+        keys = [key for key in forward_keys(model) if key not in LABEL_KEYS]
+
+        def ask(batch: dict[str, Tensor]) -> Sequence[Any]:
+            outputs = model(**{key: batch[key] for key in keys if key in batch})
+            if self.task.kind == "qa":
+                starts, ends = (logits.float().cpu().numpy() for logits in (outputs.start_logits, outputs.end_logits))
+                return list(zip(starts, ends, strict=True))
+            if self.task.kind == "lm":
+                losses = label_losses(outputs.logits, batch["labels"]).cpu().numpy()
+                return [row[row >= 0] for row in losses]
+            logits = outputs.logits.float()
+            return logits[:, 0].tolist() if self.task.kind == "regression" else logits.argmax(-1).tolist()
+
+        return ask
+
+    def _class_texts(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Sequence[int]:
+        encoded = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
+        scores = []
+        for number in range(len(self.task.label_names)):
+            target = self.split.tokenizer(target_text(self.task, number), return_tensors="pt")["input_ids"]
+            labels = target.to(input_ids.device).repeat(len(input_ids), 1)
+            logits = model(encoder_outputs=encoded, attention_mask=attention_mask, labels=labels).logits
+            scores.append(logits.float().log_softmax(-1).gather(-1, labels[..., None]).sum((1, 2)))
+        return torch.stack(scores, 1).argmax(1).tolist()
+
+    def _score_texts(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Sequence[float | None]:
+        generated = model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=_SCORE_TOKENS, do_sample=False,
+            num_beams=1,
+        )  # fmt: skip
+        return [read_score(text) for text in self.split.tokenizer.batch_decode(generated, skip_special_tokens=True)]
+
+
+def read_score(text: str) -> float | None:
+    """The score that an answer says, or None."""
+    return float(text) if _SCORE.fullmatch(text := text.strip()) else None

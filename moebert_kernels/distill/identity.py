@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebert_kernels.data.tasks import SPLIT_WORDS
-from moebert_kernels.errors import OtherRun
+from moebert_kernels.errors import OtherRun, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 _SHOWN = 4  # differences that a message names
 # These differ because something else does, which is named in their place where it is known.
 _FOLLOWING = (
-    "training data", "validation data", "batches per epoch", "weight shapes", "best_metric", "greater_is_better",
-    "model_class",
+    "training data", "validation data",
 )  # fmt: skip
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
 
@@ -37,7 +36,7 @@ def changed(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, 
     identity = json.loads(json.dumps(identity, default=str))
     pairs = {name: (identity.get(name), saved.get(name)) for name in sorted({*saved, *identity})}
     changes = {name: (now, then) for name, (now, then) in pairs.items() if now != then}
-    first = {name: pair for name, pair in changes.items() if name not in _FOLLOWING and not name.startswith("model.")}
+    first = {name: pair for name, pair in changes.items() if name not in _FOLLOWING}
     if "seed" in first:
         first.pop("model weights", None)  # a new head is drawn by the seed
     return first or changes
@@ -93,9 +92,23 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
 
 
+def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise UserError unless the same ids are the same tokens to student and teacher."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours == theirs:
+        return
+    by_id = [{number: token for token, number in vocabulary.items()} for vocabulary in (theirs, ours)]
+    number = min(i for i in {*by_id[0], *by_id[1]} if by_id[0].get(i) != by_id[1].get(i))
+    wanted, got = (repr(tokens[number]) if number in tokens else "none" for tokens in by_id)
+    raise UserError(
+        f"vocabulary: expected the teacher's {len(theirs)} tokens, where {number} is {wanted}, got {len(ours)} tokens,"
+        f" where it is {got}"
+    )
+
+
 def file_digest(path: Path | None) -> list[int] | None:
     """Size and CRC-32 of a file; None where there is none."""
-    from moebert_kernels.distill.checkpoint import size_and_crc32
+    from moebert_kernels.distill.files import size_and_crc32
 
     return size_and_crc32(path) if path is not None and path.is_file() else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 import moebert_kernels.convert  # transformers loads converted models
 import moebert_kernels.serve  # noqa: F401  and prepared ones
 from moebert_kernels.data.tasks import Task, label_order
-from moebert_kernels.distill.progress import quiet_transformers
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
 
@@ -52,6 +51,18 @@ def resolve_model(name: str | Path) -> str:
             raise UserError(f"model: expected a folder with a config.json, got {name}, which has none")
         return str(inside[0])
     return str(path) if path.is_dir() else str(name)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bars for saving and loading."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

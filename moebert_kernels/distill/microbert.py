@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.convert import describe_layer_map
+from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, FeatureMaps, View, pool, vector_distance
-from moebert_kernels.distill.config import Batch
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.discriminator import Adversary, AdversaryConfig
 from moebert_kernels.distill.objectives import (

@@ -5,83 +5,79 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Value, concatenate_datasets
 from torch import nn
 
-from moebert_kernels.distill.config import Batch, Batches, Metrics
+from moebert_kernels.data.metrics import Metrics
+from moebert_kernels.data.split import Batch, TokenizedSplit, quiet_datasets
+from moebert_kernels.distill.orders import SeededTasks
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import get_task, moe_layers, set_task
 
 MEAN = "mean"  # the metric that judges checkpoints
 
 
-class MultiTaskBatches:
-    """The batches of several tasks in one seeded order; every batch is of one task and carries `task_ids` (B,).
+class JoinedTasks:
+    """The training data of several tasks as one, which trains like a `TokenizedSplit`.
 
-    A task with n batches in an epoch of its own gives about N n^(1/temperature) / sum n^(1/temperature) of an epoch's N
-    batches, at least one, where N is the sum of all n. At temperature 1 these are its n batches, each once. Otherwise
-    it goes on in the next epoch where it stopped, through its own epochs one after another: nothing is lost.
-
-    `example_id` becomes id * number of the model's tasks + task id, so that no two tasks share one.
+    Every batch is of one task and carries `task_ids` (B,); `SeededTasks` says in which order. A task's sequences are
+    padded as its own split pads them.
 
     Args:
-        batches: name of a task -> its batches.
+        splits: name of a task -> its training split.
         tasks: the model's tasks; a task's number in it is its id.
-        seed: with the epoch, decides the order of the tasks.
-        temperature: above 1 draws small tasks more often than in proportion; infinity all equally often.
+        temperature: see `SeededTasks`.
 
     Raises:
-        UserError: no tasks, a task that the model does not have, or a temperature below 1.
+        UserError: no tasks, or a task that the model does not have.
     """
 
-    def __init__(
-        self, batches: Mapping[str, Batches], tasks: Sequence[str], seed: int = 0, *, temperature: float = 1.0
-    ):
-        if not batches:
-            raise UserError("batches: expected those of at least one task, got none")
-        for name in batches:
+    pad_to = None
+
+    def __init__(self, splits: Mapping[str, TokenizedSplit], tasks: Sequence[str], *, temperature: float = 1.0) -> None:
+        if not splits:
+            raise UserError("tasks: expected at least one, got none")
+        for name in splits:
             if name not in tasks:
-                raise UserError(f"batches: expected tasks among {', '.join(tasks)}, got {name!r}")
-        if not temperature >= 1:
-            raise UserError(f"temperature: expected a number of at least 1, got {temperature!r}")
-        self.batches, self.tasks, self.seed, self.temperature = dict(batches), list(tasks), seed, temperature
-        sizes = np.array([len(task) for task in self.batches.values()])
-        shares = sizes ** (1 / temperature)
-        self.counts = np.maximum(1, np.round(sizes.sum() * shares / shares.sum())).astype(int).tolist()
+                raise UserError(f"tasks: expected some of {', '.join(tasks)}, got {name!r}")
+        self.splits, self.tasks, self.temperature = dict(splits), list(tasks), temperature
+        self._by_id = {self.tasks.index(name): split for name, split in splits.items()}
+        self.tokenizer = next(iter(splits.values())).tokenizer
+        with quiet_datasets():
+            self.columns = concatenate_datasets([self._columns(name, split) for name, split in splits.items()])
+
+    def _columns(self, name: str, split: TokenizedSplit) -> Any:
+        columns = split.columns.remove_columns("example_id").cast_column("labels", Value("float64"))
+        return columns.add_column("task_ids", [self.tasks.index(name)] * len(columns))
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([split.lengths for split in self.splits.values()])
 
     @property
     def fingerprint(self) -> str:
         """Names the data of all tasks and everything that their order depends on."""
-        parts = [self.seed, self.temperature, self.tasks, *((n, b.fingerprint) for n, b in self.batches.items())]
+        parts = [self.temperature, self.tasks, *((name, split.fingerprint) for name, split in self.splits.items())]
         return sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def __len__(self) -> int:
-        return sum(self.counts)
+    def collator(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """A batch of rows of one task."""
+        split = self._by_id[rows[0]["task_ids"]]
+        batch = dict(split.collator([dict(row) for row in rows]))
+        kind = torch.int64 if split.task.kind == "classification" else torch.float32
+        return batch | {"labels": batch["labels"].to(kind)}
 
-    def __call__(self, epoch: int) -> Iterator[Batch]:
-        names = list(self.batches)
-        order = np.repeat(np.arange(len(names)), self.counts)
-        order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        streams = [_stream(self.batches[name], epoch * count) for name, count in zip(names, self.counts, strict=True)]
-        for index in order:
-            batch, task_id = next(streams[index]), self.tasks.index(names[index])
-            rows = batch["input_ids"].shape[0]
-            yield batch | {
-                "task_ids": torch.full((rows,), task_id, dtype=torch.int64),
-                "example_id": batch["example_id"] * len(self.tasks) + task_id,
-            }
-
-
-def _stream(batches: Batches, start: int) -> Iterator[Batch]:
-    """The batches of all epochs of a task in a row, from number `start` on, without end."""
-    epoch, skip = divmod(start, len(batches))
-    while True:
-        yield from islice(batches(epoch), skip, None)
-        epoch, skip = epoch + 1, 0
+    def sampler(self, trainer: Any) -> SeededTasks:
+        """The order of a trainer's run."""
+        lengths = [split.lengths for split in self.splits.values()]
+        return SeededTasks(trainer, lengths, trainer._train_batch_size, self.temperature)
 
 
 class MultiTaskEvaluator:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
-from moebert_kernels.distill.config import Batch
+from moebert_kernels.data.split import Batch
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
 

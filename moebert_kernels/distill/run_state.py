@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.objectives import Objective
-from moebert_kernels.distill.progress import TermMeter
+from moebert_kernels.distill.terms import TermMeter
 from moebert_kernels.errors import OtherRun, UserError
 
 FILE = "moebert_state.pt"
@@ -56,7 +56,7 @@ def save_state(
         adversary = objective.adversary
         state["adversary"] = adversary.state(reduce)
         state["discriminator"] = adversary.network.state_dict()
-        state["discriminator_optimizer"] = adversary.part.optimizer.state_dict()
+        state["discriminator_optimizer"] = adversary.optimizer.state_dict()
     if args.should_save:
         Path(folder).mkdir(parents=True, exist_ok=True)
         torch.save(state, Path(folder) / FILE)
@@ -72,7 +72,7 @@ def load_state(folder: str | Path, objective: Objective | None, meter: TermMeter
     if objective is not None and objective.adversary is not None:
         adversary = objective.adversary
         adversary.network.load_state_dict(state["discriminator"])
-        adversary.part.optimizer.load_state_dict(state["discriminator_optimizer"])
+        adversary.optimizer.load_state_dict(state["discriminator_optimizer"])
         adversary.load_state(state["adversary"], rank)
 
 

@@ -16,22 +16,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moebert_kernels.convert import importance_scores, model_fingerprint, save_importance
-from moebert_kernels.distill.config import Batch
-from moebert_kernels.distill.features import Features, ordered_batches
+from moebert_kernels.data.split import Batch, TokenizedSplit
 
 _SAVE_EVERY_S = 30.0
 
 
 def score_split(
     model: nn.Module,
-    features: Features,
+    texts: TokenizedSplit,
     path: str | Path,
     *,
     batch_size: int = 32,
     data: str,
     split: str,
     task: str,
-    pad_to: int | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Score every FFN neuron on all examples, show a bar, and write `path`.
@@ -40,10 +38,9 @@ def score_split(
 
     Args:
         model: the fine-tuned dense model.
-        features: of the split.
+        texts: the split.
         data, split, task: kept in the file; see `save_importance`.
         call: further JSON-able facts of what was asked for, kept as JSON under this name.
-        pad_to: pad to this length instead of the longest of a batch. It does not change the scores.
 
     Returns:
         (L, D) float32.
@@ -52,8 +49,8 @@ def score_split(
         UserError: as `importance_scores` and `save_importance`.
     """
     path = Path(path)
-    order = ordered_batches(features, batch_size)
-    identity = f"{model_fingerprint(model)} {features.fingerprint} {batch_size}"
+    order = texts.by_length(batch_size)
+    identity = f"{model_fingerprint(model)} {texts.fingerprint} {batch_size}"
     unfinished = path.with_name(path.name + ".unfinished")
     done, start = _load(unfinished, identity)
     latest: dict[str, Any] = {"done": done, "totals": start, "saved": time.monotonic()}
@@ -66,7 +63,7 @@ def score_split(
 
     def batches() -> Iterator[Batch]:
         for indices in tqdm(order[done:], initial=done, total=len(order), desc="importance"):
-            yield features.collate(indices, pad_to)
+            yield texts.collate(indices)
 
     try:
         scores = importance_scores(model, batches(), start=start, on_batch=on_batch)
@@ -74,7 +71,7 @@ def score_split(
         if latest["totals"] is not None:
             _save(unfinished, identity, latest)
         raise
-    facts = {"samples": len(features), "features": features.fingerprint, "call": dict(call or {})}
+    facts = {"samples": len(texts), "features": texts.fingerprint, "call": dict(call or {})}
     save_importance(path, scores, model=model, data=data, split=split, task=task, **facts)
     unfinished.unlink(missing_ok=True)
     return scores

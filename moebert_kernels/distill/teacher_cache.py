@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
-from moebert_kernels.distill.checkpoint import file_damage, size_and_crc32, write_text
-from moebert_kernels.distill.config import Batch, Batches
+from moebert_kernels.distill.files import file_damage, size_and_crc32, write_text
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
@@ -79,7 +79,7 @@ class TeacherCache:
     def build(
         cls,
         teacher: nn.Module,
-        batches: Batches,
+        batches: Any,
         folder: str | Path,
         *,
         layers: Sequence[int] | None = None,
@@ -95,7 +95,7 @@ class TeacherCache:
 
         Args:
             teacher: a transformers model; run in eval mode without gradients.
-            batches: the training data; epoch 0 is read.
+            batches: of the training data, each example once: what can be iterated and has a length.
             folder: one cache of one teacher; made if missing.
             layers: the hidden states to keep, 0 = the embeddings' output; None: all.
             pooled: keep sentence vectors of these states instead of all tokens: [CLS], maximum and mean.
@@ -118,7 +118,7 @@ class TeacherCache:
         with process.main_process_first():  # the others then find all that they check
             builder = _Builder(folder, info, dict(inputs or {}), shard_mib)
             quiet = not process.is_main_process
-            for batch in tqdm(batches(0), total=len(batches), desc="teacher outputs", disable=quiet):
+            for batch in tqdm(batches, total=len(batches), desc="teacher outputs", disable=quiet):
                 missing = builder.missing(batch)
                 if missing is not None:
                     rows = {name: tensor[missing].to(where) for name, tensor in batch.items()}

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
-from moebert_kernels.distill.checkpoint import aligned
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
+from moebert_kernels.distill.files import aligned
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
-from moebert_kernels.distill.orders import InOrder, SeededLengthGroups, numbered
+from moebert_kernels.distill.orders import SeededLengthGroups, in_order, numbered
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
 from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, forward_keys, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
@@ -111,6 +111,8 @@ class MoETrainer(Trainer):
             )
             self.add_callback(self._mask)
         self.teacher = None if objective is None else self._prepared_teacher()
+        if self.args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._window, self._open = Window([], 0), ExitStack()
         self._batches: list[Any] = []  # of the window, those to come
         if objective is not None and objective.adversary is not None:
@@ -152,7 +154,7 @@ class MoETrainer(Trainer):
         layers = {last, *pairs(self.student.config.num_hidden_layers, last).values()}
         return TeacherCache.build(
             teacher,
-            InOrder(self),
+            in_order(self),
             self.args.teacher_outputs,
             layers=sorted(layers),
             pooled=isinstance(self.objective, EmbeddingObjective) and self.objective.layer_map == {},
@@ -362,7 +364,7 @@ class MoETrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
         if type(sampler) is LengthGroupedSampler:
-            return SeededLengthGroups(self, sampler)
+            return SeededLengthGroups(self, sampler.lengths, sampler.batch_size)
         return sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

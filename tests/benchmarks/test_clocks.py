@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import clocks, gate, results
 from benchmarks.measuring import Case, Provider, Requirement, Target
-from moebert_kernels.demo import clocks as package_clocks
+from moebert_kernels.bench import clocks as package_clocks
 
 CUDA = torch.device("cuda")
 

@@ -9,7 +9,7 @@ from transformers import BertModel
 
 from tests.cli.tiny import BAD, GOOD, done, refused, write_base
 
-SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "12")
+SHORT = ("--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--max-length", "12")
 
 
 def write_task(folder, header, row, rows=24):
@@ -37,10 +37,21 @@ def setting(base, tmp_path_factory):
     tasks = ("--task", "sst2", "--task", "stsb")
     data = ("--data", f"sst2={root / 'sst2'}", "--data", f"stsb={root / 'stsb'}")
     done("convert", "--router", "task", "--model", base, *tasks, "--experts", "copy", "--output", root / "moe")
-    done("finetune", "--model", root / "moe", *tasks, *data, "--output", root / "teacher", *SHORT, "--epochs", "2")
+    done(
+        "finetune",
+        "--model",
+        root / "moe",
+        *tasks,
+        *data,
+        "--output",
+        root / "teacher",
+        *SHORT,
+        "--num_train_epochs",
+        "2",
+    )
     for task in ("sst2", "stsb"):
         done("finetune", "--model", base, "--task", task, "--data", root / task, "--output", root / f"dense-{task}",
-             *SHORT, "--epochs", "1")  # fmt: skip
+             *SHORT, "--num_train_epochs", "1")  # fmt: skip
     write_base(root / "small", hidden_size=16, num_hidden_layers=1)
     return root, (*tasks, *data)
 
@@ -48,7 +59,7 @@ def setting(base, tmp_path_factory):
 def words(setting, output, *more):
     root, common = setting
     return ("ablate", "--model", root / "small", "--teacher", root / "teacher", *common, "--output", output,
-            "--epochs", "1", *SHORT, *more)  # fmt: skip
+            "--num_train_epochs", "1", *SHORT, *more)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -56,7 +67,8 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     root, _ = setting
     monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 10)
     dense = ("--dense-teacher", f"sst2={root / 'dense-sst2'}", "--dense-teacher", f"stsb={root / 'dense-stsb'}")
-    text = done(*words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3"))
+    hot = ("--seeds", "1", "--objective_options.temperature", "3")
+    text = done(*words(setting, tmp_path, *dense, *hot))
     labels = ("full", "-FAL", "-GAN", "-MoE", "-hidden", "KD only")
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[1:]] == ["teacher of full", "teacher of -MoE", *labels]
@@ -67,13 +79,14 @@ def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     results = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
     assert len(results) == 2 * (6 + 2)
     (tmp_path / "results/sst2-kd-0.json").unlink()  # trained, but not judged when it was interrupted
-    assert done(*words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")).count("KD only\n") == 1
+    assert done(*words(setting, tmp_path, *dense, *hot)).count("KD only\n") == 1
     again = {file: file.stat().st_mtime_ns for file in (tmp_path / "results").iterdir()}
     assert {file.name for file in again if again[file] != results[file]} == {"sst2-kd-0.json"}
     line = refused(*words(setting, tmp_path, *dense, "--seeds", "1"))
-    assert f"got {tmp_path} with results of other student.temperature (it was 3.0 and is 2.0 now) (use another" in line
+    other = "student.objective_options.temperature (it was 3 and is 2.0 now)"
+    assert f"got {tmp_path} with results of other {other} (use another" in line
 
-    same = words(setting, tmp_path, *dense, "--seeds", "1", "--temperature", "3")
+    same = words(setting, tmp_path, *dense, *hot)
     table, rows = root / "sst2/train.tsv", (root / "sst2/train.tsv").read_text()
     table.write_text(rows.replace("\t1", "\t0", 1))
     assert "with results of other sst2 training rows (use another" in refused(*same)
@@ -93,12 +106,12 @@ def test_refusals(setting, tmp_path):
         (("--arm", "fal"), "arm: expected some of full, no-fal, .*, each once, got fal"),
         (("--arm", "kd", "--arm", "kd"), "arm: expected .*, each once, got kd, kd"),
         (
-            ("--recipe", "microbert-lean", "--arm", "no-gan"),
-            "arm: expected arms that differ for the recipe microbert-l",
+            ("--config", "microbert-lean", "--arm", "no-gan"),
+            "arm: expected arms that differ for the config microbert-l",
         ),
         (("--dense-teacher", f"sst2={root}"), "dense-teacher: expected one for all tasks, .*, got none for stsb"),
         (("--task", "squad"), "task: expected tasks of GLUE"),
-        (("--recipe", "bert"), "recipe: expected one of finetune, kd"),
-        (("--temprature", "3"), "the nearest is 'temperature'"),
+        (("--config", "bert"), "config: expected one of finetune, kd"),
+        (("--temprature", "3"), "the nearest is 'objective_options.temperature'"),
     ):
         assert re.search(message, refused(*words(setting, tmp_path / "o", *more)))

@@ -31,7 +31,7 @@ def pretrained(family, folder, auto=AutoModel):
 
 def goes_the_whole_way(family, data, tmp_path, *more):
     """Fine-tune, score, convert, distil, judge, compare; the accuracy of the student."""
-    training = (*TRAINING, "--learning-rate", "3e-3", "--epochs", "16", *more)
+    training = (*TRAINING, "--learning_rate", "3e-3", "--num_train_epochs", "16", *more)
     base, teacher, scores, moe, out = (tmp_path / name for name in ("base", "teacher", "i.safetensors", "moe", "out"))
     pretrained(family, base)
     given = (*TABLE, "--data", data)
@@ -53,7 +53,7 @@ def goes_the_whole_way(family, data, tmp_path, *more):
 
 
 def test_distilbert_goes_the_whole_way(data, tmp_path):
-    goes_the_whole_way("distilbert", data, tmp_path, "--max-steps", 2)
+    goes_the_whole_way("distilbert", data, tmp_path, "--max_steps", 2)
 
 
 @pytest.mark.slow

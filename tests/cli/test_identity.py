@@ -9,7 +9,16 @@ from transformers import AutoModelForSequenceClassification
 from tests.cli.test_tasks import data_of, write_tasks
 from tests.cli.tiny import SPLIT, TABLE, done, moebert, refused, write_data
 
-SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--epochs", "1", "--max-length", "12")
+SHORT = (
+    "--per_device_train_batch_size",
+    "8",
+    "--learning_rate",
+    "1e-2",
+    "--num_train_epochs",
+    "1",
+    "--max-length",
+    "12",
+)
 
 
 def files(train, validation):
@@ -32,25 +41,24 @@ def small(tmp_path_factory):
 @pytest.fixture
 def interrupted(monkeypatch):
     """The next run is interrupted in its first step."""
-    from moebert_kernels.distill.features import Batches
+    from moebert_kernels.distill.trainer import MoETrainer
 
-    original, times = Batches.__call__, []
+    original, times = MoETrainer.training_step, []
 
-    def call(self, epoch):
-        for batch in original(self, epoch):
-            times.append(1)
-            if len(times) == 1:
-                signal.raise_signal(signal.SIGINT)
-            yield batch
+    def step(self, *args):
+        times.append(1)
+        if len(times) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args)
 
-    monkeypatch.setattr(Batches, "__call__", call)
+    monkeypatch.setattr(MoETrainer, "training_step", step)
 
 
 def command(kind, base, teacher, moe):
     return {
         "finetune": ("finetune", "--model", base),
         "distill": ("distill", "--model", moe, "--teacher", teacher),
-        "recipe": ("distill", "--recipe", "kd", "--model", base, "--teacher", teacher),
+        "recipe": ("distill", "--config", "kd", "--model", base, "--teacher", teacher),
     }[kind]
 
 
@@ -83,8 +91,8 @@ def test_options_that_decide_the_result_are_said(base, teacher, moe, small, tmp_
     done(*words, *SHORT)
     for more, what in (
         (("--max-length", "10"), "12 and is 10 now"),
-        (("--distill-weight", "3"), "1.0 and is 3.0 now"),
-        (("--epochs", "2"), "1 and is 2 now"),
+        (("--loss_weights.hidden", "3"), "1.0 and is 3 now"),
+        (("--num_train_epochs", "2"), "1.0 and is 2.0 now"),
         (("--seed", "4"), "0 and is 4 now"),
     ):
         line = refused(*words, *SHORT, *more)

@@ -51,8 +51,19 @@ def test_a_classifier_follows_its_teacher(router, teacher, data, tmp_path):
     done("convert", "--method", "mpoe", "--model", teacher, "--num-experts", 2, "--sites", 2, "--router", router,
          "--noise", 0.1, "--output", moe)  # fmt: skip
     words = (*TABLE, "--data", data, *TRAINING)
-    done("distill", "--model", moe, "--teacher", teacher, *words, "--cache", tmp_path / "cache", "--output", out)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    done(
+        "distill",
+        "--model",
+        moe,
+        "--teacher",
+        teacher,
+        *words,
+        "--teacher_outputs",
+        tmp_path / "cache",
+        "--output",
+        out,
+    )
+    lines = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert any("hidden" in line for line in lines)
     assert any(line.get("balance", 0.0) > 0 for line in lines) == (router == "switch")
     model = AutoModelForSequenceClassification.from_pretrained(out / "best")

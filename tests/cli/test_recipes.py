@@ -5,12 +5,12 @@ import json
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
-from moebert_kernels.distill.recipe import Stage, keys, load_recipe, recipe_names
+from moebert_kernels.distill.recipe import load_recipe, recipe_names
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, WORDS, done, refused, write_base
 from tests.distill.words import tokenizer_of
 
-SHORT = (*TRAINING[:4], "--epochs", "2", "--max-length", "12", "--log-steps", "1")
+SHORT = (*TRAINING[:4], "--num_train_epochs", "2", "--max-length", "12", "--logging_steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,13 @@ def small(teacher, tmp_path_factory):
 
 
 def distil(output, small, teacher, data, recipe, *words):
-    line = ("--recipe", recipe, "--model", small, *TABLE, "--data", data, "--output", output, *SHORT, *words)
+    line = ("--config", recipe, "--model", small, *TABLE, "--data", data, "--output", output, *SHORT, *words)
     return done("distill", *line, *(() if teacher is None else ("--teacher", teacher)))
 
 
 def losses(folder):
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in line]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [line for line in history if "loss" in line]
 
 
 @pytest.mark.parametrize(("recipe", "terms"), [
@@ -43,7 +44,7 @@ def test_recipes_train_students(recipe, terms, small, teacher, data, tmp_path):
     output = distil(tmp_path, small, None if recipe == "finetune" else teacher, data, recipe)
     assert "best on validation by accuracy" in output
     line = losses(tmp_path)[-1]
-    reported = {"step", "epoch", "learning_rate", "loss"}
+    reported = {"step", "epoch", "learning_rate", "loss", "grad_norm"}
     assert {name for name in line if not name.startswith("discriminator_")} - reported == terms
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     distil(tmp_path, small, None if recipe == "finetune" else teacher, data, recipe)
@@ -52,7 +53,17 @@ def test_recipes_train_students(recipe, terms, small, teacher, data, tmp_path):
 
 def test_two_stages(small, teacher, data, tmp_path):
     """Features first, in a folder of its own; predictions go on from there; a key for one stage."""
-    distil(tmp_path, small, teacher, data, "microbert-two-stage", "--features.epochs", "3", "--cache", tmp_path / "c")
+    distil(
+        tmp_path,
+        small,
+        teacher,
+        data,
+        "microbert-two-stage",
+        "--features.num_train_epochs",
+        "3",
+        "--teacher_outputs",
+        tmp_path / "c",
+    )
     first, last = losses(tmp_path / "features"), losses(tmp_path)
     assert (len(first), len(last)) == (3 * 8, 2 * 8)
     assert "task" not in first[0] and {"embedding", "hidden", "alignment"} <= set(first[0])
@@ -62,49 +73,48 @@ def test_two_stages(small, teacher, data, tmp_path):
 
 def test_lean_with_the_cache_equals_without_and_takes_extra_text(small, teacher, data, tmp_path):
     (tmp_path / "more.tsv").write_text("text\n" + "".join(f"a {noun} was dull\n" for noun in ("film", "play") * 9))
-    words = ("--extra-text", tmp_path / "more.tsv", "--distance", "cosine")
+    words = ("--extra-text", tmp_path / "more.tsv", "--objective_options.distance", "cosine")
     distil(tmp_path / "a", small, teacher, data, "microbert-lean", *words)
-    distil(tmp_path / "b", small, teacher, data, "microbert-lean", *words, "--cache", tmp_path / "cache")
+    distil(tmp_path / "b", small, teacher, data, "microbert-lean", *words, "--teacher_outputs", tmp_path / "cache")
     for one, other in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     described = json.loads((tmp_path / "cache/cache.json").read_text())
     assert described["pooled"] and described["stored_as"] == "float32" and described["max_length"] == 12
     assert len(losses(tmp_path / "a")) == 2 * 11  # 64 + 18 texts in eights
-    line = refused("distill", "--recipe", "microbert-lean", "--model", small, "--teacher", teacher, *TABLE,
+    line = refused("distill", "--config", "microbert-lean", "--model", small, "--teacher", teacher, *TABLE,
                    "--data", data, "--output", tmp_path / "c", *SHORT, "--max-length", "10", *words,
-                   "--cache", tmp_path / "cache")  # fmt: skip
+                   "--teacher_outputs", tmp_path / "cache")  # fmt: skip
     assert "with those of other max_length (it was 12 and is 10 now) (use another folder)" in line
 
 
 def test_refusals(small, teacher, moe, data, tmp_path):
     line = ("distill", "--model", small, "--teacher", teacher, *TABLE, "--data", data, "--output", tmp_path / "o")
-    kd, key = ("--recipe", "kd"), "recipe: expected a known key, got 'temprature' (the nearest is 'temperature')"
+    kd = ("--config", "kd")
     for words, message in (
-        ((*kd, "--temprature", "3"), key),
-        ((*kd, "--temperature", "hot"), "temperature: expected a number, got 'hot'"),
-        ((*kd, "--schedule", "foo"), "schedule: expected one of linear, cosine, "),
-        ((*kd, "--balance", "0.01"), "balance: expected the weight 0 for a BertForSequenceClassification without gate"),
-        ((*kd, "--temperature"), "recipe: expected --KEY VALUE, got --temperature"),
-        ((*kd, "stray"), "recipe: expected --KEY VALUE, got stray"),
-        (("--recipe", "bert"), "recipe: expected one of finetune, kd, microbert, microbert-lean, "),
-        ((*kd, "--preset", "paper"), "preset: expected it without --recipe, got paper"),
-        ((*kd, "--a.soft", "1"), "a.soft: expected one of the stages student, got 'a'"),
-        (("--epoch", "3"), "epoch: expected an option of moebert distill, got none (the nearest is '--epochs')"),
-        (("--extra-text", "x.tsv"), "extra-text: expected it with --recipe alone, got x.tsv"),
-        (("--recipe", "finetune", "--extra-text", "x.tsv"), "extra-text: expected a recipe with soft targets"),
+        ((*kd, "--temprature", "3"), "got an unknown one (the nearest is 'objective_options.temperature')"),
+        ((*kd, "--objective_options.temperature", "hot"), "objective_options: expected arguments of MicroBertObj"),
+        ((*kd, "--lr_scheduler_type", "foo"), "lr_scheduler_type: expected one of linear, cosine, "),
+        ((*kd, "--loss_weights.balance", "0.01"), "balance: expected the weight 0 for a model without gates"),
+        ((*kd, "--loss_weights.sofd", "1"), "loss_weights: expected names among task, balance, embedding, hidden, "),
+        ((*kd, "stray"), "options: expected --NAME VALUE, got stray"),
+        (("--config", "bert"), "config: expected one of finetune, kd, microbert, microbert-lean, "),
+        ((*kd, "--a.learning_rate", "1"), "a: expected the name of a training argument, got an unknown one"),
+        (("--num_train_epoch", "3"), "got an unknown one (the nearest is 'num_train_epochs')"),
+        (("--config", "finetune", "--extra-text", "x.tsv"), "extra-text: expected a teacher to follow on texts"),
         ((*kd, "--extra-text", "x.txt"), "extra-text: expected a tsv, csv or jsonl file with text, got x.txt"),
-        ((*kd, "--layer-map", "0:0,1:7", "--hidden", "1"), "layer_map: expected teacher states between 0 and 2"),
-    ):
+        ((*kd, "--objective_options.layer_map", "{0: 0, 1: 7}", "--loss_weights.hidden", "1"),
+         "layer_map: expected teacher states between 0 and 2"),
+    ):  # fmt: skip
         assert message in refused(*line, *words)
     without = [word for word in line if word not in ("--teacher", teacher)]
-    assert refused(*without, "--recipe", "kd") == "teacher: expected one for the recipe kd, got none"
+    assert refused(*without, "--config", "kd") == "teacher: expected one for kd, got none"
     assert refused(*without) == "teacher: expected one, got none"
 
 
 def test_refuses_another_vocabulary(small, teacher, data, tmp_path):
     other = write_base(tmp_path / "other")
     tokenizer_of(tuple(reversed(WORDS))).save_pretrained(other)
-    line = refused("distill", "--recipe", "kd", "--model", other, "--teacher", teacher, *TABLE, "--data", data,
+    line = refused("distill", "--config", "kd", "--model", other, "--teacher", teacher, *TABLE, "--data", data,
                    "--output", tmp_path / "o", *SHORT)  # fmt: skip
     assert line.startswith("vocabulary: expected the teacher's ") and "where it is '" in line
 
@@ -116,28 +126,29 @@ def test_recipes_of_the_package_and_of_ones_own(tmp_path):
     assert lean.terms == ("alignment", "soft") and lean.is_lean
     assert [stage.name for stage in load_recipe("microbert-two-stage").active] == ["features", "predictions"]
     assert not load_recipe("finetune").needs_teacher
-    without = load_recipe("microbert-two-stage").with_values({"alignment": 0, "hidden": 0, "embedding": "0"})
-    assert [stage.name for stage in without.active] == ["predictions"]
+    nothing = {f"loss_weights.{term}": "0" for term in ("alignment", "hidden", "embedding")}
+    assert [stage.name for stage in load_recipe("microbert-two-stage").with_values(nothing).active] == ["predictions"]
     own = tmp_path / "own.yaml"
     own.write_text(
-        "soft: 1\nlearning_rate: 1e-4\nlayer_map: {1: 2}\nviews: [cls, mean]\nproject: false\nbalance: null\n"
+        "objective: microbert\nloss_weights: {soft: 1}\nlearning_rate: 1e-4\nmax_length: 64\nreport_to: [a, b]\n"
     )
     stage = load_recipe(own).stages[0]
-    assert (stage.learning_rate, stage.layer_map, stage.views, stage.project) == (1e-4, {1: 2}, ("cls", "mean"), False)
-    assert set(keys()) == {name for name in Stage.__dataclass_fields__ if name != "name"}
+    assert (stage.settings["learning_rate"], stage.settings["max_length"]) == (1e-4, 64) and stage.terms == ("soft",)
     for text, message in (
-        ("soft: [1", "recipe: expected YAML in "),
-        ("- soft", "recipe: expected keys and values in "),
-        ("stages: {a: 3}", "recipe: expected keys and values in "),
-        ("epochs: 2.5", "epochs: expected a whole number, got 2.5"),
-        ("project: 1", "project: expected true or false, got 1"),
-        ("distance: l1", "distance: expected one of mse, cosine, got 'l1'"),
-        ("soft: -1", "soft: expected a weight of at least 0, got -1.0"),
-        ("weights: 1", "recipe: expected a known key, got 'weights'"),
+        ("soft: [1", "config: expected YAML in "),
+        ("- soft", "config: expected keys and values in "),
+        ("stages: {a: 3}", "config: expected keys and values in "),
+        ("max_length: 2.5", "max_length: expected a whole number, got 2.5"),
+        ("bf16: 3", "bf16: expected true or false, got 3"),
+        (
+            "objective: microbert\nloss_weights: {soft: -1}",
+            "loss_weights.soft: expected a number of at least 0, got -1",
+        ),
+        ("weights: 1", "weights: expected the name of a training argument"),
     ):
         own.write_text(text)
         with pytest.raises(UserError, match=message.replace("(", r"\(")):
             load_recipe(own)
-    own.write_text("epochs: 1")
-    with pytest.raises(UserError, match="recipe: expected a term with a weight above 0"):
+    own.write_text("loss_weights: {task: 0}")
+    with pytest.raises(UserError, match="loss_weights: expected a term with a weight above 0"):
         load_recipe(own).needs_teacher  # noqa: B018

@@ -120,8 +120,8 @@ def test_a_moe_is_no_teacher(moe, data, tmp_path):
 
 
 def test_mixing_the_published_loss_with_skipped_padding(teacher, moe, data, tmp_path):
-    line = refused("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data, "--preset", "paper",
-                   "--output", tmp_path / "out", *TRAINING)  # fmt: skip
+    line = refused("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data,
+                   "--objective_options.preset", "paper", "--output", tmp_path / "out", *TRAINING)  # fmt: skip
     assert "padding" in line
 
 
@@ -264,8 +264,16 @@ def test_a_tokenizer_of_a_larger_vocabulary(teacher, data, tmp_path):
 
 def test_bad_options(base, data, tmp_path):
     words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
-    line = refused("finetune", *words, "--mixed-precision", "int8")
-    assert line == "mixed-precision: expected 'no', 'fp16' or 'bf16', got 'int8'"
+    assert refused("finetune", *words, "--bf16", "int8") == "bf16: expected true or false, got 'int8'"
+    line = refused("finetune", *words, "--lr_scheduler_type", "foo")
+    assert line.startswith("lr_scheduler_type: expected one of linear, cosine, ") and line.endswith("got 'foo'")
+    line = refused("finetune", *words, "--learning_rat", "1e-3")
+    assert line == (
+        "learning_rat: expected the name of a training argument, got an unknown one (the nearest is 'learning_rate')"
+    )
+    line = refused("finetune", *words, "--output_dir", "x")
+    assert line == "output: expected none, as --output and the run's own state decide it, got 'x'"
+    assert refused("finetune", *words, "stray") == "options: expected --NAME VALUE, got stray"
     assert refused("eval", "--model", base, "--task", "sst2", "--text-column", "t").startswith("text-column: expected")
     assert CliRunner().invoke(app, ["eval", "--model", str(base)]).exit_code == 2  # typer's own: --task is missing
     write_base(tmp_path / "wide", hidden_act="gelu_new")

@@ -20,7 +20,7 @@ from tests.cli.test_workflow import logits_of
 from tests.cli.tiny import BAD, GOOD, TABLE, done, moebert, refused, write_base
 from tests.helpers import ROOT
 
-SHORT = ("--batch-size", "8", "--learning-rate", "1e-2", "--max-length", "12")
+SHORT = ("--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--max-length", "12")
 SENTENCES = ["the film was good", "a dull play"]
 
 
@@ -62,7 +62,7 @@ def routed(base, tmp_path_factory):
 def trained(routed, tasks, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "out"
     words = ("finetune", "--model", routed, *data_of(tasks, "sst2", "cola", "stsb"), "--output", output, *SHORT)
-    printed = done(*words, "--epochs", "8", "--learning-rate", "3e-3")
+    printed = done(*words, "--num_train_epochs", "8", "--learning_rate", "3e-3")
     assert "layer 2: sst2 " in printed and "best on validation by the mean, step" in printed
     assert "there" not in printed and "sst2.accuracy" in printed and "stsb.spearman" in printed
     return output

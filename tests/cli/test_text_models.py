@@ -9,7 +9,7 @@ from tests.cli.tiny import TABLE, done, refused
 from tests.distill.tiny_text import STORY, byte_tokenizer, tiny_gpt2, tiny_t5, word_tokenizer
 from tests.distill.words import tokenizer_of
 
-QUICK = ("--batch-size", "8", "--learning-rate", "1e-2", "--epochs", "6")
+QUICK = ("--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--num_train_epochs", "6")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_a_language_model_learns_and_follows(gpt2, language_model, texts, tmp_pa
     done("distill", "--model", gpt2, "--teacher", language_model, "--task", "lm", "--data", texts, "--output", student,
          *QUICK)  # fmt: skip
     assert perplexity(student, texts, tmp_path) < before / 4
-    lines = [json.loads(line) for line in (student / "log.jsonl").read_text().splitlines()]
+    lines = json.loads((student / "trainer_state.json").read_text())["log_history"]
     assert any({"task", "prediction", "loss"} <= line.keys() for line in lines)
 
 
@@ -62,7 +62,8 @@ def test_a_text_to_text_model_learns_classes_and_names_them(data, tmp_path):
     files = ("--data", f"train={data / 'train.tsv'}", "--data", f"validation={data / 'dev.tsv'}")
     words = ("--hold-out", "halves", *TABLE, *files)
     out, file = tmp_path / "out", tmp_path / "result.json"
-    done("finetune", "--model", base, *words, "--output", out, *QUICK, "--epochs", 16, "--label-smoothing", "0.1")
+    done("finetune", "--model", base, *words, "--output", out, *QUICK,
+         "--num_train_epochs", 16, "--label_smoothing_factor", "0.1")  # fmt: skip
     done("eval", "--model", out, *words, "--split", "test", "--output", file)
     assert json.loads(file.read_text())["splits"]["test"] == {"accuracy": 1.0, "macro_f1": 1.0, "examples": 32}
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out/best").config.id2label == {0: "happy", 1: "sad"}
@@ -86,15 +87,16 @@ def test_what_language_models_refuse(base, gpt2, language_model, texts, data, tm
     line = refused("eval", "--model", gpt2, "--task", "lm", "--data", texts, "--max-length", "17")
     assert line == "max-length: expected at most 16, the model's positions, got 17"
     line = refused("eval", "--model", gpt2, "--task", "lm", "--data", texts, "--doc-stride", "16")
-    assert line == "overlap: expected between 1 and 15 tokens in windows of 16, got 16"
+    assert line == "doc-stride: expected between 1 and 15 tokens in windows of 16, got 16"
     line = refused("eval", "--model", gpt2, "--task", "lm", "--data", texts, "--hold-out", "halves")
     assert line == "hold-out: expected rows to divide, got running text; divide its files"
     two = ("--text-column", "a", "--text-column", "b")
     assert refused("eval", "--model", gpt2, "--task", "lm", *two) == "text-column: expected one with --task lm, got 2"
     student = ("distill", "--model", gpt2, "--teacher", language_model, "--task", "lm", "--data", texts, *output)
-    assert refused(*student, "--cache", tmp_path).startswith("cache: expected none for a model that predicts tokens")
-    line = refused(*student, "--preset", "paper")
-    assert line == "preset: expected 'default' for a model that predicts tokens, got 'paper'"
+    line = refused(*student, "--teacher_outputs", tmp_path)
+    assert line == "teacher: expected a model, got cached outputs, which hold no predictions by token"
+    line = refused(*student, "--objective_options.preset", "paper")
+    assert line.startswith("objective_options: expected arguments of TokenObjective, got ")
 
 
 def test_a_model_that_sees_what_it_predicts_is_refused(texts, tmp_path):
@@ -134,8 +136,19 @@ def test_mpoe_goes_the_whole_way(router, gpt2, language_model, texts, tmp_path):
     convert = ("convert", "--method", "mpoe", "--model", language_model, "--num-experts", 3, "--sites", 3)
     done(*convert, "--router", router, "--output", moe)
     assert perplexity(moe, texts, tmp_path) == pytest.approx(perplexity(language_model, texts, tmp_path), rel=1e-4)
-    data = ("--task", "lm", "--data", texts, *QUICK, "--epochs", 1, "--gradient-mask", 0.5, "--shared-fold")
-    done("finetune", "--model", moe, *data, "--accumulation", 2, "--output", out)
+    data = (
+        "--task",
+        "lm",
+        "--data",
+        texts,
+        *QUICK,
+        "--num_train_epochs",
+        1,
+        "--gradient_mask.probability",
+        0.5,
+        "--shared_fold",
+    )
+    done("finetune", "--model", moe, *data, "--gradient_accumulation_steps", 2, "--output", out)
     done("distill", "--model", moe, "--teacher", language_model, *data, "--output", tmp_path / "student")
     assert perplexity(tmp_path / "student", texts, tmp_path) < 280
     line = refused("distill", "--model", gpt2, "--teacher", moe, *data, "--output", tmp_path / "no")
@@ -149,6 +162,6 @@ def test_mpoe_goes_the_whole_way(router, gpt2, language_model, texts, tmp_path):
 
 def test_mpoe_options_are_refused_for_other_models(gpt2, texts, tmp_path):
     words = ("finetune", "--model", gpt2, "--task", "lm", "--data", texts, "--output", tmp_path / "out", *QUICK)
-    line = refused(*words, "--gradient-mask", 0.5)
+    line = refused(*words, "--gradient_mask.probability", 0.5)
     assert line == "model: expected experts with central tensors, got none in a GPT2LMHeadModel"
-    assert refused(*words, "--shared-fold").startswith("shared-fold: expected False for a model that folds no weights")
+    assert refused(*words, "--shared_fold").startswith("shared_fold: expected False for a model that folds no weights")

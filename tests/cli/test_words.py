@@ -13,7 +13,8 @@ from moebert_kernels.cli.inputs import labels_as_in
 from moebert_kernels.cli.options import DEFAULTS_BY_TASK
 from moebert_kernels.cli.running import as_typed, print_settings
 from moebert_kernels.data.tasks import TASKS, load_task
-from moebert_kernels.distill.presets import PAPER, preset_for
+from moebert_kernels.distill.presets import preset_for, presets
+from moebert_kernels.distill.settings import names
 from tests.cli.tiny import TABLE, TRAINING, moebert, refused
 
 COMMANDS = get_command(app).commands
@@ -54,13 +55,24 @@ def test_help_lists_the_defaults_of_each_task(task):
     values, rows = preset_for(task), DEFAULTS_BY_TASK.split("\n\n")
     (row,) = [row for row in rows if task in row.partition(": --")[0].split(", ")]
     assert row.partition(": ")[2] == (
-        f"--learning-rate {values.learning_rate} --batch-size {values.batch_size} --epochs {values.epochs}"
-        f" --weight-decay {values.weight_decay} --max-length {values.max_length}"
-        f" (--distill-weight {values.distill_weight})"
+        f"--learning_rate {values['learning_rate']} --per_device_train_batch_size"
+        f" {values['per_device_train_batch_size']} --num_train_epochs {values['num_train_epochs']}"
+        f" --weight_decay {values['weight_decay']} --max-length {values['max_length']}"
+        f" (distillation terms {values['distill_weight']})"
     )
-    assert (task in PAPER) == (len(row.partition(": --")[0].split(", ")) == 1 and task != "lm")
+    assert (task in presets()) == (len(row.partition(": --")[0].split(", ")) == 1 or task == "lm")
     for name in ("finetune", "distill"):
-        assert COMMANDS[name].epilog == DEFAULTS_BY_TASK
+        assert COMMANDS[name].epilog.endswith(DEFAULTS_BY_TASK)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(name):
+    """Of options that there are."""
+    example = COMMANDS[name].epilog.partition("\n")[0]
+    assert example.startswith(f"Example: moebert {name}")
+    known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    known |= {f"--{argument}" for argument in names()}
+    assert {word for word in example.split() if word.startswith("--")} <= known
 
 
 def test_parameters_are_called_as_their_options():
@@ -103,38 +115,40 @@ def test_messages_name_options_as_they_are_typed(message, wanted):
 def test_a_refusal_names_the_option_as_it_is_typed(base, data, tmp_path):
     words = ("finetune", "--model", base, "--output", tmp_path / "out", "--data", data)
     for more, start in (
-        ((*TABLE, "--mixed-precision", "int8"), "--mixed-precision: expected"),
+        ((*TABLE, "--bf16", "int8"), "bf16: expected true or false, got 'int8'"),
         (("--task", "custom", *(("--text-column", "text") * 3)), "--text-column: expected one or two names, got 3"),
-        ((*TABLE, "--learning-rate", "inf"), "--learning-rate: expected a number of at least 0, got inf"),
+        ((*TABLE, "--learning_rate", "inf"), "learning_rate: expected a number of at least 0, got inf"),
     ):
         assert f"moebert: {start}" in moebert(*words, *more).stderr
-    words = ("distill", "--model", base, "--teacher", base, *TABLE, "--output", tmp_path / "out", "--data", data)
-    assert refused(*words, "--distill-weight", "inf") == "distill-weight: expected a number of at least 0, got inf"
+    words = ("distill", "--model", base, "--teacher", base, *TABLE, "--output", tmp_path / "other", "--data", data)
+    line = refused(*words, "--loss_weights.hidden", ".inf")
+    assert line == "loss_weights.hidden: expected a number of at least 0, got inf"
 
 
 def test_settings_are_printed_as_they_would_be_typed(capsys):
-    settings = {"epochs": 3, "max_steps": None, "shared_fold": True, "dropout": False, "views": ("cls", "max")}
-    print_settings(settings | {"layer_map": {1: 2, 2: 4}}, prefix="features.")
+    settings = {"num_train_epochs": 3, "max_steps": None, "shared_fold": True, "bf16": False}
+    print_settings(settings | {"loss_weights": {"soft": 1.0, "task": 0.5}}, prefix="features.")
     assert capsys.readouterr().out == (
-        "settings: --features.epochs 3 --features.shared-fold --features.views cls,max --features.layer-map 1:2,2:4\n"
+        "settings: --features.num_train_epochs 3 --features.shared_fold --features.loss_weights.soft 1.0"
+        " --features.loss_weights.task 0.5\n"
     )
 
 
 def test_a_run_says_its_settings_before_it_starts(base, teacher, data, tmp_path):
     wanted = (
-        "settings: --epochs 3 --max-steps 1 --batch-size 16 --accumulation 2 --learning-rate 3e-05 --weight-decay 0.0"
-        " --warmup-ratio 0.0 --mixed-precision no --label-smoothing 0.0 --save-steps 500 --seed 4 --max-length 24"
+        "settings: --seed 4 --learning_rate 3e-05 --per_device_train_batch_size 16 --num_train_epochs 3"
+        " --weight_decay 0.0 --gradient_accumulation_steps 2 --max_steps 1 --max_length 24"
     )
-    words = ("finetune", "--model", base, *TABLE, "--data", data, "--accumulation", 2, "--seed", 4, "--max-steps", 1)
-    output = printed_by(*words, "--output", tmp_path / "out")
+    words = ("finetune", "--model", base, *TABLE, "--data", data, "--gradient_accumulation_steps", 2, "--seed", 4)
+    output = printed_by(*words, "--max_steps", 1, "--output", tmp_path / "out")
     assert wanted in output.splitlines()
     assert output.index(wanted) < output.index("best on validation")
-    words = ("distill", "--recipe", "kd", "--model", base, "--teacher", teacher, *TABLE, "--data", data, *TRAINING)
-    line = printed_by(*words, "--max-steps", 1, "--output", tmp_path / "kd").splitlines()[0]
+    words = ("distill", "--config", "kd", "--model", base, "--teacher", teacher, *TABLE, "--data", data, *TRAINING)
+    line = printed_by(*words, "--max_steps", 1, "--output", tmp_path / "kd").splitlines()[0]
     assert line == (
-        "settings: --labels 0.5 --soft 1.0 --epochs 8 --max-steps 1 --learning-rate 0.01 --batch-size 8"
-        " --warmup-ratio 0.1 --max-length 12 --accumulation 1 --weight-decay 0.01 --mixed-precision no"
-        " --save-steps 500 --seed 0"
+        "settings: --seed 0 --objective microbert --loss_weights.task 0.5 --loss_weights.soft 1.0"
+        " --objective_options.temperature 2.0 --num_train_epochs 8.0 --learning_rate 0.01 --warmup_steps 0.1"
+        " --weight_decay 0.01 --per_device_train_batch_size 8 --max_length 12 --max_steps 1"
     )
 
 

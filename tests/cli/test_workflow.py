@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import importance_scores, load_importance
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import custom_task, load_task
-from moebert_kernels.distill.features import Batches, tokenize
 from moebert_kernels.layers import moe_config, moe_layers
 from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert, refused
 from tests.helpers import ROOT
@@ -37,8 +37,10 @@ def test_a_teacher_learns_and_names_its_classes(teacher, data):
 def test_importance_is_that_of_the_train_split(teacher, importance, data):
     task_data = load_task(custom_task(["text"], "mood"), data)
     model = AutoModelForSequenceClassification.from_pretrained(teacher / "best")
-    features = tokenize(task_data.train, task_data.task, AutoTokenizer.from_pretrained(teacher / "best"))
-    wanted = importance_scores(model, Batches(features, 7)(0))
+    tokenizer = AutoTokenizer.from_pretrained(teacher / "best")
+    wanted = importance_scores(
+        model, TokenizedSplit(task_data.train, task_data.task, tokenizer, max_length=128).batches(7)
+    )
     found = load_importance(importance, model)
     torch.testing.assert_close(found.scores, wanted)
     assert found.metadata["split"] == "train"
@@ -99,7 +101,7 @@ def test_teacher_outputs_are_computed_once_for_two_students(teacher, moe, import
     times = []
     for name, model in (("one", moe), ("two", dense)):
         done("distill", "--model", model, "--teacher", teacher, *TABLE, "--data", data, "--output", tmp_path / name,
-             "--cache", cache, "--cache-dtype", "float32", *TRAINING)  # fmt: skip
+             "--teacher_outputs", cache, "--teacher_outputs_dtype", "float32", *TRAINING)  # fmt: skip
         times.append({path.name: path.stat().st_mtime_ns for path in cache.glob("*.safetensors")})
     assert times[0] and times[0] == times[1]
 
@@ -110,15 +112,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, teacher, tmp
     words = ["finetune", "--model", base, *TABLE, "--data", data, "--output", tmp_path / "out", *TRAINING]
     code = (
         "import os, signal\n"
-        "from moebert_kernels.distill.features import Batches\n"
+        "from moebert_kernels.distill.trainer import MoETrainer\n"
         "from moebert_kernels.cli import main\n"
-        "made, original = [], Batches.__call__\n"
-        "def call(self, epoch):\n"
-        "    for batch in original(self, epoch):\n"
-        "        made.append(1)\n"
-        "        if len(made) == 4: os.kill(os.getpid(), signal.SIGINT)\n"
-        "        yield batch\n"
-        "Batches.__call__ = call\n"
+        "made, original = [], MoETrainer.training_step\n"
+        "def step(self, *args):\n"
+        "    made.append(1)\n"
+        "    if len(made) == 4: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(self, *args)\n"
+        "MoETrainer.training_step = step\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code, *map(str, words)]
@@ -136,7 +137,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, teacher, tmp
 def test_interrupted_scoring_goes_on(teacher, importance, data, tmp_path, monkeypatch):
     from moebert_kernels.distill import scoring
 
-    collate, seen = scoring.Features.collate, []
+    collate, seen = scoring.TokenizedSplit.collate, []
 
     def interrupted(self, *args):
         seen.append(args)
@@ -146,7 +147,7 @@ def test_interrupted_scoring_goes_on(teacher, importance, data, tmp_path, monkey
 
     out = tmp_path / "importance.safetensors"
     words = ("importance", "--model", teacher, *TABLE, "--data", data, "--output", out, "--batch-size", 8)
-    monkeypatch.setattr(scoring.Features, "collate", interrupted)
+    monkeypatch.setattr(scoring.TokenizedSplit, "collate", interrupted)
     assert moebert(*words).exit_code == 130
     assert not out.exists()
     done(*words)
@@ -177,8 +178,9 @@ def test_experts_and_tables_are_chosen_by_the_train_split(teacher, data, tmp_pat
 def test_the_published_recipe_pads_and_routes_padding(teacher, importance, data, tmp_path):
     done("convert", "--model", teacher, "--importance", importance, *SPLIT,
          "--route-padding", "--output", tmp_path / "moe")  # fmt: skip
-    done("distill", "--model", tmp_path / "moe", "--teacher", teacher, *TABLE, "--data", data, "--preset", "paper",
-         "--output", tmp_path / "out", *TRAINING, "--teacher-dropout")  # fmt: skip
+    done("distill", "--model", tmp_path / "moe", "--teacher", teacher, *TABLE, "--data", data,
+         "--objective_options.preset", "paper", "--output", tmp_path / "out", *TRAINING,
+         "--teacher_dropout")  # fmt: skip
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "best")
     assert moe_config(trained.config).route_padding
 
@@ -194,7 +196,7 @@ def test_squad_goes_all_the_way(base, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines * 8))
     teacher, moe = tmp_path / "teacher", tmp_path / "moe"
     common = ("--task", "squad", "--data", tmp_path, "--max-length", 20, "--doc-stride", 2)
-    short = ("--batch-size", 4, "--epochs", 1, "--learning-rate", "1e-3")
+    short = ("--per_device_train_batch_size", 4, "--num_train_epochs", 1, "--learning_rate", "1e-3")
     done("finetune", "--model", base, "--output", teacher, *common, *short)
     done("importance", "--model", teacher, "--output", tmp_path / "i.safetensors", *common)
     done("convert", "--model", teacher, "--importance", tmp_path / "i.safetensors", *SPLIT,

@@ -9,7 +9,9 @@ from tests.distill.words import tokenizer_of
 
 GOOD, BAD = ("good", "fine", "great", "warm"), ("bad", "dull", "poor", "cold")
 WORDS = (*GOOD, *BAD, "film", "play", "book", "the", "a", "was", "is", "who", "?")
-TRAINING = ("--batch-size", "8", "--learning-rate", "1e-2", "--epochs", "8", "--max-length", "12")
+TRAINING = (
+    "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--num_train_epochs", "8", "--max-length", "12",
+)  # fmt: skip
 SPLIT = ("--expert-size", 8, "--num-shared-neurons", 4)
 TABLE = ("--task", "custom", "--text-column", "text", "--label-column", "mood")
 

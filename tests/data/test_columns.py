@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -10,9 +9,9 @@ from datasets import Dataset
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.data.columns import IGNORED, collator, masked_collator, tokenized
 from moebert_kernels.data.judges import judge
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, custom_task, load_task
-from moebert_kernels.distill.features import tokenize
-from moebert_kernels.distill.language import PerplexityEvaluator, text_features
+from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
@@ -48,7 +47,7 @@ QUESTIONS = Dataset.from_dict(
 
 
 def train(folder, model, task, rows, tokenizer, length=16, **options):
-    columns = tokenized(rows, task, tokenizer, max_length=length, doc_stride=2)
+    columns = tokenized(rows, task, tokenizer, max_length=length, doc_stride=1 if task.kind == "lm" else 2)
     judged = judge(task, rows, columns)
     run = MoETrainer(
         model, settings(folder, **{"num_train_epochs": 4, "learning_rate": 1e-2, **options}), train_dataset=columns,
@@ -60,16 +59,17 @@ def train(folder, model, task, rows, tokenizer, length=16, **options):
 
 def test_a_table_becomes_a_trained_and_judged_model(tmp_path):
     model = convert_to_moe(tiny_bert(0, num_labels=2), MoEConfig.moebert(), importance=torch.rand(2, 32))
-    run = train(tmp_path, model, REVIEWS, reviews(), words(), train_sampling_strategy="group_by_length")
+    texts = [f"the film was {'very ' * (n // 2 % 3)}{('bad', 'good')[n % 2]}" for n in range(24)]
+    rows = Dataset.from_dict({"text": texts, "label": [n % 2 for n in range(24)]})
+    run = train(tmp_path, model, REVIEWS, rows, words(), train_sampling_strategy="group_by_length")
     assert run.evaluate()["eval_accuracy"] == 1.0
 
 
-def test_columns_are_what_features_were(tmp_path):
+def test_columns_of_sentences():
     tokenizer = words()
     columns = tokenized(reviews(), REVIEWS, tokenizer, max_length=6)
-    wanted = tokenize(reviews(), REVIEWS, tokenizer, 6)
-    assert columns["input_ids"] == [ids.tolist() for ids in wanted.input_ids]
-    assert columns["labels"] == wanted.targets["labels"].tolist() and columns["length"] == [6, 6] * 12
+    assert columns["input_ids"] == tokenizer(list(reviews()["text"]), truncation=True, max_length=6)["input_ids"]
+    assert columns["labels"] == list(reviews()["label"]) and columns["length"] == [6, 6] * 12
     assert columns["example_id"] == list(range(24))
     unlabelled = tokenized(reviews().remove_columns("label"), REVIEWS, tokenizer)
     assert "labels" not in unlabelled.column_names and len(unlabelled) == 24
@@ -93,12 +93,16 @@ def test_text_that_streams_trains_as_text_that_does_not(tmp_path):
 def test_questions_are_divided_and_judged(tmp_path):
     task, tokenizer = TASKS["squad_v2"], words()
     columns = tokenized(QUESTIONS, task, tokenizer, max_length=12, doc_stride=2)
-    wanted = tokenize(QUESTIONS, task, tokenizer, 12, 2)
-    assert columns["input_ids"] == [ids.tolist() for ids in wanted.input_ids]
-    for name in ("start_positions", "end_positions"):
-        assert columns[name] == wanted.targets[name].tolist()
-    for row, offsets, window in zip(columns["row"], columns["offset_mapping"], wanted.windows, strict=True):
-        assert row == window.row and np.array_equal(offsets, window.offsets)
+    assert set(columns["row"]) == {0, 1, 2} and max(columns["length"]) <= 12
+    found = set()
+    for window in columns:
+        if window["start_positions"] == 0 == window["end_positions"]:
+            continue  # it does not have the answer
+        offsets, row = window["offset_mapping"], QUESTIONS[window["row"]]
+        text = row["context"][offsets[window["start_positions"]][0] : offsets[window["end_positions"]][1]]
+        assert [text] == row["answers"]["text"]
+        found.add(window["row"])
+    assert found == {0, 2}
     run = train(tmp_path, tiny_bert(0, qa=True, positions=32), task, QUESTIONS, tokenizer, 30, num_train_epochs=30)
     judged = run.evaluate()
     assert judged["eval_exact_match"] == 1.0 and judged["eval_f1_no_answer"] == 1.0
@@ -112,7 +116,7 @@ def test_running_text_is_judged_by_perplexity(tmp_path):
     rows, tokenizer = Dataset.from_dict({"text": [STORY, STORY]}), byte_tokenizer()
     run = train(tmp_path, tiny_gpt2(0), TASKS["lm"], rows, tokenizer, 12, per_device_eval_batch_size=3)
     judged = run.evaluate()
-    columns = tokenized(rows, TASKS["lm"], tokenizer, max_length=12)
+    columns = tokenized(rows, TASKS["lm"], tokenizer, max_length=12)  # of windows that share one token
     with torch.no_grad():
         losses = [
             run.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
@@ -120,8 +124,8 @@ def test_running_text_is_judged_by_perplexity(tmp_path):
         ]
     exact = math.exp(sum(losses) / sum(len(ids) - 1 for ids in columns["input_ids"]))
     assert judged["eval_perplexity"] == pytest.approx(exact, rel=1e-5)
-    stream = text_features(rows, "text", tokenizer, 12, 1)
-    assert PerplexityEvaluator(stream)(run.model)["perplexity"] == pytest.approx(exact, rel=0.3)
+    found = Evaluator(TokenizedSplit(rows, TASKS["lm"], tokenizer, max_length=12), batch_size=3)(run.model)
+    assert found["perplexity"] == pytest.approx(exact, rel=1e-5)
 
 
 def test_text_to_text_and_masked_columns(tmp_path):
@@ -146,3 +150,22 @@ def test_a_table_of_parquet_is_one_call_away(tmp_path):
     data = load_task(custom_task(("text",)), tmp_path)
     columns = tokenized(data.train, data.task, words())
     assert columns["labels"] == [n % 2 for n in range(24)] and set(columns.column_names) >= {"input_ids", "length"}
+
+
+def test_a_split_is_padded_masked_and_named():
+    split = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16)
+    batch = split.collate([1, 0])
+    assert batch["attention_mask"].sum(1).tolist() == [7, 10] and batch["input_ids"].shape == (2, 10)
+    assert batch["example_id"].tolist() == batch["labels"].tolist() == [1, 0]
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    padded = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16, pad_to=16)
+    assert padded.collate([0])["input_ids"].shape == (1, 16)
+    assert [len(batch["input_ids"]) for batch in split.batches(3)] == [3, 1]
+    assert split.by_length(2)[0].tolist() == [0, 2]  # the longest first
+    same = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16)
+    others = (padded, TokenizedSplit(reviews(4), REVIEWS, words(), max_length=8),
+              TokenizedSplit(reviews(3), REVIEWS, words(), max_length=16))  # fmt: skip
+    assert split.fingerprint == same.fingerprint
+    assert len({split.fingerprint, *(other.fingerprint for other in others)}) == 4
+    with pytest.raises(UserError, match="data: expected at least one row, got none"):
+        TokenizedSplit(reviews(4).select([]), REVIEWS, words(), max_length=8)

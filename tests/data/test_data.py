@@ -8,11 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.summary import cut_texts, summary
 from moebert_kernels.data.tasks import custom_task, load_task
-from moebert_kernels.distill.features import tokenize
 from moebert_kernels.distill.loading import keep_lengths, trained_lengths
-from moebert_kernels.distill.text_to_text import text_to_text_features
 from moebert_kernels.errors import UserError
 from tests.distill.tiny_text import word_tokenizer
 from tests.distill.words import tokenizer_of
@@ -168,17 +167,17 @@ def test_texts_that_are_cut_are_counted(tmp_path):
     tokenizer = tokenizer_of(("a", "b"))
     words = [" ".join("ab"[n % 2] for n in range(count)) for count in (5, 6, 7, 10)]
     data = load_task(TASK, write(tmp_path / "x.csv", *(f"{text},{'xy'[n % 2]}" for n, text in enumerate(words))))
-    features = tokenize(data.train, data.task, tokenizer, 8)
-    assert (features.cut, features.longest, max(features.lengths)) == (2, 12, 8)
-    assert cut_texts("train", features, 8) == (
+    split = TokenizedSplit(data.train, data.task, tokenizer, max_length=8)
+    assert sorted(split.cut()) == [9, 12] and max(split.lengths) == 8
+    assert cut_texts("train", split) == (
         "2 of 4 training texts are longer than 8 tokens and are cut there, the longest has 12 (--max-length changes it)"
     )
-    whole = tokenize(data.train, data.task, tokenizer, 12)
-    assert whole.cut == 0 and cut_texts("train", whole, 12) is None
+    assert cut_texts("train", TokenizedSplit(data.train, data.task, tokenizer, max_length=12)) is None
     pairs = load(tmp_path, "p.csv", "a,b,kind\na a a,b b,x\na a a,b b b,y\n", PAIRS)
-    assert tokenize(pairs, PAIRS, tokenizer, 8).cut == 1
-    text = text_to_text_features(data.train, data.task, word_tokenizer("custom text: a b"), 9)
-    assert text.cut == 2 and text.longest > 9 and max(text.lengths) == 9
+    assert len(TokenizedSplit(pairs, PAIRS, tokenizer, max_length=8).cut()) == 1
+    words = word_tokenizer("custom text: a b")
+    text = TokenizedSplit(data.train, data.task, words, max_length=9, text_to_text=True)
+    assert len(text.cut()) == 2 and min(text.cut()) > 9 and max(text.lengths) == 9
 
 
 def test_a_share_of_one_file_is_held_out(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moebert_kernels.data.metrics import (
+    Window,
     answers_from_spans,
     compute_metrics,
     normalize_answer,
@@ -14,7 +15,6 @@ from moebert_kernels.data.metrics import (
     standard_error,
 )
 from moebert_kernels.data.tasks import TASKS, custom_task
-from moebert_kernels.distill.features import Window
 
 
 def test_glue_classification():

@@ -7,25 +7,26 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from moebert_kernels.distill import FitConfig, fit
 from moebert_kernels.distill.discriminator import Adversary, AdversaryConfig, discriminator_losses, generator_loss
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.errors import UserError
-from tests.distill.test_resume import InterruptedBatches, assert_same_run
-from tests.distill.tiny import TinyBatches, accuracy, assert_same_weights, log, tiny_bert, weights
+from tests.distill.tiny import assert_same_weights, tiny_bert, weights
+from tests.distill.tiny_run import interrupt
+from tests.distill.tiny_trainer import tiny_data, trainer
 
-CONFIG = FitConfig(epochs=4, learning_rate=1e-3, save_steps=4, log_steps=3)
 
-
-def distil(folder, data=None, config=CONFIG, student=None, teacher=None, terms=TERMS, **settings):
+def distil(folder, config=None, student=None, teacher=None, terms=TERMS, data=None, **settings):
     student = tiny_bert(0) if student is None else student
     teacher = tiny_bert(1, layers=3, hidden=32) if teacher is None else teacher
     objective = MicroBertObjective("classification", terms, adversary=AdversaryConfig(**settings))
-    result = fit(
-        student, TinyBatches() if data is None else data, config=config, output_dir=folder,
-        objective=objective, teacher=teacher, evaluate=accuracy,
-    )  # fmt: skip
-    return result, student, objective
+    config = {"num_train_epochs": 4, "learning_rate": 1e-3, "logging_steps": 3} | (config or {})
+    run = trainer(folder, student, data, teacher, objective, **config)
+    run.train(resume_from_checkpoint=True)
+    return run, student, objective
+
+
+def lines_of(run):
+    return [entry for entry in run.state.log_history if "loss" in entry]
 
 
 def test_losses():
@@ -41,55 +42,58 @@ def test_losses():
 
 @pytest.mark.parametrize("seen", ["logits", "both"])
 def test_accumulation_equals_the_large_batch(tmp_path, seen):
-    """Uneven micro-batches and a short last window, the discriminator's dropout on, all terms."""
+    """A short last window, the discriminator's dropout on, all terms."""
     ends = []
-    for name, sizes, accumulation in (("large", [32, 11], 1), ("small", [8, 8, 8, 8, 8, 3], 4)):
-        data = TinyBatches(sizes=sizes, examples=43)
-        config = FitConfig(epochs=5, learning_rate=1e-3, accumulation=accumulation, log_steps=2)
-        _, student, objective = distil(tmp_path / name, data, config, input=seen)
-        ends.append((student, objective, log(tmp_path / name, "loss")))
+    for name, size, accumulation in (("large", 32, 1), ("small", 8, 4)):
+        config = {
+            "num_train_epochs": 5, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation,
+            "logging_steps": 2, "adam_epsilon": 1e-4,
+        }  # fmt: skip
+        run, student, objective = distil(tmp_path / name, config, data=tiny_data(43), input=seen)
+        ends.append((student, objective, lines_of(run)))
     (large, large_objective, large_log), (small, small_objective, small_log) = ends
     assert_same_weights(large, weights(small), tolerance=1e-5)
     assert_same_weights(large_objective.maps, weights(small_objective.maps), tolerance=1e-5)
     networks = [objective.adversary.network for objective in (large_objective, small_objective)]
     assert_same_weights(networks[0], weights(networks[1]), tolerance=1e-5)
     for one, other in zip(large_log, small_log, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
+        for key in ("loss", *TERMS, "discriminator_loss"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6)
 
 
-def test_resume_is_exact_and_includes_the_discriminator(tmp_path):
+def test_resume_is_exact_and_includes_the_discriminator(tmp_path, monkeypatch):
     options = {"terms": ("alignment", "adversarial"), "stop_steps": 5, "warmup": 0.3}
-    _, student, objective = distil(tmp_path / "whole", student=tiny_bert(0, dropout=0.1), **options)
-    with pytest.raises(KeyboardInterrupt):
-        distil(tmp_path / "stopped", InterruptedBatches(9), student=tiny_bert(0, dropout=0.1), **options)
-    saved = max((tmp_path / "stopped/state").glob("step-*"))
-    assert {"discriminator.safetensors", "discriminator.optimizer.safetensors"} <= {f.name for f in saved.iterdir()}
-    _, again, resumed = distil(tmp_path / "stopped", student=tiny_bert(0, dropout=0.1), **options)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    config = {"save_strategy": "steps", "save_steps": 4}
+    _, student, objective = distil(tmp_path / "whole", config, student=tiny_bert(0, dropout=0.1), **options)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, 9)
+        distil(tmp_path / "stopped", config, student=tiny_bert(0, dropout=0.1), **options)
+    _, again, resumed = distil(tmp_path / "stopped", config, student=tiny_bert(0, dropout=0.1), **options)
     assert_same_weights(again, weights(student))
     assert_same_weights(resumed.maps, weights(objective.maps))
     assert_same_weights(resumed.adversary.network, weights(objective.adversary.network))
-    with pytest.raises(UserError, match=r"of other objective\.discriminator_warmup \(it was 0\.3 and is 0\.2 now\)"):
-        distil(tmp_path / "whole", student=tiny_bert(0, dropout=0.1), **(options | {"warmup": 0.2}))
+    with pytest.raises(UserError, match=r"objective\.discriminator_warmup \(it was 0\.3 and is 0\.2 now\)"):
+        distil(tmp_path / "whole", config, student=tiny_bert(0, dropout=0.1), **(options | {"warmup": 0.2}))
 
 
 def test_is_apart_from_the_student(tmp_path):
     """Frozen in the student's pass, no part of what is saved, and trained by its own optimizer."""
     teacher, before = tiny_bert(1, layers=3, hidden=32), weights(tiny_bert(1, layers=3, hidden=32))
-    _, student, objective = distil(tmp_path, teacher=teacher)
+    run, student, objective = distil(tmp_path, teacher=teacher)
+    run.save_model(tmp_path / "best")
     network = objective.adversary.network
     assert not network.training and not any(p.requires_grad or p.grad is not None for p in network.parameters())
     fresh = MicroBertObjective("classification", adversary=AdversaryConfig())
-    fresh.build(tiny_bert(0), _info(teacher), CONFIG.seed)
+    fresh.build(tiny_bert(0), _info(teacher), run.args.seed)
     assert all(
         not torch.equal(one, other)
         for one, other in zip(network.parameters(), fresh.adversary.network.parameters(), strict=True)
     )
     assert_same_weights(teacher, before)
     names = set(load_file(tmp_path / "best/model.safetensors"))
-    assert names == set(load_file(tmp_path / "final/model.safetensors")) == set(tiny_bert(0).state_dict())
+    assert names == set(tiny_bert(0).state_dict())
     assert_same_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "best"), weights(student))
-    config = objective.adversary.part.optimizer.param_groups[0]
+    config = objective.adversary.optimizer.param_groups[0]
     assert (config["lr"], config["betas"]) == (1e-4, (0.5, 0.999))
 
 
@@ -101,9 +105,9 @@ def _info(teacher):
 
 def test_warms_up_and_is_logged(tmp_path):
     """Until the share of steps is reached it learns, and the student's loss is without the term."""
-    config = FitConfig(epochs=4, learning_rate=1e-3, log_steps=1, weights={"task": 0.0, "adversarial": 0.5})
-    distil(tmp_path, config=config, terms=("soft", "adversarial"), warmup=0.5)
-    lines = log(tmp_path, "loss")
+    config = {"logging_steps": 1, "loss_weights": {"task": 0.0, "adversarial": 0.5}}
+    run, _, _ = distil(tmp_path, config, terms=("soft", "adversarial"), warmup=0.5)
+    lines = lines_of(run)
     assert len(lines) == 24
     for step, line in enumerate(lines):
         counted = 0.5 * line["adversarial"] if step >= 12 else 0.0
@@ -116,13 +120,13 @@ def test_ends_where_it_wins_for_long(tmp_path):
     """Outputs that anybody can tell apart: after the warm-up, `stop_steps` right ones end the term."""
     teacher = tiny_bert(1)
     torch.nn.init.constant_(teacher.classifier.bias[:1], 50.0)
-    config = FitConfig(epochs=6, learning_rate=1e-5, log_steps=1, weights={"adversarial": 0.5})
+    config = {"num_train_epochs": 6, "learning_rate": 1e-5, "logging_steps": 1, "loss_weights": {"adversarial": 0.5}}
     settings = {"input": "logits", "stop_steps": 8, "warmup": 0.25, "learning_rate": 1e-2}
-    _, _, objective = distil(
+    run, _, objective = distil(
         tmp_path, config=config, teacher=teacher, terms=("soft", "adversarial"), **settings
     )  # fmt: skip
     assert objective.adversary.stopped
-    lines = log(tmp_path, "loss")
+    lines = lines_of(run)
     counted = [line["loss"] - line["task"] - line["soft"] > 1e-4 for line in lines]
     assert counted == [9 <= step < 17 for step in range(36)]  # a quarter of 36 steps, then eight
     assert [line.get("adversarial_stopped", False) for line in lines] == [step == 16 for step in range(36)]

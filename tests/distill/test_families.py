@@ -7,14 +7,15 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.distill import FitConfig, LayerwiseObjective, fit
+from moebert_kernels.distill import LayerwiseObjective
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.distill.teacher import LiveTeacher
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers
 from tests.convert.families import FAMILIES, IMAGES, TWO_STACKS, make
-from tests.distill.tiny import TinyBatches, assert_same_weights, log, weights
+from tests.distill.tiny import TinyBatches, assert_same_weights, weights
+from tests.distill.tiny_trainer import trainer
 
 TEXTS = [family for family in FAMILIES if family not in (*IMAGES, *TWO_STACKS)]
 OF_BIASES = "deberta"  # adds biases behind its projection
@@ -93,9 +94,10 @@ def test_relations_of_shared_projections_are_those_of_the_tokens():
 def test_a_student_is_trained(family, tmp_path):
     teacher = classifier(family)
     student = student_of(teacher)
-    config = FitConfig(epochs=4, learning_rate=3e-3, log_steps=6, weights={"task": 0.0})
-    options = {"config": config, "objective": LayerwiseObjective("classification"), "teacher": teacher}
-    result = fit(student, TinyBatches(), output_dir=tmp_path, **options)
-    first, *_, last = log(tmp_path, "loss")
+    settings = {"num_train_epochs": 4, "logging_steps": 6, "loss_weights": {"task": 0.0}}
+    run = trainer(tmp_path, student, teacher=teacher, objective=LayerwiseObjective("classification"), **settings)
+    run.train()
+    first, *_, last = (entry for entry in run.state.log_history if "loss" in entry)
     assert last["hidden"] < first["hidden"] and last["balance"] >= 1
-    assert_same_weights(AutoModelForSequenceClassification.from_pretrained(result.model_dir), weights(student))
+    run.save_model(tmp_path / "out")
+    assert_same_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"), weights(student))

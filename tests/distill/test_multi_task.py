@@ -1,31 +1,54 @@
 """Several tasks in one run: which batches are drawn, what a window of them equals, and resuming."""
 
-import os
-import signal
 from collections import Counter
-from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.distill import FitConfig, fit
-from moebert_kernels.distill.multi_task import MultiTaskBatches, MultiTaskEvaluator, load_report, on_task
+from moebert_kernels.data.split import TokenizedSplit
+from moebert_kernels.data.tasks import custom_task
+from moebert_kernels.distill.multi_task import JoinedTasks, MultiTaskEvaluator, load_report, on_task
+from moebert_kernels.distill.orders import SeededTasks
+from moebert_kernels.distill.run import train_stages
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, get_task, moe_layers
-from tests.distill.tiny import TinyBatches, assert_same_weights, log, tiny_bert, weights
+from tests.distill.tiny import TinyBatches, tiny_bert, weights
+from tests.distill.tiny_run import assert_same_tensors, interrupt, log, one_stage, saved_weights
+from tests.distill.tiny_trainer import tiny_data, tiny_tokenizer
 
 LABELS = {"small": ["a", "b", "c"], "score": [], "large": ["x", "y", "z"]}
-CONFIG = FitConfig(epochs=3, learning_rate=3e-3, save_steps=4, log_steps=3, best_metric="mean")
 
 
-def tiny_tasks(sizes=(8, 12, 24), batch_size=4):
-    """Batches of three tasks; the second has scores."""
-    kinds = {"small": "classification", "score": "regression", "large": "classification"}
-    return {
-        name: TinyBatches(examples=size, batch_size=batch_size, seed=seed, kind=kinds[name])
-        for seed, (name, size) in enumerate(zip(LABELS, sizes, strict=True))
-    }
+def tiny_tasks(sizes=(8, 12, 24)):
+    """Splits of three tasks; the second has scores."""
+    splits = {}
+    for seed, (name, size) in enumerate(zip(LABELS, sizes, strict=True)):
+        task = custom_task(["text"], regression=name == "score", label_names=LABELS[name])
+        data = tiny_data(size, seed)
+        texts = [" ".join(map(str, ids)) for ids in data["input_ids"]]
+        labels = [float(label) if name == "score" else label for label in data["labels"]]
+        rows = Dataset.from_dict({"text": texts, "label": labels, "example_id": list(range(size))})
+        splits[name] = TokenizedSplit(rows, task, tiny_tokenizer(), max_length=16)
+    return splits
+
+
+class Fake:
+    """As much of a trainer as an order asks for."""
+
+    def __init__(self, epoch=0, seed=0, size=4):
+        self.args = type("Args", (), {"seed": seed, "data_seed": None})
+        self.state = type("State", (), {"epoch": epoch})
+        self._train_batch_size = size
+
+
+def drawn(joined, epoch, size=4):
+    """(task, examples) of each batch."""
+    order, rows = list(joined.sampler(Fake(epoch, size=size))), joined.columns
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    return [(rows[batch[0]]["task_ids"], tuple(sorted(batch))) for batch in batches]
 
 
 def student(dropout=0.0):
@@ -45,143 +68,83 @@ def evaluator():
     return MultiTaskEvaluator(dict.fromkeys(LABELS, score), dict.fromkeys(LABELS, "size"))
 
 
-def run(folder, data=None, config=CONFIG, model=None):
-    data = MultiTaskBatches(tiny_tasks(), list(LABELS)) if data is None else data
-    return fit(model or student(0.1), data, config=config, output_dir=folder, evaluate=evaluator())
+def run(folder, joined=None, model=None, **settings):
+    joined = JoinedTasks(tiny_tasks(), list(LABELS)) if joined is None else joined
+    return train_stages(
+        model or student(0.1), one_stage(**settings), joined, output_dir=folder, evaluate=evaluator(),
+        best_metric="mean",
+    )  # fmt: skip
 
 
-def drawn(batches, epoch):
-    """(task, sorted example ids as in the task) of each batch."""
-    return [
-        (int(batch["task_ids"][0]), tuple(sorted((batch["example_id"] // len(batches.tasks)).tolist())))
-        for batch in batches(epoch)
-    ]
-
-
-def test_each_batch_is_of_one_task_and_each_of_its_batches_comes_once():
-    tasks = tiny_tasks()
-    batches = MultiTaskBatches(tasks, list(LABELS))
-    assert len(batches) == 2 + 3 + 6 and batches.counts == [2, 3, 6]
+def test_each_batch_is_of_one_task_and_each_example_comes_once():
+    joined = JoinedTasks(tiny_tasks(), list(LABELS))
+    assert len(joined) == 44 and joined.sampler(Fake()).counts == [2, 3, 6]
     for epoch in range(2):
-        wanted = Counter(
-            (number, tuple(sorted(batch["example_id"].tolist())))
-            for number, task in enumerate(tasks.values())
-            for batch in task(epoch)
-        )
-        assert Counter(drawn(batches, epoch)) == wanted
-        for batch in batches(epoch):
-            assert (
-                batch["task_ids"].shape == (batch["input_ids"].shape[0],) and len(set(batch["task_ids"].tolist())) == 1
-            )
-            assert batch["labels"].is_floating_point() == (batch["task_ids"][0] == 1)
-    assert drawn(batches, 0) == drawn(batches, 0) != drawn(batches, 1)
-    assert [task for task, _ in drawn(batches, 0)] != sorted(task for task, _ in drawn(batches, 0))
-    ids = [int(i) for batch in batches(0) for i in batch["example_id"]]
-    assert len(set(ids)) == len(ids)
+        batches = drawn(joined, epoch)
+        assert Counter(task for task, _ in batches) == {0: 2, 1: 3, 2: 6}
+        assert sorted(example for _, examples in batches for example in examples) == list(range(44))
+        for task, examples in batches:
+            assert {joined.columns[example]["task_ids"] for example in examples} == {task}
+    assert drawn(joined, 0) == drawn(joined, 0) != drawn(joined, 1)
+    assert [task for task, _ in drawn(joined, 0)] != sorted(task for task, _ in drawn(joined, 0))
+    rows = [joined.columns[n] for n in range(8, 12)]
+    batch = joined.collator([{k: v for k, v in row.items() if k not in ("length",)} for row in rows])
+    assert batch["labels"].dtype == torch.float32 and batch["task_ids"].tolist() == [1] * 4
 
 
 @pytest.mark.parametrize(("temperature", "counts"), [(1.0, [2, 3, 6]), (2.0, [3, 3, 5]), (float("inf"), [4, 4, 4])])
 def test_temperature_evens_the_tasks_out(temperature, counts):
-    batches = MultiTaskBatches(tiny_tasks(), list(LABELS), temperature=temperature)
-    assert batches.counts == counts and len(list(batches(0))) == len(batches) == sum(counts)
+    order = JoinedTasks(tiny_tasks(), list(LABELS), temperature=temperature).sampler(Fake())
+    assert order.counts == counts and len(list(order)) == len(order) == 4 * sum(counts)
 
 
 def test_a_task_goes_on_where_it_stopped():
     """At a high temperature the large task gives few batches an epoch, but all of them in time."""
-    tasks = tiny_tasks((4, 4, 40))
-    batches = MultiTaskBatches(tasks, list(LABELS), temperature=float("inf"))
-    assert batches.counts == [4, 4, 4]
-    seen = [examples for epoch in range(5) for task, examples in drawn(batches, epoch) if task == 2]
-    wanted = [tuple(sorted(batch["example_id"].tolist())) for epoch in range(2) for batch in tasks["large"](epoch)]
-    assert seen == wanted
+    lengths = [np.full(4, 5), np.full(4, 5), np.full(40, 5)]
+    seen = [
+        example for epoch in range(5) for example in SeededTasks(Fake(epoch), lengths, 4, float("inf")) if example >= 8
+    ]
+    assert len(seen) == 80 and sorted(seen[:40]) == sorted(seen[40:]) == list(range(8, 48))
 
 
 def test_the_fingerprint_names_what_the_batches_depend_on():
-    tasks = tiny_tasks()
-    names = list(LABELS)
+    tasks, names = tiny_tasks(), list(LABELS)
     others = [
-        MultiTaskBatches(tasks, names),
-        MultiTaskBatches(tasks, names, seed=1),
-        MultiTaskBatches(tasks, names, temperature=2.0),
-        MultiTaskBatches({name: tasks[name] for name in names[:2]}, names),
-        MultiTaskBatches(tiny_tasks((12, 12, 24)), names),
-        MultiTaskBatches(tasks, names[::-1]),
+        JoinedTasks(tasks, names),
+        JoinedTasks(tasks, names, temperature=2.0),
+        JoinedTasks({name: tasks[name] for name in names[:2]}, names),
+        JoinedTasks(tiny_tasks((12, 12, 24)), names),
+        JoinedTasks(tasks, names[::-1]),
     ]
-    assert len({batches.fingerprint for batches in others}) == len(others)
-    assert MultiTaskBatches(tiny_tasks(), names).fingerprint == others[0].fingerprint
+    assert len({joined.fingerprint for joined in others}) == len(others)
+    assert JoinedTasks(tiny_tasks(), names).fingerprint == others[0].fingerprint
 
 
 def test_refuses():
-    with pytest.raises(UserError, match="batches: expected those of at least one task, got none"):
-        MultiTaskBatches({}, ["a"])
-    with pytest.raises(UserError, match="batches: expected tasks among a, b, got 'small'"):
-        MultiTaskBatches(tiny_tasks(), ["a", "b"])
-    with pytest.raises(UserError, match=r"temperature: expected a number of at least 1, got 0\.5"):
-        MultiTaskBatches(tiny_tasks(), list(LABELS), temperature=0.5)
+    with pytest.raises(UserError, match="tasks: expected at least one, got none"):
+        JoinedTasks({}, ["a"])
+    with pytest.raises(UserError, match="tasks: expected some of a, b, got 'small'"):
+        JoinedTasks(tiny_tasks(), ["a", "b"])
+    with pytest.raises(UserError, match=r"task_temperature: expected a number of at least 1, got 0\.5"):
+        JoinedTasks(tiny_tasks(), list(LABELS), temperature=0.5).sampler(Fake())
 
 
-class Fixed:
-    """The same batches in each epoch."""
-
-    def __init__(self, *batches):
-        self.all, self.fingerprint = batches, f"fixed-{len(batches)}"
-
-    def __len__(self):
-        return len(self.all)
-
-    def __call__(self, epoch):
-        return iter(self.all)
-
-
-def test_a_window_of_tasks_equals_one_mixed_batch(tmp_path):
-    tasks = tiny_tasks((5, 3, 4), batch_size=8)
-    parts = list(MultiTaskBatches(tasks, list(LABELS))(0))
-    width = max(part["input_ids"].shape[1] for part in parts)
-
-    def wide(tensor):
-        return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) if tensor.ndim == 2 else tensor
-
-    mixed = {name: torch.cat([wide(part[name]).float() for part in parts]) for name in parts[0]}
-    mixed = {name: tensor if name == "labels" else tensor.long() for name, tensor in mixed.items()}
-    ends = []
-    for name, data, accumulation in (("large", Fixed(mixed), 1), ("small", Fixed(*parts), 3)):
-        model = student()
-        config = FitConfig(epochs=4, learning_rate=1e-3, accumulation=accumulation, weight_decay=0.1, log_steps=1)
-        fit(model, data, config=config, output_dir=tmp_path / name)
-        ends.append((model, log(tmp_path / name, "loss")))
-    assert_same_weights(ends[0][0], weights(ends[1][0]), tolerance=1e-5)
-    for large, small in zip(ends[0][1], ends[1][1], strict=True):
-        assert large == pytest.approx(small, rel=1e-5)
-
-
-class Interrupting(MultiTaskBatches):
-    at = None
-
-    def __call__(self, epoch):
-        for number, batch in enumerate(super().__call__(epoch)):
-            if (epoch, number) == self.at:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield batch
-
-
-def test_resumes_exactly(tmp_path):
-    names = list(LABELS)
+def test_resumes_exactly(tmp_path, monkeypatch):
     result = run(tmp_path / "whole")
-    assert set(result.best_metrics) == {"mean", *(f"{name}.{metric}" for name in names for metric in ("loss", "size"))}
-    stopped = Interrupting(tiny_tasks(), names)
-    stopped.at = (1, 4)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", stopped)
-    run(tmp_path / "stopped")
-    for name in ("final/model.safetensors", "best/model.safetensors", "log.jsonl", "state/finished.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+    names = {f"{name}.{metric}" for name in LABELS for metric in ("loss", "size")}
+    assert set(result.best_metrics) == {"mean", *names}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt(patched, 15)
+        run(tmp_path / "stopped")
+    assert run(tmp_path / "stopped").history == result.history
+    assert_same_tensors(saved_weights(tmp_path / "whole/best"), saved_weights(tmp_path / "stopped/best"))
 
 
 def test_learns_all_tasks_and_its_routers(tmp_path):
     model = student()
     before = weights(model)
-    run(tmp_path, model=model, config=FitConfig(epochs=12, learning_rate=5e-3, log_steps=11, best_metric="mean"))
-    lines = log(tmp_path, "loss")
+    run(tmp_path, model=model, num_train_epochs=12, learning_rate=5e-3, logging_steps=11)
+    lines = log(tmp_path)
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert not torch.equal(moe_layers(model)[0].router.logits, before["bert.encoder.layer.0.output.router.logits"])
 
@@ -191,7 +154,7 @@ def test_routers_learn_at_their_own_rate_through_a_schedule(tmp_path):
     for rate in (0.0, 1.0):
         model = student()
         before = weights(model)
-        run(tmp_path / str(rate), model=model, config=replace(CONFIG, router_learning_rate=rate))
+        run(tmp_path / str(rate), model=model, router_learning_rate=rate)
         ends.append((weights(model), before))
     name = "bert.encoder.layer.0.output.router.logits"
     (still, before), (moved, _) = ends
@@ -199,6 +162,32 @@ def test_routers_learn_at_their_own_rate_through_a_schedule(tmp_path):
     assert (moved[name] - before[name]).abs().max() > 0.1
     name = "bert.encoder.layer.0.output.experts.w1"
     assert not torch.equal(still[name], before[name])
+
+
+def test_a_window_of_tasks_equals_one_mixed_batch():
+    """Losses and gradients of three batches of one task each, by their shares, against those of one of all."""
+    splits, model = tiny_tasks((5, 3, 4)), student()
+    parts = []
+    for number, split in enumerate(splits.values()):
+        batch = split.collate(range(len(split)))
+        parts.append(batch | {"task_ids": torch.full((len(split),), number)})
+    width = max(part["input_ids"].shape[1] for part in parts)
+    keys = ("input_ids", "attention_mask", "task_ids", "labels")
+    for part in parts:
+        share = len(part["labels"]) / 12
+        (share * model(**{key: part[key] for key in keys}).loss).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    pad = torch.nn.functional.pad
+    mixed = {
+        key: torch.cat([pad(part[key], (0, width - part[key].shape[1])) if part[key].ndim == 2 else part[key].float()
+                        for part in parts])
+        for key in keys
+    }  # fmt: skip
+    model(**mixed | {"task_ids": mixed["task_ids"].long()}).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_mean_is_of_the_main_metrics():

@@ -3,12 +3,20 @@ import json
 import pytest
 import torch
 
-from moebert_kernels.distill import FitConfig, LayerwiseObjective, TeacherCache, fit
+from moebert_kernels.distill import LayerwiseObjective, TeacherCache
 from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.microbert import MicroBertObjective
+from moebert_kernels.distill.orders import numbered
 from moebert_kernels.distill.teacher import LiveTeacher
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import TinyBatches, tiny_bert, weights
+from tests.distill.tiny_trainer import tiny_data, trainer
+
+
+def one_by_one(data):
+    """Batches of one example."""
+    names = ("input_ids", "attention_mask", "example_id")
+    return [{name: torch.tensor([row[name]]) for name in names} for row in data]
 
 
 def outputs_close(got, wanted, mask, tolerance):
@@ -70,15 +78,16 @@ def test_keeps_sentence_vectors(tmp_path):
 @pytest.mark.parametrize("distance", ["mse", "cosine"])
 def test_lean_distillation_from_the_cache_equals_the_live_teacher(tmp_path, distance):
     """Sentence vectors, soft targets and the discriminator: five epochs end at the same weights to 1e-6."""
-    teacher, config = tiny_bert(1, layers=3, hidden=32), FitConfig(epochs=5, learning_rate=1e-3)
-    cache = TeacherCache.build(teacher, TinyBatches(), tmp_path / "cache", layers=[2, 3], pooled=True)
+    teacher, data = tiny_bert(1, layers=3, hidden=32), numbered(tiny_data())
+    cache = TeacherCache.build(teacher, one_by_one(data), tmp_path / "cache", layers=[2, 3], pooled=True)
     runs = []
     teacher.register_forward_hook(lambda *_: runs.append(1))
     ends = []
     for name, source in (("live", teacher), ("cached", cache)):
         student, before = tiny_bert(0), len(runs)
         objective = MicroBertObjective("classification", ("alignment", "soft", "adversarial"), distance=distance)
-        fit(student, TinyBatches(), config=config, output_dir=tmp_path / name, objective=objective, teacher=source)
+        run = {"num_train_epochs": 5, "learning_rate": 1e-3}
+        trainer(tmp_path / name, student, data, teacher=source, objective=objective, **run).train()
         ends.append(weights(student))
     assert len(runs) == before  # the cached run asked for nothing
     for name, tensor in ends[0].items():
@@ -103,13 +112,17 @@ def test_says_which_inputs_differ(tmp_path):
 
 def test_distils_as_the_live_teacher_does(tmp_path):
     """Five epochs with the cache end where five epochs with the teacher end."""
-    teacher, config = tiny_bert(1), FitConfig(epochs=5, learning_rate=1e-3)
+    teacher, data = tiny_bert(1), numbered(tiny_data())
     before = weights(teacher)
     ends = []
-    for name, source in (("live", teacher), ("cached", TeacherCache.build(teacher, TinyBatches(), tmp_path / "cache"))):
+    for name, source in (
+        ("live", teacher),
+        ("cached", TeacherCache.build(teacher, one_by_one(data), tmp_path / "cache")),
+    ):
         student = tiny_bert(0)
         objective = LayerwiseObjective("classification")
-        fit(student, TinyBatches(), config=config, output_dir=tmp_path / name, objective=objective, teacher=source)
+        run = {"num_train_epochs": 5, "learning_rate": 1e-3}
+        trainer(tmp_path / name, student, data, teacher=source, objective=objective, **run).train()
         ends.append(weights(student))
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-6, msg=name)

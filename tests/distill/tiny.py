@@ -1,29 +1,9 @@
-"""A model, a data set and a run small enough to take a second."""
-
-import json
-import os
-import signal
+"""Models and batches small enough to take a second."""
 
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
-from moebert_kernels.distill import FitConfig, fit
-
 VOCAB = 60
-
-
-class Interrupting:
-    """Before any class of batches: sends `times` Ctrl-C when the micro-batch number `at` of all is drawn."""
-
-    at, times, drawn = 3, 1, 0
-
-    def __call__(self, epoch):
-        for batch in super().__call__(epoch):
-            self.drawn += 1
-            if self.drawn == self.at:
-                for _ in range(self.times):
-                    os.kill(os.getpid(), signal.SIGINT)
-            yield batch
 
 
 class TinyBatches:
@@ -49,6 +29,9 @@ class TinyBatches:
         labels = self.tokens[rows, 0] % 3
         return batch | {"labels": labels.float() if self.kind == "regression" else labels}
 
+    def __iter__(self):
+        return self(0)
+
     def __call__(self, epoch):
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         count = sum(self.sizes)
@@ -68,29 +51,8 @@ def tiny_bert(seed=0, dropout=0.0, num_labels=3, layers=2, hidden=16, qa=False, 
     return (BertForQuestionAnswering if qa else BertForSequenceClassification)(config)
 
 
-def accuracy(model):
-    """An evaluation on fixed sentences, for `fit`."""
-    batch = TinyBatches(examples=16, batch_size=16, seed=7).batch(torch.arange(16))
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return {"accuracy": (logits.argmax(-1) == batch["labels"]).float().mean().item()}
-
-
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-CONFIG = FitConfig(epochs=4, learning_rate=3e-3, save_steps=4, log_steps=3)
-
-
-def run(folder, data=None, config=CONFIG, student=None, **options):
-    student = tiny_bert(0, dropout=0.1) if student is None else student
-    data = TinyBatches() if data is None else data
-    return fit(student, data, config=config, output_dir=folder, **{"evaluate": accuracy, **options})
-
-
-def log(folder, key):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if key in line]
 
 
 def assert_same_weights(model, other, tolerance=0.0, but=()):

@@ -6,7 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.distill.language import text_features
+from moebert_kernels.data.split import TokenizedSplit
+from moebert_kernels.data.tasks import get_task
 from moebert_kernels.layers import MoEConfig
 
 STORY = "the old mill stood by the river and the river ran to the sea\nthe sea was cold \n\n and the mill was old\n"
@@ -68,7 +69,8 @@ def tiny_t5(seed=0, vocab_size=40, layers=1):
 
 def story(length=8, overlap=1, documents=(STORY,)):
     """Windows of STORY."""
-    return text_features(Dataset.from_dict({"text": list(documents)}), "text", byte_tokenizer(), length, overlap)
+    rows = Dataset.from_dict({"text": list(documents)})
+    return TokenizedSplit(rows, get_task("lm"), byte_tokenizer(), max_length=length, doc_stride=overlap)
 
 
 def tiny_mpoe(seed=0, dropout=0.0, load_balance=0.0, **options):

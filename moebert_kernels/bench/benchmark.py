@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import moebert_kernels
+from moebert_kernels.bench.tables import aligned, millions
+from moebert_kernels.bench.timing import compare_models
 from moebert_kernels.convert import mpoe_report, parameter_counts
-from moebert_kernels.demo.report import aligned, millions
-from moebert_kernels.demo.timing import compare_models
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_layers
 from moebert_kernels.layers.config import SPLITS

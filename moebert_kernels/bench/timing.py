@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.bench.clocks import peak_mib, timer
 from moebert_kernels.convert.sites import find_sites
-from moebert_kernels.demo.clocks import peak_mib, timer
 from moebert_kernels.layers.routing import moe_layers, tokens_of
 from moebert_kernels.nn.context import Call, current, entered
 

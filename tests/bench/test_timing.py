@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from moebert_kernels.bench import timing
+from moebert_kernels.bench.benchmark import sizes_of
+from moebert_kernels.bench.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
 from moebert_kernels.convert import convert_to_moe, parameter_counts
-from moebert_kernels.demo import timing
-from moebert_kernels.demo.benchmark import sizes_of
-from moebert_kernels.demo.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
 from moebert_kernels.layers import MoEConfig, moe_layers, routing
 from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs
 
