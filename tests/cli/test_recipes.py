@@ -1,4 +1,4 @@
-"""`moebert distill --recipe`: students by recipe, overrides, extra text, the cache, and what is refused."""
+"""`moebert distill --config`: students by configuration, overrides, extra text, the cache, and what is refused."""
 
 import json
 
