@@ -111,7 +111,9 @@ def test_norm_of_each_expert_only_behind_a_post_norm_feed_forward(family):
 
 
 # gates know nothing of the family, so a model of each shape is enough, and those that have no token ids
-COMPILED = [(f, "hash") for f in FAMILIES if f not in IMAGES] + [(f, "gate") for f in sorted({*ONE_OF_EACH_SHAPE, *IMAGES})]
+COMPILED = [(f, "hash") for f in FAMILIES if f not in IMAGES] + [
+    (f, "gate") for f in sorted({*ONE_OF_EACH_SHAPE, *IMAGES})
+]
 
 
 @pytest.mark.slow
