@@ -22,6 +22,7 @@ from dataclasses import fields
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the benchmarks
+from datasets import disable_progress_bars
 from encoder_arms import ARMS
 from encoder_latency import measure_latency
 from encoder_report import report
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parser().parse_args()
+    disable_progress_bars()
     try:
         run(args)
     except UserError as error:

@@ -119,6 +119,10 @@ def shown(value: float | None, digits: int = 1, sign: str = "") -> str:
     return "missing" if value is None else f"{value:{sign}.{digits}f}"
 
 
+def quartiles_text(of: Mapping[str, float]) -> str:
+    return f"{of['median']:.2f} [{of['q1']:.2f}, {of['q3']:.2f}]"
+
+
 def cell_text(summary: Summary, arm: str, task: str) -> str:
     runs, score = summary.of(arm, task), summary.score(arm, task)
     if score is None:
@@ -190,7 +194,7 @@ def latency_table(latency: Mapping[str, Any]) -> list[str]:
         for arm in result["shapes"][shapes[0]]:
             if arm != PLAIN:
                 speeds = [result["shapes"][shape][arm]["speed"] for shape in shapes]
-                cells = " | ".join(f"{s['median']:.2f} [{s['q1']:.2f}, {s['q3']:.2f}]" for s in speeds)
+                cells = " | ".join(quartiles_text(speed) for speed in speeds)
                 lines.append(f"| {LABELS[arm]} | {dtype} | {cells} |")
     return lines
 
@@ -243,10 +247,14 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         if not runs:
             parts.append("No runs yet.")
             continue
+        settings = json.loads((folder / "settings.json").read_text())
         tries = sorted({len(rates) for rates in summary.rates.values()})
         parts.append(
             "Scores in %, means ± standard deviations over the seeds; the means of tasks have the error over the test"
-            f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}."
+            f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}. "
+            f"At most {settings['rows']:,} training rows, of which a tenth is held out;"
+            f" {settings['teacher_epochs']} epochs for the teacher,"
+            f" {settings['epochs']} for students, in {settings['autocast']}."
         )
         parts.append("\n".join(accuracy_table(summary)))
         for device in ("cpu", "cuda"):
