@@ -228,6 +228,8 @@ class Cell:
         start = time.monotonic()
         trainer = self._trainer(model, name, rate, epochs, **options)
         trainer.train(resume_from_checkpoint=True)
+        for attribute in ("forward", "_original_forward"):  # accelerate leaves the model under autocast
+            vars(model).pop(attribute, None)
         model.eval()
         return {"steps": trainer.state.global_step, "seconds": round(time.monotonic() - start, 1)}
 
