@@ -1,0 +1,63 @@
+"""README's table of whole encoders for inference, from the results of `python -m benchmarks.serving`.
+
+python -m benchmarks.serving_report RESULT.json README.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- serving: begin -->\n", "<!-- serving: end -->\n"
+BASELINE = "dense float32 plain"
+ROWS = {
+    "dense float32 plain": "dense, float32, as transformers runs it",
+    "dense float32": "dense, float32, packed by `prepare`",
+    "dense bfloat16": "dense, bfloat16",
+    "dense int8": "dense, int8, by `prepare`",
+    "dense int8 torch.ao": "dense, int8, by torch's dynamic quantisation",
+    "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
+    "ideal int8": "dense with a quarter of the neurons, int8",
+    "moe float32 plain": "ours, float32, as converted",
+    "moe float32": "ours, float32, packed by `prepare`",
+    "moe bfloat16": "ours, bfloat16",
+    "moe int8": "**ours, int8, by `prepare`**",
+    "moe int8 onnx": "**ours, int8, exported to ONNX**",
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The block between the marks: times and speeds at every size, and what the requirements missed."""
+    cases, environment = result["cases"], result["environment"]
+    sizes = [f"B = {case['B']}, T = {case['T']}" for case in cases]
+    lines = [
+        f"Whole BERT-base with random weights, {environment['cpu']}, {environment['threads']} thread, torch "
+        f"{environment['torch']}, commit {environment['commit']}, {environment['date']}. Median times, and in "
+        "brackets the speed over the first row in the same rounds:",
+        "",
+        f"| model | {' | '.join(sizes)} |",
+        f"|---|{'---|' * len(sizes)}",
+    ]
+    for way, name in ROWS.items():
+        cells = [f"{case['ms'][way][1]:.1f} ms ({case['over'][way][1]:.2f})" for case in cases]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    missed = [
+        f"{way} over {other} at {size} is {got[1]:.2f} where {wanted} is wanted"
+        for case, size in zip(cases, sizes, strict=True)
+        for way, other, wanted, got in case["required"]
+        if got[1] < wanted
+    ]
+    lines += ["", f"Requirements that are missed: {'; '.join(missed) or 'none'}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(result: str, readme: str) -> None:
+    text = Path(readme).read_text(encoding="utf-8")
+    (before, rest), block = text.split(BEGIN), table(json.loads(Path(result).read_text(encoding="utf-8")))
+    Path(readme).write_text(before + BEGIN + block + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
