@@ -90,6 +90,15 @@ def _coarse(data: TaskData) -> TaskData:
     return TaskData(replace(data.task, label_names=names), splits)
 
 
+def kind_of_model(folder: Path) -> str:
+    """What two models must not be called by one name for."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return ", ".join(f"{config[key]}" for key in ("model_type", "num_hidden_layers", "hidden_size"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: expected a folder with an encoder's config.json, got {folder} ({error})") from None
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a study of one model reads and writes."""
@@ -104,7 +113,7 @@ class Place:
 
     def __post_init__(self) -> None:
         file = self.runs / "settings.json"
-        wanted = asdict(self.settings)
+        wanted = asdict(self.settings) | {"model": kind_of_model(self.base)}
         self.runs.mkdir(parents=True, exist_ok=True)
         found = json.loads(file.read_text()) if file.exists() else wanted
         other = [
@@ -163,9 +172,16 @@ class Cell:
 
     # what conversions need, see encoder_arms.Made
 
+    @property
+    def teacher_facts(self) -> Result:
+        file = self.folder / "teacher.json"
+        if not file.exists():
+            raise UserError(f"teacher: expected one of {self.name}, seed {self.seed}, got none (run that stage first)")
+        return json.loads(file.read_text())
+
     @cached_property
     def teacher(self) -> Any:
-        facts = json.loads((self.folder / "teacher.json").read_text())
+        facts = self.teacher_facts
         return self._loaded(self.folder / f"teacher-{facts['rate']}")
 
     def texts(self) -> list[dict[str, Tensor]]:
@@ -271,7 +287,7 @@ class Cell:
             loss_weights=weights | dict(arm.weights), teacher_dropout=arm.dropout,
             teacher=self.teacher if arm.dropout else self.outputs(),
         )  # fmt: skip
-        best = json.loads((self.folder / "teacher.json").read_text())
+        best = self.teacher_facts
         teacher = {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
         return facts | teacher | {"held_out_before": before} | self.judged(student, arm.packs)
 

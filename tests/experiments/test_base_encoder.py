@@ -94,6 +94,12 @@ def test_teacher_student_report(study):
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
 def test_other_settings_are_refused(study, capsys):
+    with pytest.raises(SystemExit):
+        study("student", "--task", "stsb")
+    assert "teacher: expected one of stsb, seed 1, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study("teacher", "--model", study.folder)
+    assert "model: expected a folder with an encoder's config.json" in capsys.readouterr().err
     study("teacher", "--task", "stsb")
     with pytest.raises(SystemExit):
         study("teacher", "--task", "stsb", "--length", 12)
@@ -123,6 +129,7 @@ def test_every_arm(study, modules, monkeypatch):
 
 def test_what_another_process_is_at_is_left_to_it(modules, tmp_path, capsys):
     study = modules["encoder_study"]
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32}')
     place = study.Place("tiny", tmp_path, tmp_path, tmp_path / "work", tmp_path / "out", study.Settings())
     made = []
     cell = study.Cell(place, "rte", 1)
