@@ -109,6 +109,7 @@ def _half_depth(made: Made) -> Any:
 
 
 ARMS: dict[str, Arm] = {
+    "continued": Arm("teacher, trained as its students", lambda made: copy.deepcopy(made.teacher), timed_as=TEACHER),
     "moe": Arm("MoE, 4 experts of 1/4, chosen", _chosen),
     "paper": Arm("MoE, 4 experts of 1/4, MoEBERT's", _dealt),
     "dense": Arm("dense of 1/4, corrected", _dense),

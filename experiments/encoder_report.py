@@ -16,7 +16,7 @@ from scipy import stats
 
 from moebert_kernels.distill.checkpoint import write_text
 
-MAIN = (TEACHER, "moe", "paper", "dense", "half-depth")
+MAIN = (TEACHER, "continued", "moe", "paper", "dense", "half-depth")
 BASELINE = "moe"  # the others are compared with it
 SHAPE = "8x128"  # of the table and the chart
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
