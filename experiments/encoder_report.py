@@ -11,7 +11,7 @@ from typing import Any
 
 from encoder_arms import ARMS, DTYPES, TEACHER
 from encoder_latency import PLAIN
-from encoder_study import FILES
+from encoder_study import FILES, task_named
 from scipy import stats
 
 from moebert_kernels.distill.checkpoint import write_text
@@ -133,8 +133,7 @@ def cell_text(summary: Summary, arm: str, task: str) -> str:
 
 
 def accuracy_table(summary: Summary) -> list[str]:
-    metrics = {task: next((r["metric"] for arm in summary.arms for r in summary.of(arm, task)), "") for task in FILES}
-    heads = " | ".join(f"{task} {metrics[task]}" for task in summary.tasks)
+    heads = " | ".join(f"{task} {task_named(task).main_metric}" for task in summary.tasks)
     lines = [
         f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | chosen MoE minus this, points | p |",
         "|---" * (len(summary.tasks) + 5) + "|",
@@ -145,7 +144,7 @@ def accuracy_table(summary: Summary) -> list[str]:
         cells += ["missing" if mean is None else f"{mean[0]:.1f} ± {mean[1]:.1f}"]
         cells += ["" if arm == TEACHER else shown(summary.kept(arm))]
         cells += ["", ""] if change is None else [
-            f"{change[0]:+.2f} ({change[2]} pairs)", "" if change[1] is None else f"{change[1]:.3f}"
+            f"{change[0]:+.2f} (n = {change[2]})", "" if change[1] is None else f"{change[1]:.3f}"
         ]  # fmt: skip
         lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
     return lines
@@ -245,7 +244,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         summary = Summary(runs, *wanted.get(name, found))
         parts.append(f"## {name}")
         if not runs:
-            parts.append("No runs yet.")
+            tasks, seeds = wanted.get(name, ((), ()))
+            parts.append(f"Missing: all arms on {', '.join(tasks)}, seeds {', '.join(map(str, seeds))}.")
             continue
         settings = json.loads((folder / "settings.json").read_text())
         tries = sorted({len(rates) for rates in summary.rates.values()})
