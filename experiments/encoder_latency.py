@@ -36,10 +36,10 @@ def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str] = DTY
     are on it. On a GPU there is no int8, and other dtypes are plain casts.
     """
     on_cpu = cell.place.device == "cpu"
-    timed = [arm for arm in arms if not ARMS[arm].timed_as]
+    own = [arm for arm in arms if not ARMS[arm].timed_as]
     for dtype in dtypes if on_cpu else [dtype for dtype in dtypes if "int8" not in dtype]:
         models: dict[str, Any] = {PLAIN: cell.teacher}
-        for arm in (TEACHER, *timed):
+        for arm in (TEACHER, *own):
             model = copy.deepcopy(cell.teacher) if arm == TEACHER else ARMS[arm].make(cell)
             if on_cpu and (arm == TEACHER or ARMS[arm].packs):
                 prepare(model, dtype)
