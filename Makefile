@@ -15,7 +15,7 @@ OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-native test-oldest-triton build wheel check smoke bench gpu tune resources cuda-resources doctor site venv clean
+.PHONY: demo test test-slow test-native test-oldest-triton build wheel dist hub check smoke bench gpu tune resources cuda-resources doctor site venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
@@ -37,6 +37,14 @@ build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this
 wheel:  ## a wheel in dist/ for this Python and any torch; with the CUDA part where nvcc and a GPU are found
 	rm -rf build/lib* build/bdist*  # setuptools would pack what was deleted since
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+
+dist: $(VENV)/package.stamp  ## what a release uploads, in dist/: the source distribution, and from it a wheel without CUDA for every Python
+	rm -rf dist
+	$(BIN)/python -c 'import build_native; build_native.build_sdist("dist")'
+	MOEBERT_KERNELS_BUILD_CUDA=0 $(PIP) wheel --no-deps --wheel-dir dist dist/*.tar.gz
+
+hub:  ## the ops as a project of the Hub's kernel-builder, in build/hub
+	$(PYTHON) build_hub.py build/hub
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'

@@ -10,7 +10,8 @@
 
 pip calls this module as pyproject.toml says; setup.py gives `COMMANDS` and `NativeDistribution` to setuptools.
 `python setup.py build_native --inplace` builds into this tree, without pip and without a network.
-Beside the module lies `_C.json`: what is in it, or why there is none.
+`_C.json` lies next to the module and records what is in it, or why there is none. A wheel that holds the module is for
+this Python and platform; one without it is `py3-none-any`, also where a build was tried and failed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from setuptools import Command, Distribution, build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
@@ -74,7 +76,9 @@ def compute_capabilities() -> list[tuple[int, int]]:
 def why_not_tried() -> str | None:
     """Why no build of the module is tried; None: it is. Without a GPU nothing could run what takes minutes to build."""
     if mode() == "0":
-        return f"{BUILD_CUDA} was 0"
+        return f"{BUILD_CUDA} was 0 when this package was built"
+    if mode() == "auto" and not sys.platform.startswith("linux"):
+        return f"the CUDA kernels are built on Linux alone, and this is {sys.platform}"
     if mode() == "auto" and find_nvcc() is None:
         return "nvcc was not found, neither under CUDA_HOME nor on PATH"
     if mode() == "auto" and not compute_capabilities():
@@ -184,6 +188,8 @@ def cuda_archs() -> str:
 
 def configure_and_build(work: Path, log: list[str]) -> Path:
     """Compile what changed since the last time; the path of the module."""
+    if not sys.platform.startswith("linux"):
+        raise NotBuilt(f"the CUDA kernels are built on Linux alone, and this is {sys.platform}")
     nvcc = find_nvcc()
     if nvcc is None:
         raise NotBuilt("nvcc was not found, neither under CUDA_HOME nor on PATH")
@@ -242,7 +248,9 @@ class BuildNative(Command):
             record = {"built": False, "reason": str(reason)}
             print(f"moebert_kernels: no CUDA kernels: {reason}; Triton and torch run everything", flush=True)
             (target / "_C.json").write_text(json.dumps(record, indent=1) + "\n")
+            self.distribution.has_module = False
         else:
+            self.distribution.has_module = True
             shutil.copy(module, target)
             shutil.copy(work / "_C.json", target)
         if log:
@@ -262,10 +270,21 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
 
 
+class BuildWheel(bdist_wheel):
+    def run(self) -> None:
+        """Build before the wheel gets its name: a build that failed leaves a wheel for every Python and platform."""
+        if not self.skip_build:
+            self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
 class NativeDistribution(Distribution):
+    has_module: bool | None = None  # None until `build_native` has run
+
     def has_ext_modules(self) -> bool:
         """Gives the wheel its platform; no Extension is declared, CMake knows the sources."""
-        return why_not_tried() is None
+        return why_not_tried() is None if self.has_module is None else self.has_module
 
 
-COMMANDS = {"build": Build, "build_native": BuildNative}
+COMMANDS = {"build": Build, "build_native": BuildNative, "bdist_wheel": BuildWheel}

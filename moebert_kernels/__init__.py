@@ -1,7 +1,7 @@
 """Mixture-of-Experts feed-forward layers that are really faster: kernels, routing, conversion and distillation.
 
-Importing this package imports torch and nothing heavier: models, converters and the distillation loop live in the
-subpackages `nn`, `models`, `convert` and `distill`.
+Importing this package imports torch and nothing heavier. Modules for models of your own are in `nn`; conversion,
+training and serving of transformers' models are in `layers`, `convert`, `distill` and `serve`.
 """
 
 from moebert_kernels.grouping import Grouping
@@ -12,7 +12,7 @@ from moebert_kernels.ops.group_tokens import group_tokens, group_tokens_by_hash
 from moebert_kernels.ops.hash_route import hash_route
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"  # the one place: packages, `moebert --version` and the sdist read it here
 
 __all__ = [
     "Grouping",

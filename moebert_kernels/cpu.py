@@ -1,4 +1,4 @@
-"""What the CPU is, and what it can multiply fast."""
+"""Properties of the CPU: its vendor, and the dtypes that it multiplies fast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def capabilities() -> dict[str, Any]:
 
 @functools.cache
 def is_amd() -> bool:
-    """Whether MKL's and oneDNN's fast paths for Intel's CPUs are somebody else's here."""
+    """Whether this is AMD's CPU, for which MKL and oneDNN do not take the fast paths that they have for Intel's."""
     name = capabilities().get("cpu_name")
     if name is None and os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -51,6 +51,6 @@ def warn_if_slow(dtype: str) -> None:
     if dtype == "bfloat16" and not has_bfloat16_instructions():
         warnings.warn(
             "this CPU has no bfloat16 instructions: products are computed in float32 after conversions, so that "
-            "bfloat16 saves memory but no time; take 'float32' or 'int8'",
+            "bfloat16 saves memory but no time; use 'float32' or 'int8'",
             stacklevel=3,
         )

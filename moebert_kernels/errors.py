@@ -7,7 +7,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Wrong input, said in one line: `"{name}: expected {what}, got {what}"`.
+    """Wrong input by a person, reported in one line: `"{name}: expected {what}, got {what}"`.
 
     The command line prints it without a traceback and exits with status 2.
     """

@@ -18,9 +18,10 @@ FOLDER = Path(__file__).parent
 def record(folder: Path | None = None) -> dict[str, Any]:
     """`built`; if so `archs`, `ptx`, `compilers`, `ops` and `left_out` (op -> reason), else the `reason`."""
     try:
-        return json.loads(((folder or FOLDER) / "_C.json").read_text())  # written by build_native.py beside the module
+        found: dict[str, Any] = json.loads(((folder or FOLDER) / "_C.json").read_text())  # of build_native.py
     except FileNotFoundError:
         return {"built": False, "reason": "this copy of the package was never built; see `make build`"}
+    return found
 
 
 @cache
@@ -38,7 +39,7 @@ def device_error(device: torch.device | None = None) -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    return module().device_error(index)
+    return str(module().device_error(index))
 
 
 def obstacle(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:

@@ -6,7 +6,7 @@ token: nothing is grouped, nothing is skipped early. Routing is always expert id
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ def expert_gemm(
     row = torch.arange(x.shape[0], device=x.device)
     y = x.new_zeros(x.shape[0], w.shape[1])
     for e in range(w.shape[0]):
-        mine = (row >= grouping.offsets[e]) & (row < grouping.offsets[e + 1])
-        y = torch.where(mine[:, None], F.linear(x, w[e], None if bias is None else bias[e]), y)
+        of_expert = (row >= grouping.offsets[e]) & (row < grouping.offsets[e + 1])
+        y = torch.where(of_expert[:, None], F.linear(x, w[e], None if bias is None else bias[e]), y)
     return y
 
 
@@ -68,7 +68,7 @@ def activate(h_pre: Tensor, activation: str) -> Tensor:
     if is_gated(activation):
         gate, up = h_pre.chunk(2, dim=-1)
         return activate(gate, GATED[activation]) * up
-    functions = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": F.gelu,
         "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
         "relu": F.relu,
@@ -123,9 +123,9 @@ def fused_moe_ffn_add_norm(
     everyone = torch.zeros_like(ids)
     y = x
     for e in range(w1.shape[0]):
-        weights = (None if w is None else w[e : e + 1] for w in (w1, b1, w2, b2))
+        own = slice(e, e + 1)
         ffn = fused_moe_ffn(
-            x, everyone, *weights,
+            x, everyone, w1[own], None if b1 is None else b1[own], w2[own], None if b2 is None else b2[own],
             activation=activation, hidden_dropout_p=hidden_dropout_p, dropout_seed=dropout_seed,
         )  # fmt: skip
         ffn = _drop(ffn, dropout_seed, tokens, dropout_p, dropout.OUTPUT_STREAM)

@@ -70,7 +70,7 @@ def misaligned(model: nn.Module) -> nn.Module:
 
 
 def shared_path(relative: str) -> Path:
-    """Path of data that is not part of the repository, in a folder beside it; skips the test where it is missing."""
+    """Path of data that is not part of the repository, in a folder next to it; skips the test where it is missing."""
     path = ROOT.parent / "shared" / relative
     if not path.exists():
         pytest.skip(f"needs ../shared/{relative}, which is not part of the repository")

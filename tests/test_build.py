@@ -1,15 +1,19 @@
-"""Installations of a source distribution into fresh environments: with nvcc, without it, and with a broken source."""
+"""Installations and wheels of a source distribution in fresh environments: with and without nvcc, or broken."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import moebert_kernels
 from tests.helpers import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -47,6 +51,16 @@ def install(python, tree, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MOEBERT_KERNELS_")}
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
+
+
+def wheel(tree, **environment):
+    """The path of the wheel that pip builds in an isolated environment."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tree / "dist", tree]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MOEBERT_KERNELS_")}
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = (tree / "dist").glob("*.whl")
+    return built
 
 
 def record(tree):
@@ -125,4 +139,39 @@ def test_wrong_mode_and_no_build(python, tree):
     assert "MOEBERT_KERNELS_BUILD_CUDA: expected auto, 0 or 1, got 'yes'" in output
     status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="0")
     assert status == 0, output[-3000:]
-    assert record(tree) == {"built": False, "reason": "MOEBERT_KERNELS_BUILD_CUDA was 0"}
+    assert record(tree) == {
+        "built": False, "reason": "MOEBERT_KERNELS_BUILD_CUDA was 0 when this package was built",
+    }  # fmt: skip
+
+
+def test_a_wheel_without_the_module_is_for_every_python_and_platform(python, tree, tmp_path):
+    built = wheel(tree, MOEBERT_KERNELS_BUILD_CUDA="0")
+    assert built.name == f"moebert_kernels-{moebert_kernels.__version__}-py3-none-any.whl"
+    names = set(zipfile.ZipFile(built).namelist())
+    packed = {str(path.relative_to(tree)) for path in (tree / "moebert_kernels").rglob("*") if path.is_file()}
+    assert packed | {"moebert_kernels/_C.json"} <= names
+    assert {"moebert_kernels/py.typed", "moebert_kernels/kernels/occupancy.json"} <= packed
+    assert any(name.endswith("licenses/NOTICE") for name in names)
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "build_"))]
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", built], check=True, capture_output=True)
+    (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
+    Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others, without a download
+    code = "import moebert_kernels, torch; print(moebert_kernels.__file__)"
+    where = subprocess.run([python, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert Path(where.strip()).is_relative_to(site)
+    command = [python.parent / "moebert", "--version"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    assert said == f"moebert_kernels {moebert_kernels.__version__}\n"
+
+
+@needs_nvcc
+def test_a_wheel_with_the_module_is_for_this_python_and_platform(tree):
+    cmake = tree / "CMakeLists.txt"  # one small kernel: all of them take minutes
+    lines = re.sub(r"\n  mbk_op\((?!device_error)[^)]*\)", "", cmake.read_text())
+    cmake.write_text(lines)
+    built = wheel(tree, MOEBERT_KERNELS_BUILD_CUDA="1", MOEBERT_KERNELS_CUDA_ARCHS="80")
+    version = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    platform = sysconfig.get_platform().replace("-", "_")
+    assert built.name == f"moebert_kernels-{moebert_kernels.__version__}-{version}-{version}-{platform}.whl"
+    assert [name for name in zipfile.ZipFile(built).namelist() if name.startswith("moebert_kernels/_C.")]

@@ -1,15 +1,13 @@
 """The build backend's decisions: whether to build, for which GPUs, and what a failure says. Nothing is compiled."""
 
-import importlib.util
+import shutil
 import subprocess
+import sys
 
 import pytest
 
+import build_native
 from tests.helpers import ROOT
-
-spec = importlib.util.spec_from_file_location("build_native", ROOT / "build_native.py")
-build_native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build_native)
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_the_mode_decides_before_the_machine(programs, monkeypatch):
     programs("nvcc")
     programs("nvidia-smi", "9.0\\n")
     monkeypatch.setenv(build_native.BUILD_CUDA, "0")
-    assert build_native.why_not_tried() == "MOEBERT_KERNELS_BUILD_CUDA was 0"
+    assert build_native.why_not_tried() == "MOEBERT_KERNELS_BUILD_CUDA was 0 when this package was built"
     monkeypatch.setenv(build_native.BUILD_CUDA, "yes")
     with pytest.raises(SystemExit, match="expected auto, 0 or 1, got 'yes'"):
         build_native.why_not_tried()
@@ -106,6 +104,48 @@ def test_architectures_that_are_none(programs, monkeypatch, given, message):
 )
 def test_a_failed_build_names_its_first_error(log, line):
     assert build_native.first_error(log) == line
+
+
+def test_other_platforms_than_linux_build_nothing(programs, monkeypatch, tmp_path):
+    programs("nvcc")
+    programs("nvidia-smi", "9.0\\n")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv(build_native.BUILD_CUDA, "auto")
+    assert build_native.why_not_tried() == "the CUDA kernels are built on Linux alone, and this is win32"
+    with pytest.raises(build_native.NotBuilt, match="built on Linux alone"):
+        build_native.configure_and_build(tmp_path, [])
+
+
+# A build in a folder that holds what setuptools reads, whose CMake is replaced.
+WHEEL = """
+import build_native
+
+def configure_and_build(work, log):
+    if {fails}:
+        raise build_native.NotBuilt("the build failed: broken on purpose")
+    work.mkdir(parents=True)
+    (work / "_C.json").write_text("{{}}")
+    (work / "_C.abi3.so").touch()
+    return work / "_C.abi3.so"
+
+build_native.why_not_tried = lambda: None
+build_native.configure_and_build = configure_and_build
+print(build_native.build_wheel("dist"))
+"""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_wheel_is_for_one_platform_only_if_the_module_was_built(fails, tmp_path):
+    for name in ("setup.py", "build_native.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "moebert_kernels").mkdir()
+    shutil.copy(ROOT / "moebert_kernels/__init__.py", tmp_path / "moebert_kernels")
+    command = [sys.executable, "-c", WHEEL.format(fails=fails)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    name = done.stdout.splitlines()[-1]
+    assert name.endswith("-py3-none-any.whl") == fails
+    assert fails or f"-cp{sys.version_info.major}{sys.version_info.minor}-" in name
 
 
 def test_the_manifest_has_every_native_source():

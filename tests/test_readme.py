@@ -42,6 +42,12 @@ def test_a_snippet_that_is_not_run_says_what_it_needs():
     assert len(blocks("py")) < len(SNIPPETS) / 2
 
 
+def test_each_task_of_the_guide_has_a_snippet_that_runs():
+    """Training on several GPUs launches the first one of the page on training: see tests/test_examples.py."""
+    tasks = {"conversion", "serving", "ops", "trainer", "embeddings", "mpoe", "microbert", "routing"}
+    assert tasks <= {page for page, _ in SNIPPETS}
+
+
 def test_the_readme_begins_with_a_snippet_for_models_and_has_one_for_the_op():
     (_, first), (_, second) = blocks("python", PAGES[:1])
     assert "convert_to_moe(" in first and "AutoModel.from_pretrained(" in first

@@ -27,7 +27,10 @@ def convert(
         ),
     ] = None,
     importance: Annotated[
-        Path | None, typer.Option("--importance", help="What moebert importance wrote. Without it: a random ranking.")
+        Path | None,
+        typer.Option(
+            "--importance", help="The file that moebert importance wrote. Without it, neurons are ranked at random."
+        ),
     ] = None,
     task: o.OptionalTaskNames = None,
     data: o.Data = None,
@@ -68,8 +71,8 @@ def convert(
         typer.Option(
             "--expert-size",
             min=1,
-            help="Neurons of an expert of --experts split. Default: a quarter of the dense layer's, 768 of BERT-base's"
-            " 3,072; with --router task all of them, divided up. With --method dense: the neurons that are kept.",
+            help="Neurons per expert with --experts split. Default: a quarter of the dense layer's (768 of BERT-base's"
+            " 3,072); with --router task all of them divided by --num-experts. With --method dense: the neurons kept.",
         ),
     ] = None,
     num_shared_neurons: Annotated[
@@ -77,24 +80,26 @@ def convert(
         typer.Option(
             "--num-shared-neurons",
             min=0,
-            help="Most important neurons, in every expert of --experts split. Default: two thirds of an expert's, 512"
-            " of 768; with --router task 0.",
+            help="Number of the most important neurons, copied into every expert by --experts split. Default: two"
+            " thirds of an expert's (512 of 768); with --router task 0.",
         ),
     ] = None,
     norm: Annotated[
         str | None,
         typer.Option(
             "--norm",
-            help="expert: a LayerNorm in each expert, where a model has one behind its feed-forward; layer: the"
-            " model's. Default: expert with --experts split and one expert for a token, else layer.",
+            help="expert: each expert gets a LayerNorm of its own, if the model has one right after its feed-forward;"
+            " layer: the model's stays. Default: expert with --experts split and one expert per token, else layer.",
         ),
     ] = None,
     load_balance: Annotated[
         float | None,
-        typer.Option("--load-balance", min=0.0, help="Weight of a learned router's balance loss. Default: 0.01."),
+        typer.Option(
+            "--load-balance", min=0.0, help="Weight of a learned router's balance loss in the loss. Default: 0.01."
+        ),
     ] = None,
     route_padding: Annotated[
-        bool, typer.Option("--route-padding", help="Route padding too, as the original code of MoEBERT does.")
+        bool, typer.Option("--route-padding", help="Send padding to experts too, as the original code of MoEBERT does.")
     ] = False,
     from_original: Annotated[
         Path | None,
@@ -106,29 +111,41 @@ def convert(
         Path | None,
         typer.Option(
             "--hash-tables",
-            help="Tables to use: the original's .pkl, or JSON, with an expert's number for each token of the"
-            " vocabulary, or a list of them for each layer. Default: made by --router.",
+            help="Hash tables to use: the original code's .pkl, or JSON with an expert's number for each token of the"
+            " vocabulary, or a list of such numbers for each layer. Default: --router makes them.",
         ),
     ] = None,
     top_k: Annotated[
         int | None,
         typer.Option(
-            "--top-k", min=1, help="Experts of a task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
+            "--top-k", min=1, help="Experts per task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
         ),
     ] = None,
     sites: Annotated[
         int | None,
-        typer.Option("--sites", min=2, max=6, help="mpo: tensors of each weight. Default: 5.", rich_help_panel=_COPIES),
+        typer.Option(
+            "--sites",
+            min=2,
+            max=6,
+            help="mpo: the number of tensors that each weight becomes. Default: 5.",
+            rich_help_panel=_COPIES,
+        ),
     ] = None,
     max_bond: Annotated[
         int | None,
-        typer.Option("--max-bond", min=1, help="mpo: cut the bonds. Default: exact.", rich_help_panel=_COPIES),
+        typer.Option(
+            "--max-bond",
+            min=1,
+            help="mpo: the largest bond dimension. Default: no limit, which is exact.",
+            rich_help_panel=_COPIES,
+        ),
     ] = None,
     low_bonds: Annotated[
         bool | None,
         typer.Option(
             "--low-bonds",
-            help="mpo: take bonds at which experts are slow. Default: refuse them.",
+            help="mpo: allow bonds so small that multiplying by the chain of tensors would be faster than building the"
+            " weight. Default: refuse them.",
             rich_help_panel=_COPIES,
         ),
     ] = None,
@@ -137,7 +154,8 @@ def convert(
         typer.Option(
             "--noise",
             min=0.0,
-            help="On each expert's copy, or its auxiliary tensors, relative to their size. Default: 0.",
+            help="Standard deviation of the noise on each expert's copy, or on its auxiliary tensors, relative to their"
+            " root mean square. Default: 0.",
             rich_help_panel=_COPIES,
         ),
     ] = None,
@@ -146,8 +164,8 @@ def convert(
     max_length: o.MaxLength = None,
     force: o.Force = False,
 ) -> None:
-    """Make a dense model's feed-forward layers mixtures of experts: of any family and with any head. Or import a
-    checkpoint of the original code."""
+    """Replace the feed-forward layers of a dense model, of any family and with any head, by mixtures of experts. Or
+    import a checkpoint of the original code."""
     from moebert_kernels.distill.identity import file_digest, model_files
 
     if (model is None) == (from_original is None):
@@ -173,9 +191,6 @@ def convert(
 
         config = _config(method, task or [], fields | {"expert_size": expert_size})
         _check_unused("--experts split", config.experts != "split", {"importance": importance})
-        _check_unused(
-            "--router hash-random or hash-balance", config.router == "hash-chosen", {"hash_tables": hash_tables}
-        )
         _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
         _check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
         given = config.router in ("hash-random", "hash-balance")
@@ -262,7 +277,7 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
     for name, value in options.items():
         if unused and value is not None:
             got = str(value) if isinstance(value, Path) else value
-            raise UserError(f"{name.replace('_', '-')}: expected it with {where} alone, got {got!r}")
+            raise UserError(f"{name.replace('_', '-')}: it is used only with {where}; leave it out (got {got!r})")
 
 
 def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any]:

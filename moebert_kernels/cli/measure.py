@@ -126,7 +126,8 @@ def bench(
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For bug reports.")] = False) -> None:
-    """Say what runs each op here and why, and test each against its reference. Exit status 1: one disagrees."""
+    """Report which backend runs each op on this machine and why, and test each op. The exit status is 1 if an op
+    disagrees with its reference."""
     from moebert_kernels.doctor import run
 
     raise typer.Exit(run(as_json))

@@ -112,7 +112,7 @@ OptionalOutputFile = Annotated[
         help="A JSON file to write the result to. Without it, it is printed alone.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
 
 TextColumns = Annotated[
     list[str] | None,

@@ -17,8 +17,7 @@ from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factor
 from moebert_kernels.convert.mpoe import MPOEReport, mpoe_report, to_dense_experts
 from moebert_kernels.convert.original import from_original
 from moebert_kernels.convert.replace import convert_to_moe
-from moebert_kernels.convert.sizes import Share, importance_kept
-from moebert_kernels.convert.split import default_split, expert_indices
+from moebert_kernels.convert.split import Share, default_split, expert_indices, importance_kept
 from moebert_kernels.convert.students import STUDENT_SHAPES, StudentShape, describe_layer_map, layer_map, make_student
 from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, random_hash_table
 

@@ -1,4 +1,4 @@
-"""The model card: README.md beside a saved model, with the code that loads it and the numbers that are known."""
+"""The model card: the README.md of a saved model, with the code that loads it and the known numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _AUTO_CLASSES = (
 )
 
 
-def save_with_card(model: Any, folder: str | os.PathLike, *card: Any, **options: Any) -> None:
+def save_with_card(model: Any, folder: str | os.PathLike[str], *card: Any, **options: Any) -> None:
     """`save_pretrained`, then `write_card` with the other arguments."""
     model.save_pretrained(folder)
     write_card(model, folder, *card, **options)
@@ -36,9 +36,9 @@ def save_with_card(model: Any, folder: str | os.PathLike, *card: Any, **options:
 
 def write_card(
     model: Any,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     scores: Mapping[str, float] | None = None,
-    previous: str | os.PathLike | None = None,
+    previous: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write the card of a transformers model, dense or with experts, unless the folder has one that a person wrote.
 
@@ -81,7 +81,7 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
 
 
 def parameter_counts(model: Any) -> dict[str, int]:
-    """All parameters of a model, and those that one token meets: all but the experts that it does not go to."""
+    """Count all parameters of a model, and those that one token uses: all but the experts that it does not go to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     config = moe_config(model.config)
     E, top_k = (1, 1) if config is None else (config.num_experts, config.experts_per_token)

@@ -181,7 +181,7 @@ class SiteChooser:
             strength = (s - m.square() if centred else s) * site.w2.square().sum(0)
             strength[always] = torch.inf
             kept = strength.argsort(descending=True, stable=True)[: self.size]
-            if centred and self.config.correction:
+            if self.config.correction and site.b2 is not None:
                 b2 = site.b2 + site.w2 @ m - site.w2[:, kept] @ m[kept]
                 experts.append(Refit(kept, site.w2[:, kept], b2))
             else:
@@ -228,7 +228,7 @@ class SiteChooser:
         middle = (weight * values).sum(0) / weight.sum()
         z = (known - centre) / scale
         gram = z.T @ (weight * z) + _PRIOR_RIDGE * torch.eye(z.shape[1]).to(z)
-        slope = torch.linalg.solve(gram, z.T @ (weight * (values - middle)))
+        slope: Tensor = torch.linalg.solve(gram, z.T @ (weight * (values - middle)))
         return self.embeddings @ (slope / scale) + (middle - centre @ slope / scale)
 
     def _choice(self, experts: list[Refit], table: Tensor) -> SiteChoice:
@@ -240,7 +240,8 @@ class SiteChooser:
         known[self.types] = True
         choice = SiteChoice(
             torch.stack([e.kept for e in experts]).cpu(), table.cpu(), torch.stack([e.w2 for e in experts]).cpu(),
-            None if site.b2 is None else torch.stack([e.b2 for e in experts]).cpu(), known.cpu(), strength.cpu(),
+            None if site.b2 is None else torch.stack([e.b2 for e in experts if e.b2 is not None]).cpu(),
+            known.cpu(), strength.cpu(),
             _on(self._least_squares(self.whole), torch.device("cpu")),
             SiteReport(self.name, 0.0, None, 0.0, 0.0, 0.0, 0, 0.0),
         )  # fmt: skip

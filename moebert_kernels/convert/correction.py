@@ -107,4 +107,5 @@ def _solved(w2: Tensor, moments: Moments, kept: Tensor, ridge: float) -> Tensor:
     if not scale > 0:  # nothing varies, and nothing is to be corrected
         return w2[:, kept].clone()
     damped = G + ridge * scale * torch.eye(len(G)).to(G)
-    return w2[:, kept] + torch.linalg.solve(damped, rows[:, cut] @ w2[:, cut].T).T
+    change: Tensor = torch.linalg.solve(damped, rows[:, cut] @ w2[:, cut].T).T
+    return w2[:, kept] + change

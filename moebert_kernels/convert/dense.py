@@ -1,4 +1,4 @@
-"""Dense models of the same class as another one: what experts merge into, and students with fewer neurons."""
+"""Dense models of the same class as a given one: merged experts, and students with fewer neurons."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def head_name(model: Any) -> str:
     """The dotted path of the linear layer that gives a classifier's logits.
 
     Raises:
-        UserError: a model that is none for sequence classification.
+        UserError: the model is not one for sequence classification.
     """
     base, rows = f"{model.base_model_prefix}.", model.config.num_labels
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = [n for n in linear if not n.startswith(base) and model.get_submodule(n).out_features == rows]
     if not found or "ForSequenceClassification" not in type(model).__name__:
         raise UserError(f"model: expected one for sequence classification, got a {type(model).__name__}")
@@ -162,10 +162,10 @@ def build_model(
     Args:
         like: a model whose device, dtype, mode and settings for generation it gets.
         new: prefixes of weights that may be missing in `state`; the model's own initialisation draws them by `seed`.
-        options: of the model's constructor.
+        options: arguments of the model's constructor.
 
     Raises:
-        UserError: other weights than the model has.
+        UserError: the weights are not those of this class.
     """
     # drawing weights that all are replaced would be most of a conversion's time
     with torch.random.fork_rng(devices=[]), nullcontext() if new else no_init_weights():
@@ -193,11 +193,11 @@ def constructor_options(model: Any) -> dict[str, Any]:
 
 
 def _dense_like(model: Any, width: int, state: Mapping[str, Tensor], **fields: Any) -> Any:
-    """A dense model of the class of `model`, whose feed-forwards have `width` neurons and weights of no meaning.
+    """A dense model of the class of `model`, whose feed-forwards have `width` neurons and uninitialised weights.
 
     Args:
-        state: of all other weights; its feed-forwards' are left out.
-        fields: of the configuration, to be changed.
+        state: the weights to load; those of feed-forwards are left out.
+        fields: fields of the configuration to change.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -237,7 +237,7 @@ def _merged(layer: MoEFeedForward, config: MoEConfig, task_id: int) -> DenseWeig
     halves = 2 if is_gated(experts.activation) else 1
 
     def rows(stacked: Tensor) -> Tensor:  # (k, 2I, ...) -> (2 k I, ...): the gates of all experts come first
-        return stacked.unflatten(1, (halves, -1)).transpose(0, 1).flatten(0, 2)
+        return stacked.view(len(stacked), halves, -1, *stacked.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     w2 = (w2.double() * g[:, None, None]).transpose(0, 1).flatten(1)  # (k, H, I) -> (H, k I)
     b2 = None if b2 is None else (b2.double() * g[:, None]).sum(0).to(dtype)

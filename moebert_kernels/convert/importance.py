@@ -50,8 +50,8 @@ def importance_scores(
         (L, D) float32 on the CPU, accumulated in float64.
 
     Raises:
-        UserError: no dense FFNs, or FFNs of several widths, no batch, no or impossible labels, a shape of `start` that
-            does not fit, scores that are not finite.
+        UserError: the model has no dense FFNs or FFNs of several widths, there is no batch, labels are missing or
+            impossible, the shape of `start` does not fit, or scores are not finite.
     """
     sites = find_sites(model)
     shape = (len(sites), common_width(sites))

@@ -23,7 +23,7 @@ _FORMAT = "moebert_kernels.importance.1"
 
 
 class Importance(NamedTuple):
-    """Scores (L, D) float32 and what is known of them: `fingerprint`, `model`, `data`, `split`, `task`, ..."""
+    """Scores (L, D) float32, and facts about them: `fingerprint`, `model`, `data`, `split`, `task`, ..."""
 
     scores: Tensor
     metadata: dict[str, str]
@@ -74,7 +74,7 @@ def save_importance(
 def load_importance(path: str | os.PathLike[str], model: nn.Module | None = None) -> Importance:
     """Read importance scores: our safetensors, or the original code's `.npz` (sorted scores, ranks) and `.pkl` files.
 
-    In the authors' files the order of the neurons is what counts: equal scores are set apart by the smallest amount
+    The authors' files are read for the order of the neurons: equal scores are made to differ by the smallest amount
     that keeps the stored order.
 
     Args:

@@ -26,7 +26,7 @@ _TABLE = ".router.table"
 
 
 class MoELoader(HfQuantizer):
-    """Replaces the dense feed-forwards of a model that is being loaded by those of its configuration."""
+    """Replaces the dense feed-forwards of a model that is being loaded by its configured mixtures of experts."""
 
     requires_calibration = True  # weights of a dense model are converted, not loaded
 
@@ -61,14 +61,14 @@ class MoELoader(HfQuantizer):
 
 
 def check_files(model: Any, files: Sequence[str]) -> set[str]:
-    """Check what safetensors files hold, before transformers casts it to what it wants or draws anything.
+    """Check the tensors of safetensors files before transformers casts them or draws missing ones.
 
     Returns:
         The names, in the model, of the tensors that are in the files.
 
     Raises:
-        UserError: files of several folders, a damaged one, a tensor with another kind of numbers, one of a layer with
-            another shape, or a table with experts that there are not.
+        UserError: the files are in several folders, a file is damaged, a tensor has another kind of numbers, a layer's
+            tensor has another shape, or a table names an expert that does not exist.
     """
     folders = {os.path.dirname(os.path.abspath(file)) for file in files}
     if len(folders) > 1:
@@ -126,7 +126,7 @@ def _is_loaded(tensor: Tensor) -> bool:
 
 
 def _head_of(model: Any, name: str) -> str | None:
-    """The head that a tensor of this name belongs to, which may be new; None for what every model of the family has."""
+    """The head of a tensor of this name, which may be new; None for a tensor that every model of the family has."""
     first, _, rest = name.partition(".")
     if hasattr(model, model.base_model_prefix):
         if first != model.base_model_prefix:
@@ -136,7 +136,7 @@ def _head_of(model: Any, name: str) -> str | None:
 
 
 def _stored_tensors(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Keys of safetensors files with slices, or with tensors where a key is a table's."""
+    """Keys of safetensors files with their slices; with the tensors themselves for hash tables."""
     for file in files:
         if file.endswith(".safetensors"):
             try:

@@ -1,4 +1,4 @@
-"""How to factor a weight for `mpo_decompose`: proposals, and caps at which weights are the wrong thing to build."""
+"""How to factor a weight for `mpo_decompose`: proposals, and a check of the caps on its bonds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FactorPlan:
 
     @property
     def parameters(self) -> tuple[int, ...]:
-        """Of each site tensor."""
+        """The parameters of each site tensor."""
         return tuple(
             before * i * j * after
             for i, j, (before, after) in zip(self.row_factors, self.col_factors, pairwise(self.bonds), strict=True)
@@ -53,7 +53,7 @@ class FactorPlan:
 
     @property
     def aux_parameters(self) -> int:
-        """What every further expert adds."""
+        """The parameters that every further expert adds."""
         return sum(self.parameters) - self.central_parameters
 
     @property
@@ -151,12 +151,12 @@ def _chain_flops(row_factors: Sequence[int], col_factors: Sequence[int], bonds: 
 def check_caps(
     row_factors: Sequence[int], col_factors: Sequence[int], max_bond: int | Sequence[int] | None = None
 ) -> None:
-    """Refuse caps so low that W x is cheaper without W: this package builds weights, and would waste the decomposition.
+    """Refuse caps at which multiplying x by the chain is cheaper than by the weight, which this package always builds.
 
-    A converter calls it before it decomposes anything, unless it is told to go on.
+    `convert_to_moe` calls it before it decomposes a weight, unless `force` is given.
 
     Raises:
-        UserError: with the arithmetic.
+        UserError: the caps are too low; the message shows both FLOP counts.
     """
     chain = chain_flops_per_token(row_factors, col_factors, max_bond)
     dense = 2 * math.prod(row_factors) * math.prod(col_factors)

@@ -24,12 +24,12 @@ class MPOEReport:
 
     Attributes:
         num_experts: E.
-        parameters: of the whole model.
-        switch_parameters: of the same model with dense experts, as in Switch Transformers.
+        parameters: those of the whole model.
+        switch_parameters: those of the same model with dense experts, as in Switch Transformers.
         central, auxiliary: parameters of the experts' weights that are shared, and those of all experts together.
         dense: parameters of one dense feed-forward's weights, summed over the layers.
-        checkpoint_mib, switch_checkpoint_mib: of both models' parameters.
-        folded_mib: what inference keeps beside them, all experts' folded weights; 0 with dense experts.
+        checkpoint_mib, switch_checkpoint_mib: the memory of both models' parameters.
+        folded_mib: what inference keeps in addition, all experts' folded weights; 0 with dense experts.
     """
 
     num_experts: int

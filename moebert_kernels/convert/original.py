@@ -1,7 +1,7 @@
 """Import checkpoints of the original MoEBERT code (SimiaoZuo/MoEBERT), which nothing else loads.
 
 Their keys are `bert.encoder.layer.N.experts.experts.E.{fc1,fc2,LayerNorm}.*`, and `...experts.gate.weight` for a gate;
-the distillation teacher is stored beside the student and dropped here. Hash tables are *not* in them.
+the files also hold the distillation teacher, which is dropped here. Hash tables are *not* in them.
 """
 
 import json
@@ -204,7 +204,7 @@ def _read_weights_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint: expected a whole weights file, got {path} ({reason})") from error

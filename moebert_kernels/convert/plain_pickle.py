@@ -12,7 +12,8 @@ from moebert_kernels.errors import UserError
 def _number(dtype: np.dtype, data: bytes) -> int | float:
     if dtype.kind not in "iuf":
         raise pickle.UnpicklingError(f"a numpy scalar of dtype {dtype}")
-    return np.frombuffer(data, dtype, count=1)[0].item()
+    number: int | float = np.frombuffer(data, dtype, count=1)[0].item()
+    return number
 
 
 # `numpy.argmin` leaves numpy integers in the balance tables; nothing else than plain data occurs in those files

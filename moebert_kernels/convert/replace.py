@@ -27,7 +27,7 @@ from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts,
 from moebert_kernels.nn.context import plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
-_HEAD_STD = 0.02  # of the rows of a new classifier, where the model's configuration does not say
+_HEAD_STD = 0.02  # of a new classifier's rows, if the model's configuration has no initializer_range
 
 
 def convert_to_moe(
@@ -35,15 +35,15 @@ def convert_to_moe(
     token_counts: Tensor | None = None, tables: Any = None, num_sites: int = 5, force: bool = False, noise: float = 0.0,
     batches: Iterable[Mapping[str, Any]] | None = None, chosen: Sequence[SiteChoice] | None = None,
 ) -> Any:  # fmt: skip
-    """Put a mixture of experts in the place of every feed-forward of a transformers model.
+    """Replace every feed-forward of a transformers model by a mixture of experts.
 
     The model keeps its class, its configuration's `model_type` and the names of all other weights. `save_pretrained`
     saves it, and `AutoModel*.from_pretrained` loads it where `moebert_kernels.convert` was imported. What is random (a
     missing importance, noise, tables, gates) depends on `seed` alone; torch's own generators are left as they were.
-    With experts of the whole layer ("copy", "mpo") and the routers' default form ("switch", "top2", hashes) it computes
-    what the dense model does, unless `max_bond` cuts bonds or `noise` tells the experts apart. Under task routing the
-    first probabilities are about 1/E each and the experts are scaled by the inverse, so that it does so too, as far as
-    the experts of a task hold the neurons.
+    With experts of the whole layer ("copy", "mpo") and the routers "switch", "top2" and hashes in their default form,
+    the model computes what the dense one does, unless `max_bond` cuts bonds or `noise` makes the experts differ. Under
+    task routing it does so as far as a task's experts hold the neurons: the first probabilities are about 1/E each, and
+    the experts are scaled by the inverse.
 
     Args:
         model: any dense model of transformers that `find_sites` knows, bare or with a head; changed, and returned.
@@ -64,9 +64,9 @@ def convert_to_moe(
         chosen: what `choose_experts` gave for this model and configuration, instead of text.
 
     Raises:
-        UserError: a model without feed-forwards of a known shape, one that is converted already, hash routing of one
-            without token ids, sizes that cannot be filled, factors, bonds, noise, scores, tables or counts that do not
-            fit.
+        UserError: a model without feed-forwards of a known shape, a model that is already converted, hash routing in a
+            model without token ids, sizes that cannot be filled, or factors, bonds, noise, scores, tables or counts
+            that do not fit.
     """
     if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
         raise UserError(f"noise: expected a finite number of at least 0, got {noise!r}")
@@ -87,6 +87,7 @@ def convert_to_moe(
         )
     if config.experts == "mpo" and not force:
         for factors in (config.w1_factors, config.w2_factors):
+            assert factors is not None  # `resolved` chose them
             check_caps(factors[0], factors[1], config.max_bond)
     generator = torch.Generator().manual_seed(seed)
     split: Sequence[Tensor | None] = [None] * len(sites)
@@ -99,7 +100,7 @@ def convert_to_moe(
         raise UserError("tables: expected none with router='hash-chosen', got some")
     if config.needs_text:
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
-        neurons = split if config.experts == "split" else None
+        neurons = [part for part in split if part is not None] or None
         chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
         split, routers = _checked(chosen, config, weights), [{"router.table": made.table} for made in chosen]
     state = [
@@ -150,7 +151,7 @@ def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Genera
 
 
 def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]:
-    """Put layers with weights of no meaning in the place of the dense ones, on their devices and in their dtypes.
+    """Replace the dense feed-forwards by layers with uninitialised weights, on their devices and in their dtypes.
 
     Args:
         model: as for `convert_to_moe`; on the meta device too.
@@ -177,7 +178,7 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
 
 
 def set_config(model: nn.Module, config: MoEConfig) -> None:
-    """Let the configurations of the model and of all models inside it say what their mixtures are."""
+    """Store the mixture's configuration in the configurations of the model and of all models inside it."""
     for module in model.modules():
         if getattr(module, "config", None) is not None:
             module.config.quantization_config = config
@@ -216,10 +217,10 @@ def resolved(
         changes["expert_size"] = size = default_split(D, config.expert_size)[0]
         check_split(D, 1, size, config.num_shared_neurons or 0)
     if config.experts == "split":
-        size, shared = config.expert_size, config.num_shared_neurons
+        given, shared = config.expert_size, config.num_shared_neurons
         if by_task:
-            size, shared = size or max(D // config.num_experts, 1), shared or 0
-        size, shared = default_split(D, size, shared)
+            given, shared = given or max(D // config.num_experts, 1), shared or 0
+        size, shared = default_split(D, given, shared)
         check_split(D, config.num_experts, size, shared)
         changes |= {"expert_size": size, "num_shared_neurons": shared}
     if config.experts == "mpo":
@@ -246,9 +247,8 @@ def make_layer(model: Any, config: MoEConfig, site: Site) -> MoEFeedForward:
     dropout = site.output_dropout if config.expert_dropout is None else config.expert_dropout
     experts: Any
     if config.experts == "mpo":
-        experts = MPOExperts(
-            H, D, E, w1_factors=config.w1_factors, w2_factors=config.w2_factors, max_bond=config.max_bond, **options
-        )
+        options |= {"w1_factors": config.w1_factors, "w2_factors": config.w2_factors, "max_bond": config.max_bond}
+        experts = MPOExperts(H, D, E, **options)
     elif config.norm == "expert":
         eps = getattr(site.norm, "eps", None) or site.norm.variance_epsilon
         experts = NormedExperts(H, config.expert_size or D, E, eps=eps, output_dropout=dropout, **options)
@@ -269,7 +269,8 @@ def make_router(model: Any, config: MoEConfig, site: Site, hidden_size: int) -> 
     if config.router.startswith("gate-"):
         classes[config.router], options["per"] = GateRouter, config.router.removeprefix("gate-")
     try:
-        return classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+        router: nn.Module = classes[config.router](hidden_size, E, route_padding=config.route_padding, **options)
+        return router
     except TypeError as error:
         raise UserError(
             f"router_options: expected options of router {config.router!r}, got {options} ({error})"

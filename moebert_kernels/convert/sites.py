@@ -10,7 +10,7 @@ residual; `intermediate` becomes the identity |
 | "inline" | BART's: `fc1` and `fc2` of the encoder layer itself | `fc1` becomes the layer; the activation and `fc2` \
 become the identity |
 
-The fourth shape, a gated module, is "module" with an activation whose name says the gate. A module that computes
+The fourth shape, a gated module, is "module" with a gated activation. A module that computes
 anything else than w2 act(w1 x + b1) + b2 is refused: `check` compares both on random numbers.
 """
 
@@ -82,7 +82,7 @@ class Site:
         first, second: dotted paths of the linear layers in `owner`.
         activation: its name in the ops; a gated one means that `first` has 2I rows.
         hidden_dropout: probability of dropping an activation in training.
-        output_dropout: probability of dropping an output in training, inside of what is replaced.
+        output_dropout: probability of dropping an output in training, if the replaced module drops them.
     """
 
     name: str
@@ -212,7 +212,7 @@ def find_sites(model: nn.Module, target_modules: tuple[str, ...] | None = None) 
 
 
 def common_width(sites: list[Site]) -> int:
-    """D, the neurons of every site; a UserError where they differ."""
+    """Return D, the neurons of every site; raise a UserError if they differ."""
     widths = {site.weights().w2.shape[1] for site in sites}
     if len(widths) > 1:
         raise UserError(f"model: expected feed-forwards of one width, got {sorted(widths)}")

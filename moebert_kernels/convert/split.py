@@ -1,4 +1,8 @@
-"""Which neurons of the dense FFN each expert takes: MoEBERT (2204.07675), section 3.1."""
+"""Which neurons of a dense FFN each expert takes, and what importance that keeps: MoEBERT (2204.07675), section 3.1."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +13,9 @@ from moebert_kernels.errors import UserError
 def expert_indices(scores: Tensor, num_experts: int, expert_size: int, num_shared_neurons: int) -> Tensor:
     """Split the neurons of a layer, or of all layers, into experts by importance.
 
-    With `rank` the neurons by descending score, expert e takes rank[:num_shared_neurons] and every E-th of the rest
-    starting with the e-th, cut to `expert_size`: the shared neurons are copied into every expert, the next are dealt
-    out, the least important are left over. Equal scores go by neuron number.
+    Let `rank` be the neurons by descending score, equal scores by neuron number. Expert e takes
+    rank[:num_shared_neurons] and every E-th of the rest, starting with the e-th, up to `expert_size`. So the shared
+    neurons are copied into every expert, the next ones are dealt out, and the least important ones are left out.
 
     Args:
         scores: (D,) or (L, D), higher is more important.
@@ -64,3 +68,35 @@ def check_split(D: int, num_experts: int, expert_size: int, num_shared_neurons: 
             f"expert_size: expected at most {most} for {num_experts} experts with {num_shared_neurons} shared of the"
             f" dense layer's {D} neurons (or num_shared_neurons >= {fills}), got {expert_size}"
         )
+
+
+class Share(NamedTuple):
+    """A share of the importance, between 0 and 1: its mean over the layers, and the layer, from 1, that has least."""
+
+    mean: float
+    least: float
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} % on average, {100 * self.least:.1f} % in layer {self.layer}, which keeps least"
+
+
+def importance_kept(scores: Tensor, num_experts: int, expert_size: int, num_shared_neurons: int) -> Share:
+    """The importance of an expert's neurons over that of all neurons of its layer, as a mean over the experts.
+
+    It is the share that a token meets. Layers count alike, whatever their sums.
+
+    Args:
+        scores: (L, D), at least 0.
+        num_experts, expert_size, num_shared_neurons: the split; see `expert_indices`.
+
+    Raises:
+        UserError: a split that cannot be filled, or a layer without any importance.
+    """
+    scores = scores.double()
+    totals = scores.sum(-1)
+    if not (totals > 0).all():
+        raise UserError("importance: expected a sum above 0 in each layer, got one without")
+    indices = expert_indices(scores, num_experts, expert_size, num_shared_neurons)  # (L, E, F)
+    kept = torch.gather(scores, 1, indices.flatten(1)).sum(-1) / (num_experts * totals)
+    return Share(float(kept.mean()), float(kept.min()), int(kept.argmin()) + 1)

@@ -61,6 +61,7 @@ def expert_state(
             if config.experts == "copy":
                 made[name] = copies(weight)
                 continue
+            assert factors is not None  # `resolved` chose them
             parts = mpo_decompose(weight, factors[0], factors[1], config.max_bond).sites
             middle = (len(parts) - 1) // 2
             made[f"{name}.central"] = parts[middle]
@@ -91,8 +92,9 @@ def split_of(
         importance = torch.rand(shape, generator=generator)
     if importance.shape != shape:
         raise UserError(f"importance: expected shape (L={shape[0]}, D={shape[1]}), got {tuple(importance.shape)}")
-    split = expert_indices(importance.detach().cpu(), config.num_experts, config.expert_size, config.num_shared_neurons)
-    return list(split)
+    size, shared = config.expert_size, config.num_shared_neurons
+    assert size is not None and shared is not None  # `resolved` chose them
+    return list(expert_indices(importance.detach().cpu(), config.num_experts, size, shared))
 
 
 def router_states(

@@ -39,7 +39,7 @@ STUDENT_SHAPES = {
     "3l-384": StudentShape(3, 384, 1536, 12),
 }
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
-# what an encoder without a head does not have
+# prefixes of weights that an encoder without a head lacks
 _NEW_IN_ENCODER = ("classifier.", "qa_outputs.", "lm_head.", "cls.")
 
 
@@ -73,9 +73,10 @@ def make_student(
 
     Args:
         teacher: a dense BERT- or RoBERTa-style model with any head. Call `merge` first on a task-routed MoE.
-        shape: its sizes; see `STUDENT_SHAPES`. None: those of `init`, if that is a model.
-        init: "layers": embeddings, head and the chosen layers of the teacher, whose sizes the shape must have but for
-            the number of layers. "random". Or a model of the same family and vocabulary, whose encoder is taken.
+        shape: the student's sizes; see `STUDENT_SHAPES`. None: the sizes of `init`, if that is a model.
+        init: "layers" takes embeddings, head and the chosen layers of the teacher; the shape may then differ in the
+            number of layers only. "random" draws all weights. A model of the same family and vocabulary gives its
+            encoder.
         layers: which of the teacher's layers, counted from 1. None: those of `layer_map`.
         seed: of the weights that are drawn at random.
 

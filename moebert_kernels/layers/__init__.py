@@ -1,4 +1,4 @@
-"""Mixtures of experts in the place of feed-forwards: their configuration, the layer, and how tokens reach it."""
+"""Mixtures of experts that replace feed-forwards: their configuration, the layer, and how tokens reach it."""
 
 # ruff: noqa: E402  what is missing is named before the imports that need it
 from moebert_kernels.errors import require_extra

@@ -1,4 +1,4 @@
-"""What a converted model's mixtures are: a router and experts, one configuration for all published systems."""
+"""The configuration of a mixture of experts: one for all published systems, made of a router and experts."""
 
 from __future__ import annotations
 
@@ -35,29 +35,31 @@ class MoEConfig(QuantizationConfigMixin):
     loaded. Nothing is quantised.
 
     Args:
-        router: by token ids "hash-random" or "hash-balance" (Hash Layers, 2106.04426), or "hash-chosen", each id by
-            the expert that loses least on some text (see `choose_experts`); learned "gate-token" or
-            "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961), "top2" (GShard, 2006.16668); "task": by the
-            task of each sequence, of which a forward is told (Task-MoE, 2110.03742; MicroBERT).
+        router: how a token finds its experts. By its id: "hash-random" or "hash-balance" (Hash Layers, 2106.04426), or
+            "hash-chosen", which gives each id the expert that loses least on some text (see `choose_experts`). By a
+            learned gate: "gate-token" or "gate-sentence" (MoEBERT, 2204.07675), "switch" (2101.03961) or "top2"
+            (GShard, 2006.16668). "task": by the sequence's task, an argument of forward (Task-MoE, 2110.03742;
+            MicroBERT).
         experts: "split": each expert has a part of the dense layer's neurons (MoEBERT); "clustered": it has those that
             its tokens move on some text; "copy": each starts as the whole dense layer (Switch); "mpo": as "copy", with
             one central tensor shared by all experts of a layer (MPOE, 2203.01104).
-        num_experts: E, in each layer.
-        expert_size: with "split" and "clustered", neurons of an expert. None: a quarter of the dense layer's; with
-            router="task" the E-th part of them, so that none is lost.
+        num_experts: E, the experts of each layer.
+        expert_size: with "split" and "clustered", the neurons of an expert. None: a quarter of the dense layer's; with
+            router="task" an E-th of them, so that none is lost.
         num_shared_neurons: with "split", how many of them, the most important, are in every expert. None: two thirds
             of an expert's, which of the default is a sixth of the dense layer's; with router="task" 0; with "clustered"
             as many as the text makes common.
         norm: "expert": every expert has its own copy of the residual's LayerNorm, where a model has one behind its
             feed-forward (MoEBERT); "layer": the model's stays. None: "expert" there with "split" or "clustered" and
             one expert for a token, else "layer".
-        max_load: with "hash-chosen", the most tokens of an expert on text of that kind, relative to the E-th part of
-            them. Half of what it allows beyond that part is used on the text that chooses.
+        max_load: with "hash-chosen", the most tokens that an expert may get on such text, over an even share of 1/E.
+            The text that chooses uses half of what this allows beyond the even share.
         correction: with "clustered", correct w2 and b2 for the neurons that were cut, by least squares on that text.
         top_k: experts of a token with router="task". None: 2, or 1 with norm="expert".
         tasks: with router="task", names of the tasks, by task id.
-        task_labels: of each task the names of its classes, none for a score. The model, one for sequence
-            classification, then has rows in its classifier for each task. None: all tasks have the model's own head.
+        task_labels: for each task the names of its classes; an empty list for a score. The model must be one for
+            sequence classification, and its classifier gets rows for each task. None: all tasks share the model's own
+            head.
         expert_bias: "expert" or "common": a bias for each expert, or one for all.
         w1_factors, w2_factors, max_bond: with "mpo", the row and column factors of w1 (I or 2I, H) and w2 (H, I), and
             caps of the bonds. None: chosen by `plan_factors`; full bonds.
@@ -66,7 +68,7 @@ class MoEConfig(QuantizationConfigMixin):
         expert_dropout: probability of dropping an output of the experts in training. None: the dense layer's.
         route_padding: route and compute padding like any token, as the original code of MoEBERT does.
         target_modules: names of the feed-forwards to convert. None: all that are known.
-        format_version: of a checkpoint's keys.
+        format_version: the version of a checkpoint's keys.
     """
 
     router: str = "hash-random"
@@ -148,19 +150,19 @@ class MoEConfig(QuantizationConfigMixin):
 
     @property
     def experts_per_token(self) -> int:
-        """Of a model's configuration, in which every choice is made."""
+        """The experts of a token, in a model's configuration, which has every choice made."""
         return 2 if self.router == "top2" else self.top_k or 1
 
     @property
     def balance_weight(self) -> float:
-        """Of the balance loss in the model's loss."""
+        """The weight of the balance loss in the model's loss."""
         if self.load_balance is None:
             return 0.01 if self.is_learned else 0.0
         return self.load_balance
 
     @property
     def outputs_per_task(self) -> list[int]:
-        """With `task_labels`: of each task the number of classes, 1 for a score."""
+        """With `task_labels`: the number of classes of each task, 1 for a score."""
         return [len((self.task_labels or {})[name]) or 1 for name in self.tasks or ()]
 
     def task_id(self, name: str) -> int:
@@ -243,7 +245,7 @@ class MoEConfig(QuantizationConfigMixin):
         return asdict(self)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field, as of the mapping that a file has in this place: transformers asks so for `config=model.config`."""
+        """Return a field. transformers reads the configuration like a mapping if it gets `config=model.config`."""
         return getattr(self, name, default)
 
     @classmethod
@@ -261,14 +263,15 @@ class MoEConfig(QuantizationConfigMixin):
 
 
 def moe_config(model_config: Any) -> MoEConfig | None:
-    """What a converted model's configuration says of its mixtures; None: that of a model that is not converted.
+    """Return the `MoEConfig` of a converted model's configuration; None for the configuration of another model.
 
     Args:
-        model_config: of transformers, of a model or as `AutoConfig` reads it from a checkpoint.
+        model_config: a configuration of transformers, from a model or from `AutoConfig`.
     """
     found = getattr(model_config, "quantization_config", None)
     if isinstance(found, Mapping) and found.get("quant_method") == METHOD:
-        return MoEConfig.from_dict(found)
+        config: MoEConfig = MoEConfig.from_dict(found)
+        return config
     return found if isinstance(found, MoEConfig) else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class NormedExperts(DenseExperts):
 
     Args:
         hidden_size, expert_size, num_experts, options: as for `Experts`.
-        eps: of the LayerNorms.
+        eps: added to the variance in the LayerNorms.
         output_dropout: probability of dropping an output of FFN_e in training.
 
     Parameters: those of `DenseExperts`, norm_weight and norm_bias (E, H).
@@ -54,8 +54,8 @@ class MoEFeedForward(nn.Module):
     routing the grouping was made before the first layer.
 
     Args:
-        router: what chooses.
-        experts: what computes. `NormedExperts` add the residual and normalise.
+        router: chooses the experts of each token.
+        experts: compute them. `NormedExperts` also add the residual and normalise.
         output_dropout: probability of dropping an output in training, before the residual.
         norm: the LayerNorm behind the residual, or None. Under hash routing of experts with weights of their own it
             runs in one op with them; a token that is skipped is then x, as with `NormedExperts`.
@@ -88,7 +88,7 @@ class MoEFeedForward(nn.Module):
         y = F.dropout(self._experts(hidden_states), self.output_dropout, self.training)
         if residual is not None:
             y = residual + y
-        return y if self.norm is None else self.norm(y)
+        return y if self.norm is None else cast(Tensor, self.norm(y))
 
     def _add_norm(self) -> tuple[Tensor, Tensor, float, float] | None:
         """What the experts need to normalise too; None where that would not be the same, or the norm is not there."""
@@ -115,8 +115,9 @@ class MoEFeedForward(nn.Module):
             if grouping is None:  # nor where one step could not make those of all, as with tables on several devices
                 ids, mask = tokens.token_ids.to(x.device), tokens.token_mask
                 mask = None if mask is None else mask[:, -ids.shape[-1] :].to(x.device)
-                return self.experts(x, self.router(ids, mask).view(x.shape[:-1]), **options)
-            return self.experts(x, grouping, **options)
+                grouping = self.router(ids, mask).view(x.shape[:-1])
+            y: Tensor = self.experts(x, grouping, **options)
+            return y
         mask = None if tokens is None else tokens.token_mask
         shape = x.shape
         if mask is not None:
@@ -127,7 +128,8 @@ class MoEFeedForward(nn.Module):
             x = x.unsqueeze(0)
         if isinstance(self.router, TaskRouter):
             assert tokens is not None and tokens.task_ids is not None
-            return self.experts(x, *self.router(tokens.task_ids, x, mask, check=False)).view(shape)
+            y = self.experts(x, *self.router(tokens.task_ids, x, mask, check=False))
+            return y.view(shape)
         if isinstance(self.router, SwitchRouter):
             expert_ids, factor, loss, dropped = self.router(x, mask)
             scaled = x if factor is None else x * factor.unsqueeze(-1)

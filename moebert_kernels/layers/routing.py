@@ -48,7 +48,7 @@ def takes_token_ids(module: nn.Module) -> bool:
 def stack_of(model: nn.Module, name: str) -> Any:
     """The innermost model around the module of this dotted name that gets token ids; None: there is none.
 
-    The layers of an image or audio encoder have none, also where a model around it takes text beside its images.
+    The layers of an image or audio encoder have none, even if a model around it takes text as well as images.
     """
     parts = name.split(".")
     for end in range(len(parts), -1, -1):
@@ -61,7 +61,7 @@ def stack_of(model: nn.Module, name: str) -> Any:
 
 
 def install_routing(model: Any, names: list[str]) -> None:
-    """Let the layers at these dotted names know their tokens, and the model's loss their balance losses."""
+    """Let token ids reach the layers at these dotted names, and their balance losses reach the model's loss."""
     stacks: dict[Any, list[MoEFeedForward]] = {}
     for name in names:
         stacks.setdefault(stack_of(model, name), []).append(model.get_submodule(name))
@@ -131,7 +131,7 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
 
 @functools.cache
 def resizing_class(base: Any) -> type:
-    """The class of a model after whose `resize_token_embeddings` the hash tables have as many entries."""
+    """The class of a model whose `resize_token_embeddings` also resizes the hash tables."""
 
     @functools.wraps(base.resize_token_embeddings)
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,9 +148,9 @@ def resizing_class(base: Any) -> type:
 
 @functools.cache
 def chunked_class(base: Any) -> type:
-    """The class of a layer, as BERT's, whose `feed_forward_chunk` tells its signature at once.
+    """The class of a layer such as BERT's, whose `feed_forward_chunk` has its signature ready.
 
-    transformers inspects it in each layer of each forward. That is a twentieth of the time of a very small model.
+    transformers inspects it in each layer of each forward, which takes a twentieth of a very small model's time.
     """
     chunk, signature = base.feed_forward_chunk, inspect.signature(base.feed_forward_chunk)
     signature = signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -183,7 +183,7 @@ def summed_losses(losses: Sequence[Tensor]) -> Tensor:
 
 @functools.cache
 def balanced_class(base: type) -> type:
-    """The class of a model with learned routers: `loss` has the balance loss in it, as the configuration weighs it."""
+    """The class of a model with learned routers: its `loss` contains the balance loss with the configured weight."""
     names = argument_names(base.forward)  # type: ignore[attr-defined]
 
     @functools.wraps(base.forward)  # type: ignore[attr-defined]

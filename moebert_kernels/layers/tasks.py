@@ -34,7 +34,7 @@ def get_task(model: nn.Module) -> str | None:
 
 
 def install_tasks(model: Any, config: MoEConfig) -> None:
-    """Let forwards of a model be told tasks by `task_ids`."""
+    """Give the forward of a model the argument `task_ids`."""
     _set_default(model, 0 if len(config.tasks or ()) == 1 else None)
     made: Any = task_class
     model.__class__ = made(type(model))
@@ -51,10 +51,10 @@ def task_ids_of(stack: Any, given: Tensor | int | None, like: Tensor) -> Tensor:
 
     Args:
         stack: a model whose layers route by task.
-        given: to its forward; None: what a model around it was given, or `set_task` said.
+        given: the `task_ids` of its forward. None: those of the model around it, else the task of `set_task`.
 
     Raises:
-        UserError: there is none, or one that is out of range.
+        UserError: no task was given, or an id is out of range.
     """
     names = stack.config.quantization_config.tasks
     given = current().task_ids if given is None else given
@@ -68,9 +68,9 @@ def task_ids_of(stack: Any, given: Tensor | int | None, like: Tensor) -> Tensor:
 def task_class(base: Any) -> type:
     """The class of a model whose forward takes `task_ids`, (B,) integers or one for all sequences.
 
-    With `task_labels` the logits (B, C) are those of the batch's task. In a batch of several tasks C is that of the
-    task with most classes, and what a sequence's task lacks is the dtype's lowest number. The loss is a mean over B:
-    cross-entropy, or the squared error where a task has no classes.
+    With `task_labels` the logits (B, C) are those of the batch's task. In a batch of several tasks, C is the largest
+    number of classes, and the columns that a sequence's task lacks hold the dtype's lowest number. The loss is a
+    mean over B: cross-entropy, or the squared error where a task has no classes.
     """
     names = argument_names(base.forward)
     has_heads = "ForSequenceClassification" in base.__name__  # of such a model the encoder can be loaded alone
@@ -127,7 +127,7 @@ def row_names(config: MoEConfig) -> list[str]:
 
 
 def _one_if_all_are(task_ids: Tensor | int | None) -> Tensor | int | None:
-    """The only task of a batch as an int. While torch compiles, a tensor is taken for several."""
+    """A batch's task as an int, if it has only one. While torch compiles, a tensor counts as several tasks."""
     if not isinstance(task_ids, Tensor) or torch.compiler.is_compiling():
         return task_ids
     found = set(task_ids.flatten().tolist()) if not task_ids.is_floating_point() else set()
@@ -135,7 +135,7 @@ def _one_if_all_are(task_ids: Tensor | int | None) -> Tensor | int | None:
 
 
 def _of_tasks(logits: Tensor, task_ids: Tensor, config: MoEConfig) -> Tensor:
-    """From all tasks' logits (B, sum of C) those of each sequence's own task, (B, largest C)."""
+    """Pick the logits of each sequence's own task, (B, largest C), from those of all tasks, (B, sum of C)."""
     per_task = config.outputs_per_task
     counts = torch.tensor(per_task, device=logits.device)
     starts = counts.cumsum(0) - counts

@@ -1,4 +1,4 @@
-"""Checks that the routers share: of what a person configured (UserError) and of what a caller passes (ValueError)."""
+"""Checks that the routers share: UserError for what a person configured, ValueError for what a caller passes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from moebert_kernels.ops._checks import FLOATS, check_mask, check_tensor, is_num
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise UserError for what is no integer of at least 1."""
+    """Raise a UserError for a size that is not an integer of at least 1."""
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def check_noise_and_capacity(jitter: float, noise: float, **capacity_factors: float | None) -> None:
-    """Raise UserError for values out of range."""
+    """Raise a UserError for a value out of its range."""
     if not is_number(jitter) or not 0 <= jitter < 1:
         raise UserError(f"jitter: expected a number in [0, 1), got {jitter!r}")
     if not is_number(noise) or not 0 <= noise < math.inf:
@@ -29,7 +29,7 @@ def check_noise_and_capacity(jitter: float, noise: float, **capacity_factors: fl
 
 
 def check_gate_inputs(gate: nn.Linear, x: Tensor, attention_mask: Tensor | None, dims: int | None = None) -> None:
-    """x (..., H) that `gate` takes, of `dims` dimensions if that is given, and a mask for its tokens."""
+    """Check x (..., H) against `gate`, its number of dimensions if `dims` is given, and the mask of its tokens."""
     check_tensor("x", x)
     hidden = gate.in_features
     if x.ndim < 1 or x.shape[-1] != hidden or (dims is not None and x.ndim != dims):

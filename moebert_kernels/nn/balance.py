@@ -18,7 +18,7 @@ def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | No
     Args:
         probabilities: (..., E) float.
         expert_ids: (...), values in [0, E).
-        counted: (...) bool, True for what enters the means. None: all.
+        counted: (...) bool, True for tokens that enter the means. None: all do.
 
     Returns:
         A scalar, dtype of `probabilities`; 0 if nothing is counted. Differentiable in `probabilities`.
@@ -29,7 +29,7 @@ def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | No
 
 
 def sequence_balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Mean over the sequences of their own balance losses, as GShard has it; shapes (B, T, E), (B, T), (B, T)."""
+    """The mean of the sequences' own balance losses, as in GShard; shapes (B, T, E), (B, T), (B, T)."""
     if len(expert_ids) == 0:
         return probabilities.sum()
     if counted is None:
@@ -38,7 +38,7 @@ def sequence_balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Te
 
 
 def _sums(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of every expert its probabilities' sum, and how many were routed to it; (E,) in the dtype of `probabilities`."""
+    """For each expert, the sum of its probabilities and the number of its tokens; (E,), dtype of `probabilities`."""
     chosen = expert_ids.unsqueeze(-1) == torch.arange(probabilities.shape[-1], device=expert_ids.device)
     chosen = chosen.to(probabilities.dtype)
     over = tuple(range(expert_ids.ndim))
@@ -83,7 +83,7 @@ class Balance(nn.Module):
 
 
 class _Part(NamedTuple):
-    """What a window says to a router: what was counted, and the share of a micro-batch; None: counting."""
+    """What a window tells a router: the counts, and the share of the micro-batch, or None while it counts."""
 
     counts: Tensor
     share: float | None
@@ -92,9 +92,9 @@ class _Part(NamedTuple):
 class BalanceWindow:
     """The balance losses of all routers of a model over micro-batches that run one after another.
 
-    The loss is a product of two means over tokens, hence no mean of the micro-batches' own losses. But what it needs of
-    the other micro-batches has no gradient: how many tokens each expert got. So the routers count in a first pass, and
-    in the second each micro-batch has a loss of its own again:
+    The loss is a product of two means over tokens, so it is not a mean of the micro-batches' own losses. What it needs
+    from the other micro-batches, the number of tokens of each expert, has no gradient. So the routers count in a first
+    pass, and in the second pass each micro-batch has a loss of its own:
 
         window = BalanceWindow(model)
         with torch.no_grad(), window.counting(device, sequences):  # of all batches together
@@ -105,7 +105,7 @@ class BalanceWindow:
                 (share * model(**batch).loss).backward()
 
     Attributes:
-        needs_pass: whether a loss is over tokens. One that is a mean over sequences is told their number.
+        needs_pass: whether a router's loss is over tokens. A mean over sequences needs only their number.
     """
 
     def __init__(self, model: nn.Module) -> None:

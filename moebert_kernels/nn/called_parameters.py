@@ -1,4 +1,4 @@
-"""A list of parameters for libraries that move a module's parameters around its forward."""
+"""A list of parameters for libraries that load a module's parameters when it is called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class CalledParameters(nn.ParameterList):
-    """Parameters whose list calls itself to be read: accelerate loads offloaded parameters around a module's call."""
+    """A parameter list that is called whenever it is read, because accelerate loads offloaded parameters in a call."""
 
     __call__ = nn.Module.__call__
 

@@ -1,13 +1,13 @@
 """The state of a call: what a model's forward knows of its tokens, for the layers inside it.
 
-Layers deep in a model of another package get hidden states alone. What else they need is kept by the thread that runs
-the forward, while it runs: on the modules it would reach other threads, replicas, copies and later calls.
+Layers deep in a model of another package get only hidden states. The thread that runs the forward keeps what else they
+need while it runs. If the modules kept it, other threads, replicas, copies and later calls would see it.
 
     model.forward -> `entered` -> layers: `current`
 
-Gradient checkpointing runs layers again in backward, when their forward is over and others may have run, perhaps in a
-thread of autograd's. `RecomputedLayer` hands the call to the function that is checkpointed, so that every run of it
-sees what the first one saw. `threading.local`, because torch.compile and torch.export cannot trace `contextvars`.
+Gradient checkpointing runs layers again in backward, after the forward and perhaps others have ended, and perhaps in
+one of autograd's threads. `RecomputedLayer` hands the call to the function that is checkpointed, so that every run of
+it sees what the first one saw. `threading.local`, because torch.compile and torch.export cannot trace `contextvars`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Tokens(NamedTuple):
     """What one forward of a stack of layers knows of its tokens.
 
     Attributes:
-        layers: the feed-forward layers of the stack, and of each what is known before the first one runs: its grouping
-            of the B * T tokens, or None.
+        layers: for each feed-forward layer of the stack its grouping of the B * T tokens, if that is known before the
+            first layer runs; else None.
         token_ids: (B, T) integers, or None.
         token_mask: (B, T or more), 0 where a token is padding, or None. With a key-value cache it begins with the
             tokens of earlier calls.
@@ -46,13 +46,13 @@ class Tokens(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A forward that runs.
+    """The state of a running forward.
 
     Attributes:
-        tokens: of the innermost stack, or None.
-        losses: where its routers put their balance losses, each (); None: nobody asks for them.
-        held: what `hold` keeps for a recomputation; None outside of what is checkpointed.
-        task_ids: (B,) integers or one for all sequences, that a model around the stack was given, or None.
+        tokens: those of the innermost stack, or None.
+        losses: the list for its routers' balance losses, each (); None: nobody collects them.
+        held: what `hold` keeps for a recomputation; None outside of a checkpointed function.
+        task_ids: the (B,) integers, or one for all sequences, that a model around the stack got; or None.
     """
 
     tokens: Tokens | None = None
@@ -93,8 +93,8 @@ def routed(forward: Callable[..., Any], tokens_of: Callable[[Any, dict[str, Any]
     """The `forward` of a model's class, inside a call that knows its tokens.
 
     Args:
-        forward: of a class, with `self`. Libraries call it directly, so that hooks of `__call__` would not do.
-        tokens_of: of the model and the arguments of forward by their names.
+        forward: the function of a class, with `self`. Libraries call it directly, so hooks of `__call__` would not run.
+        tokens_of: makes the tokens from the model and the named arguments of its forward.
     """
     names = argument_names(forward)
 
@@ -114,9 +114,9 @@ def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def hold(owner: object, value: Held) -> Held:
-    """`value`; in a recomputation what it was in the first run of the same layer.
+    """Return `value`; in a recomputation, the value that the first run of the same layer had.
 
-    For settings of a training step that a context manager keeps on modules: a backward may come after its end.
+    This is for settings that a context manager keeps on modules: backward may run after the context has ended.
     """
     held = current().held
     return value if held is None else held.setdefault(owner, value)
@@ -125,8 +125,8 @@ def hold(owner: object, value: Held) -> Held:
 def checkpointed(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
     """`checkpoint(run, *args)`, in which every run of `run` is inside the call that is current now.
 
-    The balance losses of a run become outputs of what is checkpointed: else the reentrant form, whose first run has no
-    gradients, would lose them.
+    The balance losses of a run become outputs of the checkpointed function. Otherwise the reentrant form, whose first
+    run has no gradients, would lose them.
     """
     if torch.compiler.is_compiling():  # what is traced is replayed, and no Python runs again
         return checkpoint(run, *args)
@@ -156,7 +156,7 @@ _first_runs: Any = WeakTensorKeyDictionary()
 
 
 class RecomputedLayer:
-    """For the bases of a layer that is checkpointed, before its own class: see `checkpointed`."""
+    """A base class for checkpointed layers, placed before their own class; see `checkpointed`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run: Any = super().__call__  # type: ignore[misc]
@@ -179,12 +179,12 @@ class RecomputedLayer:
 
 @functools.cache
 def recomputed_class(base: Any) -> Any:
-    """The class of a layer, made a `RecomputedLayer`."""
+    """Derive a `RecomputedLayer` from the class of a layer."""
     return derived_class(recomputed_class, base, (RecomputedLayer, base), {})
 
 
-def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
-    """A class that stands for `base` in instances: of its name, and such that they can be pickled.
+def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    """Derive a class that replaces `base`: it has the same name, and its instances can be pickled.
 
     Args:
         make: the function of a module that gives this class for `base`; unpickling calls it.

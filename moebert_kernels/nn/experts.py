@@ -155,7 +155,7 @@ class MPOExperts(Experts):
     Parameters: w1 and w2, each an `MPOWeight`; and the biases of `Experts`.
 
     Weights are folded inside autograd once per forward, or once per optimizer step under `shared_fold`; when neither
-    training nor a gradient asks for it, once until a parameter changes. A write through `parameter.data` moves no
+    training nor a gradient needs it, once until a parameter changes. A write through `parameter.data` moves no
     version counter and is not seen: call `unfold` after it.
 
     Raises:
@@ -209,8 +209,8 @@ class MPOExperts(Experts):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | self._nothing_kept()  # copies and pickles fold for themselves
 
-    def _replicate_for_data_parallel(self) -> MPOExperts:
-        replica = super()._replicate_for_data_parallel()
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__ |= self._nothing_kept()
         return replica
 
@@ -225,8 +225,8 @@ class MPOExperts(Experts):
         """Make ready for inference.
 
         Args:
-            hot_experts: keep the weights of at most so many experts, those used last, and fold others when tokens
-                need them, instead of keeping all. Reads the experts in use back from the device in every forward.
+            hot_experts: keep the weights of at most this many experts, the last used ones, and fold others when tokens
+                need them. Every forward then reads back from the device which experts are in use.
         """
         if hot_experts is None:
             self._hot = None

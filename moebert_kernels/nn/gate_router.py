@@ -81,7 +81,7 @@ def gate_probabilities(gate: nn.Linear, x: Tensor, noise: float = 0.0) -> Tensor
     """softmax(gate(x)) in at least float32; `noise` is the standard deviation of what is added to the logits."""
     # Two experts' logits often differ by less than a bfloat16 step, so autocast does not reach the gate.
     with torch.autocast(x.device.type, enabled=False):
-        logits = gate(x.to(gate.weight.dtype))
+        logits: Tensor = gate(x.to(gate.weight.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if noise:
             logits = logits + noise * torch.randn_like(logits)

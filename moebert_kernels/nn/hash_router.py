@@ -43,14 +43,6 @@ class HashRouter(nn.Module):
     def vocab_size(self) -> int:
         return self.table.shape[0]
 
-    def set_table(self, table: Tensor) -> None:
-        """Replace the table by one for the same vocabulary."""
-        self.table.copy_(checked_table(table, self.num_experts, self.vocab_size))
-
-    def validate(self, vocab_size: int | None = None, name: str = "table") -> None:
-        """Raise a UserError unless the table has values in [0, E) and, if given, `vocab_size` entries."""
-        checked_table(self.table, self.num_experts, vocab_size, name)
-
     def resize(self, vocab_size: int) -> None:
         """Cut the table, or extend it: new tokens get random experts from torch's CPU generator."""
         extra = vocab_size - self.vocab_size
@@ -70,20 +62,13 @@ class HashRouter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def resize_tables(module: nn.Module, vocab_size: int) -> None:
-    """Cut or extend the tables of all hash routers inside; see `HashRouter.resize`."""
-    for router in module.modules():
-        if isinstance(router, HashRouter) and router.vocab_size != vocab_size:
-            router.resize(vocab_size)
-
-
 def group_by_hash(
     routers: Sequence[HashRouter], token_ids: Tensor, attention_mask: Tensor | None = None
 ) -> list[Grouping] | None:
     """The groupings of token ids for all layers in one step, before the first of them runs.
 
     Args:
-        routers: of the layers.
+        routers: one for each layer.
         token_ids, attention_mask: as for `group_tokens_by_hash`.
 
     Returns:
@@ -97,13 +82,13 @@ def group_by_hash(
 
 
 def join_tables(routers: Sequence[HashRouter]) -> None:
-    """Let the tables of these routers stand behind one another, so that no forward has to stack them."""
+    """Place the tables of these routers one after another in memory, so that no forward has to stack them."""
     for router, table in zip(routers, torch.stack([router.table for router in routers]), strict=True):
         router.table = table
 
 
 def _stacked(tables: Sequence[Tensor]) -> Tensor:
-    """(L, V); without a copy where the tables stand behind one another in memory."""
+    """The tables as (L, V), without a copy if they lie one after another in memory."""
     first, V = tables[0], tables[0].shape[0]
     if not torch.compiler.is_compiling() and not first.is_meta:
         start, step = first.data_ptr(), V * first.element_size()

@@ -79,27 +79,9 @@ class MPOWeight(nn.Module):
             nn.init.normal_(site, std=self.initial_std(std))
 
     def initial_std(self, std: float) -> float:
-        """Of every site, for folded entries of standard deviation `std`: sums over all paths along the bonds."""
+        """The standard deviation of site entries that gives folded ones `std`: those are sums over paths of bonds."""
         paths = math.prod(site.shape[-1] for site in self.sites)
-        return (std * std / paths) ** (0.5 / len(self.sites))
-
-    def set_sites(self, sites: Sequence[Tensor]) -> None:
-        """Take over the site tensors (D_k, i_k, j_k, D_k+1) of one matrix, the same for every expert.
-
-        Raises:
-            UserError: another number of sites, or a site of another shape than this weight's.
-        """
-        own = self.sites
-        if len(sites) != len(own):
-            raise UserError(f"sites: expected {len(own)} tensors, got {len(sites)}")
-        for k, (target, site) in enumerate(zip(own, sites, strict=True)):
-            wanted = tuple(target.shape) if target is self.central else tuple(target.shape[1:])
-            if tuple(site.shape) != wanted:
-                name = "central tensor" if target is self.central else f"site {k}"
-                raise UserError(f"{name}: expected shape {wanted}, got {tuple(site.shape)}")
-        with torch.no_grad():
-            for target, site in zip(own, sites, strict=True):
-                target.copy_(site)  # auxiliary ones are broadcast over the experts
+        return float((std * std / paths) ** (0.5 / len(self.sites)))
 
     @property
     def sites(self) -> list[Tensor]:
@@ -123,7 +105,7 @@ class MPOWeight(nn.Module):
         return self.fold()
 
     def fold(self) -> Tensor:
-        """Fold all experts and keep the result in the dtype that autocast asks for here, or the parameters' own."""
+        """Fold all experts and keep the result, in autocast's dtype if it is enabled, else in the parameters' own."""
         key, kept = self.cache_key(), self._folded
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # or what is kept could never meet a gradient
@@ -168,7 +150,7 @@ class MPOWeight(nn.Module):
         self._leaf = folded, folded.detach().requires_grad_(folded.requires_grad)
 
     def close_leaf(self, backward: bool) -> None:
-        """Hand the leaf's gradient on to the parameters, if asked, and forget it."""
+        """Forget the leaf; with `backward`, first run the fold's backward with its gradient."""
         if self._leaf is None:
             return
         folded, leaf = self._leaf
@@ -200,16 +182,18 @@ class MPOWeight(nn.Module):
                 folded = mpo_expert_weights(central, [a[experts] for a in aux], offsets=some)
                 rows |= dict(zip(experts, folded.unbind(), strict=True))
             weights = torch.stack([rows[e] for e in range(self.num_experts)])
-        return _JoinGraph.apply(weights, self.central) if all(all_masked) and _is_distributed() else weights
+        if not all(all_masked) or not _is_distributed():
+            return weights
+        return _JoinGraph.apply(weights, self.central)  # type: ignore[no-any-return, no-untyped-call]
 
     def train(self, mode: bool = True) -> MPOWeight:
         if mode:
             self.unfold()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> MPOWeight:
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.unfold()
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unfold()
@@ -218,8 +202,8 @@ class MPOWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_folded": None, "_leaf": None}  # copies and pickles fold for themselves
 
-    def _replicate_for_data_parallel(self) -> MPOWeight:
-        replica = super()._replicate_for_data_parallel()
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._folded = None  # it would be on another device, or of older parameters
         return replica
 
@@ -238,7 +222,7 @@ class KeptFolds:
     @classmethod
     def of(cls, *weights: MPOWeight) -> KeptFolds | None:
         """What they keep; None if one keeps nothing, or for tensors made in inference mode, which count no versions."""
-        keys = [weight._folded and weight._folded[0] for weight in weights]
+        keys: list[Any] = [weight._folded and weight._folded[0] for weight in weights]
         sites = [site for weight in weights for site in weight.sites]
         if None in keys or any(site.is_inference() for site in sites) or autocast_dtype(sites[0]) is not None:
             return None
@@ -331,7 +315,7 @@ def _positive(value: object) -> bool:
 
 
 class SharedFold:
-    """What `shared_fold` gives: the means to run the folds' backward early."""
+    """The handle that `shared_fold` yields; it can run the folds' backward early."""
 
     def __init__(self, weights: list[MPOWeight]) -> None:
         self._weights = weights
@@ -354,7 +338,7 @@ def shared_fold(module: nn.Module) -> Iterator[SharedFold]:
     of the folded weights. Needs the memory of all folded weights and their gradients.
 
     Raises:
-        ValueError: inside another one.
+        ValueError: this context is inside another one.
     """
     weights = [m for m in module.modules() if isinstance(m, MPOWeight)]
     if any(weight.has_leaf for weight in weights):

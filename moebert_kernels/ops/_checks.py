@@ -118,7 +118,7 @@ def check_seed(seed: Tensor | None, x: Tensor) -> None:
 
 
 def check_dtypes_and_devices(first: str, x: Tensor, others: dict[str, Tensor | None]) -> None:
-    """All of `others` on x's device and, outside autocast, of x's dtype."""
+    """Check that all of `others` are on x's device and, outside autocast, have x's dtype."""
     if x.dtype not in FLOATS:
         raise ValueError(f"{first}: expected dtype {', '.join(str(d) for d in FLOATS)}, got {x.dtype}")
     casting = autocast_dtype(x) is not None
@@ -157,7 +157,7 @@ def inside_op(x: Tensor) -> AbstractContextManager[object]:
 
 
 def to_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast what is there; `dtype` None leaves everything as it is. Differentiable."""
+    """Cast the tensors that are not None; return them unchanged if `dtype` is None. Differentiable."""
     return list(tensors) if dtype is None else [None if t is None else _cast_once(t, dtype) for t in tensors]
 
 
@@ -186,7 +186,7 @@ def check_grouping(name: str, grouping: Grouping, num_experts: int, x: Tensor, t
 def check_ffn_weights(
     hidden: int, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str
 ) -> None:
-    """Shapes of an expert feed-forward's weights over inputs of `hidden` columns."""
+    """Check the shapes of an expert feed-forward's weights for inputs of `hidden` columns."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     check_tensor("w1", w1)
@@ -236,9 +236,9 @@ def check_mask(mask: Tensor | None, name: str, tokens: Tensor) -> None:
 
 
 def check_maps(name: str, grouping: Grouping) -> None:
-    """Maps that fit together, or kernels would read and write out of bounds: once for each Grouping made by hand.
+    """Check, once for each Grouping made by hand, that its maps fit together: else kernels would leave their bounds.
 
-    Their values are read on the CPU alone: on a GPU that would wait for it.
+    The maps' values are checked only on a CPU, because reading them back from a GPU would wait for it.
     """
     if getattr(grouping, _CHECKED, False):
         return

@@ -1,9 +1,9 @@
 """One definition of an op's derivative for both of its forms: eager and opaque.
 
 Eager calls skip the custom-op wrapper and go through an `autograd.Function`; while torch compiles or exports, the same
-forward and backward run as functional custom ops. Both have a first derivative in reverse mode. Whatever else is asked
-of them (a second derivative, forward mode, torch.vmap) raises: torch's own treatment of each would in some case give
-zeros or drop a term without a word.
+forward and backward run as functional custom ops. Both have a first derivative in reverse mode. A second derivative,
+forward mode and torch.vmap raise, because torch's own treatment of each would in some case give zeros or silently drop
+a term.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _refuse_forward_mode(name: str) -> NoReturn:
 
 
 def without_derivative(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` as a function of all that it reads, so that its own derivative raises wherever it is asked for.
+    """`backward` as a function of all that it reads, so that its own derivative always raises.
 
     `once_differentiable` looks at the incoming gradient alone: if that is a constant, as of a loss that is linear in
     y, it passes the second derivative by in silence.

@@ -1,4 +1,4 @@
-"""What a caller may pass as `routing` and `routing_weights`, made uniform."""
+"""Bring every form of `routing` and `routing_weights` that a caller may pass into one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def resolve_routing(x: Tensor, routing: Grouping | Tensor, num_experts: int, max
 
 
 def inferred_from_ids(op: str, x: Tensor, ids: Tensor, *arguments: object) -> Tensor | None:
-    """What `op` computes from expert ids (T, top_k) that nobody grouped; None where its backend wants a Grouping."""
+    """The output of `op` computed from ungrouped expert ids (T, top_k); None if its backend needs a Grouping."""
     with inside_op(x):
         chosen = backend.implementation(op, x)
         return chosen.from_ids(x, ids, *arguments) if hasattr(chosen, "from_ids") else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moebert_kernels import backend
@@ -82,12 +84,12 @@ def _backward(
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w, bias, offsets, row_to_assignment, assignment_to_row, top_k, gather):
+def _fake_forward(x: Tensor, w: Tensor, bias: Any, offsets: Any, row_to_assignment: Tensor, *_: Any) -> tuple[Tensor]:
     return (x.new_empty(row_to_assignment.shape[0], w.shape[1]),)
 
 
-def _fake_backward(dy, x, w, bias, offsets, row_to_assignment, assignment_to_row, top_k, gather, needs):
-    return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip((x, w, bias), needs, strict=True))
+def _fake_backward(dy: Tensor, x: Tensor, w: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip((x, w, bias), rest[-1], strict=True))
 
 
 _EXPERT_GEMM = Differentiable(

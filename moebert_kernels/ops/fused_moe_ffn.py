@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from moebert_kernels import backend, dropout
@@ -50,8 +52,8 @@ def fused_moe_ffn(
         Shape of `x`. Its dtype; under autocast the autocast dtype, as torch.nn.functional.linear does it.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees with the above; or a second derivative, forward mode,
-            torch.vmap or torch.jit.trace is asked for.
+        ValueError: a shape, dtype, device or value disagrees with the above. The op also raises one under
+            torch.jit.trace, torch.vmap, forward-mode differentiation and for a second derivative.
 
     Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, w1, b1, w2, b2 and routing_weights. Reference: `moebert_kernels.reference.fused_moe_ffn`.
@@ -115,14 +117,16 @@ def _backward(
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w1, b1, w2, b2, routing_weights, offsets, row_to_assignment, assignment_to_row, seed,
-                  top_k, activation, hidden_dropout_p, save):  # fmt: skip
+def _fake_forward(
+    x: Tensor, w1: Tensor, b1: Any, w2: Any, b2: Any, routing_weights: Any, offsets: Any, row_to_assignment: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    save = rest[-1]
     return x.new_empty(x.shape), x.new_empty(row_to_assignment.shape[0] if save else 0, w1.shape[1])
 
 
-def _fake_backward(dy, x, w1, b1, w2, b2, routing_weights, offsets, row_to_assignment, assignment_to_row, seed, h_pre,
-                   top_k, activation, hidden_dropout_p, save, needs):  # fmt: skip
-    inputs = (x, w1, b1, w2, b2, routing_weights)
+def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = rest[:6], rest[-1]  # x, w1, b1, w2, b2, routing_weights
     return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,8 +61,8 @@ def fused_moe_ffn_add_norm(
         Shape of `x`. Its dtype; under autocast float32, as torch.nn.functional.layer_norm does it.
 
     Raises:
-        ValueError: a shape, dtype, device or value disagrees with the above; or a second derivative, forward mode,
-            torch.vmap or torch.jit.trace is asked for.
+        ValueError: a shape, dtype, device or value disagrees with the above. The op also raises one under
+            torch.jit.trace, torch.vmap, forward-mode differentiation and for a second derivative.
 
     Under autocast every call casts what it multiplies: 6 bytes of traffic for each float32 element of the weights.
     Differentiable once in x, all weights and biases, the norm's parameters and routing_weights.
@@ -137,16 +139,17 @@ def _backward(
     return or_empty(dy, grads)
 
 
-def _fake_forward(x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_assignment,
-                  assignment_to_row, seed, eps, activation, dropout_p, hidden_dropout_p, save):  # fmt: skip
+def _fake_forward(
+    x: Tensor, w1: Tensor, b1: Any, w2: Any, b2: Any, norm_weight: Any, norm_bias: Any, routing_weights: Any,
+    offsets: Any, row_to_assignment: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    save = rest[-1]
     rows = row_to_assignment.shape[0] if save else 0
     return x.new_empty(x.shape), w1.new_empty(rows, w1.shape[1]), w1.new_empty(rows, x.shape[1])
 
 
-def _fake_backward(dy, x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, offsets, row_to_assignment,
-                   assignment_to_row, seed, h_pre, ffn, eps, activation, dropout_p, hidden_dropout_p, save, needs,
-                   ):  # fmt: skip
-    inputs = (x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights)
+def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    inputs, needs = rest[:8], rest[-1]  # x, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights
     return tuple(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 

@@ -169,7 +169,7 @@ def _mpo_expert_weights_backward(
 
 
 @_mpo_expert_weights.register_fake
-def _(tensors, offsets, central_site):
+def _(tensors: Sequence[Tensor], offsets: Tensor | None, central_site: int) -> Tensor:
     central, *aux = tensors
     rows, columns = central.shape[1], central.shape[2]
     for site in aux:
@@ -178,7 +178,7 @@ def _(tensors, offsets, central_site):
 
 
 @_mpo_expert_weights_backward.register_fake
-def _(dw, tensors, offsets, central_site, needs):
+def _(dw: Tensor, tensors: Sequence[Tensor], offsets: Any, central_site: int, needs: Sequence[bool]) -> list[Tensor]:
     return [dw.new_empty(tensor.shape if need else 0) for tensor, need in zip(tensors, needs, strict=True)]
 
 

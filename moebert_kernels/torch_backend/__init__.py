@@ -1,1 +1,1 @@
-"""The ops in plain torch: what runs on a CPU, and on a device without kernels of ours. Arguments arrive checked."""
+"""The ops in plain torch, for CPUs and for devices without kernels of ours. The ops have checked the arguments."""

@@ -25,7 +25,7 @@ _PADDING = 1.4  # of the rows: up to here one batch of all experts beats pairs
 
 
 def applies(x: Tensor) -> bool:
-    """Whether this path is for such inputs. On AMD's CPUs MKL's batches are slower than one product after the other."""
+    """Whether to take this path. On AMD's CPUs, MKL's batched products are slower than one product after the other."""
     return x.dtype == torch.float32 and x.device.type == "cpu" and not is_amd()
 
 

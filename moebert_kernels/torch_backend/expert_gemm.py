@@ -17,7 +17,7 @@ Span = tuple[int, int, int]  # expert, first row, row past the last
 
 
 def host_bounds(grouping: Grouping) -> list[int]:
-    """The offsets as Python ints. On a GPU this waits for it: this backend is the fallback there."""
+    """The offsets as Python ints. On a GPU this waits for the device, where this backend is only the fallback."""
     return grouping.offsets.tolist()
 
 

@@ -42,7 +42,7 @@ _SOME_ROWS, _MANY_ROWS = 8, 96
 
 
 def rows_per_expert(bounds: list[int]) -> Literal["few", "some", "many"]:
-    """Which way through inference is the fastest."""
+    """Choose the fastest of the three ways through inference."""
     experts = max(len(set(bounds)) - 1, 1)
     if bounds[-1] < _SOME_ROWS * experts:
         return "few"
@@ -55,7 +55,7 @@ def expert_outputs(
 ) -> Iterator[tuple[Span, Tensor]]:  # fmt: skip
     """Inference with many rows: each expert's output rows in turn, while they are in the cache.
 
-    The yielded rows may be overwritten, and are when the next ones are asked for. x (T, H), tokens (R,) int32 of each
+    Drawing the next rows overwrites the yielded ones. x (T, H), tokens (R,) int32 of each
     routed row; with `residual` x's rows are added.
     """
     of_experts = spans(bounds)

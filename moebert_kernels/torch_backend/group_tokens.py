@@ -1,4 +1,4 @@
-"""Grouping by one stable sort per layer: deterministic, and cheap beside the GEMMs that use it."""
+"""Grouping by one stable sort per layer: deterministic, and cheap compared with the GEMMs that use it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Side:
         self.matrix = interleaved.permute(self._order).reshape(product.shape)
 
     def gradients(self, dmatrix: Tensor) -> list[Tensor]:
-        """Of the sites, in their original order and layout, from that of `matrix`."""
+        """The gradients of the sites, in their original order and layout, from the gradient of `matrix`."""
         sizes = [dmatrix.shape[0], *self._factors, dmatrix.shape[2]]
         back = sorted(range(len(self._order)), key=self._order.__getitem__)
         dproduct = dmatrix.view([sizes[place] for place in self._order]).permute(back)
@@ -61,12 +61,12 @@ class Side:
 
 
 def sides(aux: Sequence[Tensor], central_site: int) -> tuple[Side, Side]:
-    """What is left and right of the central tensor."""
+    """The sides left and right of the central tensor."""
     return Side(aux[:central_site], False, aux[0]), Side(aux[central_site:], True, aux[0])
 
 
 def _used(offsets: Tensor | None, num_experts: int) -> list[bool]:
-    """Which experts have rows. On a GPU this waits for it: this backend is the fallback there."""
+    """Which experts have rows. On a GPU this waits for the device, where this backend is only the fallback."""
     return [True] * num_experts if offsets is None else [end > start for start, end in pairwise(offsets.tolist())]
 
 

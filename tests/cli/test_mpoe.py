@@ -76,7 +76,7 @@ def test_refusals(base, gpt2, tmp_path):
     line = refused(*words, base, "--max-bond", 1)
     assert line.startswith("max-bond: expected caps at which building the weight pays")
     line = refused(*words, base, "--importance", tmp_path / "scores.safetensors")
-    assert line.startswith("importance: expected it with --experts split alone")
+    assert line.startswith("importance: it is used only with --experts split; leave it out")
     assert refused(*words, base, "--router", "task") == "task: expected different tasks, got none"
     line = refused(*words, base, "--experts", "copies")
     assert line == "experts: expected one of split, clustered, copy, mpo, got 'copies'"

@@ -158,25 +158,25 @@ def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--method", "mpoe", "--importance", "a"), "importance: expected it with --experts split alone, got 'a'"),
+        (("--method", "mpoe", "--importance", "a"), "importance: it is used only with --experts split; leave it out "),
         (("--method", "mpoe", "--expert-size", 7), "expert-size: expected none with --experts='mpo', got 7"),
         (("--experts", "copy", "--num-shared-neurons", 0), "num-shared-neurons: expected none with --experts='copy', "),
-        (("--method", "mpoe", "--experts", "copy", "--sites", 3), "sites: expected it with --experts mpo alone, got 3"),
-        (("--sites", 3), "sites: expected it with --experts mpo alone, got 3"),
+        (("--method", "mpoe", "--experts", "copy", "--sites", 3), "sites: it is used only with --experts mpo; "),
+        (("--sites", 3), "sites: it is used only with --experts mpo; leave it out (got 3)"),
         (("--max-bond", 2), "max-bond: expected none with --experts='split', got 2"),
-        (("--noise", 0.5), "noise: expected it with --experts copy or mpo alone, got 0.5"),
-        (("--low-bonds",), "low-bonds: expected it with --experts mpo alone, got True"),
+        (("--noise", 0.5), "noise: it is used only with --experts copy or mpo; leave it out (got 0.5)"),
+        (("--low-bonds",), "low-bonds: it is used only with --experts mpo; leave it out (got True)"),
         (("--load-balance", 0.1), "load-balance: expected none with --router='hash-random', got 0.1"),
         (("--top-k", 2), "top-k: expected none with --router='hash-random', got 2"),
         (("--router", "round"), "router: expected one of hash-random, hash-balance, hash-chosen, gate-token, "),
         (("--experts", "dense"), "experts: expected one of split, clustered, copy, mpo, got 'dense'"),
         (("--norm", "both"), "norm: expected one of expert, layer, got 'both'"),
-        (("--task", "sst2"), "task: expected it with --method chosen, "),
-        (("--router", "switch", "--hash-tables", "a"), "hash-tables: expected it with --router hash-"),
+        (("--task", "sst2"), "task: it is used only with --method chosen, "),
+        (("--router", "switch", "--hash-tables", "a"), "hash-tables: it is used only with --router hash-"),
         (("--method", "moe"), "method: expected one of moebert, chosen, mpoe, dense, got 'moe'"),
-        (("--method", "dense", "--num-experts", 4), "num-experts: expected it with --method moebert or "),
-        (("--method", "dense", "--route-padding"), "route-padding: expected it with --method moebert or mpoe alone, "),
-        (("--method", "dense", "--hash-tables", "a"), "hash-tables: expected it with --method moebert or mpoe alone, "),
+        (("--method", "dense", "--num-experts", 4), "num-experts: it is used only with --method moebert or "),
+        (("--method", "dense", "--route-padding"), "route-padding: it is used only with --method moebert or mpoe; "),
+        (("--method", "dense", "--hash-tables", "a"), "hash-tables: it is used only with --method moebert or mpoe; "),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_each_other(words, line, tmp_path):
@@ -191,7 +191,7 @@ def test_options_that_do_not_fit_each_other(words, line, tmp_path):
 def test_an_import_takes_no_options_of_a_conversion(words, tmp_path):
     name, value = words
     line = refused("convert", "--from-original", tmp_path, f"--{name}", value, "--output", tmp_path / "out")
-    assert line == f"{name}: expected it with --model alone, got {value!r}"
+    assert line == f"{name}: it is used only with --model; leave it out (got {value!r})"
 
 
 def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):

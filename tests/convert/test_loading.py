@@ -116,7 +116,7 @@ def test_resized_vocabulary(tmp_path, name, size):
     tables = [layer.router.table.clone() for layer in moe_layers(model)]
     model.resize_token_embeddings(size)
     for old, layer in zip(tables, moe_layers(model), strict=True):
-        layer.router.validate(size)
+        assert layer.router.vocab_size == size and int(layer.router.table.max()) < 4
         kept = min(size, V)
         assert torch.equal(layer.router.table[:kept], old[:kept])
     model.save_pretrained(tmp_path)

@@ -171,7 +171,7 @@ def test_tables_follow_the_vocabulary_of_the_encoder_inside(size, again, tmp_pat
     tables = [layer.router.table.clone() for layer in moe_layers(model)]
     model.roberta.resize_token_embeddings(size)
     for layer, table in zip(moe_layers(model), tables, strict=True):
-        layer.router.validate(size)
+        assert layer.router.vocab_size == size and int(layer.router.table.max()) < 4
         kept = min(size, tiny.V)
         assert torch.equal(layer.router.table[:kept], table[:kept])
     model.save_pretrained(tmp_path)

@@ -169,15 +169,6 @@ def test_shared_fold_ends_early_on_demand_and_drops_gradients_of_an_error():
             lambda: small_experts(w1_factors=([2, 3, 4], [2, 2, 2])),
             r"w1_factors: expected products \(24, 12\), got \(24, 8\)",
         ),
-        (lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 2, 2, 2)]), "sites: expected 2 tensors, got 1"),
-        (
-            lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 3, 2, 3), torch.ones(3, 3, 1, 1)]),
-            r"central tensor: expected shape \(1, 2, 2, 3\), got \(1, 3, 2, 3\)",
-        ),
-        (
-            lambda: MPOWeight(2, [2, 3], [2, 1]).set_sites([torch.ones(1, 2, 2, 3), torch.ones(2, 3, 1, 1)]),
-            r"site 1: expected shape \(3, 3, 1, 1\), got \(2, 3, 1, 1\)",
-        ),
     ],
 )  # fmt: skip
 def test_wrong_shapes_are_refused(build, message):

@@ -12,7 +12,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers, set_task
 from moebert_kernels.nn.context import plain_class
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
-from tests.convert.test_in_place import assert_near, hidden, scores_of, slow_unless
+from tests.convert.test_sites import assert_near, hidden, scores_of, slow_unless
 
 FAST = (*ONE_OF_EACH_SHAPE, "llama")
 TEXT = [family for family in slow_unless(FAST) if getattr(family, "values", (family,))[0] not in IMAGES]

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers
 from tests.convert.families import make, make_inputs
-from tests.convert.test_in_place import KINDS, assert_near, converted, hidden
+from tests.convert.test_sites import KINDS, assert_near, converted, hidden
 from tests.helpers import ROOT
 
 
