@@ -241,6 +241,7 @@ class Cell:
         return MoETrainer(model, args, train_dataset=self.columns["train"], data_collator=make, teacher=teacher)
 
     def _trained(self, model: Any, name: str, rate: float, epochs: int, **options: Any) -> Result:
+        """Steps of the run, and seconds by the wall clock since it was begun or last taken up."""
         start = time.monotonic()
         trainer = self._trainer(model, name, rate, epochs, **options)
         trainer.train(resume_from_checkpoint=True)
