@@ -1,9 +1,9 @@
 """The build backend: setuptools, and `moebert_kernels/_C` by CMake. It imports no torch.
 
+    MOEBERT_KERNELS_BUILD_CUDA=0           do not build (default: no op uses the CUDA kernels unless it is asked to)
+    MOEBERT_KERNELS_BUILD_CUDA=1           build; a build that fails is an error
     MOEBERT_KERNELS_BUILD_CUDA=auto        build where there are nvcc and an NVIDIA GPU; a build that fails is one line,
                                            which `moebert doctor` repeats
-    MOEBERT_KERNELS_BUILD_CUDA=1           build; a build that fails is an error
-    MOEBERT_KERNELS_BUILD_CUDA=0           do not build
     MOEBERT_KERNELS_CUDA_ARCHS="80;90a"    machine code for these GPUs; PTX of the first serves the others
     MOEBERT_KERNELS_CUDA_ARCHS=native      for the GPUs of this machine
     MOEBERT_KERNELS_CUTLASS=folder         with CUTLASS's headers, cutlass/ and cute/
@@ -51,7 +51,7 @@ class NotBuilt(Exception):
 
 
 def mode() -> str:
-    value = os.environ.get(BUILD_CUDA, "auto")
+    value = os.environ.get(BUILD_CUDA, "0")
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"{BUILD_CUDA}: expected auto, 0 or 1, got {value!r}")
     return value
@@ -75,6 +75,8 @@ def compute_capabilities() -> list[tuple[int, int]]:
 
 def why_not_tried() -> str | None:
     """Why no build of the module is tried; None: it is. Without a GPU nothing could run what takes minutes to build."""
+    if BUILD_CUDA not in os.environ:
+        return f"no op uses them unless it is asked to; {BUILD_CUDA}=1 builds them"
     if mode() == "0":
         return f"{BUILD_CUDA} was 0 when this package was built"
     if mode() == "auto" and not sys.platform.startswith("linux"):

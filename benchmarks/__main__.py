@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("run", "report", "compare", "model")
+COMMANDS = ("run", "report")
 # benchmarks/<command>.py: its docstring, add_arguments(parser) and main(options) -> exit status
 
 

@@ -14,25 +14,28 @@ from moebert_kernels import backend, expert_gemm, group_tokens, reference
 TOKENS = {"cpu": (4, 16, 64, 128, 1024), "cuda": (16384, 65536, 4096, 256)}
 PROVIDERS = ("moebert_kernels", "roof", "loop_of_linear", "grouped_mm")
 CUDA = "moebert_kernels_cuda"
+ANCHOR = 32768, {"K": 768, "N": 2048, "E": 8}  # of which TransformerEngine and SGLang publish TFLOP/s
 COMPARED = (16384, 65536)  # where the CUDA kernel must reach Triton's speed on an H200
 
 
 def cases(target: Target) -> list[Case]:
     shape = {"K": 32, "N": 48, "E": 4} if target.smoke else {"K": 768, "N": 768, "E": 4}
+    wanted = [(T, shape) for T in ((16,) if target.smoke else TOKENS[target.device.type])]
+    wanted += [ANCHOR] if target.on_gpu and not target.smoke else []
     names = (*PROVIDERS, CUDA) if target.on_gpu else PROVIDERS
     return [
         Case(
-            name=f"expert_gemm-T{T}",
+            name=f"expert_gemm-T{T}" + ("-E8-K768-N2048" if shape is ANCHOR[1] else ""),
             parameters={"op": "expert_gemm", "direction": "forward", "dtype": target.dtype_name, "T": T, **shape},
             providers=names,
-            build=lambda T=T: _build(T, target, names, **shape),
+            build=lambda T=T, shape=shape: _build(T, target, names, **shape),
             baseline="roof",
             requires=(Requirement(CUDA, "moebert_kernels", 1.0),) if target.on_gpu and T in COMPARED else (),
             cost=op_cost(
                 "expert_gemm", "forward", T=T, E=shape["E"], H=shape["K"], I=shape["N"], dtype=target.dtype
             ),
         )
-        for T in ((16,) if target.smoke else TOKENS[target.device.type])
+        for T, shape in wanted
     ]  # fmt: skip
 
 

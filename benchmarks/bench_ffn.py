@@ -18,6 +18,13 @@ ON_GPU = ("moebert_kernels_with_grouping", "loop_of_linear_given_counts")
 CUDA = ("moebert_kernels_cuda", "moebert_kernels", "dense")  # cases of their own: `_C` may be built meanwhile
 CUDA_TOKENS = (16384, 4096, 65536)
 NEVER_SLOWER_THAN = ("loop_of_linear", "loop_of_linear_given_counts", "grouped_mm", "transformers_grouped_mm")
+# Shapes that others publish times of: 8 experts of a width of 1,024, and privacy-filter's, a bidirectional classifier
+# with 4 of 128 experts for each token. Their dense layer has as many neurons as 4 experts.
+ANCHORS: dict[str, tuple[tuple[int, ...], tuple[str, ...], dict[str, int]]] = {
+    "-E8-H1024": ((16384, 4096), OTHERS[:6], {"H": 1024, "I": 1024, "E": 8, "D": 4096}),
+    "-E128-top4-H640": ((4096,), ("moebert_kernels", "dense", "transformers_grouped_mm"),
+                        {"H": 640, "I": 640, "E": 128, "D": 2560, "top_k": 4}),
+}  # fmt: skip
 # On an H200 in bfloat16: at most so many milliseconds, and so many times the speed of the better dense layer.
 WANTED = {256: (0.020, 1.0), 4096: (0.030, 2.5), 16384: (0.080, 3.2), 65536: (0.280, 3.4)}
 
@@ -28,11 +35,19 @@ def cases(target: Target) -> list[Case]:
     if target.on_gpu:
         with_cuda = [layer_case("fused_moe_ffn", "forward", T, target, CUDA, suffix="-cuda") for T in CUDA_TOKENS]
         found = [_case(T, target, OTHERS + ON_GPU + compiled(T), gpu_requirements(T)) for T in GPU_TOKENS]
-        return found + with_cuda
+        return found + with_cuda + anchors(target)
     all_ways = (*OTHERS, "dense_compiled")
     return [
         _case(T, target, all_ways if T in ALL_ON_CPU else FEW, [Requirement(FEW[0], "dense", required_speed(T))])
         for T in CPU_TOKENS
+    ]
+
+
+def anchors(target: Target) -> list[Case]:
+    return [
+        layer_case("fused_moe_ffn", "forward", T, target, names, suffix=suffix, shape=shape)
+        for suffix, (tokens, names, shape) in ANCHORS.items()
+        for T in tokens
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.views import Row, is_model, ours, rows_with, series_over_tokens
+from benchmarks.views import Row, is_model, ours, series_over_tokens
 
 OURS_COLOUR, LINE_COLOUR = "#c8321e", "#444444"
 NAMED_COLOURS = {
@@ -20,9 +20,7 @@ NAMED_COLOURS = {
     "loop_of_linear": "#d98c21",
 }  # fmt: skip
 COLOURS = ("#3c8d40", "#7b4ea3", "#0f8b8d", "#a0522d", "#d16ba5", "#6b7d00")
-MARKERS = "osD^vPX*"
 BARS_PER_PICTURE = 48  # more are continued in another picture
-FEW_TOKENS = 128  # of a latency picture
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> dict[str, list[str]]:
@@ -50,7 +48,7 @@ def overview(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     figure, (left, right) = _figure(10.5, 4.2, 2)
     _speed_lines(left, series[0].rows)
     left.set_title("one feed-forward layer")
-    _bars(right, models, _speed_bars, "speed over the baseline's")
+    _bars(right, models)
     _legend(right, below=True)
     right.set_title("whole encoders")
     yield "overview", figure
@@ -69,75 +67,23 @@ def speed_over_tokens(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
         yield f"speed-{op}", figure
 
 
-def roofline(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """TFLOP/s of our providers over FLOPs per byte, under the roof measured in the same run."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row, entry in ((row, row.times.get(ours(row.case))) for row in rows):
-        if entry and entry.get("tflops") and entry.get("gbytes_per_s"):
-            name = " ".join(filter(None, (row.subject, row.direction.replace("_", " + "))))
-            points.setdefault(name, []).append((1e3 * entry["tflops"] / entry["gbytes_per_s"], entry["tflops"]))
-    if not points:
-        return
-    tflops, gbytes_per_s = (max(row.roof[unit] for row in rows) for unit in ("tflops", "gbytes_per_s"))
-    figure, (ax,) = _figure(7.6, 4.4, 1)
-    intensities = [x for values in points.values() for x, _ in values] + [1e3 * tflops / gbytes_per_s]
-    low, high = min(intensities) / 2, max(intensities) * 4
-    knee = 1e3 * tflops / gbytes_per_s
-    ax.plot([low, knee, high], [low * gbytes_per_s / 1e3, tflops, tflops], color=LINE_COLOUR, linewidth=1.5,
-            label=f"roof: {tflops:.3g} TFLOP/s, {gbytes_per_s:.3g} GB/s")  # fmt: skip
-    for i, (name, values) in enumerate(points.items()):
-        ax.scatter(*zip(*values, strict=True), s=26, color=COLOURS[i % len(COLOURS)],
-                   marker=MARKERS[i // len(COLOURS) % len(MARKERS)], label=name, zorder=3)  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlabel("FLOPs per byte of the cost model")
-    ax.set_ylabel("TFLOP/s")
-    _legend(ax)
-    yield "roofline", figure
-
-
-def memory(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """Peak memory of one call: of whole models, and of each op at its most tokens."""
-    measured = rows_with(rows, "peak_mib")
-    largest = {(row.subject, row.direction): row for row in sorted(measured, key=lambda row: row.tokens)}
-    chosen = [row for row in measured if is_model(row) or largest[row.subject, row.direction] is row]
-    yield from _bar_pictures("memory", chosen, _memory_bars, "peak memory of one call, MiB")
-
-
-def with_latency(rows: Sequence[Row]) -> list[Row]:
-    """Cases of few tokens with percentiles."""
-    return [row for row in rows_with(rows, "p99_ms") if 0 < row.tokens <= FEW_TOKENS]
-
-
-def latency(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """p50 as a bar, p99 as a mark: cases of at most FEW_TOKENS tokens, forward."""
-    few = [row for row in with_latency(rows) if row.direction != "forward_backward"]
-    few.sort(key=lambda row: (not is_model(row), row.subject, row.tokens))
-    by_subject: dict[str, list[Row]] = {}
-    for row in few:
-        by_subject.setdefault(row.subject, []).append(row)
-    chosen = [row for group in by_subject.values() for row in _spread_out(group, 5)]
-    yield from _bar_pictures("latency", chosen, _latency_bars, "ms of one call: bar p50, mark p99", log=True)
-
-
 def end_to_end(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     """Whole models, by suite: speed over the baseline's, with the milliseconds."""
     for what in dict.fromkeys(row.what for row in rows if is_model(row)):
         models = [row for row in rows if row.what == what and is_model(row)]
-        yield from _bar_pictures(f"models-{what}", models, _speed_bars, "speed over the baseline's, which has 1")
+        yield from _bar_pictures(f"models-{what}", models)
 
 
 def peers(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     """Other packages on the nearest layer that each computes; the baseline is ours."""
     chosen = [row for row in rows if row.what == "peers"]
-    yield from _bar_pictures("peers", chosen, _speed_bars, "speed over the baseline's, which has 1")
+    yield from _bar_pictures("peers", chosen)
 
 
 PICTURES: dict[str, Callable[[Sequence[Row]], Iterator[tuple[str, Any]]]] = {
-    "overview": overview, "speed": speed_over_tokens, "peers": peers, "end-to-end": end_to_end, "latency": latency,
-    "memory": memory, "roofline": roofline,
+    "overview": overview, "speed": speed_over_tokens, "peers": peers, "end-to-end": end_to_end,
 }  # fmt: skip
-STEMS = ("overview", "speed-", "peers", "models-", "latency", "memory", "roofline")
+STEMS = ("overview", "speed-", "peers", "models-")
 
 
 def _speed_lines(ax: Any, rows: Sequence[Row]) -> None:
@@ -177,23 +123,11 @@ def _speed_bars(row: Row) -> list[Bar]:
     return bars
 
 
-def _memory_bars(row: Row) -> list[Bar]:
-    peaks = [(name, entry["peak_mib"]) for name, entry in row.times.items() if entry.get("peak_mib") is not None]
-    return [(name, peak, peak, peak, f"{peak:,.0f}" if peak >= 10 else f"{peak:.1f}") for name, peak in peaks]
-
-
-def _latency_bars(row: Row) -> list[Bar]:
-    timed = [(name, entry["p50_ms"], entry["p99_ms"]) for name, entry in row.times.items() if "p99_ms" in entry]
-    return [(name, p50, p50, p99, f"{_ms(p50)}, p99 {_ms(p99)}") for name, p50, p99 in timed]
-
-
-def _bar_pictures(
-    stem: str, rows: Sequence[Row], bars: Callable[[Row], list[Bar]], label: str, log: bool = False
-) -> Iterator[tuple[str, Any]]:
+def _bar_pictures(stem: str, rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
     pictures: list[list[Row]] = []
     space = 0
     for row in rows:
-        count = len(bars(row))
+        count = len(row.times)
         if count > space:
             pictures.append([])
             space = BARS_PER_PICTURE
@@ -201,20 +135,20 @@ def _bar_pictures(
             pictures[-1].append(row)
             space -= count
     for number, some in enumerate(pictures, 1):
-        height = 1.0 + sum(0.17 * len(bars(row)) + 0.16 for row in some)
+        height = 1.0 + sum(0.17 * len(row.times) + 0.16 for row in some)
         figure, (ax,) = _figure(9.0, max(2.2, height), 1)
-        _bars(ax, some, bars, label, log)
+        _bars(ax, some)
         figure.legend(loc="outside lower center", ncols=4, fontsize=7.5, frameon=False)
         yield stem if number == 1 else f"{stem}-{number}", figure
 
 
-def _bars(ax: Any, rows: Sequence[Row], bars: Callable[[Row], list[Bar]], label: str, log: bool = False) -> None:
+def _bars(ax: Any, rows: Sequence[Row]) -> None:
     """Horizontal bars in groups, the first row on top, the number behind each bar."""
     colours = _colours(rows)
     position, ticks, most, seen = 0.0, [], 0.0, set()
     for row in rows:
         start = position
-        for name, length, low, high, text in bars(row):
+        for name, length, low, high, text in _speed_bars(row):
             ax.barh(position, length, height=0.85, color=colours[name], label=None if name in seen else name)
             if high > low:
                 ax.plot([low, high], [position, position], color="black", linewidth=1)
@@ -228,12 +162,8 @@ def _bars(ax: Any, rows: Sequence[Row], bars: Callable[[Row], list[Bar]], label:
         position += 0.8
     ax.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=8)
     ax.set_ylim(position - 0.8, -1)
-    ax.set_xlabel(label)
-    if log:
-        ax.set_xscale("log")
-        ax.set_xlim(right=most * 8)
-    else:
-        ax.set_xlim(0, most * 1.45)
+    ax.set_xlabel("speed over the baseline's, which has 1")
+    ax.set_xlim(0, most * 1.45)
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
@@ -242,13 +172,6 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     own = NAMED_COLOURS | {ours(row.case): OURS_COLOUR for row in rows}
     others = sorted(names - own.keys())
     return own | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
-
-
-def _spread_out(rows: list[Row], count: int) -> list[Row]:
-    """At most `count` of them, the first and the last and evenly between."""
-    if len(rows) <= count:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
 def _ms(milliseconds: float) -> str:

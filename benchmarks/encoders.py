@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks import baselines, real_text
 from benchmarks.measuring import Outputs, Target
-from benchmarks.model import Cost, Encoder, encoder_cost
+from benchmarks.model import Cost, encoder_cost
 from moebert_kernels import reference
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.layers import MoEConfig, MoEFeedForward
@@ -112,12 +112,12 @@ def dense_cost(
 def _cost(
     target: Target, config: BertConfig, lengths: list[list[int]], E: int, I: int, skip_padding: bool, direction: str
 ) -> Cost:  # fmt: skip
-    sizes = Encoder(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+    sizes = {"L": config.num_hidden_layers, "H": config.hidden_size, "E": E, "I": I, "dtype": target.dtype}
     total = Cost()
     for batch in lengths:
         B, S = len(batch), max(batch)
         routed = sum(batch) if skip_padding else B * S
-        total += encoder_cost(sizes, direction, B=B, S=S, E=E, I=I, dtype=target.dtype, routed_tokens=routed)
+        total += encoder_cost(direction, B=B, S=S, routed_tokens=routed, **sizes)
     return total
 
 

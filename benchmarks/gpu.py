@@ -2,7 +2,6 @@
 
 python -m benchmarks.gpu                     # goes on where the call before was cut, and ends itself in time
 python -m benchmarks.gpu unpack ARCHIVE      # results that travelled: into benchmarks/results/<device> and build/gpu
-python -m benchmarks.gpu plan                # the steps, and what they are estimated to take
 """
 
 from __future__ import annotations
@@ -177,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if all is done and good; 1 if something failed, is missed, skipped or left; 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("command", nargs="?", choices=("run", "unpack", "plan"), default="run")
+    parser.add_argument("command", nargs="?", choices=("run", "unpack"), default="run")
     parser.add_argument("archive", nargs="?", type=Path, help="of `unpack`")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"end by then (default: {SECONDS:.0f})")
     parser.add_argument("--results", type=Path, help=f"a folder for {ARCHIVE}, written after every step")
@@ -187,9 +186,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--carried", action="store_true", help="use the _C that lies in this tree, build none")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, with tiny shapes: tries the code")
     options = parser.parse_args(arguments)
-    if options.command == "plan":
-        print(plan())
-        return 0
     if options.command == "unpack":
         if options.archive is None or not options.archive.is_file():
             parser.error(f"unpack: expected the path of {ARCHIVE}, got {options.archive}")
@@ -278,13 +274,6 @@ def unpack(archive: Path, kept: Path = FOLDER, results: Path = identity.RESULTS)
     for file in (*folder.glob("*.json"), *folder.glob(SUMMARY)):
         shutil.copy(file, target)
     return target
-
-
-def plan() -> str:
-    """The table of README.md."""
-    estimate = gpu_plan.estimate()
-    lines = [f"| {part} | {seconds:.0f} |" for part, seconds in (estimate | {"all": sum(estimate.values())}).items()]
-    return "\n".join(["| part, most valuable first | seconds |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

@@ -74,19 +74,23 @@ def suite(target: Any, folder: Path, what: str, name: str) -> dict[str, Any]:
     return {"status": "ok", "note": note} | ({"missed": missed} if missed else {})
 
 
-def check(target: Any, folder: Path, op: str, name: str) -> dict[str, Any]:
-    """One op with the kernels of one backend into gpu-checks.json."""
-    from benchmarks import gpu_checks
-    from moebert_kernels import backend
+def check(target: Any, folder: Path, name: str) -> dict[str, Any]:
+    """Every op with the kernels of one backend, as `moebert doctor` does it, into gpu-checks.json."""
+    from moebert_kernels import backend, doctor
 
-    backend.obstacle.cache_clear()  # it may have been asked before `_C` was built
-    found = gpu_checks.check(op, "torch" if target.smoke and name == "cuda" else name, target)
+    backend.unavailable.cache_clear()  # they may have been asked before `_C` was built
+    backend.kernel_unavailable.cache_clear()
+    if name == "cuda":
+        found = doctor.cuda_self_test()
+    else:
+        with backend.use_backend("torch" if target.smoke else name, strict=True):
+            found = doctor.self_test()
     path = folder / "gpu-checks.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    write(path, json.dumps(known | {f"{name}/{op}": found}, indent=1) + "\n")
-    refused = {case: said for case, said in found.items() if isinstance(said, str)}
-    note = f"{len(found) - len(refused)} of {len(found)} right"
-    return {"status": "failed", "note": f"{note}; {refused}"} if refused else {"status": "ok", "note": note}
+    write(path, json.dumps(known | {name: found}, indent=1) + "\n")
+    wrong = [f"{op}: {result['message']}" for op, result in found.items() if not result["ok"]]
+    note = f"{len(found) - len(wrong)} of {len(found)} right"
+    return {"status": "failed", "note": f"{note}; {'; '.join(wrong)}"} if wrong else {"status": "ok", "note": note}
 
 
 def tune(target: Any, folder: Path, kind: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class NullDriver:
 def use_null_driver() -> None:
     """From now on the ops run in Triton on CPU tensors."""
     driver.set_active(NullDriver())
-    backend.obstacle = lambda op, name, *_: None if name in ("triton", "torch") else "not here"
+    backend.unavailable = lambda op, name, *_: None if name in ("triton", "torch") else "not here"
     backend._first_offer = lambda op, *_: backend.Choice(op, "triton", "")
     hopper = config.Device(90, 132)
     config.Device.of = staticmethod(lambda _: hopper)

@@ -33,6 +33,10 @@ class Draws:
         rest = torch.multinomial(shares, T, replacement=True, generator=self.generator)
         return torch.cat([first, rest])[:T]
 
+    def top_k_ids(self, T: int, E: int, top_k: int) -> Tensor:
+        """(T, top_k) different experts for each token, all equally likely."""
+        return torch.rand(T, E, generator=self.generator, device=self.target.device).topk(top_k).indices
+
     def ffn_weights(self, *lead: int, H: int, width: int, rows: int | None = None, bias: bool = True) -> list[Tensor]:
         """w1 (*lead, rows, H), b1, w2 (*lead, H, width), b2; no biases if not `bias`. `rows`: by default `width`."""
         rows = rows or width

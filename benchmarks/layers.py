@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +59,19 @@ class Layers:
     """One op at one shape, and all that it is compared with: each provider is the method of its name.
 
     Attributes:
-        grouping: of `expert_ids`, which have the shares of real text.
+        grouping: of `expert_ids`, which have the shares of real text where there are 4 experts.
+        p: routing weights (T, top_k); None where each token has one expert.
         experts, dense_weights, ideal_weights: as the op takes them; dense ones have width D, or I for the ideal.
     """
 
-    def __init__(self, op: str, direction: str, T: int, target: Target, *, H: int, I: int, E: int, D: int) -> None:
+    def __init__(
+        self, op: str, direction: str, T: int, target: Target, *, H: int, I: int, E: int, D: int, top_k: int = 1
+    ) -> None:  # fmt: skip
         self.op, self.direction, self.T, self.target = op, direction, T, target
         self.H, self.I, self.E = H, I, E
         draws = Draws(target)
-        self.expert_ids = draws.expert_ids(T, E)
+        self.expert_ids = draws.expert_ids(T, E) if top_k == 1 else draws.top_k_ids(T, E, top_k)
+        self.p = None if top_k == 1 else draws.normal(T, top_k).softmax(-1)
         self.grouping = group_tokens(self.expert_ids, E)
         self.x, self.dy = draws.normal(T, H), draws.normal(T, H)
 
@@ -165,7 +169,8 @@ class Layers:
 
     def _transformers(self, forward: Callable[..., Tensor]) -> Layer:
         """An experts function of transformers, on what it reads of a module."""
-        ones = torch.ones(self.T, 1, device=self.target.device, dtype=self.target.dtype)
+        p = torch.ones(self.T, 1, device=self.target.device, dtype=self.target.dtype) if self.p is None else self.p
+        ids = self.expert_ids.view(self.T, -1)
 
         def run(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
             experts = types.SimpleNamespace(
@@ -173,13 +178,13 @@ class Layers:
                 has_gate=False, has_bias=True, is_transposed=False, is_concatenated=True, has_post_expert_norm=False,
                 _is_expert_parallel=False,
             )  # fmt: skip
-            return forward(experts, x, self.expert_ids[:, None], ones)
+            return forward(experts, x, ids, p)
 
         return run
 
     def _ours(self, routing: object) -> Layer:
         op = fused_moe_ffn_add_norm if self.add_norm else fused_moe_ffn
-        return lambda x, *weights: op(x, routing, *weights)
+        return lambda x, *weights: op(x, routing, *weights, routing_weights=self.p)
 
     @property
     def _dense_layer(self) -> Layer:
@@ -200,7 +205,12 @@ class Layers:
 
     def _experts_reference(self) -> Callable[[torch.dtype], Outputs]:
         naive = reference.fused_moe_ffn_add_norm if self.add_norm else reference.fused_moe_ffn
-        return self._reference("experts", lambda x, *weights: naive(x, self.expert_ids, *weights), self.experts)
+
+        def exact(x: Tensor, *weights: Tensor) -> Tensor:
+            p = None if self.p is None else self.p.to(x.dtype)
+            return naive(x, self.expert_ids, *weights, routing_weights=p)
+
+        return self._reference("experts", exact, self.experts)
 
     def _provider(
         self, kind: str, function: Layer, exact: Layer, weights: list[Tensor], cost: Cost, capture: bool = True
@@ -220,10 +230,10 @@ class Layers:
 
 def layer_case(
     op: str, direction: str, T: int, target: Target, names: Sequence[str], requires: Sequence[Requirement | Limit] = (),
-    seconds: float = 1.0, suffix: str = "",
+    seconds: float = 1.0, suffix: str = "", shape: Mapping[str, int] | None = None,
 ) -> Case:  # fmt: skip
-    """A case of `Layers` at BERT-base's sizes over the dense layer."""
-    shape = SMOKE if target.smoke else BERT_BASE
+    """A case of `Layers`, by default at BERT-base's sizes, over the dense layer."""
+    shape = SMOKE if target.smoke else shape or BERT_BASE
     return Case(
         name=f"{op}-{direction}-T{T}{suffix}",
         parameters={"op": op, "direction": direction, "dtype": target.dtype_name, "T": T, **shape},
@@ -231,7 +241,7 @@ def layer_case(
         build=lambda: Layers(op, direction, T, target, **shape).build(names),
         baseline="dense",
         requires=tuple(requires),
-        cost=op_cost(op, direction, T=T, dtype=target.dtype, **{size: shape[size] for size in "EHI"}),
+        cost=op_cost(op, direction, T=T, dtype=target.dtype, **{name: shape[name] for name in shape if name != "D"}),
         seconds=seconds,
     )
 

@@ -1,4 +1,4 @@
-"""What an op must compute and move, the floor under any implementation, and what more GPUs would cost.
+"""What an op must compute and move: the floor under any implementation.
 
 FLOPs are those of the matrix products, 2 M N K each, as torch's `FlopCounterMode` counts them. Bytes are those of the
 launches of ARCHITECTURE.md ("The idea that makes it fast"): each reads its operands once and writes its results once,
@@ -12,14 +12,11 @@ so few tokens read few experts. The gradient of a weight is written for all expe
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from moebert_kernels.kernels.config import Device, Kind, mean_waves, pick_config, precision_of
 from moebert_kernels.nn.hash_router import table_dtype
 
 Direction = Literal["forward", "forward_backward"]
@@ -158,84 +155,19 @@ def _feed_forward(op: str, T: int, E: int, H: int, I: int, size: int, top_k: int
     return forward + Cost(4 * rows * (w1 + w2), size * (norm + dh + dw2 + dw1 + dx))
 
 
-def op_waves(
-    op: str, *, T: int, E: int, H: int, I: int, dtype: str | torch.dtype, device: Device, top_k: int = 1,
-    gated: bool = False,
-) -> float:  # fmt: skip
-    """Waves of tiles that the op's first GEMM takes on a GPU, as `pick_config` predicts them for ragged groups.
-
-    Raises:
-        ValueError: an op without a GEMM.
-    """
-    if op not in OPS or op in ROUTING:
-        raise ValueError(f"op: expected one with a GEMM, got {op}")
-    if T == 0:
-        return 0.0
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    rows, columns = T * top_k, I
-    kind: Kind = "rows" if op == "expert_gemm" else "gated" if gated else "hidden"
-    config = pick_config(kind, rows, E, columns, H, wanted, device)
-    return mean_waves(config, kind, precision_of(wanted), rows, E, columns, device)
-
-
-def waves_of(parameters: Mapping[str, Any], device: Device) -> float | None:
-    """`op_waves` of a case's parameters; None where they are not of an op with a GEMM."""
-    sizes = {name: parameters.get(name) for name in ("T", "E", "H", "I", "dtype")}
-    if parameters.get("op") == "expert_gemm":
-        sizes |= {"H": parameters.get("K"), "I": parameters.get("N")}
-    if parameters.get("op") not in OPS or None in sizes.values():
-        return None
-    gated = parameters.get("layer") == "swiglu"
-    return op_waves(parameters["op"], **sizes, device=device, gated=gated)
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Sizes of a Transformer whose feed-forwards are dense (E = 1, I = D) or experts.
-
-    Attributes:
-        L: layers with a feed-forward.
-        H, D: hidden size and width of the dense feed-forward.
-        V: vocabulary.
-        attentions: attention blocks per layer, 1 for encoders; a T5 has 1.5 on average, its decoder's layers two.
-    """
-
-    L: int
-    H: int
-    D: int
-    V: int
-    attentions: float = 1.0
-
-    def expert_parameters(self, E: int, I: int) -> int:
-        """Parameters of all experts of all layers, norms included."""
-        return self.L * E * (2 * self.H * I + I + 3 * self.H)
-
-    def shared_parameters(self) -> int:
-        """Parameters that every token meets: attention with its norm, and the table of embeddings."""
-        return int(self.L * self.attentions * (4 * self.H * self.H + 6 * self.H)) + self.V * self.H
-
-
-ENCODERS = {
-    "minilm": Encoder(L=6, H=384, D=1536, V=30522),
-    "bert-base": Encoder(L=12, H=768, D=3072, V=30522),
-    "bert-large": Encoder(L=24, H=1024, D=4096, V=30522),
-    "t5-base": Encoder(L=24, H=768, D=3072, V=32128, attentions=1.5),
-}
-
-
 def encoder_cost(
-    encoder: Encoder, direction: str, *, B: int, S: int, E: int, I: int, dtype: str | torch.dtype,
+    direction: str, *, L: int, H: int, B: int, S: int, E: int, I: int, dtype: str | torch.dtype,
     routed_tokens: int | None = None,
 ) -> Cost:  # fmt: skip
-    """The cost of all layers on B sequences of S tokens; embeddings and heads are left out.
+    """The cost of L layers of hidden size H on B sequences of S tokens; embeddings and heads are left out.
 
-    Attention computes all B S tokens, padded ones too, and never writes its scores (as flash attention); with
-    several attentions per layer (`Encoder.attentions`) all keys have S tokens. Experts compute `routed_tokens`,
-    all of them by default. Residual, norm and bias of attention are one pass.
+    Attention computes all B S tokens, padded ones too, and never writes its scores (as flash attention). Experts
+    compute `routed_tokens`, all of them by default; with E = 1 they are the dense layer of width I. Residual, norm and
+    bias of attention are one pass.
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected {' or '.join(DIRECTIONS)}, got {direction}")
-    training, size, H, T = direction == "forward_backward", item_bytes(dtype), encoder.H, B * S
+    training, size, T = direction == "forward_backward", item_bytes(dtype), B * S
     routed = T if routed_tokens is None else routed_tokens
     if not 0 <= routed <= T:
         raise ValueError(f"routed_tokens: expected 0 to B S = {T}, got {routed_tokens}")
@@ -246,19 +178,4 @@ def encoder_cost(
     # x and the projection read, y written; backward reads dy and y and writes one gradient for both
     norm = Cost(0, size * (T * H * (3 + (3 if training else 0)) + 2 * H * (2 if training else 1)))
     experts = op_cost("fused_moe_ffn_add_norm", direction, T=routed, E=E, H=H, I=I, dtype=dtype)
-    return ((projections + scores + norm) * encoder.attentions + experts) * encoder.L
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tflops", type=float, default=790.0, help="of a large product (default: measured on an H200)")
-    parser.add_argument(
-        "--gbytes-per-s", type=float, default=4300.0, help="of a device copy (default: as measured there)"
-    )
-
-
-def main(options: argparse.Namespace) -> int:
-    """Print the tables of docs/guide/scaling.md for a GPU of these rates."""
-    from benchmarks.scaling import Roof, tables
-
-    print(tables(Roof(options.tflops, options.gbytes_per_s)))
-    return 0
+    return (projections + scores + norm + experts) * L

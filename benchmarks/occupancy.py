@@ -12,6 +12,8 @@ from moebert_kernels.kernels import config as configs
 FILE = Path(configs.__file__).parent / "occupancy.json"  # what of it `pick_config` reads
 KINDS: dict[str, configs.Kind] = {  # of the kernels that the table has, by the beginnings of their names
     "expert_gemm.rows": "rows", "expert_gemm.scatter": "rows", "expert_gemm.dx_add_norm": "residual",
+    "expert_gemm.descriptors": "descriptors", "hidden_backward.descriptors": "backward_descriptors",
+    "hidden.descriptors": "hidden_descriptors",
     "hidden.gelu": "hidden", "hidden.swiglu": "gated", "hidden_backward.gelu": "backward",
     "hidden_backward.swiglu": "gated_backward", "expert_gemm_weights": "weights",
 }  # fmt: skip

@@ -33,6 +33,14 @@ ROOF_NOTE = (
 )
 
 
+# What a provider's entry may hold besides its time -> how it is shown.
+NOTES = {
+    "cold": "cold {0[cold][median_ms]:.4g} ms", "how": "{0[how]}", "tokens_per_s": "{0[tokens_per_s]:,.0f} tokens/s",
+    "p99_ms": "p99 {0[p99_ms]:.4g} ms", "share_of_roof": "{0[share_of_roof]:.0%} of the roof",
+    "peak_mib": "{0[peak_mib]:,.1f} MiB", "saved_mib": "{0[saved_mib]:,.1f} MiB kept for backward",
+}  # fmt: skip
+
+
 class Unfit(Exception):
     """Results that must not be shown, with the reason."""
 
@@ -106,10 +114,7 @@ def markdown(results: Sequence[Mapping[str, Any]], pictures: Mapping[str, Sequen
         "## Speed over the number of tokens", *_images(pictures, "speed"),
         "## Other packages", *_images(pictures, "peers"),
         "## Whole models", *_images(pictures, "end-to-end"),
-        "## All times", *_times_tables(results),
-        "## Against the roof", *_images(pictures, "roofline"), _roof_table(rows),
-        "## Latency of few tokens", *_images(pictures, "latency"), _latency_table(rows),
-        "## Memory", *_images(pictures, "memory"), _memory_table(rows),
+        "## All times", ROOF_NOTE, *_times_tables(results),
         "## Not measured", _not_measured(results),
         "## Environment", _environment(results),
     ]  # fmt: skip
@@ -190,46 +195,11 @@ def _times_tables(results: Sequence[Mapping[str, Any]]) -> list[str]:
             for name, entry in row.times.items():
                 speed = row.speed(name)
                 ratio = f"{speed['median']:.2f}x [{speed['q1']:.2f}, {speed['q3']:.2f}]" if speed else "baseline"
-                notes = [f"cold {entry['cold']['median_ms']:.4g} ms"] if "cold" in entry else []
-                notes += [entry["how"]] if "how" in entry else []
+                notes = [text.format(entry) for key, text in NOTES.items() if entry.get(key) is not None]
                 notes += ["once"] if entry["rounds"] == 1 else []
-                notes += [f"{entry['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in entry else []
                 lines.append((row.label, name, time_text(entry), ratio, ", ".join(notes)))
         parts += [f"### {result['what']}", _table(("case", "provider", "time", "speed over baseline", ""), lines)]
     return parts
-
-
-def _roof_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        cost, mine = row.case.get("cost"), row.times.get(ours(row.case), {})
-        if cost:
-            share = mine.get("share_of_roof")
-            waves = f"{cost['waves']:.1f}" if "waves" in cost else ""
-            lines.append((row.label, f"{cost['flops'] / 1e9:.4g}", f"{cost['bytes'] / 1e6:.4g}",
-                          f"{cost['roof_ms']:.4g} ms", cost["bound_by"], waves,
-                          "" if share is None else f"{share:.0%}"))  # fmt: skip
-    table = _table(("case", "GFLOP", "MB", "roof", "bound by", "waves", "our share of the roof"), lines)
-    return f"{ROOF_NOTE}\n\n{table}" if table else ""
-
-
-def _latency_table(rows: Sequence[Row]) -> str:
-    return _table(
-        ("case", "provider", "p50 ms", "p99 ms"),
-        [(row.label, name, f"{entry['p50_ms']:.4g}", f"{entry['p99_ms']:.4g}")
-         for row in charts.with_latency(rows) for name, entry in row.times.items() if "p99_ms" in entry],
-    )  # fmt: skip
-
-
-def _memory_table(rows: Sequence[Row]) -> str:
-    units = {"peak_mib": "peak of one call, MiB", "saved_mib": "kept for backward, MiB"}
-    lines = []
-    for row in rows:
-        for name, entry in row.times.items():
-            cells = [f"{entry[unit]:,.1f}" if entry.get(unit) is not None else "" for unit in units]
-            if any(cells):
-                lines.append((row.label, name, *cells))
-    return _table(("case", "provider", *units.values()), lines)
 
 
 def _not_measured(results: Sequence[Mapping[str, Any]]) -> str:

@@ -19,6 +19,10 @@ import torch
 
 from benchmarks.resources import Launch, all_recorded
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.kernels import expert_gemm as kernels
+from moebert_kernels.kernels.config import Config
+from moebert_kernels.kernels.fused_moe_ffn import hidden
+from moebert_kernels.kernels.fused_moe_ffn_backward import hidden_backward
 from moebert_kernels.triton_backend import (
     expert_gemm,
     fused_moe_ffn,
@@ -60,9 +64,23 @@ def run_ops(T: int, H: int, I: int, E: int, top_k: int, activation: str, dtype: 
     mpo_expert_weights.backward(w, central, aux, grouping.offsets, 1, every[:3])
 
 
+def run_descriptors(T: int, N: int, E: int) -> None:
+    """The GEMMs that TMA reads for, whose rows of 16 bytes begin at multiples of 16 bytes."""
+    tile, ints = Config(64, 64, 64, 4, 4), torch.zeros(T, dtype=torch.int32)
+    grouping = Grouping(torch.zeros(E + 1, dtype=torch.int32), ints, ints)
+    a, w, y, b = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((T, 8), (E, N, 8), (T, N), (E, N)))
+    kernels.expert_gemm(a, w, y, grouping, bias=b, residual=y, skipped=y, config=tile, descriptors=True)
+    hidden(a, w, b, y, y, grouping, "gelu", 0.0, None, tile, gather=False, descriptors=True)
+    hidden_backward(
+        a, w.mT, y, y, y, None, None, grouping, "gelu", 0.0, None, gather=False, config=tile, descriptors=True
+    )  # fmt: skip
+
+
 def launches() -> Iterator[Launch]:
     """What the ops launch, each key once."""
     seen = set()
+    for ones in ((1, 1, 1), (1, 5, 3), (3, 1, 3), (3, 5, 1)):
+        yield from all_recorded(f"T={ones[0]} N={ones[1]} E={ones[2]} descriptors", lambda o=ones: run_descriptors(*o))
     for sizes in SIZES:
         for activation, dtype in (("gelu", torch.bfloat16), ("swiglu", torch.float32)):
             name = f"T={sizes[0]} H={sizes[1]} I={sizes[2]} E={sizes[3]} top_k={sizes[4]} {activation} {dtype}"

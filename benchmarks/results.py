@@ -33,8 +33,7 @@ from benchmarks.measuring import (
     speed_ratio,
     spread,
 )
-from benchmarks.model import Cost, waves_of
-from moebert_kernels.kernels.config import Device
+from benchmarks.model import Cost
 
 FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
@@ -112,8 +111,6 @@ def run_case(
     }
     if case.cost:
         result["cost"] = _cost(case.cost, roof)
-        if target.on_gpu and (waves := waves_of(case.parameters, Device.of(target.device))) is not None:
-            result["cost"]["waves"] = waves
     return result | {
         "seconds": {"check": round(checked_at - start, 1), "time": round(time.perf_counter() - checked_at, 1)}
     }
@@ -246,7 +243,6 @@ def table(entry: dict[str, Any]) -> str:
     lines = [f"{entry['name']} (checked in {seconds['check']:.1f} s, timed in {seconds['time']:.1f} s)"]
     if cost := entry.get("cost"):
         lines[0] += f"; roof {cost['roof_ms']:.3f} ms, bound by {cost['bound_by']}"
-        lines[0] += f", {cost['waves']:g} waves" if "waves" in cost else ""
     for name, numbers in entry["providers"].items():
         if "median_ms" not in numbers:
             (kind, reason), *_ = numbers.items()

@@ -108,10 +108,6 @@ def is_model(row: Row) -> bool:
     return "model" in row.case["parameters"]
 
 
-def rows_with(rows: Iterable[Row], unit: str) -> list[Row]:
-    return [row for row in rows if any(entry.get(unit) is not None for entry in row.times.values())]
-
-
 def series_over_tokens(rows: Iterable[Row], least: int = 3) -> list[Series]:
     """Ops that were timed at `least` or more numbers of tokens; at equal ones, the first suite's case counts."""
     found: dict[tuple[str, str, str], dict[int, Row]] = {}

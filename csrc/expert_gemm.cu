@@ -1,4 +1,5 @@
 // Checks what the expert GEMM's copies can take, chooses a tile and passes on by type of elements.
+#include <atomic>
 #include <climits>
 #include <initializer_list>
 
@@ -8,18 +9,37 @@
 namespace mbk {
 namespace {
 
-// The driver's encoder of tensor maps, or null.
+// The driver's encoder of tensor maps, or null. Asked for once.
 EncodeTiled encode_tiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
 #if CUDART_VERSION >= 12050
-  const cudaError_t status =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
 #else
-  const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
 #endif
-  return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
-                                                                       : nullptr;
+    const bool usable = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Multiprocessors of the current device, 0 where it is not sm_90. Asked for once for each device.
+cudaError_t multiprocessors_of_hopper(int* count) {
+  constexpr int kOther = -1;
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0, major = 0;
+  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
+  const bool remembered = device < kMaxDevices;
+  const int found = remembered ? known[device].load(std::memory_order_relaxed) : 0;
+  *count = found == kOther ? 0 : found;
+  if (found != 0) return cudaSuccess;
+  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major == 9) MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  if (remembered) known[device].store(*count == 0 ? kOther : *count, std::memory_order_relaxed);
+  return cudaSuccess;
 }
 
 bool multiples_of_8(std::initializer_list<int64_t> counts) {
@@ -36,7 +56,7 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-bool takes(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
+bool is_supported(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
   const int64_t row_tiles = params.rows / kExpertGemmBlockM + params.num_experts + 1;
   return multiples_of_8(
              {params.columns, params.depth, params.a_row_stride, params.w_expert_stride, params.w_row_stride}) &&
@@ -44,28 +64,27 @@ bool takes(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
          params.columns <= INT_MAX / 2 && params.depth <= INT_MAX / 2 && params.rows <= INT_MAX / 2 &&
          params.num_experts > 0 && params.num_experts <= INT_MAX / 2 && params.top_k > 0 &&
          row_tiles * ceil_div(params.columns, config.block_n) <= INT_MAX / 2 && !is_gated(params.activation) &&
+         params.activation != Activation::kRelu2 &&
          (params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16);
 }
 
 }  // namespace
 
 int expert_gemm_shared_bytes(int block_n) {
-  return static_cast<int>(block_n == 128 ? sizeof(ExpertGemmTraits<__half, 128, 1>::Shared)
-                                         : sizeof(ExpertGemmTraits<__half, 192, 1>::Shared));
+  return static_cast<int>(block_n == 128   ? sizeof(ExpertGemmTraits<__half, 128, 1>::Shared)
+                          : block_n == 192 ? sizeof(ExpertGemmTraits<__half, 192, 1>::Shared)
+                                           : sizeof(ExpertGemmTraits<__half, 256, 1>::Shared));
 }
 
 cudaError_t expert_gemm(const ExpertGemmParams& params) {
   if (params.rows == 0 || params.columns == 0) return cudaSuccess;
-  int device = 0, major = 0, multiprocessors = 0;
-  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
-  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  if (major != 9) return cudaErrorNotSupported;
-  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-
-  ExpertGemmConfig config = pick_expert_gemm_config(params.rows, params.num_experts, params.columns, multiprocessors);
+  int multiprocessors = 0;
+  MBK_RETURN_IF_ERROR(multiprocessors_of_hopper(&multiprocessors));
+  if (multiprocessors == 0) return cudaErrorNotSupported;
+  ExpertGemmConfig config = pick_expert_gemm_config(expert_gemm_sizes(params), multiprocessors);
   if (params.block_n != 0) config.block_n = params.block_n;
   if (params.cluster != 0) config.cluster = params.cluster;
-  if (!takes(params, config)) return cudaErrorInvalidValue;
+  if (!is_supported(params, config)) return cudaErrorInvalidValue;
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   return params.dtype == DType::kFloat16 ? expert_gemm_of<__half>(params, config, encode, multiprocessors)

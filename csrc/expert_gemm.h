@@ -18,18 +18,18 @@ struct ExpertGemmParams {
   const int* row_to_assignment;  // (rows,) assignment of each row; its token is that / top_k
 
   int64_t rows;                         // T * top_k
-  int64_t tokens;                       // T
   int64_t num_experts, columns, depth;  // E, N, K
   int top_k;
 
   DType dtype;            // of a, w, y, pre, bias and weights: kFloat16 or kBFloat16; sums are float32
   Activation activation;  // neither a gated one nor kRelu2
   bool gather, scatter;
-  int block_n, cluster;  // the tile's columns (128, 192) and the CTAs that share weights (1, 2); 0: chosen by sizes
+  bool after_previous;    // may be launched while the kernel before it on the stream, an expert GEMM, still runs
+  int block_n, cluster;   // the tile's columns (128, 192, 256) and the CTAs that share weights (1, 2); 0: chosen by sizes
   cudaStream_t stream;
 };
 
-// Dynamic shared memory of the kernels with 128 or 192 columns of a tile.
+// Dynamic shared memory of the kernels with 128, 192 or 256 columns of a tile.
 int expert_gemm_shared_bytes(int block_n);
 
 // Every element of y and of pre is written: zeros for rows without an expert. N, K and the strides are multiples of 8,

@@ -24,7 +24,7 @@ template <ActivationForm kForm>
 __device__ __forceinline__ float activate(float x, const ActivationConstants& constants) {
   if constexpr (kForm == ActivationForm::kGelu) {
     // max(x, 0) - |x| Phi(-|x|), with Phi(-|x|) as in moebert_kernels/kernels/activation.py: off by 3.5e-5 of itself.
-    const float size = fabsf(x);
+    const float size = fminf(fabsf(x), 16.0f);  // from 16 on the tail is 0: infinity times it would be NaN
     const float t = fast_reciprocal(fmaf(size, 0.376f, 1.0f));
     float tail = fmaf(t, -0.0908573932f, 0.1987446318f);
     tail = fmaf(t, tail, 0.0847112676f);
@@ -98,22 +98,23 @@ __device__ __forceinline__ void store_words(T* target, const uint32_t (&words)[4
   *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// acc(j, v, m, c): column 8 * j + 2 * (lane % 4) + c, row 64 * m + 16 * warp + lane / 4 + 8 * v of the tile.
-// 32 columns after the other: a load of the bias serves all four rows of a thread, and of what is neither an accumulator
+// kRows of the tile by one warp group. acc(j, v, m, c): column 8 * j + 2 * (lane % 4) + c, row 64 * m + 16 * warp +
+// lane / 4 + 8 * v.
+// 32 columns after the other: a load of the bias serves all rows of a thread, and of what is neither an accumulator
 // nor a row's, little lives at a time.
-template <class T, ActivationForm kForm, int kBlockN, class Accumulators>
+template <class T, ActivationForm kForm, int kRows, int kBlockN, class Accumulators>
 __device__ __forceinline__ void store_tile(const EpilogueParams<T>& params, const ExpertTile& tile, int thread,
                                            const Accumulators& acc) {
-  constexpr int kRows = kExpertGemmBlockM / 32;
+  constexpr int kSlots = kRows / 32;  // rows of a thread
   const int lane = thread % 32, quad_lane = lane % 4;
   const int column0 = tile.tile_n * kBlockN;
   const int bias_columns = params.bias == nullptr ? 0 : params.columns - (column0 + 2 * quad_lane);
   const T* bias = params.bias + (static_cast<int64_t>(tile.expert) * params.columns + column0 + 2 * quad_lane);
-  int64_t targets[kRows];
-  int columns_left[kRows];
-  float weights[kRows];
+  int64_t targets[kSlots];
+  int columns_left[kSlots];
+  float weights[kSlots];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kSlots; ++i) {
     const int row = tile.row0 + i / 2 * 64 + thread / 32 * 16 + lane / 4 + i % 2 * 8;
     const bool valid = row < tile.row_end;
     int target_row = row;
@@ -133,14 +134,14 @@ __device__ __forceinline__ void store_tile(const EpilogueParams<T>& params, cons
       if (8 * (block + j) < bias_columns) {
         const float2 b = Half2<T>::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + 8 * (block + j))));
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kSlots; ++i) {
           acc(block + j, i % 2, i / 2, 0) += b.x;
           acc(block + j, i % 2, i / 2, 1) += b.y;
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kSlots; ++i) {
       const int v = i % 2, m = i / 2;
       uint32_t words[4];
       if (params.pre != nullptr) {
@@ -164,14 +165,14 @@ __device__ __forceinline__ void store_tile(const EpilogueParams<T>& params, cons
 }
 
 
-// Rows without an expert.
-template <class T, int kBlockN>
+// kRows rows without an expert, by one warp group.
+template <class T, int kRows, int kBlockN>
 __device__ __forceinline__ void store_zeros(const EpilogueParams<T>& params, const ExpertTile& tile, int thread) {
   const uint32_t zeros[4] = {0, 0, 0, 0};
   const int column = tile.tile_n * kBlockN + thread % (kBlockN / 8) * 8;
   constexpr int kRowsAtOnce = 128 / (kBlockN / 8);
   if (thread >= kRowsAtOnce * (kBlockN / 8) || column >= params.columns) return;
-  const int end = min(tile.row_end, tile.row0 + kExpertGemmBlockM);
+  const int end = min(tile.row_end, tile.row0 + kRows);
   for (int row = tile.row0 + thread / (kBlockN / 8); row < end; row += kRowsAtOnce) {
     const int target_row = params.scatter ? params.row_to_assignment[row] : row;
     const int64_t target = static_cast<int64_t>(target_row) * params.columns + column;

@@ -1,6 +1,7 @@
 // Launches the expert GEMM for one type of elements: one source file for each, so that they compile side by side.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
 #include "expert_gemm.cuh"
@@ -10,6 +11,10 @@ namespace mbk {
 
 // Of the driver, found at run time: the library is not linked with it.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+inline ExpertGemmSizes expert_gemm_sizes(const ExpertGemmParams& params) {
+  return {params.rows, params.num_experts, params.columns, params.depth, params.activation != Activation::kIdentity};
+}
 
 template <class T>
 cudaError_t expert_gemm_of(const ExpertGemmParams& params, const ExpertGemmConfig& config, EncodeTiled encode,
@@ -47,24 +52,44 @@ template <class T>
 constexpr CUtensorMapDataType kTensorMapType =
     std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 
-// sizes[0] adjacent elements, then strides in elements; copies boxes of 64 by `box_rows`, swizzled over 128 bytes.
+// What a tensor map says: sizes[0] adjacent elements, then strides in elements; boxes of 64 by `box_rows`.
+template <int kRank>
+struct Tensor {
+  const void* data;
+  int64_t sizes[kRank], strides[kRank - 1];
+  int64_t box_rows;
+};
+
+// A map of boxes swizzled over 128 bytes. The maps that a thread encoded last are kept: they are functions of the tensor.
 template <class T, int kRank>
-cudaError_t encode_map(EncodeTiled encode, CUtensorMap* map, const void* data, const int64_t (&sizes)[kRank],
-                       const int64_t (&strides)[kRank - 1], int box_rows) {
-  cuuint64_t dims[kRank], bytes[kRank - 1];
-  cuuint32_t box[kRank], steps[kRank];
-  for (int i = 0; i < kRank; ++i) {
-    dims[i] = static_cast<cuuint64_t>(sizes[i]);
-    box[i] = 1;
-    steps[i] = 1;
+cudaError_t encode_map(EncodeTiled encode, CUtensorMap* map, const Tensor<kRank>& tensor) {
+  struct Known {
+    Tensor<kRank> tensor;
+    CUtensorMap map;
+  };
+  constexpr size_t kKnown = 64;
+  static thread_local Known all[kKnown] = {};
+  Known& known = all[(reinterpret_cast<uintptr_t>(tensor.data) / 256 + static_cast<size_t>(tensor.sizes[1])) % kKnown];
+  if (std::memcmp(&known.tensor, &tensor, sizeof(tensor)) != 0) {
+    cuuint64_t sizes[kRank], strides[kRank - 1];
+    cuuint32_t box[kRank], steps[kRank];
+    for (int i = 0; i < kRank; ++i) {
+      sizes[i] = static_cast<cuuint64_t>(tensor.sizes[i]);
+      box[i] = 1;
+      steps[i] = 1;
+    }
+    for (int i = 0; i < kRank - 1; ++i) strides[i] = static_cast<cuuint64_t>(tensor.strides[i]) * sizeof(T);
+    box[0] = kExpertGemmBlockK;
+    box[1] = static_cast<cuuint32_t>(tensor.box_rows);
+    CUtensorMap encoded;
+    const CUresult status = encode(&encoded, kTensorMapType<T>, kRank, const_cast<void*>(tensor.data), sizes, strides,
+                                   box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (status != CUDA_SUCCESS) return cudaErrorInvalidValue;
+    known = {tensor, encoded};
   }
-  for (int i = 0; i < kRank - 1; ++i) bytes[i] = static_cast<cuuint64_t>(strides[i]) * sizeof(T);
-  box[0] = kExpertGemmBlockK;
-  box[1] = static_cast<cuuint32_t>(box_rows);
-  const CUresult status = encode(map, kTensorMapType<T>, kRank, const_cast<void*>(data), dims, bytes, box, steps,
-                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  *map = known.map;
+  return cudaSuccess;
 }
 
 template <class Traits, ActivationForm kForm>
@@ -72,12 +97,14 @@ cudaError_t launch(const ExpertGemmParams& params, const ActivationConstants& co
                    int multiprocessors) {
   using T = typename Traits::Element;
   ExpertGemmKernelParams<T> device{};
-  MBK_RETURN_IF_ERROR(
-      (encode_map<T, 3>(encode, &device.weights, params.w, {params.depth, params.columns, params.num_experts},
-                        {params.w_row_stride, params.w_expert_stride}, Traits::kBlockN / Traits::kCluster)));
+  const Tensor<3> weights{params.w,
+                          {params.depth, params.columns, params.num_experts},
+                          {params.w_row_stride, params.w_expert_stride},
+                          Traits::kBlockN / Traits::kCluster};
+  MBK_RETURN_IF_ERROR((encode_map<T, 3>(encode, &device.weights, weights)));
   if (!params.gather) {
-    MBK_RETURN_IF_ERROR((encode_map<T, 2>(encode, &device.rows, params.a, {params.depth, params.rows},
-                                          {params.a_row_stride}, Traits::kBlockM)));
+    const Tensor<2> rows{params.a, {params.depth, params.rows}, {params.a_row_stride}, Traits::kBlockM};
+    MBK_RETURN_IF_ERROR((encode_map<T, 2>(encode, &device.rows, rows)));
   }
   device.a = static_cast<const T*>(params.a);
   device.offsets = params.offsets;
@@ -97,28 +124,15 @@ cudaError_t launch(const ExpertGemmParams& params, const ActivationConstants& co
   device.top_k = params.top_k;
   device.gather = params.gather;
 
-  const auto kernel = &expert_gemm_kernel<Traits, kForm, ExpertGemmKernelParams<T>>;
   constexpr int kSharedBytes = static_cast<int>(sizeof(typename Traits::Shared));
-  MBK_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int64_t items =
-      max_expert_gemm_items({Traits::kBlockN, Traits::kCluster}, params.rows, params.num_experts, params.columns);
+  const int64_t items = max_expert_gemm_items({Traits::kBlockN, Traits::kCluster}, expert_gemm_sizes(params));
   const int64_t most = multiprocessors / Traits::kCluster > 1 ? multiprocessors / Traits::kCluster : 1;
   const int64_t clusters = items < most ? items : most;
-
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = Traits::kCluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(clusters * Traits::kCluster));
-  launch.blockDim = dim3(kExpertGemmThreads);
-  launch.dynamicSmemBytes = kSharedBytes;
-  launch.stream = params.stream;
-  launch.attrs = &attribute;
-  launch.numAttrs = 1;
-  MBK_RETURN_IF_ERROR(cudaLaunchKernelEx(&launch, kernel, device));
-  return cudaGetLastError();
+  static Launcher launcher(kSharedBytes);
+  return launcher(expert_gemm_kernel<Traits, kForm, ExpertGemmKernelParams<T>>,
+                  {clusters * Traits::kCluster, kExpertGemmThreads, kSharedBytes, Traits::kCluster,
+                   params.after_previous, params.stream},
+                  device);
 }
 
 template <class T, int kBlockN, int kCluster>
@@ -135,17 +149,29 @@ cudaError_t launch_form(const ExpertGemmParams& params, EncodeTiled encode, int 
   }
 }
 
+template <class T, int kBlockN>
+cudaError_t launch_cluster(const ExpertGemmParams& params, int cluster, EncodeTiled encode, int multiprocessors) {
+  return cluster == 1   ? launch_form<T, kBlockN, 1>(params, encode, multiprocessors)
+         : cluster == 2 ? launch_form<T, kBlockN, 2>(params, encode, multiprocessors)
+                        : cudaErrorInvalidValue;
+}
+
 }  // namespace expert_gemm_detail
 
 template <class T>
 cudaError_t expert_gemm_of(const ExpertGemmParams& params, const ExpertGemmConfig& config, EncodeTiled encode,
                            int multiprocessors) {
   using namespace expert_gemm_detail;
-  if (config.block_n == 128 && config.cluster == 1) return launch_form<T, 128, 1>(params, encode, multiprocessors);
-  if (config.block_n == 128 && config.cluster == 2) return launch_form<T, 128, 2>(params, encode, multiprocessors);
-  if (config.block_n == 192 && config.cluster == 1) return launch_form<T, 192, 1>(params, encode, multiprocessors);
-  if (config.block_n == 192 && config.cluster == 2) return launch_form<T, 192, 2>(params, encode, multiprocessors);
-  return cudaErrorInvalidValue;
+  switch (config.block_n) {
+    case 128:
+      return launch_cluster<T, 128>(params, config.cluster, encode, multiprocessors);
+    case 192:
+      return launch_cluster<T, 192>(params, config.cluster, encode, multiprocessors);
+    case 256:
+      return launch_cluster<T, 256>(params, config.cluster, encode, multiprocessors);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace mbk

@@ -8,13 +8,15 @@
 // the weights of few experts stay in the L2. No item crosses an expert.
 #pragma once
 
+#include <cmath>
+
 #include "common.h"
 
 namespace mbk {
 
 struct ExpertTile {
   int expert;           // E: rows without an expert, whose results are zeros
-  int row0, row_end;    // rows row0:min(row0 + kBlockM, row_end); none for a CTA that only keeps its pair company
+  int row0, row_end;    // rows row0:min(row0 + kBlockM, row_end); none for a CTA without a tile of its own
   int tile_n;           // columns tile_n * kBlockN and on
   bool shared_weights;  // the other CTA of the cluster has the same expert and tile_n
 };
@@ -90,30 +92,56 @@ struct PipelineSlot {
 
 inline constexpr int kExpertGemmBlockM = 128, kExpertGemmBlockK = 64;
 
-// Columns of a tile and CTAs of a cluster; one of those that csrc/expert_gemm.cuh is compiled for.
+// Whether both consumer warp groups share tiles of so many columns, instead of taking them in turn.
+MBK_HOST_DEVICE constexpr bool expert_gemm_is_cooperative(int block_n) { return block_n == 256; }
+
+// Columns of a tile (128, 192 or 256) and CTAs of a cluster (1 or 2): what csrc/expert_gemm.cuh is compiled for.
 struct ExpertGemmConfig {
   int block_n, cluster;
 };
 
+struct ExpertGemmSizes {
+  int64_t rows, num_experts, columns, depth;
+  bool has_activation;  // other than the identity
+};
+
 // The most items there can be, whatever the routing.
-inline int64_t max_expert_gemm_items(const ExpertGemmConfig& config, int64_t rows, int64_t num_experts,
-                                     int64_t columns) {
-  const int64_t row_tiles = rows / kExpertGemmBlockM + num_experts + 1;
-  return ceil_div(row_tiles * ceil_div(columns, config.block_n) + num_experts + 1, config.cluster);
+inline int64_t max_expert_gemm_items(const ExpertGemmConfig& config, const ExpertGemmSizes& sizes) {
+  const int64_t row_tiles = sizes.rows / kExpertGemmBlockM + sizes.num_experts + 1;
+  return ceil_div(row_tiles * ceil_div(sizes.columns, config.block_n) + sizes.num_experts + 1, config.cluster);
 }
 
-// By an estimate: the waves that ragged groups are expected to need, where every expert's last tile is half full,
-// times a tile's width. Pairs share weights where an expert has four row tiles or more on average.
-inline ExpertGemmConfig pick_expert_gemm_config(int64_t rows, int64_t num_experts, int64_t columns,
-                                                int multiprocessors) {
-  const int64_t half_tiles = 2 * (rows / kExpertGemmBlockM) + (num_experts < rows ? num_experts : rows);
-  ExpertGemmConfig best{128, rows >= 4 * kExpertGemmBlockM * num_experts ? 2 : 1};
-  int64_t least = INT64_MAX;
-  for (int block_n : {192, 128}) {
-    const int64_t waves = ceil_div(ceil_div(half_tiles, 2) * ceil_div(columns, block_n), multiprocessors);
-    if (waves * block_n < least) {
-      least = waves * block_n;
-      best.block_n = block_n;
+// Cycles of the CTA that has most to do, estimated; nothing of it was measured. An expert's last tile is half full on
+// average, and the sum of the experts' tiles varies by 1 / sqrt(12) each.
+// - A step of 64 multiplies 128 x block_n x 64 at 4,096 operations per cycle, or is bound by shared memory, of which a
+//   product of 128 columns reads 160 bytes per cycle, one of 192 columns 138, and an SM delivers 128.
+// - The epilogue issues 20 instructions for each element of a thread, 8 without an activation (counted), at 0.7
+//   per cycle and scheduler. In turns it is hidden behind the other group's products, the last one excepted; a shared
+//   tile's is not, and two warps of each scheduler have one.
+inline double expert_gemm_cycles(const ExpertGemmConfig& config, const ExpertGemmSizes& sizes, int multiprocessors) {
+  const auto rows = static_cast<double>(sizes.rows), experts = static_cast<double>(sizes.num_experts);
+  const double ragged = std::fmin(experts, rows);
+  const double row_tiles = rows / kExpertGemmBlockM + ragged / 2 + std::sqrt(ragged / 12);
+  const auto column_tiles = static_cast<double>(ceil_div(sizes.columns, config.block_n));
+  const double waves = std::ceil(row_tiles * column_tiles / multiprocessors);
+  const double shared_memory = config.block_n == 128 ? 1.25 : config.block_n == 192 ? 1.08 : 1.0;
+  const auto steps = static_cast<double>(ceil_div(sizes.depth, kExpertGemmBlockK));
+  const double products = steps * 4 * config.block_n * shared_memory;
+  const double epilogue = config.block_n * (sizes.has_activation ? 20 : 8) / 0.7;
+  return expert_gemm_is_cooperative(config.block_n) ? waves * (products + epilogue)
+                                                    : waves * std::fmax(products, epilogue / 2) + epilogue;
+}
+
+// The tile of the fewest cycles. Pairs share weights where an expert has four row tiles or more on average.
+inline ExpertGemmConfig pick_expert_gemm_config(const ExpertGemmSizes& sizes, int multiprocessors) {
+  ExpertGemmConfig best{};
+  double least = HUGE_VAL;
+  for (int block_n : {256, 192, 128}) {
+    const ExpertGemmConfig config{block_n, sizes.rows >= 4 * kExpertGemmBlockM * sizes.num_experts ? 2 : 1};
+    const double cycles = expert_gemm_cycles(config, sizes, multiprocessors);
+    if (cycles < least) {
+      least = cycles;
+      best = config;
     }
   }
   return best;

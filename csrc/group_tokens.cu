@@ -5,12 +5,23 @@
 namespace mbk {
 namespace {
 
-using LayerKernel = void (*)(GroupTokensArguments);
+template <int ITEMS, bool PACKED>
+cudaError_t launch_layers(const LaunchShape& shape, const GroupTokensArguments& arguments) {
+  static Launcher launch(group_tokens_most_shared_bytes(PACKED));
+  return launch(group_layer_kernel<ITEMS, PACKED>, shape, arguments);
+}
 
-LayerKernel layer_kernel(int64_t tokens, bool packed) {
-  if (tokens <= 1024) return packed ? group_layer_kernel<1, true> : group_layer_kernel<1, false>;
-  if (tokens <= 4096) return packed ? group_layer_kernel<4, true> : group_layer_kernel<4, false>;
-  return packed ? group_layer_kernel<16, true> : group_layer_kernel<16, false>;
+template <bool PACKED>
+cudaError_t launch_tasks(const LaunchShape& shape, const GroupTokensArguments& arguments, int64_t layers) {
+  static Launcher launch(group_tokens_most_shared_bytes(PACKED));
+  return launch(group_tasks_kernel<PACKED>, shape, arguments, layers);
+}
+
+template <bool PACKED>
+cudaError_t launch_layers(int items, const LaunchShape& shape, const GroupTokensArguments& arguments) {
+  return items == 1   ? launch_layers<1, PACKED>(shape, arguments)
+         : items == 4 ? launch_layers<4, PACKED>(shape, arguments)
+                      : launch_layers<16, PACKED>(shape, arguments);
 }
 
 int64_t blocks_of_layer(int64_t tokens) { return tokens <= kMaxTokensOfBlock ? 1 : ceil_div(tokens, kTokensOfTask); }
@@ -40,7 +51,7 @@ cudaError_t group_tokens(const GroupTokensParams& params) {
   const int num_experts = params.num_experts;
   if (layers == 0) return cudaSuccess;
   if (num_experts < 1 || num_experts > kMaxGroupedExperts || tokens > INT32_MAX ||
-      params.lookup.vocab_size > INT32_MAX || params.num_tile_maps > kMaxTileMaps) {
+      params.lookup.vocab_size > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
   const int64_t blocks = blocks_of_layer(tokens);
@@ -50,31 +61,29 @@ cudaError_t group_tokens(const GroupTokensParams& params) {
   arguments.offsets = params.offsets;
   arguments.row_to_assignment = params.row_to_assignment;
   arguments.assignment_to_row = params.assignment_to_row;
-  for (int i = 0; i < params.num_tile_maps; ++i) arguments.tile_maps[i] = params.tile_maps[i];
-  arguments.num_tile_maps = params.num_tile_maps;
   arguments.blocks = blocks;
   arguments.tokens = tokens;
   arguments.num_experts = num_experts;
   arguments.by_hash = params.by_hash;
   arguments.stage_table = stages_table(params, blocks == 1 ? tokens : kTokensOfTask);
   const int64_t staged = arguments.stage_table ? params.lookup.vocab_size : 0;
+  const auto shape = [&](int64_t number, int warps) {
+    const auto shared = static_cast<int>(group_tokens_shared_bytes(num_experts, warps, staged));
+    return LaunchShape{number, warps * kWarpSize, shared, 0, false, params.stream};
+  };
 
   if (blocks == 1) {
     const int items = tokens <= 1024 ? 1 : tokens <= 4096 ? 4 : 16;
-    const int64_t warps = tokens == 0 ? 1 : ceil_div(tokens, kWarpSize * items);
-    const int64_t shared = group_tokens_shared_bytes(num_experts, static_cast<int>(warps), staged);
-    MBK_RETURN_IF_ERROR(launch(layer_kernel(tokens, packed), layers, static_cast<int>(warps) * kWarpSize,
-                               static_cast<size_t>(shared), params.stream, arguments));
-    return cudaGetLastError();
+    const int warps = tokens == 0 ? 1 : static_cast<int>(ceil_div(tokens, kWarpSize * items));
+    return packed ? launch_layers<true>(items, shape(layers, warps), arguments)
+                  : launch_layers<false>(items, shape(layers, warps), arguments);
   }
   arguments.ticket = static_cast<unsigned*>(params.workspace);
   arguments.words = static_cast<uint64_t*>(params.workspace) + 1;
   const int64_t bytes = group_tokens_workspace_bytes(layers, tokens, num_experts);
   MBK_RETURN_IF_ERROR(cudaMemsetAsync(params.workspace, 0, static_cast<size_t>(bytes), params.stream));
-  const int64_t shared = group_tokens_shared_bytes(num_experts, kTaskThreads / kWarpSize, staged);
-  MBK_RETURN_IF_ERROR(launch(packed ? group_tasks_kernel<true> : group_tasks_kernel<false>, 2 * layers * blocks,
-                             kTaskThreads, static_cast<size_t>(shared), params.stream, arguments, layers));
-  return cudaGetLastError();
+  const LaunchShape tasks = shape(2 * layers * blocks, kTaskThreads / kWarpSize);
+  return packed ? launch_tasks<true>(tasks, arguments, layers) : launch_tasks<false>(tasks, arguments, layers);
 }
 
 }  // namespace mbk

@@ -16,36 +16,10 @@ namespace mbk {
 constexpr uint64_t kOfThisBlock = uint64_t{1} << 62;
 constexpr uint64_t kUpToThisBlock = uint64_t{1} << 63;
 
-// Offsets and tile maps of a layer, from the first rows of its experts.
-__device__ __forceinline__ void write_offsets(const GroupTokensArguments& a, int64_t layer, const int* starts,
-                                              int* tiles_before) {
-  const int num_experts = a.num_experts;
-  for (int e = threadIdx.x; e <= num_experts; e += blockDim.x) {
-    a.offsets[layer * (num_experts + 1) + e] = starts[e];
-  }
-  for (int i = 0; i < a.num_tile_maps; ++i) {
-    const int rows = a.tile_maps[i].block_rows;
-    const int64_t num_tiles = a.tokens / rows + num_experts;
-    __syncthreads();
-    scan_experts(num_experts, tiles_before, [&](int e) {
-      return (starts[e + 1] - starts[e]) / rows + ((starts[e + 1] - starts[e]) % rows != 0);
-    });
-    int32_t* out = a.tile_maps[i].tiles + layer * num_tiles * 2;
-    for (int64_t tile = threadIdx.x; tile < num_tiles; tile += blockDim.x) {
-      int expert = 0, end = num_experts;  // of the experts whose tiles end after this one the first
-      while (expert < end) {
-        const int middle = (expert + end) / 2;
-        if (tiles_before[middle + 1] <= tile) {
-          expert = middle + 1;
-        } else {
-          end = middle;
-        }
-      }
-      const bool inside = expert < num_experts;
-      out[2 * tile] = expert;
-      out[2 * tile + 1] = static_cast<int32_t>(
-          inside ? starts[expert] + (tile - tiles_before[expert]) * rows : a.tokens);
-    }
+// The first rows of a layer's experts.
+__device__ __forceinline__ void write_offsets(const GroupTokensArguments& a, int64_t layer, const int* starts) {
+  for (int e = threadIdx.x; e <= a.num_experts; e += blockDim.x) {
+    a.offsets[layer * (a.num_experts + 1) + e] = starts[e];
   }
 }
 
@@ -67,7 +41,7 @@ __global__ void __launch_bounds__(1024, 1) group_layer_kernel(GroupTokensArgumen
     assignment_to_row[token] = row;
     row_to_assignment[row] = static_cast<int32_t>(token);
   }
-  write_offsets(a, layer, s.starts, s.counts);
+  write_offsets(a, layer, s.starts);
 }
 
 // The sum of what the blocks before counted for an expert, by one warp, 32 blocks at a time.
@@ -135,8 +109,7 @@ __device__ __forceinline__ void place_task(const GroupTokensArguments& a, const 
   __threadfence();
   __syncthreads();
   scan_experts(a.num_experts + 1, s.starts, [&](int e) { return s.counts[e]; });
-  if (block == 0) write_offsets(a, layer, s.starts, s.counts);
-  __syncthreads();
+  if (block == 0) write_offsets(a, layer, s.starts);
   int* next_rows = s.counts;
   for (int e = threadIdx.x; e <= a.num_experts; e += kTaskThreads) {
     const unsigned before = block > 0 ? wait_for_sum(words + (block - 1) * stride + e) : 0u;

@@ -1,18 +1,11 @@
 // Grouping: sort the assignments of tokens to experts by expert, stably, for all layers in one launch.
 #pragma once
 
-#include "hash_route.h"
+#include "token_lookup.h"
 
 namespace mbk {
 
 constexpr int kMaxGroupedExperts = 1024;
-constexpr int kMaxTileMaps = 4;
-
-// Row tiles that never cross an expert: pairs (expert, first row); surplus tiles hold (E, N).
-struct TileMap {
-  int32_t* tiles;  // (L, N / block_rows + E, 2), contiguous
-  int block_rows;
-};
 
 struct GroupTokensParams {
   TokenLookup lookup;
@@ -20,8 +13,6 @@ struct GroupTokensParams {
   int32_t* offsets;       // (L, E + 1)
   int32_t* row_to_assignment;  // (L, N)
   int32_t* assignment_to_row;  // (L, N)
-  TileMap tile_maps[kMaxTileMaps];
-  int num_tile_maps;
   void* workspace;  // group_tokens_workspace_bytes, aligned to 8; any content
   int64_t layers;
   int64_t tokens;   // N, below 2^31

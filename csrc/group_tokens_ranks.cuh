@@ -24,8 +24,6 @@ struct GroupTokensArguments {
   int32_t* offsets;
   int32_t* row_to_assignment;
   int32_t* assignment_to_row;
-  TileMap tile_maps[kMaxTileMaps];
-  int num_tile_maps;
   unsigned* ticket;
   uint64_t* words;  // (L, blocks, E + 1)
   int64_t blocks;   // of a layer
@@ -38,50 +36,66 @@ struct GroupTokensArguments {
 // Dynamic shared memory of all kernels here, in this order; E + 1 counts the skipped tokens as an expert.
 struct GroupTokensShared {
   int* starts;       // (E + 2) first row of each expert
-  int* counts;       // (E + 2) of the block, then tiles up to and with each expert
+  int* counts;       // (E + 2) of the block
   int* ticket;       // (1)
-  uint8_t* table;    // (V) where it is staged
+  uint8_t* table;    // (V) and up to 15 bytes before it, where it is staged
   uint16_t* before;  // (warps, E + 1) tokens of a warp, then of the warps before it
 };
 
 MBK_HOST_DEVICE int64_t shared_table_offset(int num_experts) { return round_up((2 * num_experts + 5) * 4, 16); }
 
+// A table begins in shared memory where it does in its 16 bytes of device memory, so that pieces of 16 can be copied.
+MBK_HOST_DEVICE int64_t staged_table_bytes(int64_t vocabulary) {
+  return vocabulary == 0 ? 0 : round_up(vocabulary + 15, 16);
+}
+
 MBK_HOST_DEVICE int64_t group_tokens_shared_bytes(int num_experts, int warps, int64_t staged_vocabulary) {
-  return shared_table_offset(num_experts) + round_up(staged_vocabulary, 16) + int64_t{warps} * (num_experts + 1) * 2;
+  return shared_table_offset(num_experts) + staged_table_bytes(staged_vocabulary) +
+         int64_t{warps} * (num_experts + 1) * 2;
 }
 
 __device__ __forceinline__ GroupTokensShared group_tokens_shared(const GroupTokensArguments& a) {
   unsigned char* memory = dynamic_shared();
   int* integers = reinterpret_cast<int*>(memory);
   unsigned char* table = memory + shared_table_offset(a.num_experts);
-  const int64_t staged = a.stage_table ? round_up(a.lookup.vocab_size, 16) : 0;
+  const int64_t staged = staged_table_bytes(a.stage_table ? a.lookup.vocab_size : 0);
   return {integers, integers + a.num_experts + 2, integers + 2 * a.num_experts + 4, table,
           reinterpret_cast<uint16_t*>(table + staged)};
 }
 
-// The layer's table as bytes: lookups spread over 30 thousand bytes cost the L1 a pass for each line they touch.
-__device__ __forceinline__ void stage_table(const GroupTokensArguments& a, int64_t layer, uint8_t* staged) {
+// The layer's table as bytes: lookups spread over 30 thousand bytes cost the L1 a pass for each line they touch. A table
+// of bytes is copied 16 at a time, wherever it begins; what lies outside its whole pieces, and other tables, by element.
+// Returns where the table begins in `memory`, which is aligned to 16 bytes.
+__device__ __forceinline__ uint8_t* stage_table(const GroupTokensArguments& a, int64_t layer, uint8_t* memory) {
   const Integers& tables = a.lookup.tables;
   const int vocab_size = static_cast<int>(a.lookup.vocab_size), threads = static_cast<int>(blockDim.x);
   const auto* bytes = static_cast<const uint8_t*>(tables.data) + layer * tables.stride_layer;
-  int done = 0;
-  if (tables.type == IntType::kUInt8 && tables.stride == 1 && reinterpret_cast<uintptr_t>(bytes) % 16 == 0) {
-    done = vocab_size / 16 * 16;
-    for (int i = threadIdx.x; i < vocab_size / 16; i += threads) {
-      reinterpret_cast<uint4*>(staged)[i] = reinterpret_cast<const uint4*>(bytes)[i];
-    }
+  int shift = 0, head = vocab_size, tail = vocab_size;  // elements before the whole pieces, and where these end
+  if (tables.type == IntType::kUInt8 && tables.stride == 1) {
+    shift = static_cast<int>(reinterpret_cast<uintptr_t>(bytes) % 16);
+    head = min((16 - shift) % 16, vocab_size);
+    tail = head + (vocab_size - head) / 16 * 16;
   }
-  for (int first = done + threadIdx.x; first < vocab_size; first += 4 * threads) {
-    int values[4];  // token ids, then their experts
+  uint8_t* staged = memory + shift;
+  for (int i = head + 16 * threadIdx.x; i < tail; i += 16 * threads) {
+    *reinterpret_cast<uint4*>(staged + i) = *reinterpret_cast<const uint4*>(bytes + i);
+  }
+  const int left = head + vocab_size - tail;
+  for (int first = threadIdx.x; first < left; first += 4 * threads) {
+    int places[4], values[4];  // token ids, then their experts
 #pragma unroll
-    for (int i = 0; i < 4; ++i) values[i] = first + i * threads < vocab_size ? first + i * threads : -1;
+    for (int i = 0; i < 4; ++i) {
+      const int rest = first + i * threads;
+      places[i] = values[i] = rest >= left ? -1 : rest < head ? rest : rest - head + tail;
+    }
     look_up(tables, layer, values);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const auto expert = static_cast<unsigned>(values[i]);
-      if (first + i * threads < vocab_size) staged[first + i * threads] = expert < 255 ? expert : 255;
+      if (places[i] >= 0) staged[places[i]] = expert < 255 ? expert : 255;
     }
   }
+  return staged;
 }
 
 // Experts of tokens `first + 32 * i`; E: skipped, E + 1: past the end.
@@ -169,15 +183,15 @@ __device__ __forceinline__ void add_up_warps(int num_experts, uint16_t* before, 
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   __syncthreads();
   for (int e = warp; e <= num_experts; e += warps) {
-    uint16_t* mine = before + lane * (num_experts + 1) + e;
-    const int own = lane < warps ? *mine : 0;
+    uint16_t* entry = before + lane * (num_experts + 1) + e;
+    const int own = lane < warps ? *entry : 0;
     int sum = own;
 #pragma unroll
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       const int other = __shfl_up_sync(kWholeWarp, sum, distance);
       if (lane >= distance) sum += other;
     }
-    if (lane < warps) *mine = static_cast<uint16_t>(sum - own);
+    if (lane < warps) *entry = static_cast<uint16_t>(sum - own);
     if (lane == kWarpSize - 1) counts[e] = sum;
   }
   __syncthreads();
@@ -209,11 +223,12 @@ __device__ __forceinline__ void scan_experts(int size, int* exclusive, Count&& c
 template <int ITEMS, bool PACKED>
 __device__ __forceinline__ void rank_block(const GroupTokensArguments& a, const GroupTokensShared& s, int64_t layer,
                                            int64_t first, int (&experts)[ITEMS]) {
+  const uint8_t* table = nullptr;
   if (a.stage_table) {
-    stage_table(a, layer, s.table);
+    table = stage_table(a, layer, s.table);
     __syncthreads();
   }
-  load_experts(a, layer, first, s.table, experts);
+  load_experts(a, layer, first, table, experts);
   uint16_t* counts = s.before + static_cast<int>(threadIdx.x) / kWarpSize * (a.num_experts + 1);
   if constexpr (PACKED) {
     rank_packed(a.num_experts, experts, counts);

@@ -48,7 +48,12 @@ __device__ __forceinline__ void take_registers() {
 }
 
 __device__ __forceinline__ int rank_in_cluster() { return static_cast<int>(cute::block_rank_in_cluster()); }
-__device__ __forceinline__ void sync_cluster() { cute::cluster_sync(); }
+
+// All threads of the cluster meet; what they wrote before is not published, but for barriers (publish_barriers).
+__device__ __forceinline__ void sync_cluster() {
+  cute::cluster_arrive_relaxed();
+  cute::cluster_wait();
+}
 
 // mbarriers: a phase ends when its arrivals and its bytes are in.
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int arrivals) {
@@ -133,13 +138,15 @@ struct CutlassType<__nv_bfloat16> {
   using type = cutlass::bfloat16_t;
 };
 
-// A warp group's product of kM rows with kN rows of weights, kK elements long in each stage. Both lie in shared memory,
+// The product of kM rows with kN rows of weights, kK elements long in each stage, by kGroups warp groups that take 64
+// rows of each 64 * kGroups. `thread` is that of the warp groups together. Both operands lie in shared memory,
 // K adjacent, swizzled over 128 bytes. Objects stay in the kernel: as members of one object they cost instructions.
-template <class Element, int kM, int kN, int kK, int kStages>
+template <class Element, int kM, int kN, int kK, int kStages, int kGroups>
 struct Product {
   using T = typename CutlassType<Element>::type;
   using Mma = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>>()));
+      cute::GMMA::ss_op_selector<T, T, float, cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>>(),
+      cute::Layout<cute::Shape<cute::Int<kGroups>, cute::_1, cute::_1>>{}));
 
   template <int kRows>
   static __device__ __forceinline__ auto stages(Element* data) {
@@ -189,7 +196,7 @@ struct Product {
     cute::warpgroup_fence_operand(acc);
   }
 
-  // Column 8 * j + 2 * (lane % 4) + c, row 64 * m + 16 * warp + lane / 4 + 8 * v.
+  // Column 8 * j + 2 * (lane % 4) + c, row 64 * (kGroups * m + group) + 16 * warp + lane / 4 + 8 * v.
   template <class Accumulators>
   static __device__ __forceinline__ float& at(Accumulators& acc, int j, int v, int m, int c) {
     return acc(cute::make_coord(c, v, j), m, 0);

@@ -1,65 +1,18 @@
 #include "tiny_ffn.cuh"
 
-#include <algorithm>
-#include <atomic>
-
 namespace mbk {
 namespace tiny {
 namespace {
 
-constexpr int kMaxDevices = 64;
-enum Preparation : int { kUnknown = 0, kPlain = 1, kProgrammatic = 2 };
-
-// Once for each kernel and device: room in shared memory, and whether the code that runs there knows griddepcontrol.
-// PTX of an earlier architecture does not; such a kernel must not start before the one that it reads from ends.
-template <typename Kernel>
-cudaError_t prepare(Kernel kernel, int shared_bytes, std::atomic<int>* prepared, int* preparation) {
-  int device = 0;
-  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
-  const bool remembered = device < kMaxDevices;
-  *preparation = remembered ? prepared[device].load(std::memory_order_relaxed) : kUnknown;
-  if (*preparation != kUnknown) return cudaSuccess;
-  cudaFuncAttributes attributes;
-  MBK_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
-  MBK_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                           cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  *preparation = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? kProgrammatic : kPlain;
-  if (remembered) prepared[device].store(*preparation, std::memory_order_relaxed);
-  return cudaSuccess;
-}
-
-template <typename Kernel>
-cudaError_t launch_prepared(Kernel kernel, std::atomic<int>* prepared, int blocks, int shared_bytes,
-                            bool after_previous, const Arguments& arguments) {
-  int preparation = kUnknown;
-  MBK_RETURN_IF_ERROR(prepare(kernel, shared_bytes, prepared, &preparation));
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = arguments.p.stream;
-  config.attrs = &attribute;
-  config.numAttrs = after_previous && preparation == kProgrammatic ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
-}
-
 template <typename T, int kBlockM>
 cudaError_t launch_both(const Arguments& a) {
-  if (int64_t{a.plan.tiles} * std::max(a.plan.hidden_slices, a.plan.output_slices * a.plan.splits) > INT32_MAX) {
-    return cudaErrorInvalidConfiguration;
-  }
-  const int hidden_blocks = a.plan.hidden_slices * a.plan.tiles;
-  const int output_blocks = a.plan.output_slices * a.plan.tiles * a.plan.splits;
-  constexpr int kBytes = kSharedBytes<kBlockM>;
-  static std::atomic<int> hidden_prepared[kMaxDevices], output_prepared[kMaxDevices];
-  MBK_RETURN_IF_ERROR(
-      launch_prepared(tiny_ffn_hidden_kernel<T, kBlockM>, hidden_prepared, hidden_blocks, kBytes, false, a));
-  MBK_RETURN_IF_ERROR(
-      launch_prepared(tiny_ffn_output_kernel<T, kBlockM>, output_prepared, output_blocks, kBytes, true, a));
-  return cudaGetLastError();
+  static Launcher launch_hidden(kSharedBytes<kBlockM>), launch_output(kSharedBytes<kBlockM>);
+  const auto shape = [&](int64_t slices, bool after_previous) {
+    return LaunchShape{slices * a.plan.tiles, kThreads, kSharedBytes<kBlockM>, 0, after_previous, a.p.stream};
+  };
+  MBK_RETURN_IF_ERROR(launch_hidden(tiny_ffn_hidden_kernel<T, kBlockM>, shape(a.plan.hidden_slices, false), a));
+  return launch_output(tiny_ffn_output_kernel<T, kBlockM>,
+                       shape(int64_t{a.plan.output_slices} * a.plan.splits, true), a);
 }
 
 template <typename T>

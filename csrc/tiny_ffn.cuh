@@ -64,9 +64,9 @@ __device__ __forceinline__ Tile find_tile(Count count, int experts, int index, i
     const unsigned reached = __ballot_sync(kWholeWarp, last_tile > index);
     if (reached != 0) {
       const int owner = 31 - __clz(reached & (0u - reached));
-      const int mine = (index - (last_tile - tiles)) * block_m;
-      const int left = rows - mine;
-      const Tile tile{e, last_row - rows + mine, left < block_m ? left : block_m, mine};
+      const int earlier = (index - (last_tile - tiles)) * block_m;
+      const int left = rows - earlier;
+      const Tile tile{e, last_row - rows + earlier, left < block_m ? left : block_m, earlier};
       return {__shfl_sync(kWholeWarp, tile.expert, owner), __shfl_sync(kWholeWarp, tile.first_row, owner),
               __shfl_sync(kWholeWarp, tile.rows, owner), __shfl_sync(kWholeWarp, tile.earlier_rows, owner)};
     }
@@ -116,10 +116,10 @@ __device__ __forceinline__ Tile locate(const TinyFfnParams& p, int index, unsign
     const Tile tile = find_tile([&](int e) { return counts[e]; }, p.experts, index, kBlockM);
     int rank = -tile.earlier_rows;
     for (int base = 0; base < p.tokens && rank < tile.rows; base += 32) {
-      const bool mine = base + lane < p.tokens && expert_of[base + lane] == tile.expert;
-      const unsigned same = __ballot_sync(kWholeWarp, mine);
+      const bool in_tile = base + lane < p.tokens && expert_of[base + lane] == tile.expert;
+      const unsigned same = __ballot_sync(kWholeWarp, in_tile);
       const int row = rank + __popc(same & ((1u << lane) - 1));
-      if (mine && row >= 0 && row < tile.rows) tail.tokens[row] = base + lane;
+      if (in_tile && row >= 0 && row < tile.rows) tail.tokens[row] = base + lane;
       rank += __popc(same);
     }
     if (lane == 0) tail.tile = tile;
@@ -276,7 +276,7 @@ __device__ __forceinline__ void normalise_tile(const Arguments& a, const Tile& t
   const int64_t stride = a.p.tokens * a.plan.sum_pitch;
   const int64_t row_bytes = splits * a.plan.sum_pitch * int64_t{sizeof(float)};
   const int at_once = static_cast<int>(Layout<kBlockM>::kWarpBytes / row_bytes);
-  float* const mine = reinterpret_cast<float*>(shared + warp * Layout<kBlockM>::kWarpBytes);
+  float* const copies = reinterpret_cast<float*>(shared + warp * Layout<kBlockM>::kWarpBytes);
   if (at_once == 0) {
     for (int r = warp; r < tile.rows; r += kWarps) {
       normalise_row<T>(a, tile.expert, tokens[r], sums + (tile.first_row + r) * a.plan.sum_pitch, stride);
@@ -289,7 +289,7 @@ __device__ __forceinline__ void normalise_tile(const Arguments& a, const Tile& t
     for (int i = 0; i < rows; ++i) {
       for (int split = 0; split < splits; ++split) {
         const float* from = sums + split * stride + (tile.first_row + first + i * kWarps) * a.plan.sum_pitch;
-        float* const to = mine + (i * splits + split) * pitch;
+        float* const to = copies + (i * splits + split) * pitch;
         for (int column = 4 * lane; column < pitch; column += 128) copy_async(to + column, from + column, 16);
       }
     }
@@ -297,7 +297,7 @@ __device__ __forceinline__ void normalise_tile(const Arguments& a, const Tile& t
     copy_commit();
     copy_wait<0>();
     for (int i = 0; i < rows; ++i) {
-      normalise_row<T>(a, tile.expert, tokens[first + i * kWarps], mine + i * splits * pitch, pitch);
+      normalise_row<T>(a, tile.expert, tokens[first + i * kWarps], copies + i * splits * pitch, pitch);
     }
   }
 }

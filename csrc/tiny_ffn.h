@@ -1,4 +1,4 @@
-// The expert feed-forward for at most 512 tokens, inference only, in two launches without a sort of its own.
+// The expert feed-forward for at most 256 tokens, inference only, in two launches without a sort of its own.
 //
 //   y[t] = p[t] * LayerNorm_e(x[t] + w2[e] act(w1[e] x[t] + b1[e]) + b2[e]), or without the norm and the residual
 //
@@ -8,11 +8,11 @@
 #pragma once
 
 #include "common.h"
-#include "hash_route.h"
+#include "token_lookup.h"
 
 namespace mbk {
 
-constexpr int kTinyFfnMaxTokens = 512;
+constexpr int kTinyFfnMaxTokens = 256;
 constexpr int kTinyFfnMaxExperts = 1024;
 constexpr int kTinyFfnWarps = 4;
 constexpr int kTinyFfnBlockN = 32;

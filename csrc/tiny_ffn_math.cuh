@@ -55,19 +55,6 @@ __device__ __forceinline__ void multiply_16x8x16<__nv_bfloat16>(float* c, uint32
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Waits for the kernel before this one and sees all that it wrote.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 #endif  // MBK_EMULATION
 
 __device__ __forceinline__ float to_float(float value) { return value; }

@@ -66,12 +66,6 @@ __device__ __forceinline__ Words pack(const float (&value)[8], T) {
 template <typename T>
 __device__ __forceinline__ void load_chunk(unsigned char* destination, const Operand& source, int64_t start,
                                            int valid) {
-  if (source.vector && !source.is_float) {
-    const int count = valid < 0 ? 0 : valid < kPerChunk<T> ? valid : kPerChunk<T>;
-    const T* from = static_cast<const T*>(source.data) + (count > 0 ? start : 0);
-    copy_async(destination, from, count * static_cast<int>(sizeof(T)));
-    return;
-  }
   float value[kPerChunk<T>];
   if (source.vector && valid >= kPerChunk<T>) {
 #pragma unroll
@@ -89,16 +83,38 @@ __device__ __forceinline__ void load_chunk(unsigned char* destination, const Ope
   *reinterpret_cast<Words*>(destination) = pack(value, T{});
 }
 
-// Rows [0, rows) of an operand at one step along K. row_start(r): first element of row r, below 0 for a row of zeros.
+// Rows [0, rows) of an operand at one step along K; `rows` is a multiple of 16. row_start(r): first element of row r,
+// below 0 for a row of zeros. What does not depend on the row is decided before the rows, and four of them are asked for
+// at a time: a warp has as many chains of addresses.
 template <typename T, typename RowStart>
 __device__ __forceinline__ void load_rows(unsigned char* slab, const Operand& source, int rows, int slab_index,
                                           int length, RowStart row_start) {
+  constexpr int kStep = 32 / kChunks, kAtOnce = 16 / kStep;
+  static_assert(2 * kStep == 8, "see below");
   const int lane = threadIdx.x & 31;
-  const int chunk = lane & (kChunks - 1);
-  const int k = (slab_index * kChunks + chunk) * kPerChunk<T>;
-  for (int row = lane / kChunks; row < rows; row += 32 / kChunks) {
+  const int chunk = lane & (kChunks - 1), first = lane / kChunks;
+  const int k = (slab_index * kChunks + chunk) * kPerChunk<T>, left = length - k;
+  if (source.vector && !source.is_float) {
+    const int bytes = (left < 0 ? 0 : left < kPerChunk<T> ? left : kPerChunk<T>) * static_cast<int>(sizeof(T));
+    const T* const data = static_cast<const T*>(source.data);
+    // Eight rows on, a chunk has the same place among those of its row.
+    const int places[2] = {chunk_offset(first, chunk), chunk_offset(first + kStep, chunk)};
+#pragma unroll 1
+    for (int block = 0; block < rows; block += kStep * kAtOnce) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t start = row_start(block + first + i * kStep);
+        const bool inside = start >= 0 && bytes > 0;
+        copy_async(slab + places[i % 2] + (block + (i - i % 2) * kStep) * kTinyFfnSlabBytes,
+                   inside ? data + start + k : data, inside ? bytes : 0);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int row = first; row < rows; row += kStep) {
     const int64_t start = row_start(row);
-    load_chunk<T>(slab + chunk_offset(row, chunk), source, start + k * source.stride_k, start < 0 ? 0 : length - k);
+    load_chunk<T>(slab + chunk_offset(row, chunk), source, start + k * source.stride_k, start < 0 ? 0 : left);
   }
 }
 
@@ -183,15 +199,15 @@ __device__ __forceinline__ void multiply_tile(unsigned char* shared, const Opera
                                               BeforeA before_a) {
   using L = Layout<kBlockM>;
   const int warp = threadIdx.x / 32;
-  unsigned char* const mine = shared + warp * L::kWarpBytes;
+  unsigned char* const slabs = shared + warp * L::kWarpBytes;
   const int row_tiles = (rows + 15) / 16;
   const int padded_rows = row_tiles * 16;
   first += warp;
   const auto load_b = [&](int stage, int slab) {
-    load_rows<T>(mine + stage * L::kSlab + L::kSlabA, b, kBlockN, slab, length, rows_b);
+    load_rows<T>(slabs + stage * L::kSlab + L::kSlabA, b, kBlockN, slab, length, rows_b);
   };
   const auto load_a = [&](int stage, int slab) {
-    load_rows<T>(mine + stage * L::kSlab, a, padded_rows, slab, length, rows_a);
+    load_rows<T>(slabs + stage * L::kSlab, a, padded_rows, slab, length, rows_a);
   };
 #pragma unroll 1
   for (int stage = 0; stage < L::kStages; ++stage) {
@@ -210,7 +226,7 @@ __device__ __forceinline__ void multiply_tile(unsigned char* shared, const Opera
   for (int slab = first; slab < last; slab += kWarps) {
     copy_wait<L::kStages - 1>();
     __syncwarp();
-    const unsigned char* const here = mine + stage * L::kSlab;
+    const unsigned char* const here = slabs + stage * L::kSlab;
     multiply_slab(here, here + L::kSlabA, row_tiles, sums, T{});
     __syncwarp();
     const int next = slab + L::kStages * kWarps;
@@ -223,7 +239,7 @@ __device__ __forceinline__ void multiply_tile(unsigned char* shared, const Opera
   }
 
   // every slab that was asked for has been multiplied, so nothing writes or reads here any more
-  float* const tile = reinterpret_cast<float*>(mine);
+  float* const tile = reinterpret_cast<float*>(slabs);
 #pragma unroll
   for (int m = 0; m < L::kRowTiles; ++m) {
     if (m >= row_tiles) continue;

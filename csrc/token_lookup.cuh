@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device.cuh"
-#include "hash_route.h"
+#include "token_lookup.h"
 
 namespace mbk {
 

@@ -11,12 +11,13 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ ENVIRONMENT_VARIABLE = "MOEBERT_KERNELS_BACKEND"
 
 _FOLDERS = {"cuda": "cuda_backend", "triton": "triton_backend", "torch": "torch_backend"}
 _OFFERS: dict[str, tuple[str, ...]] = {
-    "hash_route": ("triton", "cuda", "torch"),
+    "hash_route": ("triton", "torch"),
     "group_tokens": ("triton", "cuda", "torch"),
     "expert_gemm": ("triton", "cuda", "torch"),
     "fused_moe_ffn": ("triton", "cuda", "torch"),
@@ -36,14 +37,15 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "mpo_expert_weights": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
-_KERNELS = {  # what an op's CUDA form needs of moebert_kernels._C
-    "hash_route": ("hash_route",),
-    "group_tokens": ("group_tokens", "hash_route"),
+# The forms of an op in CUDA, best first, by their kernels in moebert_kernels._C. An op has the backend if it has one of
+# them; at each call its module in cuda_backend asks which of them applies, and takes Triton's kernels where none does.
+_CUDA_FORMS = {
+    "group_tokens": ("group_tokens",),
     "expert_gemm": ("expert_gemm",),
-    "fused_moe_ffn": ("tiny_ffn",),  # and "expert_gemm" where there is one
-    "fused_moe_ffn_add_norm": ("fused_moe_ffn_add_norm", "tiny_ffn"),
+    "fused_moe_ffn": ("tiny_ffn", "expert_gemm"),
+    "fused_moe_ffn_add_norm": ("tiny_ffn", "expert_gemm"),
 }
-_PARTLY_TRITON = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")  # their CUDA forms run Triton kernels too
+_WITHOUT_TRITON = ("group_tokens",)
 
 
 @dataclass(frozen=True)
@@ -89,19 +91,22 @@ def use_backend(name: str, strict: bool = False) -> Iterator[None]:
         _preference.reset(token)
 
 
-def preferring_as_here() -> Callable[[], AbstractContextManager[None]]:
-    """Capture the current preference: autograd runs backward in its own threads, which inherit no context variables."""
-    here = _preference.get()
+def preference() -> Any:
+    """What is preferred here, for `preferring`: autograd runs backward in threads that inherit no context variables."""
+    return _preference.get()
 
-    @contextmanager
-    def preferring() -> Iterator[None]:
-        token = _preference.set(here)
-        try:
-            yield
-        finally:
-            _preference.reset(token)
 
-    return preferring
+class preferring:
+    """What `preference` found elsewhere is preferred inside."""
+
+    def __init__(self, there: Any) -> None:
+        self._there = there
+
+    def __enter__(self) -> None:
+        self._token = _preference.set(self._there)
+
+    def __exit__(self, *_: object) -> None:
+        _preference.reset(self._token)
 
 
 def _current_preference() -> _Preference | None:
@@ -123,15 +128,24 @@ def interpreting() -> bool:
 
 
 @cache
-def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def kernel_unavailable(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this kernel of `moebert_kernels._C` cannot run on such tensors, or None."""
+    found = native.unavailable(kernel, device, dtype)
+    if found is None and kernel == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
+        return "it multiplies by wgmma, which needs compute capability 9.x"
+    return found
+
+
+@cache
+def unavailable(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run `op` on such tensors, or None."""
     if backend == "torch":
         return None
     if backend == "cuda":
-        found = native.obstacle(_KERNELS[op], device, dtype)
-        if found is None and op == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
-            found = "it multiplies by wgmma, which needs compute capability 9.x"
-        return obstacle(op, "triton", device, dtype) if found is None and op in _PARTLY_TRITON else found
+        found = [kernel_unavailable(kernel, device, dtype) for kernel in _CUDA_FORMS[op]]
+        if None not in found:
+            return found[0]
+        return None if op in _WITHOUT_TRITON else unavailable(op, "triton", device, dtype)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -146,7 +160,7 @@ def obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 def _first_offer(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     passed = [f"{name} is not in this version" for name in BACKENDS if name not in _OFFERS[op]]
     for name in _OFFERS[op]:
-        found = obstacle(op, name, device, dtype)
+        found = unavailable(op, name, device, dtype)
         if found is None and name == "triton" and device.type != "cuda":
             found = "its interpreter runs only on request"
         if found is None:
@@ -171,7 +185,7 @@ def choose(op: str, x: Tensor | None = None) -> Choice:
     offers = _OFFERS[op]
     found: str | None = f"only {', '.join(offers)}"
     if preference.backend in offers:
-        found = obstacle(op, preference.backend, device, dtype)
+        found = unavailable(op, preference.backend, device, dtype)
         if found is None:
             return Choice(op, preference.backend, f"asked for by {preference.source}")
     message = f"{op}: expected a {preference.backend} implementation ({preference.source}), got {found}"

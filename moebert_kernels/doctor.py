@@ -1,4 +1,4 @@
-"""What runs here and why: versions, devices, the backend of each op, and a self-test of each against the reference.
+"""What runs here and why: versions, devices, the backend of each op, and a self-test of each and of each CUDA form.
 
 It always prints: a probe that fails reports its error instead of ending the report. `python -m moebert_kernels.doctor`
 is `moebert doctor` without what the command line imports.
@@ -25,11 +25,12 @@ from moebert_kernels.accuracy import error_and_bound
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
+MANY_TOKENS = 400  # more than the kernels of few tokens take
 
 
 def collect() -> dict[str, Any]:
     """The whole report, as plain data for JSON. `ok` is False if an op disagrees with its reference or fails to run."""
-    tests = self_test()
+    tests, cuda_tests = self_test(), cuda_self_test()
     return {
         "versions": {"moebert_kernels": moebert_kernels.__version__, "python": platform.python_version()}
         | {name: _probe(importlib.metadata.version, name) for name in PACKAGES},
@@ -48,24 +49,47 @@ def collect() -> dict[str, Any]:
             lambda: {choice.op: {"backend": choice.backend, "reason": choice.reason} for choice in backend.explain()}
         ),
         "self_test": tests,
-        "ok": all(result["ok"] for result in tests.values()),
+        "cuda_self_test": cuda_tests,
+        "ok": all(result["ok"] for result in (*tests.values(), *cuda_tests.values())),
     }
 
 
 def self_test() -> dict[str, dict[str, Any]]:
-    """Run each op on 64 tokens, in float32 with gradients, against `moebert_kernels.reference`.
+    """Run each op on 64 tokens, with gradients, against `moebert_kernels.reference`; float32, on a GPU also bfloat16.
 
     Returns:
         op -> `ok`, and `message`: the worst error as a share of what is allowed, or what went wrong.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {op: _result(test, device) for op, test in _SELF_TESTS.items()}
+
+
+def cuda_self_test(device: torch.device | None = None) -> dict[str, dict[str, Any]]:
+    """Run every form of an op that the GPU has in `moebert_kernels._C`, in inference, as `self_test` does.
+
+    Args:
+        device: None: the current GPU, if there is one.
+
+    Returns:
+        As `self_test`, by "op: kernel"; empty where none can run.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            return {}
+        device = torch.device("cuda", torch.cuda.current_device())
     results = {}
-    for op, test in _SELF_TESTS.items():
-        try:
-            results[op] = {"ok": True, "message": test(device)}
-        except Exception as error:  # whatever an op raises is what the report is for
-            results[op] = {"ok": False, "message": f"{type(error).__name__}: {_first_line(error)}"}
+    with backend.use_backend("cuda", strict=True):
+        for (op, kernel), test in _CUDA_SELF_TESTS.items():
+            if backend.kernel_unavailable(kernel, device, torch.float32) is None:
+                results[f"{op}: {kernel}"] = _result(test, device)
     return results
+
+
+def _result(test: Callable[[torch.device], str], device: torch.device) -> dict[str, Any]:
+    try:
+        return {"ok": True, "message": test(device)}
+    except Exception as error:  # whatever an op raises is what the report is for
+        return {"ok": False, "message": f"{type(error).__name__}: {_first_line(error)}"}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -79,8 +103,10 @@ def render(report: dict[str, Any]) -> str:
         lines += _table(backends)
     else:
         lines += _table({op: f"{choice['backend']:8} {choice['reason']}" for op, choice in backends.items()})
-    lines += [f"self-test, {TOKENS} tokens against the reference"]
-    lines += _table({op: f"{'ok' if r['ok'] else 'FAILED':8} {r['message']}" for op, r in report["self_test"].items()})
+    for title, name in ((f"self-test, {TOKENS} tokens against the reference", "self_test"), ("CUDA", "cuda_self_test")):
+        if results := report[name]:
+            verdicts = {test: f"{'ok' if r['ok'] else 'FAILED':8} {r['message']}" for test, r in results.items()}
+            lines += [title, *_table(verdicts)]
     lines += ["every op agrees with its reference" if report["ok"] else "AN OP DISAGREES WITH ITS REFERENCE"]
     return "\n".join(lines)
 
@@ -173,8 +199,8 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)  # our own: a report must not move the caller's random state
 
 
-def _expert_ids(device: torch.device) -> Tensor:
-    ids = torch.randint(0, EXPERTS - 1, (TOKENS,), generator=_generator())  # the last expert gets nobody
+def _expert_ids(device: torch.device, tokens: int = TOKENS) -> Tensor:
+    ids = torch.randint(0, EXPERTS - 1, (tokens,), generator=_generator())  # the last expert gets nobody
     ids[::7] = -1  # skipped tokens
     return ids.to(device)
 
@@ -258,17 +284,55 @@ def _test_mpo_expert_weights(device: torch.device) -> str:
     )  # fmt: skip
 
 
+def _cuda_test(op: str, tokens: int, dtype: torch.dtype) -> Callable[[torch.device], str]:
+    """One of the two layers on so many tokens, after a check that the form meant, and no other, applies."""
+
+    def test(device: torch.device) -> str:
+        ids = _expert_ids(device, tokens)
+        norm = ((EXPERTS, HIDDEN), (EXPERTS, HIDDEN)) if op == "fused_moe_ffn_add_norm" else ()
+        shapes = ((tokens, HIDDEN), *_FFN_SHAPES[1:], *norm)
+
+        def call(x: Tensor, w1: Tensor, *rest: Tensor) -> Tensor:
+            from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn  # these need Triton
+
+            few = tiny_ffn.applies(x, 1, w1)
+            if few != (tokens == TOKENS) or not (few or expert_gemm.applies(x, w1)):
+                raise AssertionError(f"the form does not take {tokens} tokens in {dtype}")
+            return getattr(moebert_kernels, op)(x, ids, w1, *rest)
+
+        def naive(x: Tensor, *rest: Tensor) -> Tensor:
+            return getattr(reference, op)(x, ids, *rest)
+
+        return _as_accurate(call, naive, shapes, device, (dtype,), gradients=False)
+
+    return test
+
+
+def _test_cuda_expert_gemm(device: torch.device) -> str:
+    grouping = reference.group_tokens(_expert_ids(device, MANY_TOKENS), EXPERTS)
+    return _as_accurate(
+        lambda x, w, bias: moebert_kernels.expert_gemm(x, w, grouping, bias, gather=True),
+        lambda x, w, bias: reference.expert_gemm(x, w, grouping, bias, gather=True),
+        ((MANY_TOKENS, HIDDEN), (EXPERTS, INTERMEDIATE, HIDDEN), (EXPERTS, INTERMEDIATE)), device,
+        (torch.bfloat16,), gradients=False,
+    )  # fmt: skip
+
+
 def _as_accurate(
-    op: Callable[..., Tensor], naive: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], device: torch.device
-) -> str:
-    """Output and all gradients of `op` in float32, within the bound of `error_and_bound`."""
-    generator = _generator()
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).float() for shape in shapes]
-    got = _outputs(op, inputs, torch.float32, device)
-    same_dtype = _outputs(naive, inputs, torch.float32, device)
-    exact = _outputs(naive, inputs, torch.float64, device)
+    op: Callable[..., Tensor], naive: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (), gradients: bool = True,
+) -> str:  # fmt: skip
+    """Output and, if asked, all gradients of `op`, within the bound of `error_and_bound`."""
+    compared: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
     worst = 0.0
-    for i, tensors in enumerate(zip(got, same_dtype, exact, strict=True)):
+    for dtype in dtypes or (torch.float32, *((torch.bfloat16,) if device.type == "cuda" else ())):
+        generator = _generator()
+        inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+        got = _outputs(op, inputs, dtype, device, gradients)
+        same_dtype = _outputs(naive, inputs, dtype, device, gradients)
+        exact = _outputs(naive, inputs, torch.float64, device, gradients)
+        compared += enumerate(zip(got, same_dtype, exact, strict=True))
+    for i, tensors in compared:
         name = "output" if i == 0 else f"gradient of argument {i}"
         if not torch.isfinite(tensors[0]).all():
             raise AssertionError(f"{name} is not finite")
@@ -276,14 +340,20 @@ def _as_accurate(
         if float(error.max()) > bound:
             raise AssertionError(f"{name}: expected an error of at most {bound:.1e}, got {float(error.max()):.1e}")
         worst = max(worst, float(error.max()) / bound)
-    return f"worst error {worst:.0%} of what is allowed, gradients included"
+    return f"worst error {worst:.0%} of what is allowed{', gradients included' if gradients else ''}"
 
 
-def _outputs(op: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _outputs(
+    op: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, device: torch.device, gradients: bool
+) -> list[Tensor]:
+    if not gradients:
+        with torch.no_grad():
+            return [op(*(tensor.to(device, dtype) for tensor in inputs))]
     with torch.enable_grad():
         leaves = [tensor.to(device, dtype).requires_grad_() for tensor in inputs]
         y = op(*leaves)
-        return [y, *torch.autograd.grad(y.sin().sum(), leaves)]  # sin: a gradient that differs from place to place
+        dy = torch.randn(y.shape, generator=_generator(), dtype=torch.float64).bfloat16()  # the same in each dtype
+        return [y, *torch.autograd.grad(y, leaves, dy.to(device, dtype))]
 
 
 _SELF_TESTS = {
@@ -294,6 +364,16 @@ _SELF_TESTS = {
     "fused_moe_ffn": _test_fused_moe_ffn,
     "fused_moe_ffn_add_norm": _test_fused_moe_ffn_add_norm,
     "mpo_expert_weights": _test_mpo_expert_weights,
+}
+# By op and by its kernel in moebert_kernels._C. A training step's forward and backward are Triton's but for the GEMMs.
+_CUDA_SELF_TESTS = {
+    ("group_tokens", "group_tokens"): _test_group_tokens,
+    ("group_tokens_by_hash", "group_tokens"): _test_group_tokens_by_hash,
+    ("fused_moe_ffn", "tiny_ffn"): _cuda_test("fused_moe_ffn", TOKENS, torch.bfloat16),
+    ("fused_moe_ffn_add_norm", "tiny_ffn"): _cuda_test("fused_moe_ffn_add_norm", TOKENS, torch.bfloat16),
+    ("expert_gemm", "expert_gemm"): _test_cuda_expert_gemm,
+    ("fused_moe_ffn", "expert_gemm"): _cuda_test("fused_moe_ffn", MANY_TOKENS, torch.bfloat16),
+    ("fused_moe_ffn_add_norm", "expert_gemm"): _cuda_test("fused_moe_ffn_add_norm", MANY_TOKENS, torch.bfloat16),
 }
 
 

@@ -42,16 +42,15 @@ def device_error(device: torch.device | None = None) -> str:
     return str(module().device_error(index))
 
 
-def obstacle(kernels: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot run on such tensors, or None."""
+def unavailable(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot run on such tensors, or None."""
     if dtype == torch.float64:
         return "computes in float32, asked for float64"
     found = record()
     if not found["built"]:
         return f"not built: {found['reason']}"
-    for name in kernels:
-        if name not in found["ops"]:
-            return f"not built: {name}: {found['left_out'].get(name, 'not in this build; see `make build`')}"
+    if kernel not in found["ops"]:
+        return f"not built: {kernel}: {found['left_out'].get(kernel, 'not in this build; see `make build`')}"
     if device.type != "cuda":
         return f"needs a CUDA device, got {device.type}"
     try:

@@ -10,15 +10,17 @@
 namespace mbk {
 
 void bind_expert_gemm(pybind11::module_& module) {
-  for (int block_n : {128, 192}) {
-    most_shared_bytes(module)[("expert_gemm_.*, " + std::to_string(block_n) + ", .*").c_str()] = expert_gemm_shared_bytes(block_n);
+  using pybind11::arg;
+  for (int block_n : {128, 192, 256}) {
+    const std::string kernels = "expert_gemm_.*, " + std::to_string(block_n) + ", .*";
+    most_shared_bytes(module)[kernels.c_str()] = expert_gemm_shared_bytes(block_n);
   }
   module.def(
       "expert_gemm",
       [](uintptr_t a, int64_t a_row_stride, uintptr_t w, int64_t w_expert_stride, int64_t w_row_stride, uintptr_t y,
          uintptr_t pre, uintptr_t bias, uintptr_t weights, uintptr_t offsets, uintptr_t row_to_assignment, int64_t rows,
-         int64_t tokens, int64_t num_experts, int64_t columns, int64_t depth, int top_k, int dtype, int activation,
-         bool gather, bool scatter, int block_n, int cluster, uintptr_t stream) {
+         int64_t num_experts, int64_t columns, int64_t depth, int top_k, int dtype, int activation, bool gather,
+         bool scatter, bool after_previous, int block_n, int cluster, uintptr_t stream) {
         ExpertGemmParams params = {};
         params.a = reinterpret_cast<const void*>(a);
         params.a_row_stride = a_row_stride;
@@ -32,7 +34,6 @@ void bind_expert_gemm(pybind11::module_& module) {
         params.offsets = reinterpret_cast<const int*>(offsets);
         params.row_to_assignment = reinterpret_cast<const int*>(row_to_assignment);
         params.rows = rows;
-        params.tokens = tokens;
         params.num_experts = num_experts;
         params.columns = columns;
         params.depth = depth;
@@ -41,12 +42,17 @@ void bind_expert_gemm(pybind11::module_& module) {
         params.activation = static_cast<Activation>(activation);
         params.gather = gather;
         params.scatter = scatter;
+        params.after_previous = after_previous;
         params.block_n = block_n;
         params.cluster = cluster;
         params.stream = reinterpret_cast<cudaStream_t>(stream);
         raise_on_error(expert_gemm(params), "expert_gemm",
                        {{"rows", rows}, {"E", num_experts}, {"N", columns}, {"K", depth}});
       },
+      pybind11::kw_only(), arg("a"), arg("a_row_stride"), arg("w"), arg("w_expert_stride"), arg("w_row_stride"),
+      arg("y"), arg("pre"), arg("bias"), arg("weights"), arg("offsets"), arg("row_to_assignment"), arg("rows"),
+      arg("num_experts"), arg("columns"), arg("depth"), arg("top_k"), arg("dtype"), arg("activation"), arg("gather"),
+      arg("scatter"), arg("after_previous"), arg("block_n"), arg("cluster"), arg("stream"),
       "Each expert's rows times that expert's weights, with bias, activation and scatter; for sm_90.");
 }
 

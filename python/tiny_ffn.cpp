@@ -10,10 +10,12 @@
 namespace mbk {
 
 void bind_tiny_ffn(pybind11::module_& module) {
+  using pybind11::arg;
   module.attr("tiny_ffn_max_tokens") = kTinyFfnMaxTokens;
   module.attr("tiny_ffn_max_experts") = kTinyFfnMaxExperts;
   for (int block_m : {16, 32, 64}) {
-    most_shared_bytes(module)[("tiny_ffn_.*, " + std::to_string(block_m) + ">").c_str()] = tiny_ffn_shared_bytes(block_m);
+    const std::string kernels = "tiny_ffn_.*, " + std::to_string(block_m) + ">";
+    most_shared_bytes(module)[kernels.c_str()] = tiny_ffn_shared_bytes(block_m);
   }
   module.def(
       "tiny_ffn_workspace_bytes",
@@ -22,6 +24,7 @@ void bind_tiny_ffn(pybind11::module_& module) {
                              static_cast<Activation>(activation), has_norm)
             .bytes;
       },
+      arg("tokens"), arg("hidden"), arg("width"), arg("experts"), arg("dtype"), arg("activation"), arg("has_norm"),
       "Bytes of scratch, of any contents, for T tokens, sizes H and I, E experts.");
   module.def(
       "tiny_ffn",
@@ -65,6 +68,12 @@ void bind_tiny_ffn(pybind11::module_& module) {
         params.stream = reinterpret_cast<cudaStream_t>(stream);
         raise_on_error(tiny_ffn(params), "tiny_ffn", {{"T", tokens}, {"H", hidden}, {"I", width}, {"E", experts}});
       },
+      pybind11::kw_only(), arg("ids"), arg("ids_stride"), arg("ids_type"), arg("offsets"), arg("row_to_assignment"),
+      arg("x"), arg("x_stride_t"), arg("x_stride_h"), arg("w1"), arg("w1_stride_e"), arg("w1_stride_n"),
+      arg("w1_stride_k"), arg("b1"), arg("w2"), arg("w2_stride_e"), arg("w2_stride_n"), arg("w2_stride_k"), arg("b2"),
+      arg("norm_weight"), arg("norm_bias"), arg("routing_weights"), arg("y"), arg("workspace"), arg("tokens"),
+      arg("hidden"), arg("width"), arg("experts"), arg("dtype"), arg("x_dtype"), arg("activation"), arg("eps"),
+      arg("stream"),
       "The expert feed-forward of few tokens; with residual and norm where norm_weight is not 0.");
 }
 

@@ -5,7 +5,7 @@ import torch
 from moebert_kernels import backend, native
 
 # Every op that has a CUDA form: its tests run with `use_backend("cuda", strict=True)` where that form can run.
-CUDA_FORMS = ("hash_route", "group_tokens", "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")
+CUDA_FORMS = ("group_tokens", "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")
 
 
 def cuda_runs(op: str) -> bool:

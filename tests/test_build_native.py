@@ -24,7 +24,17 @@ def programs(monkeypatch, tmp_path):
     return write
 
 
-def test_auto_builds_where_there_are_nvcc_and_a_gpu(programs):
+def test_nothing_is_built_that_nothing_uses(programs):
+    programs("nvcc")
+    programs("nvidia-smi", "9.0\\n")
+    assert build_native.why_not_tried() == (
+        "no op uses them unless it is asked to; MOEBERT_KERNELS_BUILD_CUDA=1 builds them"
+    )
+    assert build_native.build_tools() == []
+
+
+def test_auto_builds_where_there_are_nvcc_and_a_gpu(programs, monkeypatch):
+    monkeypatch.setenv(build_native.BUILD_CUDA, "auto")
     assert build_native.why_not_tried() == "nvcc was not found, neither under CUDA_HOME nor on PATH"
     assert build_native.build_tools() == []
     programs("nvcc")

@@ -12,17 +12,22 @@ from tests.helpers import ROOT
 
 COMPILER = os.environ.get("CXX", "c++")
 GEMM, FEW_TOKENS, GROUPING = "test_expert_gemm_pipeline", "test_tiny_ffn", "test_group_tokens"
-WAIT = "      hopper::wait(&shared.empty[slot.stage], slot.phase ^ 1);\n"
+WAIT = "      producer_acquire<Traits>(shared, slot);\n"
+EMPTY = "kConsumerWarps * Traits::kGroups * Traits::kCluster);"
 # what breaks: the program that must notice, the file, what stands there, what takes its place
 MUTATIONS = {
     "full barrier, one arrival": (GEMM, "expert_gemm.cuh", "params.gather ? 1 + kProducerWarps : 1)", "1)"),
-    "empty barrier, one arrival": (GEMM, "expert_gemm.cuh", "kConsumerWarps * Traits::kCluster)", "1)"),
+    "empty barrier, one arrival": (GEMM, "expert_gemm.cuh", EMPTY, "1);"),
     "proxy fence": (GEMM, "expert_gemm.cuh", "  hopper::fence_proxies();\n", ""),
     "wait for copies": (GEMM, "expert_gemm.cuh", "  hopper::wait_for_copies<kPending>();\n", ""),
-    "turns of the consumers": (GEMM, "expert_gemm.cuh", "if (wait_turn) hopper::sync_named(256, group);", ""),
+    "turns of the consumers": (GEMM, "expert_gemm.cuh", "if (!is_first) hopper::sync_named(256, group);", ""),
+    "groups of a shared tile": (GEMM, "expert_gemm.cuh", "kConsumerWarps * Traits::kGroups *", "kConsumerWarps *"),
+    "rows of a shared tile": (GEMM, "expert_gemm.cuh", "tile.row0 += group * Traits::kGroupRows", "tile.row0 += 0"),
+    "tail of the producer": (GEMM, "expert_gemm.cuh", "i < Traits::kStages; ++i, ++slot", "i < 0; ++i, ++slot"),
+    "wait for the GEMM before": (GEMM, "expert_gemm.cuh", "  wait_for_previous_kernel();\n", ""),
     "wait of the producer": (GEMM, "expert_gemm.cuh", WAIT + "      load_weights", "      load_weights"),
     "wait of the gathering producer": (GEMM, "expert_gemm.cuh", WAIT + "      if (thread", "      if (thread"),
-    "stage freed early": (GEMM, "expert_gemm.cuh", "Product::template wait<1>(acc);\n    if", "if"),
+    "stage freed early": (GEMM, "expert_gemm.cuh", "    Product::template wait<1>(acc);\n", ""),
     "stage of the peer": (GEMM, "expert_gemm.cuh", "if (lane < Traits::kCluster)", "if (lane < 1)"),
     "bytes expected": (GEMM, "expert_gemm.cuh", "Traits::kWeightsBytes + Traits::kRowsBytes", "Traits::kWeightsBytes"),
     "registers": (GEMM, "expert_gemm.cuh", "kBlockN == 128 ? 224 : 232", "kBlockN == 128 ? 232 : 240"),

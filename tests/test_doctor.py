@@ -8,8 +8,13 @@ import pytest
 import torch
 
 import moebert_kernels
-from moebert_kernels import backend, doctor
+from moebert_kernels import backend, doctor, native, reference
+from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn
+from moebert_kernels.cuda_backend import group_tokens as cuda_groups
+from moebert_kernels.torch_backend import group_tokens as by_sorting
+from moebert_kernels.torch_backend import hash_route as by_table
 from tests.helpers import ROOT
+from tests.kernels.cuda_stand_in import StandIn
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,55 @@ def test_wrong_op_is_found_by_name(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     assert [op for op, result in report["self_test"].items() if not result["ok"]] == ["fused_moe_ffn"]
     assert "output: expected an error of at most" in report["self_test"]["fused_moe_ffn"]["message"]
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A CPU whose `_C` has the three kernels: two as their references, the GEMM by a stand-in."""
+    kernels = StandIn()
+    kernels.tiny_ffn_max_tokens, kernels.tiny_ffn_max_experts = 256, 1024
+
+    def add_norm(x, ids, w1, b1, w2, b2, norm_weight, norm_bias, weights, eps, activation):
+        if norm_weight is None:
+            return reference.fused_moe_ffn(x, ids, w1, b1, w2, b2)
+        return reference.fused_moe_ffn_add_norm(x, ids, w1, b1, w2, b2, norm_weight, norm_bias, eps=eps)
+
+    def forward(expert_ids, num_experts):
+        return by_sorting.forward(expert_ids, num_experts)
+
+    monkeypatch.setattr(native, "module", lambda: kernels)
+    monkeypatch.setattr(tiny_ffn, "add_norm", add_norm)
+    monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    monkeypatch.setattr(cuda_groups, "forward", forward)
+    monkeypatch.setattr(cuda_groups, "by_hash", lambda *a: forward(by_table.forward(*a[:3]), a[3]))
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
+    backend.unavailable.cache_clear()
+    yield kernels
+    backend.unavailable.cache_clear()
+
+
+def test_each_cuda_form_is_tested_where_a_gpu_can_run_it(pretended_gpu, monkeypatch):
+    results = doctor.cuda_self_test(torch.device("cpu"))
+    assert all(result["ok"] for result in results.values()), results
+    assert set(results) == {f"{op}: {kernel}" for op, kernel in doctor._CUDA_SELF_TESTS}
+    forms = {(op, kernel) for op, kernels in backend._CUDA_FORMS.items() for kernel in kernels}
+    assert forms <= set(doctor._CUDA_SELF_TESTS)
+    assert pretended_gpu.calls == [False, False, True, False, True]
+
+    honest = pretended_gpu.expert_gemm
+    monkeypatch.setattr(pretended_gpu, "expert_gemm", lambda **k: honest(**{**k, "bias": 0}))
+    wrong = [name for name, result in doctor.cuda_self_test(torch.device("cpu")).items() if not result["ok"]]
+    assert wrong == [name for name in results if name.endswith(": expert_gemm")]
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *_: None if kernel == "group_tokens" else "none")
+    assert set(doctor.cuda_self_test(torch.device("cpu"))) == {name for name in results if "group" in name}
+
+
+def test_a_wrong_cuda_form_is_reported(report, monkeypatch, capsys):
+    wrong = {"expert_gemm: expert_gemm": {"ok": False, "message": "AssertionError: output is not finite"}}
+    monkeypatch.setattr(doctor, "self_test", lambda: report["self_test"])
+    monkeypatch.setattr(doctor, "cuda_self_test", lambda: wrong)
+    assert doctor.run() == 1
+    assert "expert_gemm: expert_gemm  FAILED   AssertionError: output is not finite" in capsys.readouterr().out
 
 
 def test_wrong_gradient_is_found(monkeypatch):

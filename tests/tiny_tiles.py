@@ -1,7 +1,14 @@
 """Small tiles, chunks and spans for Triton's kernels, so that tensors of a few dozen rows have several of each."""
 
-from moebert_kernels.kernels import column_sums, config, fused_moe_ffn_add_norm, group_tokens, mpo_expert_weights
-from moebert_kernels.triton_backend import expert_gemm
+from moebert_kernels.kernels import (
+    column_sums,
+    config,
+    fused_moe_ffn_add_norm,
+    group_tokens,
+    launch,
+    mpo_expert_weights,
+)
+from moebert_kernels.triton_backend import add_norm_in_order, expert_gemm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as add_norm
 
 TILE, CHUNK = 16, 16
@@ -15,10 +22,11 @@ def use_tiny_tiles(monkeypatch) -> None:
         monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
         monkeypatch.setitem(mpo_expert_weights.CONFIGS, precision, mpo_expert_weights.FoldConfig(*[TILE] * 4, 4, 2))
     config._pick.cache_clear()
+    launch.forget()
     for module in (expert_gemm, column_sums):
         monkeypatch.setattr(module, "SUMS_CHUNK", CHUNK)
-    monkeypatch.setattr(add_norm, "NORM_CHUNK", 8)
-    monkeypatch.setattr(fused_moe_ffn_add_norm, "NORM_CHUNK", 8)
+    for module in (add_norm, add_norm_in_order, fused_moe_ffn_add_norm):
+        monkeypatch.setattr(module, "NORM_CHUNK", 8)
     monkeypatch.setattr(group_tokens, "_SPAN", 32)
     monkeypatch.setattr(group_tokens, "_COMPARISONS", 128)
     monkeypatch.setattr(group_tokens, "_SPANS_AT_ONCE", 2)

@@ -24,6 +24,14 @@ def export(
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, or int8: with ONNX Runtime's dynamic quantisation.")
     ] = "float32",
+    experts: Annotated[
+        str,
+        typer.Option(
+            "--experts",
+            help="matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for"
+            " each layer, in float32.",
+        ),
+    ] = "matrices",
     force: o.Force = False,
 ) -> None:
     """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it."""
@@ -36,7 +44,7 @@ def export(
     inputs.check_models(model=model)
     identity = {
         "command": "export", "model": str(Path(model)), "format": format, "dtype": dtype,
-        "files of the model": model_files(model),
+        "experts": experts, "files of the model": model_files(model),
     }  # fmt: skip
     if already_written(output, identity, force, model):
         print(f"{output} is there already")
@@ -44,7 +52,7 @@ def export(
     loaded, tokenizer = load_as_saved(model), load_tokenizer(model)
 
     def save(folder: Path) -> None:
-        export_onnx(loaded, folder / "model.onnx", dtype=dtype)
+        export_onnx(loaded, folder / "model.onnx", dtype=dtype, experts=experts)
 
     write(output, save, tokenizer, identity, _plain(loaded.config))
     print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")

@@ -84,41 +84,72 @@ def bench(
         typer.Option("--dtype", help="float32, bfloat16 or float16. Default: float32, on a GPU bfloat16."),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each times both models once.")] = 21,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--form",
+            help="On a CPU: compare the models in these forms, with their scores where --task is given: float32,"
+            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one"
+            " form, by --dtype.",
+        ),
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option("--chart", help="With --form and --task: a PNG of the scores over the times. Default: none."),
+    ] = None,
 ) -> None:
     """Compare the speed of two models: medians of runs in turns, on random tokens or on a task's padded batches.
 
     The ops are checked against their reference first. On a GPU, CUDA events time replays of CUDA graphs.
     """
+    import torch
+
+    from moebert_kernels.cli.bench_forms import check_forms, run_forms
     from moebert_kernels.demo.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
+    from moebert_kernels.demo.forms import forms_chart, forms_table
     from moebert_kernels.distill.loading import load_encoder
     from moebert_kernels.doctor import self_test
     from moebert_kernels.layers import moe_config, set_task
 
     if output is not None:
         check_output_file(output, is_result("cases"), "bench.json")
+    if chart is not None and not form:
+        raise UserError("chart: expected --form too, whose forms it shows, got none")
+    forms = check_forms(form, task, dtype, chart) if form else ()
     split = inputs.split_called(split)
     inputs.check_models(model=model, against=against)
-    device = inputs.device()
+    device = torch.device("cpu") if forms else inputs.device()
     wanted = chosen_dtype(dtype, device)
     broken = [op for op, result in self_test().items() if not result["ok"]]
     if broken:
         raise UserError(f"{broken[0]}: expected to agree with its reference, got something else; see moebert doctor")
     paths = {"model": model, "against": against}
+
+    def batches_of(models: Iterable[Any]) -> list[tuple[Any, Any]]:
+        if task is None:
+            return _random_batches(models, batch_size or [8], length or [128], seed)
+        return _task_batches(
+            model, task, data, split, text_column, label_column, batch_size or [8], length or [None]
+        )  # fmt: skip
+
+    if forms:
+        found = run_forms(paths, forms, rounds, batches_of, task, data, split, text_column, label_column)
+        result: dict[str, Any] = {"environment": environment(device, wanted), **found}
+        print(forms_table(result))
+        if chart is not None:
+            forms_chart(result, chart)
+        if output is not None:
+            _write_json(output, result)
+        return
     models = {name: load_encoder(path).to(device, wanted) for name, path in paths.items()}
     for encoder in models.values():
         moe = moe_config(encoder.config)
         if moe is not None and moe.is_task_routed:
             set_task(encoder, next(iter(moe.tasks or ())))  # all tasks take equally long
-    if task is None:
-        batches = _random_batches(models.values(), batch_size or [8], length or [128], seed)
-    else:
-        batches = _task_batches(
-            model, task, data, split, text_column, label_column, batch_size or [8], length or [None]
-        )  # fmt: skip
-    result: dict[str, Any] = {
+    result = {
         "environment": environment(device, wanted), "rounds": rounds,
         "models": {name: {"path": str(paths[name])} | sizes_of(encoder) for name, encoder in models.items()},
-        "cases": [compare(models, ids, mask, rounds) for ids, mask in batches],
+        "cases": [compare(models, ids, mask, rounds) for ids, mask in batches_of(models.values())],
     }  # fmt: skip
     print(text_table(result))
     if output is not None:

@@ -94,12 +94,7 @@ def _scores(
     config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
 ) -> Callable[[Any], str]:
     """A function that evaluates a model on a split and gives its metrics as text."""
-    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
-    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
-    features = inputs.tokenized(loaded, name, tokenizer, length, stride, config)
-    evaluate = inputs.evaluator(
-        loaded, name, features, tokenizer, batch_size, inputs.padding_for(config, length), config
-    )
+    evaluate = evaluation(config, loaded, split, tokenizer, max_length, batch_size)
 
     def scores(model: Any) -> str:
         start = time.perf_counter()
@@ -108,6 +103,16 @@ def _scores(
         return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()) + f", in {seconds:.1f} s"
 
     return scores
+
+
+def evaluation(
+    config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
+) -> Callable[[Any], Any]:
+    """A function that gives the metrics of a model of this configuration on a split."""
+    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
+    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
+    features = inputs.tokenized(loaded, name, tokenizer, length, stride, config)
+    return inputs.evaluator(loaded, name, features, tokenizer, batch_size, inputs.padding_for(config, length), config)
 
 
 def _mib(model: Any) -> float:

@@ -10,37 +10,25 @@ import torch
 from torch import Tensor
 
 from moebert_kernels import backend, native
-from moebert_kernels.activation import ACTIVATIONS
-from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
+from moebert_kernels.cuda_backend._arguments import ACTIVATIONS, FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.triton_backend import expert_gemm as in_triton
 from moebert_kernels.triton_backend.expert_gemm import backward
 
-__all__ = ["applies", "backward", "expert_gemm", "forward", "runs_on"]
+__all__ = ["applies", "backward", "expert_gemm", "forward"]
 
-_ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
 _PIECE, _ALIGNMENT = 8, 16  # elements and bytes of what a copy moves at least
 
 
-def runs_on(x: Tensor) -> bool:
-    """Whether the kernel is in this build and x's GPU can run it."""
-    return backend.obstacle("expert_gemm", "cuda", x.device, x.dtype) is None
-
-
-def applies(w: Tensor) -> bool:
-    """Whether the kernel can multiply by w (E, N, K); rows of any strides are made to fit."""
-    return (
-        w.dtype in (torch.float16, torch.bfloat16)
-        and w.stride(2) == 1
-        and w.data_ptr() % _ALIGNMENT == 0
-        and all(count > 0 and count % _PIECE == 0 for count in (*w.shape[1:], *_strides(w)))
-    )
+def applies(x: Tensor, *weights: Tensor) -> bool:
+    """Whether x's GPU has the kernel and it can multiply by each w (E, N, K); rows of any strides are made to fit."""
+    return all(map(_fits, weights)) and backend.kernel_unavailable("expert_gemm", x.device, x.dtype) is None
 
 
 def expert_gemm(
     a: Tensor, w: Tensor, y: Tensor, grouping: Grouping, *, bias: Tensor | None = None, weights: Tensor | None = None,
     activation: str = "identity", pre: Tensor | None = None, gather: bool = False, scatter: bool = False,
-    block_n: int = 0, cluster: int = 0,
+    after_previous: bool = False, block_n: int = 0, cluster: int = 0,
 ) -> None:  # fmt: skip
     """Launch: y = act(a @ w[e].T + bias[e]), times the routing weight; zeros for rows without an expert.
 
@@ -52,7 +40,8 @@ def expert_gemm(
         weights: (T, top_k) contiguous routing weights, or None.
         activation: neither a gated one nor relu2.
         pre: as y, receives what the activation is taken of; or None.
-        block_n, cluster: columns of a tile (128, 192) and CTAs that share weights (1, 2); 0: chosen by the sizes.
+        after_previous: it may start while the expert GEMM before it on the stream, whose output it reads, still runs.
+        block_n, cluster: columns of a tile (128, 192, 256) and CTAs that share weights (1, 2); 0: chosen by the sizes.
     """
     if y.numel() == 0:
         return
@@ -61,23 +50,51 @@ def expert_gemm(
     if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % _ALIGNMENT):
         bias = bias.clone(memory_format=torch.contiguous_format)
     num_experts, columns, depth = w.shape
+    w_expert_stride, w_row_stride = _strides(w)
     native.module().expert_gemm(
-        a.data_ptr(), a.stride(0),
-        w.data_ptr(), *_strides(w),
-        y.data_ptr(), pointer(pre), pointer(bias), pointer(weights),
-        grouping.offsets.data_ptr(), grouping.row_to_assignment.data_ptr(),
-        grouping.num_rows, grouping.num_tokens, num_experts, columns, depth, grouping.top_k,
-        FLOATS[w.dtype], _ACTIVATIONS[activation], gather, scatter, block_n, cluster, stream_of(y),
-    )  # fmt: skip
+        a=a.data_ptr(),
+        a_row_stride=a.stride(0),
+        w=w.data_ptr(),
+        w_expert_stride=w_expert_stride,
+        w_row_stride=w_row_stride,
+        y=y.data_ptr(),
+        pre=pointer(pre),
+        bias=pointer(bias),
+        weights=pointer(weights),
+        offsets=grouping.offsets.data_ptr(),
+        row_to_assignment=grouping.row_to_assignment.data_ptr(),
+        rows=grouping.num_rows,
+        num_experts=num_experts,
+        columns=columns,
+        depth=depth,
+        top_k=grouping.top_k,
+        dtype=FLOATS[w.dtype],
+        activation=ACTIVATIONS[activation],
+        gather=gather,
+        scatter=scatter,
+        after_previous=after_previous,
+        block_n=block_n,
+        cluster=cluster,
+        stream=stream_of(y),
+    )
 
 
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
     """Rows (num_rows, N); zero past the routed ones."""
-    if not applies(w):
+    if not applies(x, w):
         return in_triton.forward(x, w, bias, grouping, gather)
     y = x.new_empty(grouping.num_rows, w.shape[1])
     expert_gemm(x, w, y, grouping, bias=bias, gather=gather)
     return y
+
+
+def _fits(w: Tensor) -> bool:
+    return (
+        w.dtype in (torch.float16, torch.bfloat16)
+        and w.stride(2) == 1
+        and w.data_ptr() % _ALIGNMENT == 0
+        and all(count > 0 and count % _PIECE == 0 for count in (*w.shape[1:], *_strides(w)))
+    )
 
 
 def _strides(w: Tensor) -> tuple[int, int]:

@@ -10,21 +10,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moebert_kernels import native
-from moebert_kernels.activation import ACTIVATIONS
-from moebert_kernels.cuda_backend._arguments import FLOATS, INTEGERS, pointer, stream_of
+from moebert_kernels import backend, native
+from moebert_kernels.cuda_backend._arguments import ACTIVATIONS, FLOATS, INTEGERS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
-
-_ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}  # in the order of Activation in csrc/common.h
 
 
 def applies(x: Tensor, top_k: int, w1: Tensor) -> bool:
-    """Whether the kernels can do x (T, H) with w1 (E, I or 2I, H): few tokens, one expert each, dtypes they know."""
-    kernels = native.module()
+    """Whether x's GPU has the kernels and they can do x (T, H) with w1 (E, I or 2I, H).
+
+    They take at most 256 tokens of one expert each, and dtypes that they know.
+    """
     return (
         top_k == 1
-        and x.shape[0] <= kernels.tiny_ffn_max_tokens
-        and w1.shape[0] <= kernels.tiny_ffn_max_experts
+        and backend.kernel_unavailable("tiny_ffn", x.device, x.dtype) is None
+        and x.shape[0] <= native.module().tiny_ffn_max_tokens
+        and w1.shape[0] <= native.module().tiny_ffn_max_experts
         and w1.dtype in FLOATS
         and x.dtype in (w1.dtype, torch.float32)
     )
@@ -37,7 +37,7 @@ def add_norm(
     """y (T, H) = p * LayerNorm_e(x + FFN_e(x)) in x's dtype; y = x where a token has no expert.
 
     Args:
-        x: (T, H), T <= 512, any strides.
+        x: (T, H), T <= 256, any strides.
         routing: a top-1 `Grouping`, or expert ids, (T,) or (T, 1) integers.
         w1: (E, I, H), or (E, 2I, H) for gated activations. Any strides; x's dtype, or lower with x in float32.
         b1: (E, I) or (E, 2I), or None.
@@ -53,25 +53,48 @@ def add_norm(
     y = x.new_empty(tokens, hidden)
     if y.numel() == 0:
         return y
-    dtype, number = FLOATS[w1.dtype], _ACTIVATIONS[activation]
+    dtype, number = FLOATS[w1.dtype], ACTIVATIONS[activation]
     scratch = w1.new_empty(
         _workspace_bytes(tokens, hidden, width, experts, dtype, number, norm_weight is not None) // w1.element_size()
     )
-    if isinstance(routing, Grouping):
-        where = (0, 0, 0, routing.offsets.data_ptr(), routing.row_to_assignment.data_ptr())
-    else:
-        where = (routing.data_ptr(), routing.stride(0), INTEGERS[routing.dtype], 0, 0)
+    ids, grouping = (None, routing) if isinstance(routing, Grouping) else (routing, None)
     b1, b2, norm_weight, norm_bias, routing_weights = (
         None if tensor is None else tensor.contiguous() for tensor in (b1, b2, norm_weight, norm_bias, routing_weights)
     )
     native.module().tiny_ffn(
-        *where,
-        x.data_ptr(), *x.stride(),
-        w1.data_ptr(), *w1.stride(), pointer(b1),
-        w2.data_ptr(), *w2.stride(), pointer(b2),
-        pointer(norm_weight), pointer(norm_bias), pointer(routing_weights), y.data_ptr(), scratch.data_ptr(),
-        tokens, hidden, width, experts, dtype, FLOATS[x.dtype], number, eps, stream_of(x),
-    )  # fmt: skip
+        ids=pointer(ids),
+        ids_stride=0 if ids is None else ids.stride(0),
+        ids_type=0 if ids is None else INTEGERS[ids.dtype],
+        offsets=0 if grouping is None else grouping.offsets.data_ptr(),
+        row_to_assignment=0 if grouping is None else grouping.row_to_assignment.data_ptr(),
+        x=x.data_ptr(),
+        x_stride_t=x.stride(0),
+        x_stride_h=x.stride(1),
+        w1=w1.data_ptr(),
+        w1_stride_e=w1.stride(0),
+        w1_stride_n=w1.stride(1),
+        w1_stride_k=w1.stride(2),
+        b1=pointer(b1),
+        w2=w2.data_ptr(),
+        w2_stride_e=w2.stride(0),
+        w2_stride_n=w2.stride(1),
+        w2_stride_k=w2.stride(2),
+        b2=pointer(b2),
+        norm_weight=pointer(norm_weight),
+        norm_bias=pointer(norm_bias),
+        routing_weights=pointer(routing_weights),
+        y=y.data_ptr(),
+        workspace=scratch.data_ptr(),
+        tokens=tokens,
+        hidden=hidden,
+        width=width,
+        experts=experts,
+        dtype=dtype,
+        x_dtype=FLOATS[x.dtype],
+        activation=number,
+        eps=eps,
+        stream=stream_of(x),
+    )
     return y
 
 

@@ -80,19 +80,19 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
 
     Differentiable once in hidden_states, top_k_weights and all parameters of the module.
     """
-    _check_options(experts)
-    w1, b1, w2, b2 = _weights(experts)
+    check_options(experts)
+    w1, b1, w2, b2 = weights_of(experts)
     _check_inputs(hidden_states, top_k_index, top_k_weights, hidden=w2.shape[1])
     grouping = group_tokens(top_k_index, w2.shape[0])
     casting = autocast_dtype(hidden_states)
     x = hidden_states.to(casting or w1.dtype)
-    activation = _activation(experts)
+    activation = activation_of(experts)
     if activation is None or w1.dtype != w2.dtype:
         own: Any = experts  # torch types every attribute of a module as Tensor | Module
         rows = expert_gemm(x, w1, grouping, b1, gather=True)
         rows = own._apply_gate(rows) if own.has_gate else own.act_fn(rows)
         rows = expert_gemm(rows.to(casting or w2.dtype), w2, grouping, b2)
-        if _has_post_norm(experts):
+        if has_post_norm(experts):
             rows = own.post_expert_norm(rows)
         y = _weighted_sum(
             rows.index_select(0, grouping.assignment_to_row), top_k_index, top_k_weights, grouping.num_experts
@@ -117,7 +117,13 @@ def _weighted_sum(assignments: Tensor, ids: Tensor, p: Tensor, num_experts: int)
     return (assignments.view(*ids.shape, assignments.shape[1]) * p.unsqueeze(-1)).sum(1)
 
 
-def _check_options(experts: nn.Module) -> None:
+def is_experts(module: nn.Module) -> bool:
+    """Whether its class is decorated with transformers' `use_experts_implementation`."""
+    return all(hasattr(module, option) for option in _OPTIONS)
+
+
+def check_options(experts: nn.Module) -> None:
+    """Raise the ValueErrors of `experts_forward` that the module's options cause."""
     name = type(experts).__name__
     if missing := [option for option in _OPTIONS if not hasattr(experts, option)]:
         raise ValueError(
@@ -138,7 +144,7 @@ def _check_options(experts: nn.Module) -> None:
         )
 
 
-def _weights(experts: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def weights_of(experts: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """w1 (E, 2I or I, H), b1, w2 (E, H, I), b2: checked views of the module's parameters."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
     w1, w2 = _parameter(experts, up), _parameter(experts, "down_proj")
@@ -185,7 +191,7 @@ def _check_inputs(x: Tensor, ids: Tensor, p: Tensor, hidden: int) -> None:
             raise ValueError(f"{name}: expected dtype {', '.join(str(d) for d in FLOATS)}, got {tensor.dtype}")
 
 
-def _has_post_norm(experts: nn.Module) -> bool:
+def has_post_norm(experts: nn.Module) -> bool:
     return bool(getattr(experts, "has_post_expert_norm", False))
 
 
@@ -193,9 +199,9 @@ def _has_default_gate(experts: nn.Module) -> bool:
     return getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
 
 
-def _activation(experts: nn.Module) -> str | None:
+def activation_of(experts: nn.Module) -> str | None:
     """The activation of `fused_moe_ffn` that is all the module does between its matrices; None if there is none."""
-    if _has_post_norm(experts) or (experts.has_gate and not _has_default_gate(experts)):
+    if has_post_norm(experts) or (experts.has_gate and not _has_default_gate(experts)):
         return None
     act_fn = experts.act_fn
     if type(act_fn) is nn.GELU:

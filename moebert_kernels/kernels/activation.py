@@ -3,12 +3,13 @@
 HALF says that the result is rounded to 16 bits. Then the GPU's approximations of 1 / x and 2^x serve, each one
 instruction and right to 2^-22, and GELU needs no erf, which is 38 instructions per element:
 
-    gelu(x) = max(x, 0) - |x| q(|x|)        q(a) = Phi(-a) = P(t) exp(-a^2 / 2)        t = 1 / (1 + 0.376 a)
+    gelu(x) = max(x, 0) - a q(a)        q(a) = Phi(-a) = P(t) exp(-a^2 / 2)        t = 1 / (1 + 0.376 a)
 
 with P of degree 5 without a constant term, the form of Abramowitz and Stegun 7.1.26. Their coefficients bound the
 absolute error of erf; these bound the relative error of q: 3.5e-5 for a <= 13, where q is 1e-38. Half a unit in the
 last place is 4.9e-4 in float16 and 3.9e-3 in bfloat16. The derivative Phi(x) + x phi(x) shares q and the exponential.
-Infinities, which no finite operand gives, become NaN.
+a is |x|, or 16 beyond, where the exponential is zero: gelu(inf) = inf and gelu(-inf) = 0, with derivatives 1 and 0, and
+NaN stays NaN. What float16 cannot hold of a pre-activation is kept for backward as an infinity.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ def _bell(x):
 
 
 @triton.jit
-def _tail(x):
-    """Phi(-|x|), the part of a normal distribution beyond |x|."""
-    t = _reciprocal(tl.abs(x) * 0.376 + 1.0)
+def _tail_factor(x):
+    """a, and P(t) of it."""
+    a = tl.minimum(tl.abs(x), 16.0)
+    t = _reciprocal(a * 0.376 + 1.0)
     p = t * -0.0908573932 + 0.1987446318
     p = p * t + 0.0847112676
     p = p * t + 0.1579140741
     p = p * t + 0.1494775642
-    return p * t * _bell(x)
+    return a, p * t
 
 
 @triton.jit
@@ -69,7 +71,11 @@ def _tanh_argument(x):
 def activate(x, NAME: tl.constexpr, HALF: tl.constexpr):
     """act(x); GELU is the exact (erf) form."""
     if NAME == "gelu":
-        y = tl.maximum(x, 0.0) - tl.abs(x) * _tail(x) if HALF else 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        if HALF:
+            a, p = _tail_factor(x)
+            y = tl.maximum(x, 0.0) - a * (p * _bell(x))
+        else:
+            y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
         y = x * _sigmoid(_tanh_argument(x), HALF)
     elif NAME == "silu":
@@ -89,8 +95,9 @@ def activate_grad(x, NAME: tl.constexpr, HALF: tl.constexpr):
     """act'(x)."""
     if NAME == "gelu":
         if HALF:
-            tail = _tail(x)
-            y = tl.where(x < 0, tail, 1.0 - tail) + x * (0.3989422804014327 * _bell(x))
+            a, p = _tail_factor(x)
+            below = (p - a * 0.3989422804014327) * _bell(x)  # at -a
+            y = tl.where(x < 0, below, 1.0 - below)
         else:
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
             y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density

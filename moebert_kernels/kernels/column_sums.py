@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, chunks_of, num_chunks, padded_experts, row_chunk
 
 SUMS_CHUNK = 128  # rows of a program of `column_sums`
@@ -49,7 +49,7 @@ def _column_sums_kernel(
 @triton.jit(do_not_specialize=["chunks"])
 def _add_chunks_kernel(
     Partials,  # (S, chunks, N) float32
-    Y,  # (S, E, N)
+    Y0, Y1, Y2,  # (E, N) of each of the S sums, or null
     Offsets, chunks, N,
     E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
@@ -65,24 +65,31 @@ def _add_chunks_kernel(
         mask = (chunk < end)[:, None] & (column < N)[None, :]
         total += tl.load(partials + chunk.to(tl.int64)[:, None] * N, mask=mask, other=0.0)
     sums = tl.sum(total, 0)
-    tl.store(Y + (which * E + expert) * N + column, sums.to(Y.dtype.element_ty), mask=column < N)
+    place = expert.to(tl.int64) * N + column
+    if Y0 is not None:
+        tl.store(Y0 + place, sums.to(Y0.dtype.element_ty), mask=(column < N) & (which == 0))
+    if Y1 is not None:
+        tl.store(Y1 + place, sums.to(Y1.dtype.element_ty), mask=(column < N) & (which == 1))
+    if Y2 is not None:
+        tl.store(Y2 + place, sums.to(Y2.dtype.element_ty), mask=(column < N) & (which == 2))
 
 
-def add_chunks(partials: Tensor, y: Tensor, offsets: Tensor, chunk: int) -> None:
-    """Launch: y (S, E, N) = the ordered sums of each expert's partials (S, chunks, N) float32, of `chunk` rows each."""
-    which, num_experts, columns = y.shape
-    if y.numel() == 0:
+def add_chunks(partials: Tensor, sums: Sequence[Tensor | None], offsets: Tensor, chunk: int) -> None:
+    """Launch: the ordered sums of each expert's partials (S, chunks, N) float32, of `chunk` rows each.
+
+    sums: S <= 3 tensors (E, N); None where nobody needs one.
+    """
+    which, chunks, columns = partials.shape
+    num_experts = offsets.shape[0] - 1
+    if columns == 0 or not any(y is not None for y in sums):
         return
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": chunk,
-            "BLOCK_M": _ROWS, "BLOCK": _REDUCE_BLOCK,
-        }  # fmt: skip
-        grid = (num_experts, ceil_div(columns, _REDUCE_BLOCK), which)
-        return grid, (partials, y, offsets, partials.shape[1], columns), constants
-
-    _launch_chunks((y.shape, partials.shape[1], chunk, y.dtype), (partials, y, offsets), plan)
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": chunk,
+        "BLOCK_M": _ROWS, "BLOCK": _REDUCE_BLOCK,
+    }  # fmt: skip
+    grid = (num_experts, ceil_div(columns, _REDUCE_BLOCK), which)
+    outputs = (*sums, None, None)[:3]
+    launch(_add_chunks_kernel, grid, (partials, *outputs, offsets, chunks, columns), constants)
 
 
 def column_sums(
@@ -95,22 +102,10 @@ def column_sums(
     num_experts, columns, rows, top_k = grouping.num_experts, a.shape[1], grouping.num_rows, grouping.top_k
     if columns == 0:
         return
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        arguments = (
-            a, *a.stride(), sums, weights, grouping.offsets, grouping.row_to_assignment, columns, top_k
-        )  # fmt: skip
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": SUMS_CHUNK, "GATHER": gather,
-            "HAS_WEIGHTS": weights is not None, "BLOCK_M": _ROWS, "BLOCK_N": _COLUMNS,
-        }  # fmt: skip
-        return (num_chunks(rows, num_experts, SUMS_CHUNK), ceil_div(columns, _COLUMNS)), arguments, constants
-
-    _launch(
-        (rows, columns, num_experts, top_k, layout(a), weights is not None and weights.dtype, gather),
-        (a, sums, weights, grouping.offsets, grouping.row_to_assignment),
-        plan,
-    )
-
-
-_launch, _launch_chunks = Launcher(_column_sums_kernel), Launcher(_add_chunks_kernel)
+    arguments = (a, *a.stride(), sums, weights, grouping.offsets, grouping.row_to_assignment, columns, top_k)
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": SUMS_CHUNK, "GATHER": gather,
+        "HAS_WEIGHTS": weights is not None, "BLOCK_M": _ROWS, "BLOCK_N": _COLUMNS,
+    }  # fmt: skip
+    grid = (num_chunks(rows, num_experts, SUMS_CHUNK), ceil_div(columns, _COLUMNS))
+    launch(_column_sums_kernel, grid, arguments, constants)

@@ -23,9 +23,12 @@ from typing import Any, Literal
 
 import torch
 
-# GEMMs over rows of tokens, by what stands in their epilogues: little, a residual, an activation, its derivative, and
-# the last two with gates or dropout; GEMMs that sum over the rows, for weight gradients.
-Kind = Literal["rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights"]
+# GEMMs over rows of tokens, by what stands in their epilogues: little, a residual, an activation, its derivative, the
+# last two with gates or dropout; GEMMs that sum over rows, for weight gradients; and those that TMA reads for.
+Kind = Literal[
+    "rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights",
+    "descriptors", "hidden_descriptors", "backward_descriptors",
+]  # fmt: skip
 Precision = Literal["half", "tf32", "ieee"]
 
 
@@ -118,7 +121,16 @@ CANDIDATES: dict[Precision, dict[Kind, tuple[Config, ...]]] = {
 _SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
 _REGISTERS, _MAX_PROGRAMS, _RESERVED_BYTES = 65536, 8, 1024  # of a multiprocessor; of shared memory for each program
 GATED_ACCUMULATORS = 32  # of a tile per thread where gates or masks need registers besides
+# Elements of a tile per thread that go through the epilogue at a time: 8 with gates, masks or 16 in all. With more,
+# ptxas spills or leaves a multiprocessor to one program (benchmarks/results/triton-resources.json).
+_SLICE_ELEMENTS = {False: 16, True: 8}
 _ELEMENT_BYTES: dict[Precision, int] = {"half": 2, "tf32": 4, "ieee": 4}
+
+
+def slices_of(config: Config, gated: bool) -> int:
+    """How many parts of a tile's columns go through the epilogue one after the other."""
+    elements = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
+    return max(1, min(4, elements // _SLICE_ELEMENTS[gated or elements == 16], config.BLOCK_N // 16))
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
@@ -139,6 +151,8 @@ def candidates(kind: Kind, precision: Precision, arch: int) -> tuple[Config, ...
     found = CANDIDATES[precision]["weights" if kind == "weights" else "rows"]
     if arch != 90 and not 100 <= arch < 120:  # mma.sync keeps operands in registers, too: 256 columns spill
         found = tuple(config for config in found if config.BLOCK_N < 256)
+    if kind.endswith("descriptors"):
+        found = tuple(config for config in found if arch == 90 and precision == "half" and config.BLOCK_M >= 64)
     if kind in ("gated", "gated_backward"):
         found = tuple(dict.fromkeys(config.narrowed(GATED_ACCUMULATORS) for config in found))
     return found

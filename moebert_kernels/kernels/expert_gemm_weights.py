@@ -13,7 +13,7 @@ without rows has one empty step per tile, which writes its zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ from torch import Tensor
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.config import Config, precision_of
 from moebert_kernels.kernels.expert_gemm import INTERPRETED
-from moebert_kernels.kernels.launch import Launcher
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, num_chunks, padded_experts
 
 _REDUCE_BLOCK = 1024
@@ -182,46 +182,26 @@ def expert_gemm_weights(products: Sequence[Product], partials: Tensor, grouping:
         return
     first, second = products[0], products[-1]
     num_experts, top_k, programs = grouping.num_experts, grouping.top_k, partials.shape[0] // 2
-    precision, operands = precision_of(first.a.dtype), (first.a, first.b, second.a, second.b)
+    precision = precision_of(first.a.dtype)
     sizes = {"E": num_experts, "E_POW2": padded_experts(num_experts), "TWO": len(products) > 1}
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        arguments = (
-            first.a, first.a.stride(0), first.b, first.b.stride(0), first.dw, *first.dw.shape[1:],
-            second.a, second.a.stride(0), second.b, second.b.stride(0), second.dw, *second.dw.shape[1:],
-            partials, grouping.offsets, grouping.row_to_assignment, top_k,
-        )  # fmt: skip
-        even = all(p.dw.shape[1] % config.BLOCK_M == 0 and p.dw.shape[2] % config.BLOCK_N == 0 for p in products)
-        constants = {
-            **sizes,
-            "GATHER_A0": first.gather_a, "GATHER_B0": first.gather_b,
-            "GATHER_A1": second.gather_a, "GATHER_B1": second.gather_b,
-            "EVEN": even, "PRECISION": "tf32" if precision == "tf32" else "ieee",
-            "UPCAST": INTERPRETED and first.a.element_size() == 2, **config.options(),
-        }  # fmt: skip
-        return (programs,), arguments, constants
-
-    gathers = (first.gather_a, first.gather_b, second.gather_a, second.gather_b)
-    shapes = (first.dw.shape, second.dw.shape, len(products), top_k, programs, config)
-    _launch(
-        (shapes, first.a.dtype, *[operand.stride(0) for operand in operands], gathers, precision),
-        (
-            first.a, first.b, first.dw, second.a, second.b, second.dw, partials,
-            grouping.offsets, grouping.row_to_assignment,
-        ),
-        plan,
+    arguments = (
+        first.a, first.a.stride(0), first.b, first.b.stride(0), first.dw, *first.dw.shape[1:],
+        second.a, second.a.stride(0), second.b, second.b.stride(0), second.dw, *second.dw.shape[1:],
+        partials, grouping.offsets, grouping.row_to_assignment, top_k,
     )  # fmt: skip
-
-    def plan_sums() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        elements = config.BLOCK_M * config.BLOCK_N
-        block = min(_REDUCE_BLOCK, elements)
-        arguments = (
-            partials, first.dw, *first.dw.shape[1:], second.dw, *second.dw.shape[1:], grouping.offsets, programs
-        )  # fmt: skip
-        blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK": block}
-        return (num_experts * tiles, elements // block), arguments, sizes | blocks
-
-    _launch_sums((shapes, first.dw.dtype), (partials, first.dw, second.dw, grouping.offsets), plan_sums)
-
-
-_launch, _launch_sums = Launcher(_expert_gemm_weights_kernel), Launcher(_add_partials_kernel)
+    even = all(p.dw.shape[1] % config.BLOCK_M == 0 and p.dw.shape[2] % config.BLOCK_N == 0 for p in products)
+    constants = {
+        **sizes,
+        "GATHER_A0": first.gather_a, "GATHER_B0": first.gather_b,
+        "GATHER_A1": second.gather_a, "GATHER_B1": second.gather_b,
+        "EVEN": even, "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "UPCAST": INTERPRETED and first.a.element_size() == 2, **config.options(),
+    }  # fmt: skip
+    launch(_expert_gemm_weights_kernel, (programs,), arguments, constants)
+    elements = config.BLOCK_M * config.BLOCK_N
+    block = min(_REDUCE_BLOCK, elements)
+    arguments = (
+        partials, first.dw, *first.dw.shape[1:], second.dw, *second.dw.shape[1:], grouping.offsets, programs
+    )  # fmt: skip
+    blocks = {"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "BLOCK_K": config.BLOCK_K, "BLOCK": block}
+    launch(_add_partials_kernel, (num_experts * tiles, elements // block), arguments, sizes | blocks)

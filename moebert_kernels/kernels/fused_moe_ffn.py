@@ -18,24 +18,29 @@ from moebert_kernels import dropout
 from moebert_kernels.activation import GATED, is_gated
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.activation import activate
-from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, precision_of
+from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, slices_of
 from moebert_kernels.kernels.dropout import keep_tile
-from moebert_kernels.kernels.expert_gemm import dot_options, dot_rows
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.expert_gemm import (
+    can_be_described,
+    described,
+    dot_blocks,
+    dot_options,
+    dot_rows,
+    programs_of,
+    weight_blocks,
+)
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import (
     ceil_div,
     column_slices,
     next_power_of_2,
+    num_expert_tiles,
     num_row_tiles,
     padded_experts,
     row_tile,
 )
 
 HIDDEN_STREAM: tl.constexpr = tl.constexpr(dropout.HIDDEN_STREAM)
-
-# Elements of a tile per thread that go through the epilogue at a time: 8 with gates, masks or 16 in all. With more,
-# ptxas spills or leaves a multiprocessor to one program (benchmarks/results/triton-resources.json).
-_SLICE_ELEMENTS = {False: 16, True: 8}
 
 
 @triton.jit
@@ -103,9 +108,27 @@ def _hidden_slice(
         tl.store(H + row0.to(tl.int64) * I + (local * I + offs_n[None, :]), h.to(H.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _finish_tile(
+    acc, up, expert, assignment, row0, mask_m, first_n, HALF: tl.constexpr,
+    B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
+    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile, in slices, and its stores. Without GATED, `up` is not used."""
+    gates = column_slices(acc, SLICES)
+    ups = column_slices(up, SLICES) if GATED else gates
+    for i in tl.static_range(SLICES):
+        _hidden_slice(
+            gates[i], ups[i], expert, assignment, row0, mask_m, first_n + i * (BLOCK_N // SLICES),
+            B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, HALF,
+            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _hidden_kernel(
-    X, stride_xm, stride_xk,  # (T, K)
+    X, stride_xm, stride_xk,  # (T, K), or (rows, K) without GATHER
     W1, stride_we, stride_wn, stride_wk,  # (E, I or 2I, K)
     B1, stride_be, stride_bn,  # (E, I or 2I) or null
     H, HPre,  # (rows, I), (rows, I or 2I) contiguous, or null
@@ -114,7 +137,7 @@ def _hidden_kernel(
     rows, I, K, TOP_K, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, GATHER: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +155,8 @@ def _hidden_kernel(
     owner = tl.minimum(expert, E - 1).to(tl.int64)
     column = offs_n.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
-    x_ptrs = X + (assignment // TOP_K)[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    x_row = assignment // TOP_K if GATHER else tl.where(mask_m, row, row0).to(tl.int64)
+    x_ptrs = X + x_row[:, None] * stride_xm + offs_k[None, :] * stride_xk
     w_ptrs = W1 + owner * stride_we + column[None, :] * stride_wn + offs_k[:, None] * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATED:
@@ -142,14 +166,56 @@ def _hidden_kernel(
         )
     else:
         acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST)
-    gates = column_slices(acc, SLICES)
-    ups = column_slices(up, SLICES) if GATED else gates
-    for i in tl.static_range(SLICES):
-        _hidden_slice(
-            gates[i], ups[i], expert, assignment, row0, mask_m, first_n + i * (BLOCK_N // SLICES),
-            B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, X.dtype.element_ty != tl.float32,
-            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
+        up = acc
+    _finish_tile(
+        acc, up, expert, assignment, row0, mask_m, first_n, X.dtype.element_ty != tl.float32,
+        B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
+        E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _hidden_descriptors_kernel(
+    X, stride_xm,  # (rows, K)
+    W1, stride_we, stride_w,  # (E, I, K), or (E, K, I) with TRANSPOSED
+    B1, stride_be, stride_bn,
+    H, HPre, Seed, Offsets, RowToToken,
+    rows, I, threshold, scale,
+    K: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, SLICES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_hidden_kernel` without GATHER and gates, by the tensor memory accelerator."""
+    x_blocks = tl.make_tensor_descriptor(X, [rows, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    w_blocks = weight_blocks(W1, stride_we, stride_w, I, K, E, TRANSPOSED, BLOCK_N, BLOCK_K)
+    tiles_n = tl.cdiv(I, BLOCK_N)
+    tiles = num_expert_tiles(Offsets, E, E_POW2, BLOCK_M) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        expert, row0, end = row_tile(Offsets, tile // tiles_n, rows, E, E_POW2, BLOCK_M)
+        first_n = tile % tiles_n * BLOCK_N
+        acc = dot_blocks(
+            x_blocks, w_blocks, row0, expert, first_n, K, TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K
         )  # fmt: skip
+        row = row0 + tl.arange(0, BLOCK_M)
+        mask_m = row < end
+        assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
+        _finish_tile(
+            acc, acc, expert, assignment, row0, mask_m, first_n, X.dtype.element_ty != tl.float32,
+            B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
+            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    first_row = tl.load(Offsets + E)
+    for tile in range(tl.program_id(0), tl.cdiv(rows - first_row, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        row = first_row + tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (row < rows)[:, None] & (column < I)[None, :]
+        at = row.to(tl.int64)[:, None] * I + column[None, :]
+        if STORE_H:
+            tl.store(H + at, tl.zeros((BLOCK_M, BLOCK_N), H.dtype.element_ty), mask=mask)
+        if STORE_PRE:
+            tl.store(HPre + at, tl.zeros((BLOCK_M, BLOCK_N), HPre.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -170,59 +236,49 @@ def _combine_kernel(
     tl.store(Y + token * N + column, total.to(Y.dtype.element_ty), mask=column < N)
 
 
-def slices_of(config: Config, gated: bool) -> int:
-    """How many parts of a tile's columns go through the epilogue one after the other."""
-    elements = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps)
-    return max(1, min(4, elements // _SLICE_ELEMENTS[gated or elements == 16], config.BLOCK_N // 16))
-
-
 def gated_options(activation: str) -> dict[str, Any]:
     return {"ACTIVATION": GATED.get(activation, activation), "GATED": is_gated(activation)}
 
 
 def hidden(
     x: Tensor, w1: Tensor, b1: Tensor | None, h: Tensor | None, h_pre: Tensor | None, grouping: Grouping,
-    activation: str, hidden_dropout_p: float, seed: Tensor | None, config: Config | None = None,
+    activation: str, hidden_dropout_p: float, seed: Tensor | None, config: Config | None = None, *, gather: bool = True,
+    descriptors: bool | None = None,
 ) -> None:  # fmt: skip
-    """Launch: h (rows, I) and h_pre (rows, I or 2I), whichever is wanted; zero in rows without an expert."""
+    """Launch: h (rows, I) and h_pre (rows, I or 2I), whichever is wanted; zero in rows without an expert.
+
+    x is (T, K), or (rows, K) in row order without `gather`.
+    descriptors: whether TMA reads x and w1; None: where it can, without gates and dropout.
+    """
     (num_experts, width, depth), rows = w1.shape, grouping.num_rows
     gated = is_gated(activation)
     columns = width // 2 if gated else width
     if rows == 0 or columns == 0:
         return
-    dropped, top_k, precision = hidden_dropout_p > 0 and seed is not None, grouping.top_k, precision_of(x.dtype)
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        kind: Kind = "gated" if gated else "hidden"
-        tile = config or pick_config(kind, rows, num_experts, columns, depth, x.dtype, Device.of(x.device))
-        tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
-        arguments = (
-            x, *x.stride(),
-            w1, *w1.stride(),
-            b1, *((0, 0) if b1 is None else b1.stride()),
-            h, h_pre, seed,
-            grouping.offsets, grouping.row_to_assignment,
-            rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
-        )  # fmt: skip
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts),
-            **gated_options(activation), "HAS_BIAS": b1 is not None, "DROPOUT": dropped,
-            "STORE_H": h is not None, "STORE_PRE": h_pre is not None,
-            **dot_options(x, columns, depth, tile), "SLICES": slices_of(tile, gated or dropped), **tile.options(),
-        }  # fmt: skip
-        return (tiles,), arguments, constants
-
-    _launch(
-        (
-            rows, top_k, w1.shape, layout(w1), layout(x), layout(b1), h is None, h_pre is None, activation,
-            hidden_dropout_p, seed is None, config, precision,
-        ),
-        (x, w1, b1, h, h_pre, seed, grouping.offsets, grouping.row_to_assignment),
-        plan,
-    )  # fmt: skip
-
-
-_launch = Launcher(_hidden_kernel)
+    dropped = hidden_dropout_p > 0 and seed is not None
+    kind: Kind = "gated" if gated else "hidden"
+    device = Device.of(x.device)
+    tile = config or pick_config(kind, rows, num_experts, columns, depth, x.dtype, device)
+    tiles = num_row_tiles(rows, num_experts, tile.BLOCK_M) * ceil_div(columns, tile.BLOCK_N)
+    if descriptors is None:
+        descriptors = not (gather or gated or dropped) and can_be_described(x, w1, tile, device)
+    maps, sizes = (grouping.offsets, grouping.row_to_assignment), (rows, columns)
+    drop = (dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p))
+    outputs = (b1, *((0, 0) if b1 is None else b1.stride()), h, h_pre, seed)
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts),
+        **gated_options(activation), "HAS_BIAS": b1 is not None, "DROPOUT": dropped,
+        "STORE_H": h is not None, "STORE_PRE": h_pre is not None, "SLICES": slices_of(tile, gated or dropped),
+    }  # fmt: skip
+    if descriptors:
+        operands, options = described(x, w1, tile)
+        grid = (min(tiles, programs_of(tile, "hidden_descriptors", device)),)
+        arguments = (*operands, *outputs, *maps, *sizes, *drop)
+        launch(_hidden_descriptors_kernel, grid, arguments, constants | options)
+    else:
+        arguments = (x, *x.stride(), w1, *w1.stride(), *outputs, *maps, *sizes, depth, grouping.top_k, *drop)
+        options = {"GATHER": gather, **dot_options(x, columns, depth, tile), **tile.options()}
+        launch(_hidden_kernel, (tiles,), arguments, constants | options)
 
 
 def combine(rows: Tensor, y: Tensor, top_k: int) -> None:
@@ -230,4 +286,4 @@ def combine(rows: Tensor, y: Tensor, top_k: int) -> None:
     tokens, columns = y.shape
     if y.numel():
         block = min(1024, next_power_of_2(columns))
-        _combine_kernel[(tokens * ceil_div(columns, block),)](rows, y, columns, top_k, BLOCK=block)
+        launch(_combine_kernel, (tokens * ceil_div(columns, block),), (rows, y, columns, top_k), {"BLOCK": block})

@@ -10,7 +10,7 @@ and leaves them as partials that `add_chunks` adds in order. Everything is compu
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
@@ -19,7 +19,7 @@ from torch import Tensor
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.dropout import keep_tile
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, expert_of_rows, next_power_of_2, padded_experts, row_chunk
 
 _OUTPUT_STREAM: tl.constexpr = tl.constexpr(dropout.OUTPUT_STREAM)
@@ -39,7 +39,7 @@ def _normalised(z, mask, H, eps):
 @triton.jit(do_not_specialize=["T"])
 def _add_norm_kernel(
     X, stride_xt, stride_xh,  # (T, H)
-    Ffn,  # (rows, H) by row, contiguous
+    Ffn,  # (T, H) contiguous
     NormWeight, stride_we, stride_wh,  # (E, H)
     NormBias, stride_be, stride_bh,  # (E, H)
     Weights,  # (T,) or null
@@ -47,6 +47,7 @@ def _add_norm_kernel(
     Seed, Offsets, TokenToRow,
     T, H, eps, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr, DROPOUT: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    X_BY_ROW: tl.constexpr, FFN_BY_ROW: tl.constexpr, Y_BY_ROW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -54,9 +55,12 @@ def _add_norm_kernel(
     row = tl.load(TokenToRow + token, mask=token < T, other=0).to(tl.int64)
     expert = expert_of_rows(Offsets, row, E, E_POW2).to(tl.int64)
     mask = (token < T)[:, None] & (column < H)[None, :]
+    at_x = row if X_BY_ROW else token
+    at_ffn = row if FFN_BY_ROW else token
+    at_y = row if Y_BY_ROW else token
     routed = mask & (expert < E)[:, None]
-    x = tl.load(X + token[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
-    ffn = tl.load(Ffn + row[:, None] * H + column[None, :], mask=routed, other=0.0).to(tl.float32)
+    x = tl.load(X + at_x[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
+    ffn = tl.load(Ffn + at_ffn[:, None] * H + column[None, :], mask=routed, other=0.0).to(tl.float32)
     if DROPOUT:
         ffn = tl.where(keep_tile(Seed, token, 0, threshold, BLOCK_H, _OUTPUT_STREAM), ffn * scale, 0.0)
     normed, _ = _normalised(x.to(tl.float32) + ffn, mask, H, eps)
@@ -66,24 +70,25 @@ def _add_norm_kernel(
     if HAS_WEIGHTS:
         y *= tl.load(Weights + token, mask=token < T, other=0.0).to(tl.float32)[:, None]
     y = tl.where(routed, y.to(Y.dtype.element_ty), x.to(Y.dtype.element_ty))
-    tl.store(Y + token[:, None] * H + column[None, :], y, mask=mask)
+    tl.store(Y + at_y[:, None] * H + column[None, :], y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["chunks"])
 def _add_norm_backward_kernel(
     DY, stride_yt, stride_yh,  # (T, H)
     X, stride_xt, stride_xh,  # (T, H)
-    Ffn,  # (rows, H) by row, contiguous
+    Ffn,  # (T, H) contiguous
     NormWeight, stride_we, stride_wh,  # (E, H)
     NormBias, stride_be, stride_bh,  # (E, H)
     Weights,  # (T,) or null
-    DZ, DFfn,  # (rows, H) by row, contiguous; the second may be null
+    DZ, DFfn,  # (T, H) contiguous; the second may be null
     Sums,  # (2 or 3, chunks, H) float32: of the norm's weight's and bias's gradients, of DFfn
     DWeights,  # (T,) or null
     Seed, Offsets, RowToToken,
     chunks, H, eps, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, STORE_DFFN: tl.constexpr, STORE_DWEIGHTS: tl.constexpr, SUM_DFFN: tl.constexpr,
+    X_BY_ROW: tl.constexpr, FFN_BY_ROW: tl.constexpr, DY_BY_ROW: tl.constexpr, DZ_BY_ROW: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -104,13 +109,17 @@ def _add_norm_backward_kernel(
         mask = mask_r[:, None] & inside[None, :]
         token = tl.load(RowToToken + row, mask=mask_r, other=0).to(tl.int64)
         row = row.to(tl.int64)
-        x = tl.load(X + token[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
-        ffn = tl.load(Ffn + row[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        at_x = row if X_BY_ROW else token
+        at_ffn = row if FFN_BY_ROW else token
+        at_dy = row if DY_BY_ROW else token
+        at_dz = row if DZ_BY_ROW else token
+        x = tl.load(X + at_x[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
+        ffn = tl.load(Ffn + at_ffn[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             keep = keep_tile(Seed, token, 0, threshold, BLOCK_H, _OUTPUT_STREAM)
             ffn = tl.where(keep, ffn * scale, 0.0)
         normed, rstd = _normalised(x.to(tl.float32) + ffn, mask, H, eps)
-        dy = tl.load(DY + token[:, None] * stride_yt + column[None, :] * stride_yh, mask=mask, other=0.0)
+        dy = tl.load(DY + at_dy[:, None] * stride_yt + column[None, :] * stride_yh, mask=mask, other=0.0)
         dy = dy.to(tl.float32)
         if STORE_DWEIGHTS:
             dp = tl.sum(dy * (normed * weight[None, :] + bias[None, :]), 1)
@@ -123,13 +132,13 @@ def _add_norm_backward_kernel(
         mean = tl.sum(dnormed, 1) / H
         along = tl.sum(dnormed * normed, 1) / H
         dz = (dnormed - mean[:, None] - normed * along[:, None]) * rstd[:, None]
-        tl.store(DZ + row[:, None] * H + column[None, :], dz.to(DZ.dtype.element_ty), mask=mask)
+        tl.store(DZ + at_dz[:, None] * H + column[None, :], dz.to(DZ.dtype.element_ty), mask=mask)
         if DROPOUT:
             dz = tl.where(keep, dz * scale, 0.0)
         if SUM_DFFN:
             dffn += tl.sum(tl.where(mask, dz, 0.0), 0)
         if STORE_DFFN:
-            tl.store(DFfn + row[:, None] * H + column[None, :], dz.to(DFfn.dtype.element_ty), mask=mask)
+            tl.store(DFfn + at_dz[:, None] * H + column[None, :], dz.to(DFfn.dtype.element_ty), mask=mask)
     sums = Sums + chunk.to(tl.int64) * H + column
     stride = tl.cast(chunks, tl.int64) * H
     tl.store(sums, dweight, mask=inside)
@@ -146,84 +155,62 @@ def _row_options(columns: int) -> dict[str, int]:
 
 def add_norm(
     x: Tensor, ffn: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Tensor | None, y: Tensor,
-    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None,
+    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None, *, by_row: Sequence[str] = ("ffn",),
 ) -> None:  # fmt: skip
-    """Launch: y (T, H) from x (T, H) and the feed-forward's rows (rows, H); y = x where no expert is."""
+    """Launch: y from x and the feed-forward's outputs, all (T, H); y = x where no expert is.
+
+    by_row: which of "x", "ffn" and "y" are in row order; the others are in token order.
+    """
     (tokens, columns), num_experts = x.shape, grouping.num_experts
     if x.numel() == 0:
         return
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        options = _row_options(columns)
-        block = max(1, min(4, 4096 // options["BLOCK_H"]))
-        arguments = (
-            x, *x.stride(),
-            ffn,
-            norm_weight, *norm_weight.stride(),
-            norm_bias, *norm_bias.stride(),
-            weights, y, seed, grouping.offsets, grouping.assignment_to_row,
-            tokens, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
-        )  # fmt: skip
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts), "DROPOUT": dropout_p > 0 and seed is not None,
-            "HAS_WEIGHTS": weights is not None, "BLOCK_T": block, **options,
-        }  # fmt: skip
-        return (ceil_div(tokens, block),), arguments, constants
-
-    _launch(
-        (
-            x.shape, num_experts, layout(x), ffn.dtype, layout(norm_weight), layout(norm_bias),
-            weights is not None and weights.dtype, eps, dropout_p, seed is None,
-        ),
-        (x, ffn, norm_weight, norm_bias, weights, y, seed, grouping.offsets, grouping.assignment_to_row),
-        plan,
+    options = _row_options(columns)
+    block = max(1, min(4, 4096 // options["BLOCK_H"]))
+    arguments = (
+        x, *x.stride(),
+        ffn,
+        norm_weight, *norm_weight.stride(),
+        norm_bias, *norm_bias.stride(),
+        weights, y, seed, grouping.offsets, grouping.assignment_to_row,
+        tokens, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
     )  # fmt: skip
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "DROPOUT": dropout_p > 0 and seed is not None,
+        "HAS_WEIGHTS": weights is not None,
+        "X_BY_ROW": "x" in by_row, "FFN_BY_ROW": "ffn" in by_row, "Y_BY_ROW": "y" in by_row,
+        "BLOCK_T": block, **options,
+    }  # fmt: skip
+    launch(_add_norm_kernel, (ceil_div(tokens, block),), arguments, constants)
 
 
 def add_norm_backward(
     dy: Tensor, x: Tensor, ffn: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Tensor | None,
     dz: Tensor, dffn: Tensor | None, sums: Tensor, dweights: Tensor | None,
-    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None,
+    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None, *, by_row: Sequence[str] = ("ffn", "dz"),
 ) -> None:  # fmt: skip
-    """Launch: dz and dffn (rows, H) by row, dweights (T,) and sums (2 or 3, chunks, H) float32 over chunks of rows.
+    """Launch: dz and dffn (T, H), dweights (T,) and sums (2 or 3, chunks, H) float32 over chunks of rows.
 
     The sums are of the gradients of the norm's weight and bias and, if there is a third, of dffn.
-
     Nothing is written for tokens without an expert.
+    by_row: which of "x", "ffn", "dy" and "dz" (with dffn) are in row order; the others are in token order.
     """
     columns, num_experts, chunks = x.shape[1], grouping.num_experts, sums.shape[1]
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        options = _row_options(columns)
-        arguments = (
-            dy, *dy.stride(),
-            x, *x.stride(),
-            ffn,
-            norm_weight, *norm_weight.stride(),
-            norm_bias, *norm_bias.stride(),
-            weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_assignment,
-            chunks, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
-        )  # fmt: skip
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": NORM_CHUNK,
-            "DROPOUT": dropout_p > 0 and seed is not None, "HAS_WEIGHTS": weights is not None,
-            "STORE_DFFN": dffn is not None, "STORE_DWEIGHTS": dweights is not None, "SUM_DFFN": sums.shape[0] == 3,
-            "BLOCK_R": max(1, min(4, 2048 // options["BLOCK_H"])), **options,
-        }  # fmt: skip
-        return (chunks,), arguments, constants
-
-    _launch_backward(
-        (
-            x.shape, num_experts, sums.shape, layout(x), layout(dy), ffn.dtype, layout(norm_weight),
-            layout(norm_bias), weights is not None and weights.dtype, dffn is not None and dffn.dtype,
-            dweights is None, eps, dropout_p, seed is None,
-        ),
-        (
-            dy, x, ffn, norm_weight, norm_bias, weights, dz, dffn, sums, dweights, seed,
-            grouping.offsets, grouping.row_to_assignment,
-        ),
-        plan,
+    options = _row_options(columns)
+    arguments = (
+        dy, *dy.stride(),
+        x, *x.stride(),
+        ffn,
+        norm_weight, *norm_weight.stride(),
+        norm_bias, *norm_bias.stride(),
+        weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_assignment,
+        chunks, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
     )  # fmt: skip
-
-
-_launch, _launch_backward = Launcher(_add_norm_kernel), Launcher(_add_norm_backward_kernel)
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": NORM_CHUNK,
+        "DROPOUT": dropout_p > 0 and seed is not None, "HAS_WEIGHTS": weights is not None,
+        "STORE_DFFN": dffn is not None, "STORE_DWEIGHTS": dweights is not None, "SUM_DFFN": sums.shape[0] == 3,
+        "X_BY_ROW": "x" in by_row, "FFN_BY_ROW": "ffn" in by_row,
+        "DY_BY_ROW": "dy" in by_row, "DZ_BY_ROW": "dz" in by_row,
+        "BLOCK_R": max(1, min(4, 2048 // options["BLOCK_H"])), **options,
+    }  # fmt: skip
+    launch(_add_norm_backward_kernel, (chunks,), arguments, constants)

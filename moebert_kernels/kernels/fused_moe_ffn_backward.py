@@ -10,8 +10,6 @@ registers, which left a multiprocessor to one program of 128 x 128.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,15 +18,24 @@ from moebert_kernels import dropout
 from moebert_kernels.activation import is_gated
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.activation import activate, activate_grad
-from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, precision_of
+from moebert_kernels.kernels.config import Config, Device, Kind, pick_config, slices_of
 from moebert_kernels.kernels.dropout import keep_tile
-from moebert_kernels.kernels.expert_gemm import dot_options, dot_rows
-from moebert_kernels.kernels.fused_moe_ffn import HIDDEN_STREAM, gated_options, slices_of
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.expert_gemm import (
+    can_be_described,
+    described,
+    dot_blocks,
+    dot_options,
+    dot_rows,
+    programs_of,
+    weight_blocks,
+)
+from moebert_kernels.kernels.fused_moe_ffn import HIDDEN_STREAM, gated_options
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import (
     ceil_div,
     column_slices,
     expert_of_rows,
+    num_expert_tiles,
     num_row_tiles,
     padded_experts,
     row_tile,
@@ -76,6 +83,31 @@ def _hidden_backward_slice(
     return part
 
 
+@triton.jit
+def _finish_tile(
+    dh, assignment, row0, row, mask_m, tile_n, tiles_n, HALF: tl.constexpr,
+    HPre, DHPre, A, Weights, DWeights, Seed, I, threshold, scale,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile of dh, in slices, and its stores."""
+    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
+    if HAS_WEIGHTS:
+        weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)
+    part = tl.zeros((BLOCK_M,), tl.float32)
+    first = tile_n * BLOCK_N
+    slices = column_slices(dh, SLICES)
+    for i in tl.static_range(SLICES):
+        part += _hidden_backward_slice(
+            slices[i], weight, assignment, row0, mask_m, first + i * (BLOCK_N // SLICES),
+            HPre, DHPre, A, Seed, I, threshold, scale, HALF,
+            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, BLOCK_M, BLOCK_N // SLICES,
+        )  # fmt: skip
+    if STORE_DWEIGHTS:
+        tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _hidden_backward_kernel(
     DY, stride_ym, stride_yk,  # (T or rows, K)
@@ -112,21 +144,44 @@ def _hidden_backward_kernel(
         mask_n, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), K, BLOCK_K, EVEN, PRECISION, UPCAST,
     )  # fmt: skip
 
-    weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if HAS_WEIGHTS:
-        weight = tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)
-    part = tl.zeros((BLOCK_M,), tl.float32)
-    first = tile_n * BLOCK_N
-    half: tl.constexpr = DY.dtype.element_ty != tl.float32
-    slices = column_slices(dh, SLICES)
-    for i in tl.static_range(SLICES):
-        part += _hidden_backward_slice(
-            slices[i], weight, assignment, row0, mask_m, first + i * (BLOCK_N // SLICES),
-            HPre, DHPre, A, Seed, I, threshold, scale, half,
-            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, BLOCK_M, BLOCK_N // SLICES,
+    _finish_tile(
+        dh, assignment, row0, row, mask_m, tile_n, tiles_n, DY.dtype.element_ty != tl.float32,
+        HPre, DHPre, A, Weights, DWeights, Seed, I, threshold, scale,
+        ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, STORE_DWEIGHTS, SLICES, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _hidden_backward_descriptors_kernel(
+    DY, stride_ym,  # (rows, K)
+    W2, stride_we, stride_w,  # (E, I, K), or (E, K, I) with TRANSPOSED
+    HPre, DHPre, A, Weights, DWeights, Seed, Offsets, RowToToken,
+    rows, I, threshold, scale,
+    K: tl.constexpr, E: tl.constexpr, E_POW2: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, STORE_PRE: tl.constexpr, STORE_A: tl.constexpr, STORE_DWEIGHTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`_hidden_backward_kernel` without GATHER, by the tensor memory accelerator."""
+    y_blocks = tl.make_tensor_descriptor(DY, [rows, K], [stride_ym, 1], [BLOCK_M, BLOCK_K])
+    w_blocks = weight_blocks(W2, stride_we, stride_w, I, K, E, TRANSPOSED, BLOCK_N, BLOCK_K)
+    tiles_n = tl.cdiv(I, BLOCK_N)
+    tiles = num_expert_tiles(Offsets, E, E_POW2, BLOCK_M) * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        expert, row0, end = row_tile(Offsets, tile // tiles_n, rows, E, E_POW2, BLOCK_M)
+        tile_n = tile % tiles_n
+        dh = dot_blocks(
+            y_blocks, w_blocks, row0, expert, tile_n * BLOCK_N, K, TRANSPOSED, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K
         )  # fmt: skip
-    if STORE_DWEIGHTS:
-        tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
+        row = row0 + tl.arange(0, BLOCK_M)
+        mask_m = row < end
+        assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
+        _finish_tile(
+            dh, assignment, row0, row.to(tl.int64), mask_m, tile_n, tiles_n, DY.dtype.element_ty != tl.float32,
+            HPre, DHPre, A, Weights, DWeights, Seed, I, threshold, scale,
+            ACTIVATION, GATED, DROPOUT, HAS_WEIGHTS, STORE_PRE, STORE_A, STORE_DWEIGHTS, SLICES, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -170,50 +225,39 @@ def hidden_backward_config(
 def hidden_backward(
     dy: Tensor, w2: Tensor, h_pre: Tensor, dh_pre: Tensor | None, a: Tensor | None, weights: Tensor | None,
     dweights: Tensor | None, grouping: Grouping, activation: str, hidden_dropout_p: float, seed: Tensor | None,
-    *, gather: bool, config: Config,
+    *, gather: bool, config: Config, descriptors: bool | None = None,
 ) -> None:  # fmt: skip
     """Launch: dh_pre (rows, I or 2I), a (rows, I) and dweights (rows, tiles of I), whichever is wanted.
 
     dy is (T, H), or (rows, H) in row order without `gather`. Rows without an expert are not written.
+    descriptors: whether TMA reads dy and w2; None: where it can, without gates and dropout.
     """
     (num_experts, depth, columns), rows = w2.shape, grouping.num_rows
     if rows == 0 or columns == 0:
         return
-    dropped, top_k, precision = hidden_dropout_p > 0 and seed is not None, grouping.top_k, precision_of(dy.dtype)
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N)
-        arguments = (
-            dy, *dy.stride(),
-            w2, *w2.transpose(1, 2).stride(),
-            h_pre, dh_pre, a,
-            weights, dweights, seed,
-            grouping.offsets, grouping.row_to_assignment,
-            rows, columns, depth, top_k, dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p),
-        )  # fmt: skip
-        constants = {
-            "E": num_experts, "E_POW2": padded_experts(num_experts),
-            **gated_options(activation), "DROPOUT": dropped, "GATHER": gather, "HAS_WEIGHTS": weights is not None,
-            "STORE_PRE": dh_pre is not None, "STORE_A": a is not None, "STORE_DWEIGHTS": dweights is not None,
-            "SLICES": slices_of(config, dropped or is_gated(activation)),
-            **dot_options(dy, columns, depth, config), **config.options(),
-        }  # fmt: skip
-        return (tiles,), arguments, constants
-
-    _launch(
-        (
-            rows, top_k, w2.shape, layout(w2), layout(dy), dh_pre is None, a is None, dweights is None,
-            weights is not None and weights.dtype, activation, hidden_dropout_p, seed is None, gather, config,
-            precision,
-        ),
-        (
-            dy, w2, h_pre, dh_pre, a, weights, dweights, seed, grouping.offsets, grouping.row_to_assignment
-        ),
-        plan,
-    )  # fmt: skip
-
-
-_launch = Launcher(_hidden_backward_kernel)
+    dropped = hidden_dropout_p > 0 and seed is not None
+    tiles = num_row_tiles(rows, num_experts, config.BLOCK_M) * ceil_div(columns, config.BLOCK_N)
+    device, gated, w = Device.of(dy.device), is_gated(activation), w2.transpose(1, 2)
+    if descriptors is None:
+        descriptors = not (gather or dropped or gated) and can_be_described(dy, w, config, device)
+    maps, sizes = (grouping.offsets, grouping.row_to_assignment), (rows, columns)
+    drop = (dropout.threshold(hidden_dropout_p), dropout.scale(hidden_dropout_p))
+    outputs = (h_pre, dh_pre, a, weights, dweights, seed)
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts),
+        **gated_options(activation), "DROPOUT": dropped, "HAS_WEIGHTS": weights is not None,
+        "STORE_PRE": dh_pre is not None, "STORE_A": a is not None, "STORE_DWEIGHTS": dweights is not None,
+        "SLICES": slices_of(config, dropped or gated),
+    }  # fmt: skip
+    if descriptors:
+        operands, options = described(dy, w, config)
+        grid = (min(tiles, programs_of(config, "backward_descriptors", device)),)
+        arguments = (*operands, *outputs, *maps, *sizes, *drop)
+        launch(_hidden_backward_descriptors_kernel, grid, arguments, constants | options)
+    else:
+        arguments = (dy, *dy.stride(), w2, *w.stride(), *outputs, *maps, *sizes, depth, grouping.top_k, *drop)
+        options = {"GATHER": gather, **dot_options(dy, columns, depth, config), **config.options()}
+        launch(_hidden_backward_kernel, (tiles,), arguments, constants | options)
 
 
 def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights: Tensor, grouping: Grouping) -> None:
@@ -222,12 +266,16 @@ def routing_weights_grad(parts: Tensor, dy: Tensor, b2: Tensor | None, dweights:
     if rows == 0:
         return
     block = 16
-    _routing_weights_grad_kernel[(ceil_div(rows, block),)](
+    arguments = (
         parts,
         dy, *dy.stride(),
         b2, *((0, 0) if b2 is None else b2.stride()),
         dweights,
         grouping.offsets, grouping.row_to_assignment,
         rows, dy.shape[1], parts.shape[1], grouping.top_k,
-        E=num_experts, E_POW2=padded_experts(num_experts), HAS_BIAS=b2 is not None, BLOCK_M=block, BLOCK_N=128,
     )  # fmt: skip
+    constants = {
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "HAS_BIAS": b2 is not None, "BLOCK_M": block,
+        "BLOCK_N": 128,
+    }  # fmt: skip
+    launch(_routing_weights_grad_kernel, (ceil_div(rows, block),), arguments, constants)

@@ -10,13 +10,11 @@ Traffic: the ids twice, Counts once per span, the two permutations once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, padded_experts
 
 _SPAN = 1024  # tokens of a program
@@ -105,17 +103,10 @@ def group_tokens(
     block = max(16, min(_SPAN, _COMPARISONS // padded))
     warps = 8 if padded > 1024 else 4  # 4 spill: 16 tokens, compared with 2,048 experts
     sizes = {"E": num_experts, "E_POW2": padded, "SPAN": _SPAN, "BLOCK": block, "num_warps": warps}
-    key = (layers, rows, num_experts, layout(expert_ids), _SPAN, block, _SPANS_AT_ONCE)
     ids = (expert_ids, *expert_ids.stride())
-    _launch_count(key, (expert_ids, counts), lambda: ((spans, layers), (*ids, counts, rows, spans), sizes))
+    launch(_count_kernel, (spans, layers), (*ids, counts, rows, spans), sizes)
+    arguments = (*ids, counts, offsets, row_to_assignment, assignment_to_row, rows, spans)
+    launch(_place_kernel, (spans, layers), arguments, sizes | {"SPANS_AT_ONCE": _SPANS_AT_ONCE})
 
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        arguments = (*ids, counts, offsets, row_to_assignment, assignment_to_row, rows, spans)
-        return (spans, layers), arguments, sizes | {"SPANS_AT_ONCE": _SPANS_AT_ONCE}
-
-    _launch_place(key, (expert_ids, counts, offsets, row_to_assignment, assignment_to_row), plan)
-
-
-_launch_count, _launch_place = Launcher(_count_kernel), Launcher(_place_kernel)
 
 __all__ = ["group_tokens", "num_spans", "padded_experts"]

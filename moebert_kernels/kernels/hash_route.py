@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moebert_kernels.kernels.launch import Launcher, layout
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div
 
 _BLOCK = 1024
@@ -40,23 +38,12 @@ def hash_route(token_ids: Tensor, tables: Tensor, attention_mask: Tensor | None,
     (layers, vocab_size), tokens = tables.shape, token_ids.shape[0]
     if layers * tokens == 0:
         return
-
-    def plan() -> tuple[tuple[int, ...], tuple[object, ...], dict[str, Any]]:
-        arguments = (
-            token_ids, token_ids.stride(0),
-            tables, *tables.stride(),
-            attention_mask, 0 if attention_mask is None else attention_mask.stride(0),
-            expert_ids,
-            tokens, vocab_size,
-        )  # fmt: skip
-        constants = {"HAS_MASK": attention_mask is not None, "BLOCK": _BLOCK}
-        return (ceil_div(tokens, _BLOCK), layers), arguments, constants
-
-    _launch(
-        (tables.shape, tokens, layout(token_ids), layout(tables), layout(attention_mask)),
-        (token_ids, tables, attention_mask, expert_ids),
-        plan,
-    )
-
-
-_launch = Launcher(_hash_route_kernel)
+    arguments = (
+        token_ids, token_ids.stride(0),
+        tables, *tables.stride(),
+        attention_mask, 0 if attention_mask is None else attention_mask.stride(0),
+        expert_ids,
+        tokens, vocab_size,
+    )  # fmt: skip
+    constants = {"HAS_MASK": attention_mask is not None, "BLOCK": _BLOCK}
+    launch(_hash_route_kernel, (ceil_div(tokens, _BLOCK), layers), arguments, constants)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moebert_kernels.kernels.config import Precision, precision_of
+from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, next_power_of_2
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -151,14 +152,17 @@ def fold(
     if config is None:
         config = pick_config(rows, columns, precision)
     tiles = ceil_div(rows, config.BLOCK_A) * ceil_div(columns, config.BLOCK_B)
-    _fold_kernel[(tiles * central.shape[1] * central.shape[2], num_experts)](
+    arguments = (
         left, central, right, w, offsets,
         rows, columns, bond, next_bond, left_columns, columns // right_columns, right_columns, *central.shape[1:3],
-        EVEN=bond % config.BLOCK_D == 0 and next_bond % config.BLOCK_K == 0,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
-        UPCAST=INTERPRETED and central.element_size() == 2,
-        **asdict(config),
     )  # fmt: skip
+    constants = {
+        "EVEN": bond % config.BLOCK_D == 0 and next_bond % config.BLOCK_K == 0,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "UPCAST": INTERPRETED and central.element_size() == 2,
+        **asdict(config),
+    }
+    launch(_fold_kernel, (tiles * central.shape[1] * central.shape[2], num_experts), arguments, constants)
 
 
 def permute(
@@ -169,8 +173,9 @@ def permute(
     num_experts, rows, columns = permuted.shape
     slices = central_rows * central_columns
     tiles = ceil_div(rows, PERMUTE_ROWS) * ceil_div(columns, PERMUTE_COLUMNS)
-    _permute_kernel[(tiles, num_experts)](
+    arguments = (
         w, permuted, offsets,
         rows // slices, columns, left_columns, columns // right_columns, right_columns, central_rows, central_columns,
-        BLOCK_A=PERMUTE_ROWS, BLOCK_B=PERMUTE_COLUMNS, num_warps=4,
     )  # fmt: skip
+    constants = {"BLOCK_A": PERMUTE_ROWS, "BLOCK_B": PERMUTE_COLUMNS, "num_warps": 4}
+    launch(_permute_kernel, (tiles, num_experts), arguments, constants)

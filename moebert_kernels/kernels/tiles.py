@@ -49,6 +49,14 @@ def row_tile(Offsets, tile, rows, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: 
 
 
 @triton.jit
+def num_expert_tiles(Offsets, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr):
+    """Row tiles of all experts: those of `row_tile` before the ones of rows that no expert has."""
+    e = tl.arange(0, E_POW2)
+    rows = tl.load(Offsets + e + 1, mask=e < E, other=0) - tl.load(Offsets + e, mask=e < E, other=0)
+    return tl.sum((rows + BLOCK - 1) // BLOCK, 0)
+
+
+@triton.jit
 def row_chunk(Offsets, chunk, E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr):
     """Expert, first row and row past the last of chunk `chunk`; an expert that is not below E: no such chunk."""
     e = tl.arange(0, E_POW2)

@@ -144,7 +144,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def inside_op(x: Tensor) -> AbstractContextManager[object]:
     """Where an op runs: on x's GPU, and without autocast, since operands are cast already."""
-    casting = autocast_dtype(x) is not None
+    casting = torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None
     elsewhere = x.device.type == "cuda" and x.device.index != torch.cuda.current_device()
     if not casting and not elsewhere:
         return _NOTHING

@@ -47,12 +47,12 @@ class Differentiable:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             ctx.save_for_backward(*inputs[:tensor_arguments], *output[1:])
             ctx.constants = inputs[tensor_arguments:]
-            ctx.preferring = backend.preferring_as_here()
+            ctx.preference = backend.preference()
 
         def run_backward(run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             needs = [ctx.needs_input_grad[i] for i in differentiable]
-            with ctx.preferring():
+            with backend.preferring(ctx.preference):
                 grads = run(dy, *saved, *ctx.constants, needs)
             places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
             for i, need, grad in zip(differentiable, needs, grads, strict=True):

@@ -6,8 +6,18 @@ from moebert_kernels.errors import require_extra
 require_extra("train", "transformers")
 
 from moebert_kernels.serve.config import PreparedConfig
+from moebert_kernels.serve.int8_training import Int8Callback, int8_forward
 from moebert_kernels.serve.loading import PreparedLoader
 from moebert_kernels.serve.onnx import export_onnx, quantise_onnx
 from moebert_kernels.serve.preparation import describe, prepare
 
-__all__ = ["PreparedConfig", "PreparedLoader", "describe", "export_onnx", "prepare", "quantise_onnx"]
+__all__ = [
+    "Int8Callback",
+    "PreparedConfig",
+    "PreparedLoader",
+    "describe",
+    "export_onnx",
+    "int8_forward",
+    "prepare",
+    "quantise_onnx",
+]

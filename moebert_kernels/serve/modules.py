@@ -6,7 +6,7 @@ form of an engine, and `state_dict` turns that back into the same buffers, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +20,8 @@ from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weight
 from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, is_int8, pack
 from moebert_kernels.torch_backend.activation import activate
 
-# of an expert, on average: up to here an activation of all experts' rows at once beats calls for each
-_FEW_ROWS = 32
+# Experts whose pre-activations are no more than these numbers together get one activation: 1 MiB, for the cache.
+_TOGETHER = 2**18
 Engines = Callable[[tuple[int, int], bool], str]  # shape (N, K), and whether of experts -> engine
 
 
@@ -104,7 +104,7 @@ class PackedLinear(PackedModule):
         assert packed is not None
         if x.dtype is not packed.dtype:
             raise ValueError(f"x: expected {packed.dtype} in a model prepared as {self.dtype}, got {x.dtype}")
-        return packed(x)
+        return packed.linear(x)
 
     def extra_repr(self) -> str:
         engine = "empty" if self._packed is None else self._packed.engine
@@ -133,7 +133,9 @@ class PackedExperts(PackedModule):
         w1, w2 = tensors["w1"], tensors["w2"]
         assert w1 is not None and w2 is not None
         self.num_experts = w1.shape[0]
+        self.top_k = 1  # on which engines are compared
         self._shapes = {"w1": (w1.shape[1], w1.shape[2]), "w2": (w2.shape[1], w2.shape[2])}
+        self._rows_together = max(_TOGETHER // w1.shape[1], 1)
         self._first: list[Packed] = []
         self._second: list[Packed] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
@@ -145,11 +147,7 @@ class PackedExperts(PackedModule):
         with torch.no_grad():
             w1, w2 = experts.weights()
             b1, b2 = experts.biases()
-            tensors: dict[str, Tensor | None] = {}
-            for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
-                made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
-                for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
-                    tensors[key] = None if parts[0] is None else torch.stack(list(parts))
+            tensors = expert_tensors(w1, b1, w2, b2, dtype)
             if experts.adds_residual:
                 to = input_dtype(dtype)
                 tensors |= {name: getattr(experts, name).detach().to(to) for name in ("norm_weight", "norm_bias")}
@@ -189,51 +187,92 @@ class PackedExperts(PackedModule):
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`."""
-        with torch.no_grad():
-            grouping = resolve_routing(x, routing, self.num_experts, max_top_k=1 if self.adds_residual else None)
-            p = resolve_routing_weights(x, grouping.top_k, routing_weights)
-            flat = x.reshape(-1, x.shape[-1])
-            bounds = grouping.offsets.tolist()
-            routed, top_k = bounds[-1], grouping.top_k
-            tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
-            if not routed:
-                y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
-                return y.view(x.shape)
-            outputs = list(self._outputs(flat.index_select(0, tokens[:routed]), bounds))
-            if p is not None:
-                p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
-                outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
-            if routed < grouping.num_rows:  # behind the routed rows stand the skipped ones, also in the permutation
-                skipped = tokens[routed:]
-                outputs.append(
-                    flat.index_select(0, skipped)
-                    if self.adds_residual
-                    else outputs[0].new_zeros(len(skipped), flat.shape[1])
-                )
-            # one read of each row: `index_copy_` and `index_put_` take four times as long
-            rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-            y = rows.index_select(0, grouping.assignment_to_row)
-            if top_k > 1:
-                y = y.view(-1, top_k, y.shape[1]).sum(1)
+        """As `Experts.forward`; a `Grouping` is that of x, and is not checked."""
+        if torch.is_grad_enabled():  # `no_grad` costs as much as a LayerNorm, and most callers are inside one
+            with torch.no_grad():
+                return PackedExperts.forward(self, x, routing, routing_weights)
+        grouping = routing
+        if not isinstance(grouping, Grouping):
+            grouping = resolve_routing(x, grouping, self.num_experts, max_top_k=1 if self.adds_residual else None)
+        flat = x.reshape(-1, x.shape[-1])
+        bounds = grouping.offsets.tolist()
+        routed, top_k = bounds[-1], grouping.top_k
+        tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
+        if not routed:
+            y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
             return y.view(x.shape)
+        skips = routed < grouping.num_rows
+        outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), bounds)
+        if routing_weights is not None:
+            p = resolve_routing_weights(x, top_k, routing_weights)
+            p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
+            outputs = [(outputs[0] if len(outputs) == 1 else torch.cat(outputs)).mul_(p_rows)]
+        if skips:  # behind the routed rows stand the skipped ones, also in the permutation
+            skipped = tokens[routed:]
+            outputs.append(
+                flat.index_select(0, skipped)
+                if self.adds_residual
+                else outputs[0].new_zeros(len(skipped), flat.shape[1])
+            )
+        # one read of each row: `index_copy_` and `index_put_` take four times as long
+        rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        y = rows.index_select(0, grouping.assignment_to_row)
+        if top_k > 1:
+            y = y.view(-1, top_k, y.shape[1]).sum(1)
+        return y.view(x.shape)
 
-    def _outputs(self, rows: Tensor, bounds: list[int]) -> Iterator[Tensor]:
-        """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them."""
+    def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
+        """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them.
+
+        With few tokens a fifth of the time was Python: no views but these, and no calls around the library's.
+        """
+        first, second, norms = self._first, self._second, self._norms
         counts = [hi - lo for lo, hi in pairwise(bounds)]
-        experts = [e for e, count in enumerate(counts) if count]
-        inputs = rows.split_with_sizes([counts[e] for e in experts])
-        hidden: Sequence[Tensor] | None = None
-        if len(rows) <= _FEW_ROWS * len(experts) and len(experts) > 1 and not self._first[0].fuses:
-            together = torch.cat([self._first[e](x) for e, x in zip(experts, inputs, strict=True)])
-            hidden = activate(together, self.activation, inplace=True).split_with_sizes([len(x) for x in inputs])
-        for k, (e, x) in enumerate(zip(experts, inputs, strict=True)):
-            y = self._second[e](self._first[e](x, self.activation) if hidden is None else hidden[k])
-            if self.adds_residual:
-                weight, bias = self._norms[e]
-                z = y.add_(x) if y.dtype == torch.float32 else y.float().add_(x)
-                y = torch.layer_norm(z, (z.shape[1],), weight, bias, self.eps).to(y.dtype)
-            yield y
+        if 0 in counts:
+            experts = [e for e, count in enumerate(counts) if count]
+            counts = [counts[e] for e in experts]
+            first, second = [first[e] for e in experts], [second[e] for e in experts]
+            norms = [norms[e] for e in experts] if norms else norms
+        inputs = rows.split_with_sizes(counts)
+        hidden: Iterable[Tensor]
+        if len(inputs) == 1 or first[0].fuses(self.activation):
+            hidden = map(self._hidden, first, inputs)  # each when its expert's turn comes, and is in the cache then
+        elif bounds[-1] <= self._rows_together:
+            together = torch.cat([layer.linear(x) for layer, x in zip(first, inputs, strict=True)])
+            hidden = self._activate(together).split_with_sizes(counts)
+        else:
+            hidden = self._several_hidden(first, inputs, counts)
+        if not norms:
+            return [layer.linear(h) for layer, h in zip(second, hidden, strict=True)]
+        outputs, size, to = [], (rows.shape[1],), rows.dtype
+        for layer, h, x, (weight, bias) in zip(second, hidden, inputs, norms, strict=True):
+            z = layer.linear(h) if to is torch.float32 else layer.linear(h).float()
+            y = torch.layer_norm(z.add_(x), size, weight, bias, self.eps)
+            outputs.append(y if to is torch.float32 else y.to(to))
+        return outputs
+
+    def _several_hidden(self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]) -> Iterator[Tensor]:
+        """`_hidden` of each expert; with few rows, of several experts at once."""
+        most, start = self._rows_together, 0
+        while start < len(counts):
+            end, rows = start + 1, counts[start]
+            while end < len(counts) and rows + counts[end] <= most:
+                rows += counts[end]
+                end += 1
+            if end == start + 1:
+                yield self._hidden(first[start], inputs[start])
+            else:
+                parts = [layer.linear(x) for layer, x in zip(first[start:end], inputs[start:end], strict=True)]
+                yield from self._activate(torch.cat(parts)).split_with_sizes(counts[start:end])
+            start = end
+
+    def _hidden(self, layer: Packed, x: Tensor) -> Tensor:
+        """(R, I) of the rows of one expert; the library may apply the activation."""
+        return layer(x, self.activation)
+
+    def _activate(self, h_pre: Tensor) -> Tensor:
+        """(R, I or 2I) -> (R, I)."""
+        return activate(h_pre, self.activation, inplace=True)
 
     def extra_repr(self) -> str:
         engines = sorted({layer.engine for layer in (*self._first, *self._second)}) or ["empty"]
@@ -283,6 +322,18 @@ def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     scale = torch.empty(len(weight), device="meta") if is_int8(dtype) else None
     bias = None if bias is None else torch.empty_like(bias, dtype=to)
     return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)
+
+
+def expert_tensors(
+    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, dtype: str
+) -> dict[str, Tensor | None]:
+    """The buffers of `PackedExperts` from w1 (E, I or 2I, H), b1, w2 (E, H, I), b2, of any strides."""
+    tensors: dict[str, Tensor | None] = {}
+    for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
+        made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
+        for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
+            tensors[key] = None if parts[0] is None else torch.stack(list(parts))
+    return tensors
 
 
 def _own(tensor: Tensor | None) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 Each expert has matrices of its own, and gets its rows by NonZero and Gather and puts them back by ScatterND, so that
 ONNX Runtime's quantiser finds ordinary products. Hash tables, gates and the padding mask are inside the graph.
+
+The other form has one operator of ONNX Runtime for all experts of a layer: `moebert_kernels.serve.onnx_operator`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import copy
 import inspect
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from moebert_kernels.errors import UserError, require_extra
 from moebert_kernels.layers import MoEFeedForward, moe_layers
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.serve.modules import PackedModule
+from moebert_kernels.serve.onnx_operator import OperatorExperts, check_operator
 
 OPSET = 20  # Gelu is an operator from here on
+EXPERTS = ("matrices", "operator")
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _FREE = torch.export.Dim.DYNAMIC
 _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
-def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None:
+def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts: str = "matrices") -> None:
     """Write an encoder as an ONNX file whose batch and length are free.
 
     Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence);
@@ -41,14 +45,21 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
         model: of transformers, dense or converted, not prepared; an encoder, with a head or without.
         path: of the file. Weights of more than 2 GB go beside it.
         dtype: "float32"; or "int8": then ONNX Runtime's dynamic quantisation has run over it, with weights per channel.
+        experts: "matrices": standard operators alone, and padding costs nothing. "operator": one `com.microsoft.MoE`
+            for the experts of a layer, of a converted model in float32; ONNX Runtime has it for CPUs and CUDA.
 
     Raises:
-        UserError: a model that is no encoder, is prepared, or routes by task; another dtype.
+        UserError: a model that is no encoder, is prepared, or routes by task; another dtype or form of the experts;
+            "operator" with a dense model, int8, or an activation that the operator does not have.
         MissingExtra: a package of the extra `serve` is not installed.
     """
     if dtype not in ("float32", "int8"):
         raise UserError(f"dtype: expected float32 or int8 in an ONNX file, got {dtype!r}")
+    if experts not in EXPERTS:
+        raise UserError(f"experts: expected one of {', '.join(EXPERTS)}, got {experts!r}")
     _check(model)
+    if experts == "operator":
+        check_operator(model, dtype)
     require_extra("serve", "onnx", "onnxscript", *(("onnxruntime",) if dtype == "int8" else ()))
     path = Path(path)
     if dtype == "int8":
@@ -58,7 +69,9 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32") -> None
         return
     copied = copy.deepcopy(model).float().cpu().eval()
     inputs, outputs = _example(copied)
-    module = _Flat(standard(copied), tuple(inputs), outputs).eval()
+    module = _Flat(
+        standard(copied, StandardExperts if experts == "matrices" else OperatorExperts), tuple(inputs), outputs
+    ).eval()
     with torch.no_grad():
         program = torch.onnx.export(
             module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
@@ -81,10 +94,10 @@ def quantise_onnx(source: str | Path, target: str | Path) -> None:
         logging.disable(level)
 
 
-def standard(model: Any) -> Any:
-    """The model, whose layers become `StandardExperts` and whose hash routers look up in plain torch; in place."""
+def standard(model: Any, experts: Callable[[MoEFeedForward], nn.Module]) -> Any:
+    """The model, whose layers get these `experts` and whose hash routers look up in plain torch; in place."""
     for layer in moe_layers(model):
-        layer.experts = StandardExperts(layer)  # type: ignore[assignment]
+        layer.experts = experts(layer)  # type: ignore[assignment]
         if isinstance(layer.router, HashRouter):
             layer.router.__class__ = _StandardHashRouter
         elif hasattr(layer.router, "balance"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,11 +32,10 @@ ENGINES = {
 _TOKEN = "-token"
 # names of the activations that oneDNN applies to a tile while it is in registers
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
-_NOT_FUSED = ("none", "")
 _SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
 _PACKED_ROWS = 256  # the row count that oneDNN's order is made for: of 1 to 1,024, the best or near it for all
 # what the overloads call: for the experts of few tokens, their Python around it takes 5 % of the time
-_SMALLEST = 1e-30  # a row of zeros is divided by it
+SMALLEST = 1e-30  # a row of zeros is divided by it
 _linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
 
@@ -55,16 +54,20 @@ class Packed:
     Attributes:
         engine: its name.
         dtype: of inputs and outputs.
-        fuses: whether an activation costs no pass over the outputs.
+        linear: x (..., K) -> x w' + bias (..., N), with as little Python around it as can be.
     """
 
     engine: str
     dtype: torch.dtype
-    fuses = False
+    linear: Callable[[Tensor], Tensor]
 
     def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
         """act(x (..., K) w' + bias) (..., N); gated activations give N / 2 columns."""
-        raise NotImplementedError
+        return activate(self.linear(x), activation, inplace=True)
+
+    def fuses(self, activation: str) -> bool:
+        """Whether this activation costs no pass over the outputs."""
+        return False
 
     def weights(self) -> Weights:
         """What was packed, bit for bit."""
@@ -92,16 +95,17 @@ class _Int8(Packed):
             quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
         # without these instructions products of 8-bit numbers are added in 16 bits, which overflow
-        self._reduced = not has_int8_instructions()
+        packed, reduced, late_bias = self._packed, not has_int8_instructions(), self._late_bias
 
-    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
-        if self._late_bias is None:
-            y = _linear_dynamic(x, self._packed, self._reduced)
-        else:
+        def linear(x: Tensor) -> Tensor:
+            return _linear_dynamic(x, packed, reduced)
+
+        def linear_of_tokens(x: Tensor) -> Tensor:
             # two passes in vectors: `vector_norm` and `aminmax` of rows are 15 times as slow
-            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=_SMALLEST)
-            y = torch.addcmul(self._late_bias, _linear_dynamic(x / largest, self._packed, self._reduced), largest)
-        return activate(y, activation, inplace=True)
+            largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=SMALLEST)
+            return torch.addcmul(late_bias, _linear_dynamic(x / largest, packed, reduced), largest)
+
+        self.linear = linear if late_bias is None else linear_of_tokens
 
     def weights(self) -> Weights:
         weight, bias = torch.ops.quantized.linear_unpack(self._packed)
@@ -111,17 +115,22 @@ class _Int8(Packed):
 
 class _OneDNN(Packed):
     engine = "onednn"
-    fuses = True
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.contiguous(), _PACKED_ROWS)
         self._bias = weights.bias
+        weight, bias = self._weight, self._bias
+        self.linear = lambda x: _linear_pointwise(x, weight, bias, "none", [], "")
 
     def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
-        name, algorithm = _FUSED.get(activation, _NOT_FUSED)
-        y = _linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
-        return y if name != "none" else activate(y, activation, inplace=True)
+        if activation not in _FUSED:
+            return super().__call__(x, activation)
+        name, algorithm = _FUSED[activation]
+        return _linear_pointwise(x, self._weight, self._bias, name, [], algorithm)
+
+    def fuses(self, activation: str) -> bool:
+        return activation in _FUSED
 
     def weights(self) -> Weights:
         return Weights(self._weight.to_dense(), None, self._bias)
@@ -133,10 +142,8 @@ class _Plain(Packed):
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
         self._weights = Weights(weights.weight.contiguous(), None, weights.bias)
-
-    def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
         weight, _, bias = self._weights
-        return activate(torch.nn.functional.linear(x, weight, bias), activation, inplace=True)
+        self.linear = lambda x: torch.nn.functional.linear(x, weight, bias)
 
     def weights(self) -> Weights:
         return self._weights

@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 
 from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.errors import UserError
+from moebert_kernels.integrations.transformers import is_experts
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.nn.context import derived_class
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
+from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
 FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a fifth of a BERT, others are small
@@ -54,7 +56,7 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
     return model
 
 
-def check(model: Any, dtype: str, tokens: int) -> None:
+def check(model: Any, dtype: str, tokens: int, *, any_device: bool = False) -> None:
     """Raise the errors of `prepare`."""
     if dtype not in DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -65,7 +67,7 @@ def check(model: Any, dtype: str, tokens: int) -> None:
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise UserError("model: expected one that is not prepared, got one that is")
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
+        if parameter.device.type != "cpu" and not any_device:
             raise UserError(f"model: expected all weights on the CPU, got {name} on {parameter.device}")
         if not parameter.is_floating_point():
             raise UserError(f"model: expected weights in floating point, got {name} in {parameter.dtype}")
@@ -77,31 +79,38 @@ def moe_of(model: Any) -> Any:
     return model.config.quantization_config if converted else None
 
 
+def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, type[PackedModule]]]:
+    """What `prepare` replaces: the module around it, its name there, itself, and the class that takes its place."""
+    places = [(parent, name, child) for parent in _outside_routers(model) for name, child in parent.named_children()]
+    # transformers' own Mixtures-of-Experts have routers of any kind beside their experts
+    experts_beside = {id(parent): child.num_experts for parent, _, child in places if is_experts(child)}
+    found: list[tuple[nn.Module, str, Any, type[PackedModule]]] = []
+    for parent, name, child in places:
+        outputs: Any = child.nf if type(child).__name__ == "Conv1D" else getattr(child, "out_features", 0)
+        if isinstance(parent, MoEFeedForward) and name == "experts":
+            found.append((parent, name, child, PackedExperts))
+        elif is_experts(child):
+            found.append((parent, name, child, PackedTransformersExperts))
+        elif type(child) is nn.Linear or type(child).__name__ == "Conv1D":
+            if outputs >= FEWEST_OUTPUTS and outputs != experts_beside.get(id(parent)):
+                found.append((parent, name, child, PackedLinear))
+        elif type(child) is nn.Embedding and is_int8(dtype) and child.num_embeddings >= FEWEST_ROWS:
+            found.append((parent, name, child, PackedEmbedding))
+    return found
+
+
 def replace_modules(model: nn.Module, dtype: str) -> int:
     """Put empty packed modules in the place of what can be packed; on the meta device too.
 
     Returns:
         How many of them are layers or experts, and no embeddings.
     """
-    places = [
-        (parent, name, child) for parent in _outside_routers(model) for name, child in parent.named_children()
-    ]  # a list first: what is replaced is not visited
     count = 0
-    for parent, name, child in places:
-        made: PackedModule
-        if isinstance(parent, MoEFeedForward) and name == "experts":
-            made = PackedExperts.of(child, dtype)
-        elif type(child) is nn.Linear or type(child).__name__ == "Conv1D":
-            made = PackedLinear.of(child, dtype)
-            if made.out_features < FEWEST_OUTPUTS:
-                continue
-        elif type(child) is nn.Embedding and is_int8(dtype) and child.num_embeddings >= FEWEST_ROWS:
-            made = PackedEmbedding.of(child)
-        else:
-            continue
+    for parent, name, child, kind in packable(model, dtype):
+        made: Any = PackedEmbedding.of(child) if kind is PackedEmbedding else kind.of(child, dtype)  # type: ignore[attr-defined]
         made.training = False
         setattr(parent, name, made)
-        count += not isinstance(made, PackedEmbedding)
+        count += kind is not PackedEmbedding
     return count
 
 
@@ -112,12 +121,16 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs."""
+    """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs.
+
+    What transformers loads in float32 in any case stays so.
+    """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for module in model.modules():
         if isinstance(module, PackedModule):
             continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(torch.float32 if name in kept else dtype)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
@@ -154,15 +167,15 @@ def finish(model: Any, config: PreparedConfig) -> None:
 def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool, Choice]]:
     """The fastest engine of each shape of layers, and of each shape of experts."""
     samples: dict[tuple[tuple[int, int], bool], list[Weights]] = {}
-    experts: dict[tuple[tuple[int, int], bool], int] = {}
+    experts: dict[tuple[tuple[int, int], bool], float] = {}
     for module in model.modules():
         if isinstance(module, PackedModule):
             for shape, of_experts, weights in module.shapes():
                 found = samples.setdefault((shape, of_experts), [])
                 found.extend(weights[: max(_SAMPLES - len(found), 0)])
-                experts[shape, of_experts] = getattr(module, "num_experts", 1)
+                experts[shape, of_experts] = getattr(module, "num_experts", 1) / getattr(module, "top_k", 1)
     return [
-        (key[1], fastest(config.dtype, weights, max(config.tokens // experts[key], 1)))
+        (key[1], fastest(config.dtype, weights, max(int(config.tokens / experts[key]), 1)))
         for key, weights in samples.items()
     ]
 

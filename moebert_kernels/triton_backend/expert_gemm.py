@@ -21,16 +21,19 @@ from moebert_kernels.kernels.config import (
 from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights
 from moebert_kernels.kernels.fused_moe_ffn import combine
+from moebert_kernels.kernels.launch import empty, made, recorded
 from moebert_kernels.kernels.tiles import ceil_div, num_chunks
 
 
+@recorded
 def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gather: bool) -> Tensor:
     """Rows (num_rows, N); zero past the routed ones."""
-    y = x.new_empty(grouping.num_rows, w.shape[1])
+    y = empty(x, grouping.num_rows, w.shape[1])
     expert_gemm(x, w, y, grouping, bias=bias, gather=gather)
     return y
 
 
+@recorded
 def backward(
     dy: Tensor, x: Tensor, w: Tensor, grouping: Grouping, gather: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -48,11 +51,11 @@ def rows_times_weights(
     rows: Tensor, w: Tensor, grouping: Grouping, bias: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
     """Rows (num_rows, K) times w (E, N, K) -> tokens (T, N), weighted and summed over a token's experts."""
-    by_assignment = rows.new_empty(grouping.num_rows, w.shape[1])
+    by_assignment = empty(rows, grouping.num_rows, w.shape[1])
     expert_gemm(rows, w, by_assignment, grouping, bias=bias, weights=weights, scatter=True)
     if grouping.top_k == 1:
         return by_assignment
-    y = rows.new_empty(grouping.num_tokens, w.shape[1])
+    y = empty(rows, grouping.num_tokens, w.shape[1])
     combine(by_assignment, y, grouping.top_k)
     return y
 
@@ -68,9 +71,9 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
     config, programs = _plan(
         grouping.num_rows, num_experts, sizes, precision_of(a.dtype), a.dtype, gathers, Device.of(a.device)
     )
-    partials = a.new_empty((2 * programs, config.BLOCK_M, config.BLOCK_N), dtype=torch.float32)
+    partials = empty(a, 2 * programs, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32)
     products = [
-        Product(_adjacent(a), _adjacent(b), a.new_empty((num_experts, m, n)), gather_a, gather_b)
+        Product(_adjacent(a), _adjacent(b), empty(a, num_experts, m, n), gather_a, gather_b)
         for (a, b, gather_a, gather_b), (m, n) in zip(pairs, sizes, strict=True)
     ]
     expert_gemm_weights(products, partials, grouping, config=config)
@@ -93,20 +96,14 @@ def _plan(
 
 def _adjacent(rows: Tensor) -> Tensor:
     """With neighbouring columns in neighbouring places."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else made(Tensor.contiguous, rows)
 
 
 def bias_gradient(a: Tensor, grouping: Grouping, *, weights: Tensor | None = None, gather: bool = False) -> Tensor:
     """db (E, N) = sum of weights * a over each expert's rows; zero where it has none. Two launches."""
-    sums = a.new_empty(
-        1, num_chunks(grouping.num_rows, grouping.num_experts, SUMS_CHUNK), a.shape[1], dtype=torch.float32
-    )
+    chunks = num_chunks(grouping.num_rows, grouping.num_experts, SUMS_CHUNK)
+    sums = empty(a, 1, chunks, a.shape[1], dtype=torch.float32)
     column_sums(a, sums[0], grouping, weights=weights, gather=gather)
-    return sum_chunks(sums, grouping, SUMS_CHUNK, a.dtype)[0]
-
-
-def sum_chunks(partials: Tensor, grouping: Grouping, chunk: int, dtype: torch.dtype) -> Tensor:
-    """(S, chunks, N) -> (S, E, N)."""
-    total = partials.new_empty(partials.shape[0], grouping.num_experts, partials.shape[2], dtype=dtype)
-    add_chunks(partials, total, grouping.offsets, chunk)
-    return total
+    db = empty(a, grouping.num_experts, a.shape[1])
+    add_chunks(sums, (db,), grouping.offsets, SUMS_CHUNK)
+    return db

@@ -15,6 +15,7 @@ from moebert_kernels.kernels.fused_moe_ffn_backward import (
     hidden_backward_config,
     routing_weights_grad,
 )
+from moebert_kernels.kernels.launch import empty, made, recorded
 from moebert_kernels.triton_backend.expert_gemm import (
     bias_gradient,
     rows_times_weights,
@@ -22,17 +23,19 @@ from moebert_kernels.triton_backend.expert_gemm import (
 )
 
 
+@recorded
 def hidden_rows(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, width: int, activation: str,
-    hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    hidden_dropout_p: float, seed: Tensor | None, save: bool, gather: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Activations (num_rows, I) and, if `save`, the pre-activations (num_rows, I or 2I), in row order."""
-    h = x.new_empty(grouping.num_rows, width)
-    h_pre = x.new_empty(grouping.num_rows if save else 0, w1.shape[1])
-    hidden(x, w1, b1, h, h_pre if save else None, grouping, activation, hidden_dropout_p, seed)
+    h = empty(x, grouping.num_rows, width)
+    h_pre = empty(x, grouping.num_rows if save else 0, w1.shape[1])
+    hidden(x, w1, b1, h, h_pre if save else None, grouping, activation, hidden_dropout_p, seed, gather=gather)
     return h, h_pre
 
 
+@recorded
 def forward(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     routing_weights: Tensor | None, activation: str, hidden_dropout_p: float, seed: Tensor | None, save: bool,
@@ -42,6 +45,7 @@ def forward(
     return rows_times_weights(h, w2, grouping, b2, contiguous(routing_weights)), h_pre
 
 
+@recorded
 def backward(
     dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, routing_weights: Tensor | None,
@@ -59,36 +63,38 @@ def backward(
 def hidden_gradients(
     dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, weights: Tensor | None,
-    activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: Sequence[bool], *, gather: bool,
+    activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
+    *, gather: bool, gather_x: bool = True,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dh_pre, dw1, db1, dw2, db2, dweights]: every gradient but dx, which follows from dh_pre (num_rows, I or 2I).
 
-    dy is (T, H), or (num_rows, H) in row order without `gather`. An empty `h_pre` is recomputed.
+    dy is (T, H), or (num_rows, H) in row order without `gather`; so is x without `gather_x`.
+    An empty `h_pre` is recomputed.
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dweights = needs
     need_pre = need_dx or need_dw1 or need_db1
     rows, width = grouping.num_rows, w2.shape[2]
-    dh_pre = dy.new_empty(rows, w1.shape[1]) if need_pre else None
-    a = dy.new_empty(rows, width) if need_dw2 else None
+    dh_pre = empty(dy, rows, w1.shape[1]) if need_pre else None
+    a = empty(dy, rows, width) if need_dw2 else None
     parts = None
     if need_pre or need_dw2 or need_dweights:
         if h_pre.shape[0] < rows:
-            h_pre = x.new_empty(rows, w1.shape[1])
-            hidden(x, w1, b1, None, h_pre, grouping, activation, 0.0, None)
+            h_pre = empty(x, rows, w1.shape[1])
+            hidden(x, w1, b1, None, h_pre, grouping, activation, 0.0, None, gather=gather_x)
         config = hidden_backward_config(dy, w2, grouping, activation, hidden_dropout_p)
         if need_dweights:
-            parts = dy.new_empty(rows, math.ceil(width / config.BLOCK_N), dtype=torch.float32)
+            parts = empty(dy, rows, math.ceil(width / config.BLOCK_N), dtype=torch.float32)
         hidden_backward(
             dy, w2, h_pre, dh_pre, a, weights, parts, grouping, activation, hidden_dropout_p, seed,
             gather=gather, config=config,
         )  # fmt: skip
     dweights = None
     if parts is not None:
-        dweights = dy.new_empty(grouping.num_tokens, grouping.top_k)
+        dweights = empty(dy, grouping.num_tokens, grouping.top_k)
         routing_weights_grad(parts, dy, b2, dweights, grouping)
     pairs = []
     if need_dw1:
-        pairs.append((dh_pre, x, False, True))
+        pairs.append((dh_pre, x, False, gather_x))
     if need_dw2:
         pairs.append((dy, a, gather, False))
     products = iter(weight_gradients(pairs, grouping) if pairs else ())
@@ -100,4 +106,4 @@ def hidden_gradients(
 
 
 def contiguous(routing_weights: Tensor | None) -> Tensor | None:
-    return None if routing_weights is None else routing_weights.contiguous()
+    return None if routing_weights is None else made(Tensor.contiguous, routing_weights)

@@ -1,4 +1,7 @@
-"""The MoEBERT expert: two grouped GEMMs, then one pass that un-permutes, adds the residual and normalises."""
+"""The MoEBERT expert: two grouped GEMMs, then one pass that un-permutes, adds the residual and normalises.
+
+With `in_order`, x and dx are in row order (docs/design/0009): no GEMM gathers or scatters, and y alone is by token.
+"""
 
 from __future__ import annotations
 
@@ -8,90 +11,96 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.kernels.column_sums import add_chunks
 from moebert_kernels.kernels.expert_gemm import expert_gemm
 from moebert_kernels.kernels.fused_moe_ffn_add_norm import NORM_CHUNK, add_norm, add_norm_backward
+from moebert_kernels.kernels.launch import empty, made, recorded
 from moebert_kernels.kernels.tiles import num_chunks
-from moebert_kernels.triton_backend.expert_gemm import sum_chunks
 from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients, hidden_rows
 
 
+@recorded
 def ffn_rows(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str,
-    hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    hidden_dropout_p: float, seed: Tensor | None, save: bool, in_order: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The feed-forward's outputs (num_rows, H) and, if `save`, its pre-activations, in row order and w1's dtype."""
-    h, h_pre = hidden_rows(
-        x.to(w1.dtype), grouping, w1, b1, w2.shape[2], activation, hidden_dropout_p, seed, save
-    )  # fmt: skip
-    ffn = h.new_empty(grouping.num_rows, w2.shape[1])
+    dtype = w1.dtype
+    x = made(lambda t: t.to(dtype), x)
+    h, h_pre = hidden_rows(x, grouping, w1, b1, w2.shape[2], activation, hidden_dropout_p, seed, save, not in_order)
+    ffn = empty(h, grouping.num_rows, w2.shape[1])
     expert_gemm(h, w2, ffn, grouping, bias=b2)
     return ffn, h_pre
 
 
+@recorded
 def forward(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
-    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool, in_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
-    ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save)
-    y = x.new_empty(x.shape)
+    ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save, in_order)
+    y = empty(x, *x.shape)
     add_norm(
-        x, ffn, norm_weight, norm_bias, contiguous(routing_weights), y, grouping, eps, dropout_p, seed
+        x, ffn, norm_weight, norm_bias, contiguous(routing_weights), y, grouping, eps, dropout_p, seed,
+        by_row=("x", "ffn") if in_order else ("ffn",),
     )  # fmt: skip
-    return y, h_pre, ffn if save else ffn.new_empty(0, ffn.shape[1])
+    return y, h_pre, ffn if save else empty(ffn, 0, ffn.shape[1])
 
 
+@recorded
 def backward(
     dy: Tensor, x: Tensor, h_pre: Tensor, ffn: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
     routing_weights: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float,
-    seed: Tensor | None, needs: Sequence[bool],
+    seed: Tensor | None, needs: Sequence[bool], in_order: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
     need_db2, (need_dnorm_weight, need_dnorm_bias, need_dweights) = needs[4], needs[5:]
     rows = grouping.num_rows
     if ffn.shape[0] < rows:
-        ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, save=True)
-    dz = x.new_empty(rows, x.shape[1])
+        ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, True, in_order)
+    dz = empty(x, rows, x.shape[1])
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
-    dffn = w1.new_empty(rows, x.shape[1]) if apart else dz
+    dffn = empty(w1, rows, x.shape[1]) if apart else dz
     chunks = num_chunks(rows, grouping.num_experts, NORM_CHUNK)
-    partials = x.new_empty(2 + need_db2, chunks, x.shape[1], dtype=torch.float32)
-    dweights = x.new_zeros(grouping.num_tokens, 1) if need_dweights else None
+    partials = empty(x, 2 + need_db2, chunks, x.shape[1], dtype=torch.float32)
+    dweights = made(lambda t: t.new_zeros(t.shape[0], 1), x) if need_dweights else None
     add_norm_backward(
         dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None,
-        partials, dweights, grouping, eps, dropout_p, seed,
+        partials, dweights, grouping, eps, dropout_p, seed, by_row=("x", "ffn", "dz") if in_order else ("ffn", "dz"),
     )  # fmt: skip
-    dnorm_weight = dnorm_bias = db2 = None
-    if need_dnorm_weight or need_dnorm_bias or need_db2:
-        sums = sum_chunks(partials, grouping, NORM_CHUNK, norm_weight.dtype)
-        dnorm_weight = sums[0] if need_dnorm_weight else None
-        # outputs of a custom op may not share memory
-        dnorm_bias = sums[1].clone() if need_dnorm_bias else None
-        db2 = sums[2].to(w2.dtype, copy=True) if need_db2 else None
+    dnorm_weight = empty(norm_weight, *norm_weight.shape) if need_dnorm_weight else None
+    dnorm_bias = empty(norm_bias, *norm_bias.shape) if need_dnorm_bias else None
+    db2 = empty(w2, *b2.shape) if b2 is not None and need_db2 else None
+    sums = (dnorm_weight, dnorm_bias, db2)[: 2 + need_db2]
+    add_chunks(partials, sums, grouping.offsets, NORM_CHUNK)
     grads = ffn_gradients(
         dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed,
-        (*needs[:4], False),
+        (*needs[:4], False), in_order,
     )  # fmt: skip
     return [*grads[:4], db2, dnorm_weight, dnorm_bias, dweights]
 
 
+@recorded
 def ffn_gradients(
     dffn: Tensor, dz: Tensor, dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, hidden_dropout_p: float,
-    seed: Tensor | None, needs: Sequence[bool],
+    seed: Tensor | None, needs: Sequence[bool], in_order: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2] from what the norm's backward left.
 
     `dffn` and `dz` (num_rows, H) are gradients of the feed-forward's outputs and of the residual, in row order.
     """
+    dtype = w1.dtype
+    x_cast = made(lambda t: t.to(dtype), x)
     dh_pre, *weight_grads, _ = hidden_gradients(
-        dffn, x.to(w1.dtype), h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed,
-        (*needs, False), gather=False,
+        dffn, x_cast, h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed, (*needs, False),
+        gather=False, gather_x=not in_order,
     )  # fmt: skip
     dx = None
     if needs[0]:
-        dx = x.new_empty(x.shape)
-        expert_gemm(dh_pre, w1.transpose(1, 2), dx, grouping, residual=dz, skipped=dy, scatter=True)
+        dx = empty(x, *x.shape)
+        expert_gemm(dh_pre, w1.transpose(1, 2), dx, grouping, residual=dz, skipped=dy, scatter=not in_order)
     return [dx, *weight_grads]

@@ -56,7 +56,7 @@ def ffn_case(T: int, direction: str = "forward") -> dict[str, Any]:
             "megablocks": {"skipped": "not installed"},
         },
         parameters={"op": "fused_moe_ffn", "direction": direction, "T": T, "H": 768, "I": 768, "E": 4},
-        cost={"flops": 2.4e6 * T, "bytes": 9.4e6, "roof_ms": 0.95, "bound_by": "memory", "waves": 1.5},
+        cost={"flops": 2.4e6 * T, "bytes": 9.4e6, "roof_ms": 0.95, "bound_by": "memory"},
         requirements=[requirement("moebert_kernels", "dense", 1.0, speed)],
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_machine, gpu_plan, gpu_worker, identity, suites
+from benchmarks import gpu, gpu_machine, gpu_plan, gpu_worker, identity, suites
 from benchmarks.gpu_machine import Command, Machine
 from benchmarks.gpu_plan import BUILD, CUTLASS, NATIVE, PEERS
 from benchmarks.measuring import Target
-from moebert_kernels import backend
 from tests.benchmarks import gpu_fakes
 from tests.benchmarks.gpu_fakes import FakeMachine, Killed
 from tests.helpers import ROOT
@@ -144,12 +144,21 @@ def test_plan_names_real_cases_files_and_what_the_readme_says():
     for what in {step.task[1] for step in STEPS if step.task[:1] == ("suite",)}:
         module = __import__(f"benchmarks.bench_{what}", fromlist=["cases"])
         assert what in suites.ALL and set(gpu_plan.cases_of(what)) == {case.name for case in module.cases(hopper)}
-    assert set(gpu_plan.CHECKED) == {*backend.OPS, "group_tokens_by_hash"}
     tested = {name for step in STEPS for name in step.command if name.startswith("tests/")}
     assert all((ROOT / name).is_file() for name in tested)
     of_gpus = {path for path in (ROOT / "tests" / "ops").glob("test_*.py") if "cpu" not in path.name}
     assert {f"tests/ops/{path.name}" for path in of_gpus} <= tested
-    assert gpu.plan() in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_predictions_are_those_of_the_readme():
+    readme = (ROOT / "benchmarks" / "README.md").read_text().partition("## Predicted")[2].partition("\n- ")[0]
+    columns = {op: {} for op in gpu_plan.PREDICTED_US}
+    for line in readme.splitlines():
+        if re.match(r"\| [\d,]+ \|", line):
+            tokens, _, forward, _, with_norm, both = (cell.strip().replace(",", "") for cell in line.split("|")[1:-1])
+            for op, cell in zip(columns, (forward, with_norm, both), strict=True):
+                columns[op][int(tokens)] = float(cell)
+    assert columns == gpu_plan.PREDICTED_US
 
 
 def test_a_worker_that_dies_hangs_or_loses_the_device_is_replaced(tmp_path, monkeypatch):
@@ -192,8 +201,9 @@ def test_worker_writes_results_under_the_names_of_a_gpu(tmp_path):
     result = json.loads((tmp_path / "routing.json").read_text())
     assert result["smoke"] and {case["name"] for case in result["cases"]} == {first, second}
     assert set(result["not_run"]) == set(gpu_plan.cases_of("routing")) - {first, second}
-    assert gpu_worker.answer(("check", "hash_route", "cuda"), tmp_path, True)["note"] == "2 of 2 right"
-    assert set(json.loads((tmp_path / "gpu-checks.json").read_text())) == {"cuda/hash_route"}
+    assert gpu_worker.answer(("check", "triton"), tmp_path, True)["note"] == "7 of 7 right"
+    assert gpu_worker.answer(("check", "cuda"), tmp_path, True)["note"] == "0 of 0 right"
+    assert set(json.loads((tmp_path / "gpu-checks.json").read_text())) == {"triton", "cuda"}
 
 
 def test_a_wrong_form_of_ours_fails_its_step(tmp_path, monkeypatch):
@@ -204,20 +214,11 @@ def test_a_wrong_form_of_ours_fails_its_step(tmp_path, monkeypatch):
     assert answer == {"status": "failed", "note": "refused: {'moebert_kernels_cuda': 'output 0'}"}
 
 
-@pytest.mark.parametrize("op", gpu_plan.CHECKED)
-def test_checks_let_right_ops_pass_and_refuse_wrong_ones(op, monkeypatch):
-    def found():
-        return gpu_checks.check(op, "torch", Target.of("cpu"), small=True)
-
-    assert all(isinstance(share, float) for share in found().values())
-    right = getattr(gpu_checks.moebert_kernels, op)
-
-    def wrong(*arguments, **options):
-        y = right(*arguments, **options)
-        return y + 1 if isinstance(y, torch.Tensor) else right(arguments[0] * 0 + 99, *arguments[1:], **options)
-
-    monkeypatch.setattr(gpu_checks.moebert_kernels, op, wrong)
-    assert isinstance([*found().values()][-1], str)  # of a single token there may be nothing to get wrong
+def test_a_wrong_op_fails_its_check(tmp_path, monkeypatch):
+    wrong = {"expert_gemm": {"ok": False, "message": "output is not finite"}, "hash_route": {"ok": True, "message": ""}}
+    monkeypatch.setattr("moebert_kernels.doctor.self_test", lambda: wrong)
+    answer = gpu_worker.answer(("check", "triton"), tmp_path, True)
+    assert answer == {"status": "failed", "note": "1 of 2 right; expert_gemm: output is not finite"}
 
 
 def test_commands_end_in_time_and_name_a_package_that_they_miss(tmp_path):
@@ -356,7 +357,7 @@ def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_
     shutil.copytree(ROOT, copy, ignore=ignored)
     (copy / "build").mkdir()
     (copy / "build" / "commit").write_text("0123456789abcdef")
-    only = ("check/triton/hash", "check/triton/group", "routing", "tiny", "tune/half-rows", "test/ops/test_hash")
+    only = ("check/triton", "routing", "tiny", "tune/half-rows", "test/ops/test_hash")
     words = (
         sys.executable,
         "-m",
@@ -382,5 +383,5 @@ def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_
     (kept,) = (copy / "build" / "gpu").iterdir()
     after = json.loads((kept / gpu.RECORD).read_text())["steps"]
     assert {name: after[name] for name in before} == before  # nothing is done twice
-    assert len(after) == 13 and {was["status"] for was in after.values()} == {"ok"}
+    assert len(after) == 11 and {was["status"] for was in after.values()} == {"ok"}
     assert gpu_machine.end_leftovers(kept) == 0

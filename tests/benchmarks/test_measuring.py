@@ -167,7 +167,6 @@ def test_hoppers_are_judged(gpu, judged, known_roof, monkeypatch):
     monkeypatch.setattr(results, "environment", lambda target: {"gpu": gpu})
     monkeypatch.setattr(clocks, "timer", lambda *_: WallTimer(lambda: None))
     monkeypatch.setattr(clocks, "peak_mib", lambda *_: None)
-    monkeypatch.setattr(results.Device, "of", lambda device: None)
     target = Target(torch.device("cuda"), torch.float32)
     result = results.run_suite("ones", [ones_case(requires=(Limit("a", 60e3),))], target, min_rounds=1, threads=1)
     assert len(result["cases"][0]["requirements"]) == judged

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import suites
+from benchmarks import bench_ffn, suites
 from benchmarks.__main__ import main
 from benchmarks.gate import check
+from benchmarks.layers import layer_case
 from benchmarks.measuring import Target
 from tests.helpers import ROOT
 
@@ -23,6 +24,26 @@ def test_every_provider_passes_its_gate(what):
         assert case.baseline in providers
         checked = check(providers)
         assert checked.refused == {}
+
+
+def test_a_layer_with_several_experts_for_each_token_passes_its_gate():
+    """As privacy-filter's, which only a GPU gets at its size."""
+    names = bench_ffn.ANCHORS["-E128-top4-H640"][1]
+    shape = {"H": 16, "I": 24, "E": 6, "D": 48, "top_k": 2}
+    case = layer_case("fused_moe_ffn", "forward", 9, Target.of("cpu"), names, suffix="-top2", shape=shape)
+    checked = check(case.build())
+    assert checked.refused == {} and set(checked.passed) == set(names)
+    assert case.parameters["top_k"] == 2 and case.cost.flops == 9 * 2 * 2 * 2 * 16 * 24
+
+
+def test_suites_of_ops_import_nothing_heavy():
+    """`make gpu` has seconds: the libraries of models come with the first case that needs them."""
+    code = "\n".join((
+        "import importlib, sys", f"for what in {suites.OPS}: importlib.import_module(f'benchmarks.bench_{{what}}')",
+        "print([name for name in ('transformers', 'accelerate', 'triton', 'matplotlib') if name in sys.modules])",
+    ))  # fmt: skip
+    done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("what", suites.ALL)

@@ -1,10 +1,12 @@
 """`moebert quantize` and `moebert export` on what the other commands made."""
 
 import importlib.util
+import json
 
 import pytest
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from moebert_kernels import errors
 from moebert_kernels.layers import moe_layers
 from moebert_kernels.serve.modules import PackedExperts
 from tests.cli.tiny import TABLE, done, refused
@@ -46,3 +48,39 @@ def test_export_refusals(base, tmp_path):
     assert "expected one of onnx, got 'gguf'" in refused(
         "export", "--model", base, "--format", "gguf", "--output", tmp_path / "x"
     )
+
+
+def test_export_with_one_operator_is_refused_for_dense_models(base, tmp_path):
+    assert 'experts: expected "matrices" for a model without experts' in refused(
+        "export", "--model", base, "--experts", "operator", "--output", tmp_path / "x"
+    )
+
+
+def test_bench_of_forms(student, teacher, data, tmp_path):
+    out, chart = tmp_path / "bench.json", tmp_path / "chart.png"
+    words = ("--form", "float32", "--form", "int8", "--form", "bfloat16", "--rounds", 2, "--batch-size", 4)
+    both = ("bench", "--model", student, "--against", teacher, *words)
+    text = done(*both, *TABLE, "--data", data, "--output", out, "--chart", chart)
+    result = json.loads(out.read_text())
+    (case,) = result["cases"]
+    names = [f"{model} {form}" for model in ("model", "against") for form in ("float32", "int8", "bfloat16")]
+    assert list(case["forms"]) == names == list(result["scores"]) and result["baseline"] == "against float32"
+    assert case["forms"]["against float32"]["speed"]["median"] == 1
+    assert all(0 <= metrics["accuracy"] <= 1 for metrics in result["scores"].values())
+    assert "over against float32" in text and chart.read_bytes().startswith(b"\x89PNG")
+    assert "model int8" in done(*both, "--length", 8)
+
+
+def test_bench_names_what_does_not_run(student, teacher, monkeypatch):
+    monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
+    text = done("bench", "--model", student, "--against", teacher, "--form", "float32", "--form", "onnx", "--rounds", 1,
+                "--length", 8)  # fmt: skip
+    assert "model onnx is left out: " in text and "pip install 'moebert_kernels[serve]'" in text
+
+
+def test_bench_refusals_of_forms(base, tmp_path):
+    both = ("bench", "--model", base, "--against", base)
+    assert "form: expected one of float32, compiled" in refused(*both, "--form", "int4")
+    assert "dtype: expected none with --form" in refused(*both, "--form", "int8", "--dtype", "bfloat16")
+    assert "chart: expected --task too" in refused(*both, "--form", "int8", "--chart", tmp_path / "c.png")
+    assert "chart: expected --form too" in refused(*both, "--chart", tmp_path / "c.png")

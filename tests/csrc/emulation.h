@@ -4,10 +4,10 @@
 //   emulation_memory.h   global memory of which blocks see old values, and stores that leave at fences
 //   emulation_grid.h     grids, clusters, blocks and threads
 //   emulation_machine.h  which of them runs next
-//   emulation_warp.h     barriers, ballots, shuffles, atomics, fences
+//   emulation_warp.h     barriers, ballots, shuffles, atomics, fences, kernels that overlap
 //   emulation_runtime.h  launches
 //   emulation_copies.h   cp.async: copies that arrive late
-//   emulation_mma.h      mma.sync, programmatic launches (for tiny_ffn)
+//   emulation_mma.h      mma.sync (for tiny_ffn)
 //   emulation_hopper.h   mbarriers, TMA, wgmma, the two proxies (for expert_gemm)
 //   emulation_hooks.h    how stores are seen; only where memory ordering is tested
 //

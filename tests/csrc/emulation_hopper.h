@@ -122,6 +122,7 @@ inline size_t swizzled(size_t offset) { return offset ^ ((offset >> 3) & 0x70); 
 inline void land(const CUtensorMap& map, const std::vector<Block*>& targets, size_t target, size_t barrier, int k,
                  int row, int expert, uint32_t first, uint32_t rows) {
   for (Block* block : targets) {
+    if (block->live_threads == 0) fail("a copy into a block that has ended");
     HopperBlock& more = hopper(*block);
     for (uint32_t i = first; i < first + rows; ++i) {
       const auto y = static_cast<uint64_t>(row) + i;
@@ -218,7 +219,9 @@ inline void arrive_at(uint64_t* barrier, int rank) {
   auto& blocks = emulation::Machine::instance().block().cluster->blocks;
   if (static_cast<size_t>(rank) >= blocks.size()) emulation::fail("an arrival outside the cluster");
   const size_t offset = emulation::offset_in_shared(barrier);
-  emulation::hopper(*blocks[static_cast<size_t>(rank)]).barriers[offset].arrive(0);
+  emulation::Block& block = *blocks[static_cast<size_t>(rank)];
+  if (block.live_threads == 0) emulation::fail("an arrival at a block that has ended");
+  emulation::hopper(block).barriers[offset].arrive(0);
 }
 
 inline void arrive_and_expect(uint64_t* barrier, uint32_t bytes) { emulation::barrier_of(barrier).arrive(bytes); }
@@ -285,9 +288,9 @@ float float_of(uint16_t bits) {
   return all[bits];
 }
 
-template <class Element, int kM, int kN, int kK, int kStages>
+template <class Element, int kM, int kN, int kK, int kStages, int kGroups>
 struct Product {
-  static_assert(kM == 128 && kK == 64, "rows of 128 bytes");
+  static_assert(kM == 128 && kK == 64 && (kGroups == 1 || kGroups == 2), "rows of 128 bytes");
 
   struct Mma {
     bool add = false;
@@ -300,11 +303,13 @@ struct Product {
   };
 
   struct Accumulators {
-    float value[2][kN / 8][2][2];  // m, j, v, c
+    float value[2 / kGroups][kN / 8][2][2];  // m, j, v, c
     std::vector<Started> started;
   };
 
-  static size_t rows(Element* data, int) { return emulation::offset_in_shared(data); }
+  static size_t rows(Element* data, int thread) {
+    return emulation::offset_in_shared(data) + static_cast<size_t>(thread / 128) * 64 * 128;
+  }
   static size_t weights(Element* data, int) { return emulation::offset_in_shared(data); }
   static Accumulators accumulators() { return {}; }
   static Mma begin() { return {}; }
@@ -343,8 +348,8 @@ struct Product {
 
   static void multiply(Accumulators& acc, const Started& product) {
     const int lane = emulation::lane(), warp = static_cast<int>(threadIdx.x) % 128 / 32;
-    Floats left[2][2][kK / 8], right[kK / 8];
-    for (int m = 0; m < 2; ++m) {
+    Floats left[2 / kGroups][2][kK / 8], right[kK / 8];
+    for (int m = 0; m < 2 / kGroups; ++m) {
       for (int v = 0; v < 2; ++v) {
         load_row(product.rows, product.stage, kM, 64 * m + 16 * warp + lane / 4 + 8 * v, left[m][v]);
       }
@@ -352,7 +357,7 @@ struct Product {
     for (int j = 0; j < kN / 8; ++j) {
       for (int c = 0; c < 2; ++c) {
         load_row(product.weights, product.stage, kN, 8 * j + 2 * (lane % 4) + c, right);
-        for (int m = 0; m < 2; ++m) {
+        for (int m = 0; m < 2 / kGroups; ++m) {
           for (int v = 0; v < 2; ++v) {
             Floats sums = {};
             for (int piece = 0; piece < kK / 8; ++piece) sums += left[m][v][piece] * right[piece];

@@ -1,4 +1,4 @@
-// What tiny_ffn.cuh takes from PTX: tensor cores, whose lanes exchange their fragments, copies, and overlapping launches.
+// What tiny_ffn.cuh takes from PTX: tensor cores, whose lanes exchange their fragments, and copies.
 #pragma once
 
 #include <type_traits>
@@ -15,16 +15,6 @@ template <int kPending>
 void copy_wait() {
   emulation::wait_for_copies(kPending);
 }
-
-inline void wait_for_previous_kernel() {
-  emulation::Machine& machine = emulation::Machine::instance();
-  const emulation::Grid* previous = machine.block().grid->previous;
-  if (previous == nullptr) return;
-  if (previous->ended == 0) machine.wait(&previous->ended, 0);
-  machine.fence();
-}
-
-inline void allow_next_kernel() { emulation::Machine::instance().allow_next(); }
 
 template <typename T>
 float element(uint32_t word, int index) {

@@ -138,8 +138,6 @@ namespace mbk {
 
 inline unsigned char* dynamic_shared() { return emulation::Machine::instance().block().shared; }
 
-inline int64_t opaque(int64_t value) { return value; }
-
 inline float fast_reciprocal(float x) { return 1.0f / x; }
 inline float fast_exp2(float x) { return std::exp2(x); }
 
@@ -158,5 +156,15 @@ T load_volatile(const T* address) {
 }
 
 inline void pause() { emulation::Machine::instance().wait(nullptr, 0); }
+
+inline void wait_for_previous_kernel() {
+  emulation::Machine& machine = emulation::Machine::instance();
+  const emulation::Grid* previous = machine.block().grid->previous;
+  if (previous == nullptr) return;
+  if (previous->ended == 0) machine.wait(&previous->ended, 0);
+  machine.fence();
+}
+
+inline void allow_next_kernel() { emulation::Machine::instance().allow_next(); }
 
 }  // namespace mbk

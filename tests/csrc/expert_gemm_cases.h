@@ -23,6 +23,10 @@ inline std::mt19937_64 random_numbers(31);
 
 inline int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); }
 
+// What the kernel is for.
+constexpr Activation kActivations[] = {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kSilu,
+                                       Activation::kIdentity};
+
 struct Case {
   int tokens, top_k, experts, columns, depth;
   Activation activation;
@@ -45,7 +49,7 @@ inline Case draw_case(int block_n, int cluster) {
   c.experts = draw(1, 5);
   c.columns = 8 * draw(1, 50);
   c.depth = 8 * draw(1, draw(0, 2) == 0 ? 80 : 30);
-  c.activation = static_cast<Activation>(draw(0, 4));
+  c.activation = kActivations[draw(0, 4)];
   c.gather = draw(0, 1) == 1;
   c.scatter = draw(0, 1) == 1;
   c.has_bias = draw(0, 1) == 1;
@@ -124,7 +128,6 @@ class Problem {
     params.offsets = offsets_.data();
     params.row_to_assignment = row_to_assignment_.data();
     params.rows = rows_;
-    params.tokens = c_.tokens;
     params.num_experts = c_.experts;
     params.columns = c_.columns;
     params.depth = c_.depth;
@@ -137,6 +140,9 @@ class Problem {
     params.cluster = c_.cluster;
     return params;
   }
+
+  // What stands at the operand `a` of a launch from now on.
+  void take_rows(const T* rows) { std::copy(rows, rows + a_.size(), a_.begin()); }
 
   void check() {
     const double epsilon = std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7;

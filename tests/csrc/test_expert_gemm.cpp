@@ -27,6 +27,7 @@ void test_refusals() {
   CHECK(refused([](auto& params) { params.depth += 4; }), "depth");
   CHECK(refused([](auto& params) { params.a = static_cast<const char*>(params.a) + 2; }), "an address");
   CHECK(refused([](auto& params) { params.activation = mbk::Activation::kSwiGlu; }), "a gated activation");
+  CHECK(refused([](auto& params) { params.activation = mbk::Activation::kRelu2; }), "relu2");
   CHECK(refused([](auto& params) { params.dtype = mbk::DType::kFloat32; }), "float32");
   CHECK(refused([](auto& params) { params.block_n = 64; }), "a tile that is not compiled");
   auto none = problem.params();
@@ -39,11 +40,11 @@ void test_refusals() {
 int main() {
   test_refusals();
   int count = 0;
-  for (int activation = 0; activation < 5; ++activation) {
-    for (int block_n : {0, 128, 192}) {
+  for (mbk::Activation activation : cases::kActivations) {
+    for (int block_n : {0, 128, 192, 256}) {
       for (int cluster : {0, 1, 2}) {
         cases::Case c = cases::draw_case(block_n, cluster);
-        c.activation = static_cast<mbk::Activation>(activation);
+        c.activation = activation;
         if (count++ % 2 == 0) {
           check<__half>(c);
         } else {

@@ -87,7 +87,8 @@ void check(const Problem& problem, int clusters) {
           written[i]);
   }
   if (kBlockM == mbk::kExpertGemmBlockM) {
-    const int64_t most = mbk::max_expert_gemm_items({128, kCluster}, problem.rows, experts, problem.tiles_n * 128);
+    const int64_t columns = int64_t{problem.tiles_n} * 128;
+    const int64_t most = mbk::max_expert_gemm_items({128, kCluster}, {problem.rows, experts, columns, 64, false});
     CHECK(static_cast<int64_t>(items[0].size()) <= most, "%zu items, at most %lld expected", items[0].size(),
           static_cast<long long>(most));
   }
@@ -131,20 +132,26 @@ void check_slots() {
 }
 
 void check_configs() {
+  const auto pick = [](int64_t rows, int64_t experts, int64_t columns, int64_t depth, bool activation) {
+    return mbk::pick_expert_gemm_config({rows, experts, columns, depth, activation}, 132);
+  };
   for (int64_t rows : {1, 100, 1024, 4096, 16384, 65536, 1 << 24}) {
     for (int64_t experts : {1, 4, 64, 1024}) {
       for (int64_t columns : {8, 128, 768, 3072}) {
         for (int multiprocessors : {1, 78, 132}) {
-          const auto config = mbk::pick_expert_gemm_config(rows, experts, columns, multiprocessors);
-          CHECK(config.block_n == 128 || config.block_n == 192, "block_n %d", config.block_n);
+          const auto config =
+              mbk::pick_expert_gemm_config({rows, experts, columns, 768, columns == 128}, multiprocessors);
+          CHECK(config.block_n == 128 || config.block_n == 192 || config.block_n == 256, "block_n %d", config.block_n);
           CHECK(config.cluster == 1 || config.cluster == 2, "cluster %d", config.cluster);
         }
       }
     }
   }
-  CHECK(mbk::pick_expert_gemm_config(128, 1, 128, 132).block_n == 128, "192 columns for 128");
-  CHECK(mbk::pick_expert_gemm_config(256, 64, 768, 132).cluster == 1, "pairs of experts with one row tile");
-  CHECK(mbk::pick_expert_gemm_config(65536, 4, 768, 132).cluster == 2, "no pairs of 128 row tiles");
+  CHECK(pick(128, 1, 128, 768, true).block_n == 128, "more than 128 columns for 128");
+  CHECK(pick(256, 64, 768, 768, true).cluster == 1, "pairs of experts with one row tile");
+  CHECK(pick(65536, 4, 768, 768, true).cluster == 2, "no pairs of 128 row tiles");
+  CHECK(pick(4096, 4, 768, 768, false).block_n == 256, "two waves where one is enough");
+  CHECK(pick(65536, 8, 1024, 64, true).block_n != 256, "an epilogue that nothing hides");
 }
 
 }  // namespace
@@ -165,6 +172,7 @@ int main() {
   check_all({{0, 128, 256, 384}, 384, 6}, 66);
   check_all({{0, 129, 385, 386}, 500, 4}, 7);
   check_all({{0, 100000}, 100000, 2}, 66);
+  check_slots<4>();
   check_slots<5>();
   check_slots<6>();
   check_configs();

@@ -1,4 +1,4 @@
-// Grouping and hash routing, the kernels of csrc/ in emulation, against loops that anybody can read.
+// Grouping, the kernels of csrc/ in emulation, against loops that anybody can read.
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -8,7 +8,6 @@
 
 #include "emulation_hooks.h"
 #include "group_tokens.cu"
-#include "hash_route.cu"
 #include "testing.h"
 
 namespace {
@@ -25,40 +24,47 @@ int bytes_of(IntType type) {
   return bytes[static_cast<int>(type)];
 }
 
-// (layers, size) integers of a type, at every `stride`-th place; values are wrapped into the type.
+// (layers, size) integers of a type, at every `stride`-th place, the first one `shift` bytes behind a multiple of 16;
+// values are wrapped into the type.
 class Ids {
  public:
-  Ids(IntType type, int64_t layers, int64_t size, int64_t stride)
-      : type_(type), size_(size), stride_(stride), bytes_(static_cast<size_t>(layers * size * stride * bytes_of(type))) {}
+  Ids(IntType type, int64_t layers, int64_t size, int64_t stride, int64_t shift = 0)
+      : type_(type),
+        size_(size),
+        stride_(stride),
+        shift_(shift),
+        bytes_(static_cast<size_t>(shift + layers * size * stride * bytes_of(type))) {}
 
   void set(int64_t layer, int64_t i, int64_t value) {
-    std::memcpy(bytes_.data() + at(layer, i) * bytes_of(type_), &value, static_cast<size_t>(bytes_of(type_)));
+    std::memcpy(place(layer, i), &value, static_cast<size_t>(bytes_of(type_)));
   }
 
   int64_t get(int64_t layer, int64_t i) {
-    const void* place = bytes_.data() + at(layer, i) * bytes_of(type_);
+    const void* at = place(layer, i);
     switch (type_) {
       case IntType::kInt8:
-        return *static_cast<const int8_t*>(place);
+        return *static_cast<const int8_t*>(at);
       case IntType::kUInt8:
-        return *static_cast<const uint8_t*>(place);
+        return *static_cast<const uint8_t*>(at);
       case IntType::kInt16:
-        return *static_cast<const int16_t*>(place);
+        return *static_cast<const int16_t*>(at);
       case IntType::kInt32:
-        return *static_cast<const int32_t*>(place);
+        return *static_cast<const int32_t*>(at);
       case IntType::kInt64:
-        return *static_cast<const int64_t*>(place);
+        return *static_cast<const int64_t*>(at);
     }
     return 0;
   }
 
-  Integers view() { return {bytes_.data(), size_ * stride_, stride_, type_}; }
+  Integers view() { return {bytes_.data() + shift_, size_ * stride_, stride_, type_}; }
 
  private:
-  int64_t at(int64_t layer, int64_t i) const { return (layer * size_ + i) * stride_; }
+  unsigned char* place(int64_t layer, int64_t i) {
+    return bytes_.data() + shift_ + (layer * size_ + i) * stride_ * bytes_of(type_);
+  }
 
   IntType type_;
-  int64_t size_, stride_;
+  int64_t size_, stride_, shift_;
   Guarded<unsigned char> bytes_;
 };
 
@@ -87,7 +93,6 @@ struct Case {
   bool by_hash = false, masked = false;
   IntType id_type = IntType::kInt64, table_type = IntType::kUInt8;
   int64_t stride = 1;
-  std::vector<int> block_rows;
 
   std::string text() const {
     return "L=" + std::to_string(layers) + " N=" + std::to_string(tokens) + " E=" + std::to_string(num_experts) +
@@ -107,8 +112,7 @@ void check_equal(const char* name, const std::vector<T>& wanted, T* got, const C
 
 // What one layer must give, by counting.
 void check_layer(const Case& c, int64_t layer, const std::vector<int64_t>& experts, Guarded<int32_t>& offsets,
-                 Guarded<int32_t>& row_to_assignment, Guarded<int32_t>& assignment_to_row,
-                 std::vector<std::unique_ptr<Guarded<int32_t>>>& tile_maps) {
+                 Guarded<int32_t>& row_to_assignment, Guarded<int32_t>& assignment_to_row) {
   const int num_experts = c.num_experts;
   std::vector<std::vector<int32_t>> tokens_of(static_cast<size_t>(num_experts) + 1);
   for (size_t t = 0; t < experts.size(); ++t) {
@@ -124,22 +128,6 @@ void check_layer(const Case& c, int64_t layer, const std::vector<int64_t>& exper
   check_equal("offsets", starts, offsets.data() + layer * (num_experts + 1), c);
   check_equal("row_to_assignment", rows, row_to_assignment.data() + layer * c.tokens, c);
   check_equal("assignment_to_row", inverse, assignment_to_row.data() + layer * c.tokens, c);
-  for (size_t i = 0; i < c.block_rows.size(); ++i) {
-    const int64_t block = c.block_rows[i], num_tiles = c.tokens / block + num_experts;
-    std::vector<int32_t> tiles;
-    for (int e = 0; e < num_experts; ++e) {
-      for (int64_t row = starts[e]; row < starts[e + 1]; row += block) {
-        tiles.push_back(e);
-        tiles.push_back(static_cast<int32_t>(row));
-      }
-    }
-    CHECK(static_cast<int64_t>(tiles.size()) <= 2 * num_tiles, "too many tiles; %s", c.text().c_str());
-    while (static_cast<int64_t>(tiles.size()) < 2 * num_tiles) {
-      tiles.push_back(num_experts);
-      tiles.push_back(static_cast<int32_t>(c.tokens));
-    }
-    check_equal("tile map", tiles, tile_maps[i]->data() + layer * num_tiles * 2, c);
-  }
 }
 
 // A mask of a random kind, and which tokens it keeps.
@@ -168,7 +156,9 @@ struct RandomMask {
 
 void run(const Case& c) {
   const int64_t id_layers = c.by_hash ? 1 : c.layers;
-  Ids ids(c.id_type, id_layers, c.tokens, c.stride), tables(c.table_type, c.layers, c.vocab_size, c.stride);
+  Ids ids(c.id_type, id_layers, c.tokens, c.stride);
+  const int64_t shift = bytes_of(c.table_type) == 1 ? draw(0, 15) : 0;
+  Ids tables(c.table_type, c.layers, c.vocab_size, c.stride, shift);
   fill(ids, id_layers, c.tokens, c.by_hash ? c.vocab_size : c.num_experts);
   fill(tables, c.layers, c.vocab_size, c.num_experts);
   RandomMask mask(c.tokens, c.masked);
@@ -182,14 +172,7 @@ void run(const Case& c) {
   Guarded<int32_t> offsets(static_cast<size_t>(c.layers * (c.num_experts + 1))), row_to_assignment(rows), assignment_to_row(rows);
   Guarded<unsigned char> workspace(
       static_cast<size_t>(mbk::group_tokens_workspace_bytes(c.layers, c.tokens, c.num_experts)));
-  std::vector<std::unique_ptr<Guarded<int32_t>>> tile_maps;
   mbk::GroupTokensParams params = {};
-  for (size_t i = 0; i < c.block_rows.size(); ++i) {
-    const int64_t num_tiles = c.tokens / c.block_rows[i] + c.num_experts;
-    tile_maps.push_back(std::make_unique<Guarded<int32_t>>(static_cast<size_t>(c.layers * num_tiles * 2)));
-    params.tile_maps[i] = {tile_maps[i]->data(), c.block_rows[i]};
-  }
-  params.num_tile_maps = static_cast<int>(c.block_rows.size());
   params.lookup = lookup;
   params.by_hash = c.by_hash;
   params.offsets = offsets.data();
@@ -202,11 +185,6 @@ void run(const Case& c) {
   CHECK(mbk::group_tokens(params) == cudaSuccess, "%s", c.text().c_str());
   cudaDeviceSynchronize();
 
-  Guarded<int32_t> routed(c.by_hash ? rows : 0);
-  if (c.by_hash) {
-    CHECK(mbk::hash_route({lookup, routed.data(), c.layers, c.tokens, nullptr}) == cudaSuccess, "%s", c.text().c_str());
-    cudaDeviceSynchronize();
-  }
   for (int64_t layer = 0; layer < c.layers; ++layer) {
     std::vector<int64_t> experts;
     for (int64_t t = 0; t < c.tokens; ++t) {
@@ -215,14 +193,12 @@ void run(const Case& c) {
         const bool inside = expert >= 0 && expert < c.vocab_size && mask.keep[static_cast<size_t>(t)];
         expert = inside ? tables.get(layer, expert) : -1;
         if (expert < std::numeric_limits<int32_t>::min() || expert > std::numeric_limits<int32_t>::max()) expert = -1;
-        CHECK(routed[static_cast<size_t>(layer * c.tokens + t)] == expert, "hash_route of token %lld; %s",
-              static_cast<long long>(t), c.text().c_str());
       } else if (!mask.keep[static_cast<size_t>(t)]) {
         expert = -1;
       }
       experts.push_back(expert);
     }
-    check_layer(c, layer, experts, offsets, row_to_assignment, assignment_to_row, tile_maps);
+    check_layer(c, layer, experts, offsets, row_to_assignment, assignment_to_row);
   }
 }
 
@@ -237,7 +213,6 @@ Case random_case(int64_t max_tokens, int64_t max_experts) {
   c.table_type = static_cast<IntType>(draw(0, 4));
   c.stride = draw(0, 3) == 0 ? 2 : 1;
   c.vocab_size = draw(0, 90);
-  for (int64_t i = draw(0, 3); i > 0; --i) c.block_rows.push_back(static_cast<int>(draw(1, 70)));
   emulation::options().seed = random_numbers();
   return c;
 }
@@ -260,7 +235,9 @@ void run_look_back() {
     words[static_cast<size_t>(i)] = known ? mbk::kUpToThisBlock | up_to_here : mbk::kOfThisBlock | own;
   }
   Guarded<unsigned> sum(1);
-  mbk::launch(look_back_kernel, 1, 32, 0, nullptr, static_cast<const uint64_t*>(words.data()), blocks, sum.data());
+  static mbk::Launcher launcher(0);
+  launcher(look_back_kernel, {1, 32, 0, 0, false, nullptr}, static_cast<const uint64_t*>(words.data()), blocks,
+           sum.data());
   cudaDeviceSynchronize();
   CHECK(sum[0] == wanted, "look-back over %lld blocks: expected %u, got %u", static_cast<long long>(blocks), wanted,
         sum[0]);

@@ -174,7 +174,7 @@ def test_activations(act, gated, ungated):
     x, (ids, p) = torch.randn(T, H), routing()
     for has_gate, name in ((True, gated), (False, ungated)):
         experts = make_experts(act, has_gate=has_gate)
-        assert integration._activation(experts) == name
+        assert integration.activation_of(experts) == name
         assert_matches_eager(experts, x, ids, p)
 
 

@@ -40,9 +40,14 @@ def exact(x, name):
     return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
 
+def all_numbers(dtype, device):
+    """All that a 16-bit dtype has, in float32."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device, torch.float32)
+
+
 def every(dtype, device):
     """The finite numbers of a 16-bit dtype, in float32; zeros in the places of the others."""
-    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device, torch.float32)
+    numbers = all_numbers(dtype, device)
     return torch.where(numbers.isfinite(), numbers, 0.0)
 
 
@@ -82,6 +87,19 @@ def test_what_is_not_finite_stays_so(device):
     for name in UNGATED:
         y, _ = computed(x, name)
         assert not y.isfinite().any(), name
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_of_infinities_and_nan(dtype, device):
+    """gelu is x and 0 at the infinities, its derivative 1 and 0; NaN stays NaN, and whatever is finite stays so."""
+    x = all_numbers(dtype, device)
+    y, dy = computed(x, "gelu")
+    nan, large, small = x.isnan(), x == torch.inf, x == -torch.inf
+    assert torch.equal(y.isnan(), nan) and torch.equal(dy.isnan(), nan) and nan.any()
+    assert (y[large] == torch.inf).all() and (dy[large] == 1).all() and large.any()
+    assert (y[small] == 0).all() and (dy[small] == 0).all() and small.any()
+    assert y[x.isfinite()].isfinite().all() and dy[~nan].isfinite().all()
 
 
 def test_float32_keeps_erf(device):

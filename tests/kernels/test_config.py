@@ -66,6 +66,7 @@ def test_a_measured_table_decides(monkeypatch):
 
 
 KINDS = ["rows", "residual", "hidden", "backward", "gated", "gated_backward", "weights"]
+DESCRIPTORS = ["descriptors", "hidden_descriptors", "backward_descriptors"]
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
@@ -87,9 +88,15 @@ def test_every_tile_was_compiled_for_every_kind():
         for kind in KINDS:
             table = config._occupancy()[f"sm_{arch}"][f"half-{kind}"]
             assert all(candidate.name() in table for candidate in candidates(kind, "half", arch))
+    for kind in DESCRIPTORS:
+        table, found = config._occupancy()["sm_90"][f"half-{kind}"], candidates(kind, "half", 90)
+        assert found and all(candidate.name() in table for candidate in found)
+        assert (
+            not candidates(kind, "half", 80) and not candidates(kind, "half", 100) and not candidates(kind, "tf32", 90)
+        )
 
 
-@pytest.mark.parametrize("kind", ["rows", "hidden", "backward", "gated", "gated_backward"])
+@pytest.mark.parametrize("kind", ["rows", "residual", "descriptors", "hidden", "backward", "gated", "gated_backward"])
 def test_two_tiles_of_128_by_128_share_a_multiprocessor_of_hopper(kind):
     tile = Config(128, 128, 64, 8, 3)
     tile = tile.narrowed(config.GATED_ACCUMULATORS) if kind.startswith("gated") else tile
@@ -111,3 +118,12 @@ def test_narrowing_limits_the_elements_of_a_thread():
             narrow = candidate.narrowed(16)
             assert narrow.BLOCK_N == 16 or 16 * 32 * narrow.num_warps >= narrow.BLOCK_M * narrow.BLOCK_N
             assert narrow.BLOCK_N <= candidate.BLOCK_N
+
+
+def test_waves_count_tiles_over_slots():
+    tile = next(c for c in CANDIDATES["half"]["rows"] if (c.BLOCK_M, c.BLOCK_N) == (128, 128))
+    # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each; 132 slots, 264 without a
+    # residual
+    assert config.mean_waves(tile, "rows", "half", 4096, 4, 768, H200) == 1
+    assert config.mean_waves(tile, "residual", "half", 4096, 4, 768, H200) == 2
+    assert config.mean_waves(tile, "rows", "half", 128, 1, 128, H200) == 1

@@ -1,67 +1,19 @@
 """The Hopper GEMM: what is passed to it, by a stand-in that reads the same pointers; on a GPU, its values."""
 
-import ctypes
-
 import pytest
 import torch
 
-from moebert_kernels import group_tokens, native, reference
+from moebert_kernels import backend, group_tokens, native, reference
 from moebert_kernels.activation import UNGATED
 from moebert_kernels.cuda_backend import expert_gemm
 from moebert_kernels.cuda_backend import fused_moe_ffn as cuda_ffn
+from moebert_kernels.cuda_backend import fused_moe_ffn_add_norm as cuda_add_norm
 from tests.backends import why_not_built
 from tests.helpers import assert_as_accurate
+from tests.kernels.cuda_stand_in import StandIn
 
 E = 4
-DTYPES = (None, torch.float16, torch.bfloat16)
-
 HOPPER = tuple(name for name in UNGATED if name != "relu2")
-
-
-def view(pointer, dtype, shape, strides=None):
-    """The memory at a pointer, as the kernel would address it."""
-    if pointer == 0:
-        return None
-    strides = strides or (shape[-1], 1)[-len(shape) :]
-    count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    buffer = (ctypes.c_char * (count * dtype.itemsize)).from_address(pointer)
-    return torch.frombuffer(buffer, dtype=dtype).as_strided(shape, strides)
-
-
-class StandIn:
-    """`_C.expert_gemm` in plain torch, on the CPU; without the kernels of few tokens."""
-
-    tiny_ffn_max_tokens, tiny_ffn_max_experts = 0, 0
-
-    def __init__(self):
-        self.calls = 0
-
-    def expert_gemm(
-        self, a, a_row_stride, w, w_expert_stride, w_row_stride, y, pre, bias, weights, offsets, row_to_assignment,
-        rows, tokens, num_experts, columns, depth, top_k, dtype, activation, gather, scatter, block_n, cluster, stream,
-    ):  # fmt: skip
-        self.calls += 1
-        dtype = DTYPES[dtype]
-        a = view(a, dtype, (tokens if gather else rows, depth), (a_row_stride, 1))
-        w = view(w, dtype, (num_experts, columns, depth), (w_expert_stride, w_row_stride, 1))
-        y, pre = (view(pointer, dtype, (rows, columns)) for pointer in (y, pre))
-        bias, weights = view(bias, dtype, (num_experts, columns)), view(weights, dtype, (rows,))
-        offsets = view(offsets, torch.int32, (num_experts + 1,)).tolist()
-        assignment = view(row_to_assignment, torch.int32, (rows,)).long()
-        for e in range(num_experts + 1):
-            row = torch.arange(offsets[e], offsets[e + 1] if e < num_experts else rows)
-            to = assignment[row] if scatter else row
-            if e == num_experts:
-                for out in (y, pre):
-                    if out is not None:
-                        out[to] = 0
-                continue
-            h = a[assignment[row] // top_k if gather else row].double() @ w[e].double().T
-            h = h if bias is None else h + bias[e].double()
-            if pre is not None:
-                pre[to] = h.to(dtype)
-            h = reference.activate(h, UNGATED[activation])
-            y[to] = (h if weights is None else h * weights[assignment[row]].double()[:, None]).to(dtype)
 
 
 @pytest.fixture
@@ -69,7 +21,8 @@ def stand_in(monkeypatch):
     found = StandIn()
     monkeypatch.setattr(native, "module", lambda: found)
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
-    monkeypatch.setattr(cuda_ffn, "runs_on", lambda x: True)
+    reasons = {"expert_gemm": None}
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *where: reasons.get(kernel, "not in this test"))
     return found
 
 
@@ -98,7 +51,7 @@ def test_expert_gemm_passes_what_the_kernel_reads(stand_in, dtype, gather, layou
         w, bias = w[1:2].expand(1, 40, 24), bias[:1]
         grouping = group_tokens(torch.randint(-1, 1, (37, 2)), 1)
     got = expert_gemm.forward(x, w, bias, grouping, gather)
-    assert stand_in.calls == 1
+    assert stand_in.calls == [False]
     same = reference.expert_gemm(x, w, grouping, bias, gather=gather)
     exact = reference.expert_gemm(x.double(), w.double(), grouping, bias.double(), gather=gather)
     assert_as_accurate(got, same, exact, "y")
@@ -111,13 +64,37 @@ def test_fused_moe_ffn_is_two_launches(stand_in, activation, save):
     grouping = group_tokens(ids, E)
     x, w1, b1, w2, b2, p = tensors
     y, h_pre = cuda_ffn.forward(x, grouping, w1, b1, w2, b2, p, activation, 0.0, None, save)
-    assert stand_in.calls == 2
+    assert stand_in.calls == [False, True]
     assert_ffn(y, tensors, ids, activation)
     assert h_pre.shape == (50 if save else 0, 40)
     if save:
         exact = reference.expert_gemm(x.double(), w1.double(), grouping, b1.double(), gather=True)
         same = reference.expert_gemm(x, w1, grouping, b1, gather=True)
         assert_as_accurate(h_pre, same, exact, "h_pre")
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_the_moebert_expert_is_two_launches_and_a_pass(stand_in, x_dtype, save, dropout_p):
+    tensors, ids = ffn_arguments(50, 24, 40, torch.bfloat16), ids_of(50)
+    x, w1, b1, w2, b2, p = tensors
+    x, p = x.to(x_dtype), p.to(x_dtype)
+    norm = [torch.rand(E, 24, dtype=x_dtype) + 0.5, torch.randn(E, 24, dtype=x_dtype)]
+    grouping, seed = group_tokens(ids, E), torch.tensor(5)
+    y, h_pre, ffn = cuda_add_norm.forward(
+        x, grouping, w1, b1, w2, b2, *norm, p, 1e-5, "gelu", dropout_p, 0.0, seed, save
+    )  # fmt: skip
+    assert stand_in.calls == [False, True]
+    assert y.dtype == x_dtype and h_pre.shape == (50 if save else 0, 40) and ffn.shape == (50 if save else 0, 24)
+
+    def expected(dtype):
+        wide = [tensor.to(dtype) for tensor in (x, w1, b1, w2, b2, *norm)]
+        return reference.fused_moe_ffn_add_norm(
+            wide[0], ids, *wide[1:], routing_weights=p.to(dtype), eps=1e-5, dropout_p=dropout_p, dropout_seed=seed
+        )  # fmt: skip
+
+    assert_as_accurate(y.bfloat16(), expected(torch.bfloat16), expected(torch.float64), "y")
 
 
 def ffn_arguments(tokens, hidden, width, dtype, device="cpu"):
@@ -154,8 +131,9 @@ def assert_ffn(y, tensors, ids, activation):
         (torch.empty(E, 0, 24, dtype=torch.bfloat16), False),
     ],
 )
-def test_applies(w, expected):
-    assert expert_gemm.applies(w) is expected
+def test_applies(stand_in, w, expected):
+    assert expert_gemm.applies(torch.empty(5, w.shape[2]), w) is expected
+    assert expert_gemm.applies(torch.empty(5, w.shape[2]), torch.empty(2, 8, 8, dtype=torch.float16), w) is expected
 
 
 def test_what_the_kernel_cannot_take_runs_in_triton(stand_in):
@@ -170,13 +148,18 @@ def test_what_the_kernel_cannot_take_runs_in_triton(stand_in):
         y, _ = cuda_ffn.forward(x, group_tokens(ids, E), *weights, None, "gelu", p, seed, False)
         same = reference.fused_moe_ffn(x, ids, *weights, hidden_dropout_p=p, dropout_seed=seed)
         torch.testing.assert_close(y, same, atol=2e-2, rtol=2e-2)
-    assert stand_in.calls == 0
+    norm = [torch.ones(E, 24, dtype=torch.float16), torch.zeros(E, 24, dtype=torch.float16)]
+    y, *_ = cuda_add_norm.forward(
+        x, grouping_of(19), *weights, *norm, None, 1e-5, "gelu", 0.0, 0.5, seed, False
+    )  # fmt: skip
+    assert y.shape == x.shape and stand_in.calls == []
 
 
 @pytest.mark.skipif(why_not_built("expert_gemm") is not None, reason=str(why_not_built("expert_gemm")))
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch fails only where there is no CUDA GPU")
 def test_a_launch_that_fails_says_which_and_why(monkeypatch):
     monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
     x, w = torch.randn(19, 24, dtype=torch.float16), torch.randn(E, 40, 24, dtype=torch.float16)
     with pytest.raises(RuntimeError, match=r"^expert_gemm\(rows=19, E=4, N=40, K=24\): .*(CUDA|driver)"):
         expert_gemm.forward(x, w, None, grouping_of(19), True)
@@ -189,7 +172,7 @@ needs_hopper = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("block_n, cluster", [(128, 1), (128, 2), (192, 1), (192, 2)])
+@pytest.mark.parametrize("block_n, cluster", [(128, 1), (128, 2), (192, 1), (192, 2), (256, 1), (256, 2)])
 @pytest.mark.parametrize(
     "tokens, columns, depth",
     [(1, 8, 8), (1000, 768, 768), (700, 200, 72), (9001, 456, 1016)],

@@ -30,7 +30,7 @@ def seen(monkeypatch):
 
     honest = backend.implementation
     monkeypatch.setattr(tiny_ffn, "add_norm", add_norm)
-    monkeypatch.setattr(tiny_ffn, "applies", lambda x, top_k, w1: top_k == 1 and x.shape[0] <= 512)
+    monkeypatch.setattr(tiny_ffn, "applies", lambda x, top_k, w1: top_k == 1 and x.shape[0] <= 256)
     monkeypatch.setattr(backend, "implementation", lambda op, x: CUDA[op] if op in CUDA else honest(op, x))
     return found
 

@@ -139,3 +139,40 @@ def test_routing_by_task_is_refused(tmp_path):
     model.config.quantization_config = MoEConfig.task(["a", "b"])
     with pytest.raises(UserError, match="model: expected one without routing by task"):
         export_onnx(model, tmp_path / "model.onnx")
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hash", "gate", "top2"])
+def test_one_operator_for_all_experts(kind, tmp_path):
+    import onnx
+
+    model = made("bert", kind, hidden_act="gelu_new")
+    check(model, session_of(model, tmp_path / "model.onnx", experts="operator"), 50)
+    operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert operators.count("MoE") == 2 and "NonZero" not in operators
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_one_operator_and_gelu(tmp_path):
+    """The model's gelu is the form with erf."""
+    model = made("bert", "hash", num_hidden_layers=1)
+    with pytest.warns(UserWarning, match="activations differ by up to 0.0005"):
+        session = session_of(model, tmp_path / "model.onnx", experts="operator")
+    check(model, session, 5, close=5e-3)
+
+
+@pytest.mark.parametrize("kind, options, message", [
+    ("dense", {}, 'experts: expected "matrices" for a model without experts'),
+    ("hash", {"dtype": "int8"}, 'dtype: expected float32 with experts="operator", got \'int8\''),
+    ("hash", {"experts": "all"}, "experts: expected one of matrices, operator, got 'all'"),
+])  # fmt: skip
+def test_refusals_of_the_operator(kind, options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export_onnx(made("bert", kind), tmp_path / "model.onnx", **{"experts": "operator"} | options)
+
+
+def test_an_activation_that_the_operator_does_not_have(tmp_path):
+    with pytest.raises(UserError, match=r"for the activation 'geglu', got .operator., which has gelu_tanh, identity"):
+        export_onnx(made("modernbert", "hash"), tmp_path / "model.onnx", experts="operator")

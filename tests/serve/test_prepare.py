@@ -163,12 +163,14 @@ def test_padding_costs_nothing_and_changes_nothing():
     assert rows == [int(inputs["attention_mask"].sum())] * 2
 
 
-def test_few_and_many_rows_of_an_expert_are_the_same(monkeypatch):
+def test_few_and_many_rows_of_an_expert_are_the_same():
     model = prepare(made("bert", "hash"))
     inputs = make_inputs("bert")
     few = run(model, inputs)
-    monkeypatch.setattr("moebert_kernels.serve.modules._FEW_ROWS", 0)
-    assert distance(run(model, inputs), few) < 1e-6
+    for rows in (1, 5, 12):
+        for layer in moe_layers(model):
+            layer.experts._rows_together = rows
+        assert distance(run(model, inputs), few) < 1e-6
 
 
 def test_half_precision_models_too():

@@ -1,4 +1,4 @@
-// Hash routing: the expert of a token is a table entry of its vocabulary id; one launch for all layers.
+// Ids on the device, masks, and tables from token ids to expert ids.
 #pragma once
 
 #include "common.h"
@@ -30,17 +30,5 @@ struct TokenLookup {
   Mask mask;
   int64_t vocab_size;  // below 2^31
 };
-
-// expert_ids (L, N) int32, contiguous: -1 where masked or outside the table.
-struct HashRouteParams {
-  TokenLookup lookup;
-  int32_t* expert_ids;
-  int64_t layers;
-  int64_t tokens;
-  cudaStream_t stream;
-};
-
-// Traffic of a layer: the ids, the mask, one table entry and one int32 for each token.
-cudaError_t hash_route(const HashRouteParams& params);
 
 }  // namespace mbk

@@ -1,0 +1,108 @@
+"""Ways to compute the same on a CPU, in turns in one process, with what each one's speed must be.
+
+Before anything is timed, each way's outputs are compared with the float32 model that it was made of. Ratios are medians
+over rounds, of the two times in the same round, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from benchmarks.environment import environment, load_average, results_folder
+from benchmarks.measuring import Target, spread
+from moebert_kernels.serve.forms import interleaved
+
+# relative distance of the outputs from those of the float32 model, whose weights are random, by what a name contains
+ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
+
+
+Run = Callable[..., Tensor]
+
+
+class Way(NamedTuple):
+    """One way.
+
+    Attributes:
+        source: the name of the way that it has to agree with.
+        run: what is timed, of the inputs of a case.
+    """
+
+    source: str
+    run: Run
+
+
+def check(ways: Mapping[str, Way], inputs: tuple[Tensor, ...], counted: Tensor | None = None) -> dict[str, float]:
+    """The relative distance of each way from its source.
+
+    Args:
+        counted: which rows of the outputs; None: all.
+
+    Raises:
+        SystemExit: one is too far away.
+    """
+    distances = {}
+    for name, (source, run) in ways.items():
+        want, got = (r(*inputs).float() for r in (ways[source].run, run))
+        if counted is not None:
+            want, got = want[counted], got[counted]
+        distances[name] = float((got - want).norm() / want.norm())
+        allowed = next(bound for dtype, bound in ALLOWED.items() if dtype in name)
+        if not distances[name] <= allowed:
+            raise SystemExit(f"{name}: expected a distance of at most {allowed} from {source}, got {distances[name]}")
+    return distances
+
+
+def ratio(times: Mapping[str, list[float]], ours: str, over: str) -> tuple[float, float, float]:
+    """Quartiles of how many times as fast `ours` is."""
+    return spread([b / a for a, b in zip(times[ours], times[over], strict=True)])
+
+
+def measured(
+    title: Mapping[str, int], ways: Mapping[str, Way], inputs: tuple[Tensor, ...], rounds: int, baseline: str,
+    required: Sequence[tuple[str, str, float | None]],
+) -> dict[str, Any]:  # fmt: skip
+    """One case, printed: milliseconds of each way, ratios over `baseline`, and what held of `required`.
+
+    A requirement is `ours`, `over`, and how many times as fast.
+    """
+    times = interleaved({name: partial(way.run, *inputs) for name, way in ways.items()}, rounds)
+    case: dict[str, Any] = {**title, "rounds": rounds, "load_average": load_average(), "ms": {}, "over": {}}
+    print(f"\n{' '.join(f'{k}={v}' for k, v in title.items())}, {rounds} rounds, load {case['load_average']}")
+    for name in ways:
+        case["ms"][name] = spread(times[name])
+        q1, median, q3 = case["over"][name] = ratio(times, name, baseline)
+        print(
+            f"  {name:24} {statistics.median(times[name]):9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] of {baseline}"
+        )
+    for ours, over, least in required:
+        if least is not None and ours in ways and over in ways:
+            q1, median, q3 = ratio(times, ours, over)
+            case.setdefault("required", []).append([ours, over, least, [q1, median, q3]])
+            word = "held  " if median >= least else "MISSED"
+            print(f"  {word} {ours} over {over}: {median:.2f} [{q1:.2f}, {q3:.2f}], at least {least}")
+    return case
+
+
+def finished(result: dict[str, Any], name: str | None) -> int:
+    """Print what was missed, write the result as serving/`name`.json (None: nowhere); the exit status."""
+    target = Target.of("cpu")
+    result["environment"] = environment(target) | {"load_average_after": load_average()}
+    missed = [
+        f"{ours} over {over} at {' '.join(f'{k}={v}' for k, v in case.items() if isinstance(v, int) and k != 'rounds')}"
+        for case in result["cases"]
+        for ours, over, least, (_, median, _) in case.get("required", ())
+        if median < least
+    ]
+    print(f"\n{len(missed)} requirements missed", *missed, sep="\n  ")
+    if name is not None:
+        file = results_folder(target) / "serving" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {file}")
+    return 1 if missed else 0

@@ -1,0 +1,57 @@
+"""`moebert bench --form`: dense and converted in float32, bfloat16, int8 and ONNX, with their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moebert_kernels.cli import inputs
+from moebert_kernels.errors import UserError, require_extra
+
+ALL = "all"
+
+
+def check_forms(forms: list[str], task: str | None, dtype: str | None, chart: Path | None) -> tuple[str, ...]:
+    """The forms that are meant.
+
+    Raises:
+        UserError: a form that is none, or options that do not go together.
+        MissingExtra: a chart without matplotlib.
+    """
+    from moebert_kernels.serve.forms import FORMS
+
+    if unknown := [form for form in forms if form not in (*FORMS, ALL)]:
+        raise UserError(f"form: expected one of {', '.join((*FORMS, ALL))}, got {unknown[0]!r}")
+    if dtype is not None:
+        raise UserError(f"dtype: expected none with --form, which names it, got {dtype}")
+    if chart is not None:
+        if task is None:
+            raise UserError("chart: expected --task too, whose score it shows, got none")
+        require_extra("demo", "matplotlib")
+    return FORMS if ALL in forms else tuple(dict.fromkeys(forms))
+
+
+def run_forms(
+    paths: dict[str, str], forms: tuple[str, ...], rounds: int,
+    batches: Callable[[Sequence[Any]], list[tuple[Any, Any]]],
+    task: str | None, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Load the models, time and score them; what goes into the result beside the environment."""
+    from moebert_kernels.cli.quantize import evaluation
+    from moebert_kernels.demo.benchmark import sizes_of
+    from moebert_kernels.demo.forms import compare_forms
+    from moebert_kernels.distill.loading import load_encoder, load_model, load_tokenizer
+
+    score = None
+    if task is None:
+        models = {name: load_encoder(path) for name, path in paths.items()}
+    else:
+        wanted = inputs.make_task(task, text_column, label_column, False, paths["model"])
+        loaded = inputs.load_data(wanted, data, split)
+        models = {name: load_model(path, loaded.task) for name, path in paths.items()}
+        first = models["model"]
+        score = evaluation(first.config, loaded, split, load_tokenizer(paths["model"]), None, None)
+    sizes = {name: {"path": paths[name]} | sizes_of(model) for name, model in models.items()}
+    result = compare_forms(models, forms, batches(list(models.values())), rounds, score)
+    return {"rounds": rounds, "models": sizes} | result

@@ -1,0 +1,121 @@
+"""`moebert bench --form`: two models in all forms in which a CPU serves them, in one interleaved run."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moebert_kernels.demo.report import aligned
+from moebert_kernels.demo.timing import evaluating, quartiles
+from moebert_kernels.serve.forms import forms_of, interleaved
+
+COLOURS = {"model": "#c8321e", "against": "#444444"}
+
+
+def compare_forms(
+    models: Mapping[str, Any],
+    forms: Sequence[str],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    rounds: int,
+    score: Callable[[Any], Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Times of all models in all forms, and their scores.
+
+    Args:
+        models: of transformers in float32 on the CPU, by name. Ratios are over the last one's first form.
+        forms: names of `moebert_kernels.serve.forms.FORMS`.
+        batches: ids and mask, each (B, T) int64. Engines are chosen for the first one.
+        rounds: each calls every model in every form once.
+        score: metrics of a model on a task, or None.
+
+    Returns:
+        `baseline`, "against float32" for instance; `left_out`, name -> why a form does not run here; `scores`, name ->
+        metrics; `cases`, one for each batch: its shape, and `forms`, name -> `ms` and `speed` over the baseline, each
+        {"q1", "median", "q3"}.
+
+    Raises:
+        UserError: a form that is none.
+    """
+    made: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    ids, mask = batches[0]
+    with tempfile.TemporaryDirectory() as folder, evaluating(models.values()):
+        for name, model in models.items():
+            first = {"input_ids": ids, "attention_mask": mask}
+            for form, found in forms_of(model, tuple(forms), first, Path(folder) / name):
+                if isinstance(found, str):
+                    left_out[f"{name} {form}"] = found
+                else:
+                    made[f"{name} {form}"] = found
+        *_, last = models
+        baseline = next((name for name in made if name.startswith(f"{last} ")), next(iter(made), ""))
+        scores = {} if score is None else {name: dict(score(form)) for name, form in made.items()}
+        cases = []
+        for ids, mask in batches:
+            runs = {name: partial(form, input_ids=ids, attention_mask=mask) for name, form in made.items()}
+            times = interleaved(runs, rounds, warm_up=2)
+            entries = {
+                name: {
+                    "ms": quartiles(ms),
+                    "speed": quartiles([base / own for base, own in zip(times[baseline], ms, strict=True)]),
+                }
+                for name, ms in times.items()
+            }
+            shape = {"batch_size": ids.shape[0], "length": ids.shape[1], "real_tokens": int(mask.sum())}
+            cases.append(shape | {"forms": entries})
+    return {"baseline": baseline, "left_out": left_out, "scores": scores, "cases": cases}
+
+
+def forms_table(result: Mapping[str, Any]) -> str:
+    """What is printed: a row for each batch and form, with the scores behind it."""
+    metrics = list(next(iter(result["scores"].values()), {}))
+    rows = [("", "", "ms", f"over {result['baseline']}", *metrics)]
+    for case in result["cases"]:
+        first = f"B={case['batch_size']} T={case['length']}, {case['real_tokens']} real tokens"
+        for name, entry in case["forms"].items():
+            ms, speed = entry["ms"], entry["speed"]
+            scores = (f"{result['scores'][name][metric]:.4f}" for metric in metrics)
+            cells = f"{ms['median']:.2f}", f"{speed['median']:.2f} [{speed['q1']:.2f}, {speed['q3']:.2f}]"
+            rows.append((first, name, *cells, *scores))
+            first = ""
+    lines = [aligned(rows), *(f"{name} is left out: {reason}" for name, reason in result["left_out"].items())]
+    where = result["environment"]
+    lines.append(
+        f"median [quartiles] of {result['rounds']} rounds in turns, {where['threads']} threads, {where['device']}"
+    )
+    return "\n".join(lines)
+
+
+def forms_chart(result: Mapping[str, Any], file: Path) -> None:
+    """The first metric over the median time of the first batch, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    case, metric = result["cases"][0], next(iter(next(iter(result["scores"].values()))))
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for model, colour in COLOURS.items():
+        names = [name for name in case["forms"] if name.startswith(f"{model} ")]
+        ms = [case["forms"][name]["ms"]["median"] for name in names]
+        scores = [result["scores"][name][metric] for name in names]
+        axes.scatter(ms, scores, color=colour, label=result["models"][model]["path"])
+        for name, x, y in zip(names, ms, scores, strict=True):
+            axes.annotate(name.partition(" ")[2], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel(
+        f"ms for {case['batch_size']} x {case['length']} tokens, {result['environment']['threads']} threads"
+    )
+    axes.set_ylabel(metric)
+    if statistics.median(axes.get_xlim()) > 0:
+        axes.set_xlim(left=0)
+    axes.legend(loc="best", fontsize=8)
+    partial_file = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial_file, format="png", dpi=120)
+    pyplot.close(figure)
+    partial_file.replace(file)
