@@ -119,6 +119,10 @@ def shown(value: float | None, digits: int = 1, sign: str = "") -> str:
     return "missing" if value is None else f"{value:{sign}.{digits}f}"
 
 
+def cpu_text(where: Mapping[str, Any]) -> str:
+    return f"{where['cpu']}, " + (f"{where['threads']} threads" if where["threads"] > 1 else "CPU time of one thread")
+
+
 def quartiles_text(of: Mapping[str, float]) -> str:
     return f"{of['median']:.2f} [{of['q1']:.2f}, {of['q3']:.2f}]"
 
@@ -265,7 +269,7 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             parts.append("\n".join(dtype_table(summary, latency, device)))
             if latency:
                 where = next(iter(latency.values()))["environment"]
-                machine = where["gpu"] if device == "cuda" else f"{where['cpu']}, {where['threads']} threads"
+                machine = where["gpu"] if device == "cuda" else cpu_text(where)
                 parts.append(f"Times the speed of the teacher in float32, {machine}:")
                 parts.append("\n".join(latency_table(latency)))
             draw(summary, latency, output / f"chart-{name}-{device}.png", f"{name}, {device}")
