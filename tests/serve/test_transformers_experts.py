@@ -78,7 +78,7 @@ def test_a_head_and_the_routers():
     {}, {"has_gate": False}, {"has_bias": True}, {"is_transposed": True, "has_bias": True},
     {"act": "relu2"}, {"own_gate": lambda self, h: torch.tanh(h[..., ::2]) * h[..., 1::2], "is_concatenated": False},
     {"has_post_expert_norm": True},
-], ids=str)  # fmt: skip
+], ids=lambda options: "-".join(options) or "plain")  # fmt: skip
 @pytest.mark.parametrize("tokens", [0, 1, 37, 400])
 def test_every_option_of_the_decorator(options, tokens):
     experts = make_experts(**options)
