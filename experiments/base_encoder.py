@@ -1,0 +1,112 @@
+"""Accuracy over latency of a converted encoder, against what else halves its time: same teacher, same steps.
+
+    python experiments/base_encoder.py teacher --data FOLDER --task rte mrpc --seed 1
+    python experiments/base_encoder.py student --data FOLDER --task rte mrpc --seed 1 --arm moe dense
+    python experiments/base_encoder.py latency --data FOLDER --task mrpc --seed 1
+    python experiments/base_encoder.py report
+
+FOLDER holds RTE, MRPC, CoLA, STS-B, SST-2, TREC and SICK as .tsv or .tsv.gz. Without --model the base is
+all-MiniLM-L6-v2; a base-size one is all-mpnet-base-v2 (--model FOLDER --name mpnet), which is on PyPI in five parts.
+A tenth of the training rows chooses between the learning rates of --rate, which all students try alike; the test part
+is labelled test rows where there are some, else the development rows, and chooses nothing. Every run is one file in
+experiments/base_encoder/runs: a run that is interrupted goes on from its last checkpoint in --work, one that is done
+is not made again, and several processes share the work. `split` and `join` take a folder with weights to another
+machine in parts of at most 60 MB, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the benchmarks
+from datasets import disable_progress_bars
+from encoder_arms import ARMS
+from encoder_latency import measure_latency
+from encoder_report import report
+from encoder_study import FILES, Cell, Place, Settings, run_students
+from parts import PART_MB, join_folder, split_folder
+
+from moebert_kernels.demo.data import base_model
+from moebert_kernels.errors import UserError
+
+HERE = Path(__file__).resolve().parent / "base_encoder"
+FOUR = ("rte", "mrpc", "cola", "stsb")
+# the tasks and seeds of the table; "minilm-2500" is what two shared cores can do: --rows 2500 --epochs 3 --dtype bf16
+WANTED = {"minilm": (tuple(FILES), (1, 2, 3)), "mpnet": (FOUR, (1, 2)), "minilm-2500": ((*FOUR, "trec"), (1,))}
+TEACHER_RATES, STUDENT_RATES = (1e-4,), (2e-4,)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = made.add_subparsers(dest="stage", required=True)
+    for stage in ("teacher", "student", "latency"):
+        options = stages.add_parser(stage)
+        options.add_argument("--data", type=Path, required=True)
+        options.add_argument("--model", type=Path, help="a folder of transformers; default: all-MiniLM-L6-v2")
+        options.add_argument("--name", default="minilm", help="of the model, in the results")
+        options.add_argument("--task", nargs="+", choices=tuple(FILES), default=list(FILES))
+        options.add_argument("--seed", nargs="+", type=int, default=[1])
+        options.add_argument("--work", type=Path, default=Path("base-encoder-work"))
+        options.add_argument("--output", type=Path, default=HERE)
+        options.add_argument("--device", default="cpu", help="cpu or cuda")
+        options.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="in training, by autocast")
+        if stage != "teacher":
+            options.add_argument("--arm", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+        rates = TEACHER_RATES if stage == "teacher" else STUDENT_RATES
+        options.add_argument("--rate", nargs="+", type=float, default=list(rates), help="learning rates to try")
+        for entry in fields(Settings):
+            if entry.name != "autocast":
+                kind = type(entry.default)
+                options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default)
+    options = stages.add_parser("report")
+    options.add_argument("--output", type=Path, default=HERE)
+    for stage, first, second in (("split", "folder", "parts"), ("join", "parts", "folder")):
+        options = stages.add_parser(stage)
+        options.add_argument(first, type=Path)
+        options.add_argument(second, type=Path)
+    return made
+
+
+def place_of(args: argparse.Namespace) -> Place:
+    values = {entry.name: getattr(args, entry.name, None) for entry in fields(Settings)}
+    values["autocast"] = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
+    base = args.model or base_model()
+    return Place(args.name, base, args.data, args.work, args.output, Settings(**values), args.device)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.stage == "report":
+        print(report(args.output, WANTED if args.output == HERE else {}))
+        return
+    if args.stage == "split":
+        print(f"{split_folder(args.folder, args.parts)} parts of at most {PART_MB} MB in {args.parts}")
+        return
+    if args.stage == "join":
+        join_folder(args.parts, args.folder)
+        return
+    place = place_of(args)
+    cells = [Cell(place, task, seed) for seed in args.seed for task in args.task]
+    if args.stage == "teacher":
+        for cell in cells:
+            cell.make_teacher(args.rate)
+    elif args.stage == "student":
+        run_students(cells, args.arm, args.rate)
+    else:
+        measure_latency(cells[0], args.arm)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    disable_progress_bars()
+    try:
+        run(args)
+    except UserError as error:
+        print(f"base_encoder: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Latency of the arms of experiments/base_encoder.py: all of one dtype in turns, with the teacher in float32."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from encoder_arms import ARMS, DTYPES, TEACHER
+from encoder_study import Cell
+from torch import Tensor
+
+from benchmarks.environment import environment
+from benchmarks.measuring import Target
+from moebert_kernels.demo.clocks import timer
+from moebert_kernels.demo.timing import quartiles
+from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.serve import prepare
+
+SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
+ROUNDS = {(1, 32): 41, (1, 128): 21, (8, 32): 21, (8, 128): 11}
+PLAIN = "teacher, float32"  # as transformers runs it; ratios are over it
+
+
+def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str] = DTYPES) -> None:
+    """Write latency-DTYPE.json for each dtype: shape -> arm -> times and speeds over the teacher's in float32.
+
+    The weights are those before distillation, and the tokens are real text: a table's experts are as unequal as they
+    are on it. On a GPU there is no int8, and other dtypes are plain casts.
+    """
+    on_cpu = cell.place.device == "cpu"
+    own = [arm for arm in arms if not ARMS[arm].timed_as]
+    for dtype in dtypes if on_cpu else [dtype for dtype in dtypes if "int8" not in dtype]:
+        models: dict[str, Any] = {PLAIN: cell.teacher}
+        for arm in (TEACHER, *own):
+            model = copy.deepcopy(cell.teacher) if arm == TEACHER else ARMS[arm].make(cell)
+            if on_cpu and (arm == TEACHER or ARMS[arm].packs):
+                prepare(model, dtype)
+            elif "int8" in dtype:
+                continue
+            else:
+                model.eval().to(getattr(torch, dtype))
+            models[arm] = model
+        result = {"environment": environment(Target.of(cell.place.device)), "shapes": {}}
+        for B, T in SHAPES:
+            result["shapes"][f"{B}x{T}"] = in_turns(models, real_text(cell, B, T), ROUNDS[B, T])
+        write_text(cell.place.runs / f"latency-{cell.place.device}-{dtype}.json", json.dumps(result, indent=1) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} latency in {dtype}", flush=True)
+
+
+def real_text(cell: Cell, B: int, T: int) -> Tensor:
+    """(B, T) token ids of the test rows, one after another."""
+    stream = list(chain.from_iterable(cell.columns["test"]["input_ids"]))
+    stream *= 1 + B * T // len(stream)
+    return torch.tensor(stream[: B * T], device=cell.place.device).view(B, T)
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], list[float]]:
+    """What runs it and gives milliseconds; with one thread of a CPU those of the process, which others do not slow."""
+    if device.type != "cpu" or torch.get_num_threads() > 1:
+        return timer(run, device).warm_ms
+
+    def cpu_ms() -> list[float]:
+        start = time.process_time()
+        run()
+        return [(time.process_time() - start) * 1e3]
+
+    return cpu_ms
+
+
+def in_turns(models: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, Any]:
+    """`ms` and `speed` over PLAIN's time in the same round, as quartiles."""
+    mask = torch.ones_like(ids)
+    with torch.inference_mode():
+        timers = {name: timed(partial(model, ids, attention_mask=mask), ids.device) for name, model in models.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(-2, rounds):
+            order = list(models)
+            random.Random(number).shuffle(order)
+            for name in order:
+                elapsed_ms = statistics.median(timers[name]())
+                if number >= 0:
+                    times[name].append(elapsed_ms)
+    return {
+        name: {
+            "ms": quartiles(of),
+            "speed": quartiles([plain / ours for plain, ours in zip(times[PLAIN], of, strict=True)]),
+        }
+        for name, of in times.items()
+    }

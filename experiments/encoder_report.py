@@ -1,0 +1,280 @@
+"""Tables and charts of experiments/base_encoder.py; what is missing is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoder_arms import ARMS, DTYPES, TEACHER
+from encoder_latency import PLAIN
+from encoder_study import FILES, task_named
+from scipy import stats
+
+from moebert_kernels.distill.checkpoint import write_text
+
+MAIN = (TEACHER, "continued", "moe", "paper", "dense", "half-depth")
+BASELINE = "moe"  # the others are compared with it
+SHAPE = "8x128"  # of the table and the chart
+LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
+Run = Mapping[str, Any]
+Cells = dict[tuple[str, str, int], Run]  # by arm, task and seed
+
+
+def best_tries(runs: Sequence[Run]) -> tuple[Cells, dict[tuple[str, int], list[float]]]:
+    """Of each cell the run that is best on the held-out rows, among the rates that all students of its task and seed
+    have tried; and these rates, by task and seed."""
+    by_cell: dict[tuple[str, str, int], dict[float, Run]] = {}
+    for run in runs:
+        by_cell.setdefault((run["arm"], run["task"], run["seed"]), {})[run["rate"]] = run
+    shared: dict[tuple[str, int], set[float]] = {}
+    for (arm, task, seed), tries in by_cell.items():
+        if arm != TEACHER:
+            shared[task, seed] = shared.get((task, seed), set(tries)) & set(tries)
+    cells = {}
+    for (arm, task, seed), tries in by_cell.items():
+        allowed = [run for rate, run in tries.items() if arm == TEACHER or rate in shared[task, seed]]
+        if allowed:
+            cells[arm, task, seed] = max(allowed, key=lambda run: run["held_out"])
+    return cells, {place: sorted(rates) for place, rates in shared.items()}
+
+
+class Summary:
+    """What the runs of one model say together.
+
+    Args:
+        runs: of one model.
+        tasks, seeds: that are wanted.
+    """
+
+    def __init__(self, runs: Sequence[Run], tasks: Sequence[str], seeds: Sequence[int]) -> None:
+        self.cells, self.rates = best_tries(runs)
+        self.tasks, self.seeds = list(tasks), list(seeds)
+        present = {arm for arm, _, _ in self.cells}
+        self.arms = [arm for arm in LABELS if arm in present]
+        leading = [arm for arm in MAIN if arm in present]
+        self.common = [task for task in self.tasks if all(self.of(arm, task) for arm in leading)]
+
+    def of(self, arm: str, task: str) -> list[Run]:
+        return [self.cells[arm, task, seed] for seed in self.seeds if (arm, task, seed) in self.cells]
+
+    def score(self, arm: str, task: str, dtype: str = "float32") -> float | None:
+        """Mean over the seeds that are there, in %."""
+        found = [run["scores"][dtype] for run in self.of(arm, task) if dtype in run["scores"]]
+        return 100 * statistics.mean(found) if found else None
+
+    def mean(self, arm: str, dtype: str = "float32") -> tuple[float, float] | None:
+        """The mean over the common tasks and its error over test examples, in %; None where a task is missing."""
+        scores = [self.score(arm, task, dtype) for task in self.common]
+        if not scores or None in scores:
+            return None
+        errors = [100 * statistics.mean(run["error"] for run in self.of(arm, task)) for task in self.common]
+        return statistics.mean(map(float, scores)), math.hypot(*errors) / len(errors)  # type: ignore[arg-type]
+
+    def kept(self, arm: str) -> float | None:
+        """The mean over the common tasks of student / teacher, in %."""
+        if self.mean(arm) is None or arm == TEACHER:
+            return None
+        shares = []
+        for task in self.common:
+            pairs = [(run["scores"]["float32"], run["teacher"]) for run in self.of(arm, task)]
+            if min(theirs for _, theirs in pairs) <= 0:
+                return None
+            shares.append(statistics.mean(ours / theirs for ours, theirs in pairs))
+        return 100 * statistics.mean(shares)
+
+    def difference(self, arm: str) -> tuple[float, float | None, int] | None:
+        """BASELINE minus the arm in points, p of the paired t-test over tasks and seeds, and the number of pairs."""
+        places = [(task, seed) for task in self.tasks for seed in self.seeds]
+        pairs = [
+            100 * (self.cells[BASELINE, *place]["scores"]["float32"] - self.cells[arm, *place]["scores"]["float32"])
+            for place in places
+            if (BASELINE, *place) in self.cells and (arm, *place) in self.cells
+        ]
+        if not pairs or arm == BASELINE:
+            return None
+        varies = len(pairs) > 1 and max(pairs) > min(pairs)
+        p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if varies else None
+        return statistics.mean(pairs), p, len(pairs)
+
+    def missing(self) -> list[str]:
+        """What is wanted and not there: an arm, and of which tasks which seeds."""
+        lines = []
+        for arm in LABELS:
+            lacking = []
+            for task in self.tasks:
+                seeds = [seed for seed in self.seeds if (arm, task, seed) not in self.cells]
+                if seeds:
+                    lacking.append(task if seeds == self.seeds else f"{task} (seed {', '.join(map(str, seeds))})")
+            if lacking:
+                what = "everything" if lacking == self.tasks else ", ".join(lacking)
+                lines.append(f"- {LABELS[arm]}: {what}")
+        return lines
+
+
+def shown(value: float | None, digits: int = 1, sign: str = "") -> str:
+    return "missing" if value is None else f"{value:{sign}.{digits}f}"
+
+
+def cpu_text(where: Mapping[str, Any]) -> str:
+    return f"{where['cpu']}, " + (f"{where['threads']} threads" if where["threads"] > 1 else "CPU time of one thread")
+
+
+def quartiles_text(of: Mapping[str, float]) -> str:
+    return f"{of['median']:.2f} [{of['q1']:.2f}, {of['q3']:.2f}]"
+
+
+def cell_text(summary: Summary, arm: str, task: str) -> str:
+    runs, score = summary.of(arm, task), summary.score(arm, task)
+    if score is None:
+        return "missing"
+    spread = f" ± {100 * statistics.stdev(run['scores']['float32'] for run in runs):.1f}" if len(runs) > 1 else ""
+    lacking = "" if len(runs) == len(summary.seeds) else f" ({len(runs)} of {len(summary.seeds)})"
+    return f"{score:.1f}{spread}{lacking}"
+
+
+def accuracy_table(summary: Summary) -> list[str]:
+    heads = " | ".join(f"{task} {task_named(task).main_metric}" for task in summary.tasks)
+    lines = [
+        f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | chosen MoE minus this, points | p |",
+        "|---" * (len(summary.tasks) + 5) + "|",
+    ]
+    for arm in summary.arms:
+        mean, change = summary.mean(arm), summary.difference(arm)
+        cells = [cell_text(summary, arm, task) for task in summary.tasks]
+        cells += ["missing" if mean is None else f"{mean[0]:.1f} ± {mean[1]:.1f}"]
+        cells += ["" if arm == TEACHER else shown(summary.kept(arm))]
+        cells += ["", ""] if change is None else [
+            f"{change[0]:+.2f} (n = {change[2]})", "" if change[1] is None else f"{change[1]:.3f}"
+        ]  # fmt: skip
+        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
+    return lines
+
+
+def dtype_table(summary: Summary, latency: Mapping[str, Any], device: str) -> list[str]:
+    """Size, the mean in each dtype minus that in float32, and speeds."""
+    dtypes = [dtype for dtype in DTYPES if dtype in latency or device == "cpu"]
+    heads = [f"{dtype} minus float32, points" for dtype in DTYPES[1:]]
+    heads += [f"times the teacher's speed, {dtype}" for dtype in dtypes]
+    lines = [
+        f"| | parameters, millions (met by a token) | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 2) + "|",
+    ]
+    for arm in summary.arms:
+        run = next(run for (name, _, _), run in summary.cells.items() if name == arm)
+        exact, cells = summary.mean(arm), []
+        cells.append(f"{run['total_parameters'] / 1e6:.1f} ({run['active_parameters'] / 1e6:.1f})")
+        for dtype in DTYPES[1:]:
+            mean = summary.mean(arm, dtype)
+            cells.append("missing" if mean is None or exact is None else f"{mean[0] - exact[0]:+.2f}")
+        for dtype in dtypes:
+            speed = speed_of(latency, arm, dtype)
+            cells.append(
+                "missing" if speed is None else f"{speed['median']:.2f} [{speed['q1']:.2f}, {speed['q3']:.2f}]"
+            )
+        lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
+    return lines
+
+
+def speed_of(latency: Mapping[str, Any], arm: str, dtype: str, shape: str = SHAPE) -> Any:
+    """Quartiles of the speed over the teacher's in float32; None where it was not measured."""
+    timed = arm if arm == TEACHER else ARMS[arm].timed_as or arm
+    entry = latency.get(dtype, {}).get("shapes", {}).get(shape, {}).get(timed)
+    return None if entry is None else entry["speed"]
+
+
+def latency_table(latency: Mapping[str, Any]) -> list[str]:
+    """Every arm, dtype and shape: how many times the float32 teacher's speed."""
+    shapes = list(next(iter(latency.values()))["shapes"])
+    lines = [
+        f"| | dtype | {' | '.join(shape.replace('x', ' x ') for shape in shapes)} |",
+        "|---" * (len(shapes) + 2) + "|",
+    ]
+    for dtype, result in latency.items():
+        for arm in result["shapes"][shapes[0]]:
+            if arm != PLAIN:
+                speeds = [result["shapes"][shape][arm]["speed"] for shape in shapes]
+                cells = " | ".join(quartiles_text(speed) for speed in speeds)
+                lines.append(f"| {LABELS[arm]} | {dtype} | {cells} |")
+    return lines
+
+
+def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -> bool:
+    """Mean accuracy over latency, every arm in every dtype, as PNG; False where no point has both."""
+    points = []
+    for arm in summary.arms:
+        for dtype, result in latency.items():
+            timed = arm if arm == TEACHER else ARMS[arm].timed_as or arm
+            entry, mean = result["shapes"][SHAPE].get(timed), summary.mean(arm, dtype)
+            if entry is not None and mean is not None:
+                # times of several runs are made comparable by the model that all of them have
+                points.append((arm, dtype, 1 / entry["speed"]["median"], *mean))
+    if not points:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    markers, colours = dict(zip(DTYPES, "osDv", strict=True)), pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    figure, axis = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    for arm, dtype, x, y, error in points:
+        colour = colours[list(LABELS).index(arm) % len(colours)]
+        axis.errorbar(x, y, yerr=error, color=colour, marker=markers[dtype], capsize=2, elinewidth=0.5, linestyle="")
+    for arm in dict.fromkeys(point[0] for point in points):
+        axis.plot([], [], "o", color=colours[list(LABELS).index(arm) % len(colours)], label=LABELS[arm])
+    for dtype in dict.fromkeys(point[1] for point in points):
+        axis.plot([], [], markers[dtype], color="black", label=dtype)
+    axis.set(xlabel=f"time at {SHAPE.replace('x', ' x ')} tokens, relative to the teacher in float32", title=title,
+             ylabel=f"mean of {', '.join(summary.common)}, % (± error over test examples)")  # fmt: skip
+    axis.set_xlim(0, None)
+    axis.legend(fontsize=7)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]]]) -> str:
+    """Write table.md and a chart for each model of `wanted` (its tasks and seeds) and each that has runs."""
+    parts = []
+    for name in dict.fromkeys((*wanted, *sorted(path.name for path in (output / "runs").glob("*")))):
+        folder = output / "runs" / name
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*-*.json"))]
+        runs = [run for run in runs if "arm" in run]
+        found = ([t for t in FILES if any(r["task"] == t for r in runs)], sorted({r["seed"] for r in runs}))
+        summary = Summary(runs, *wanted.get(name, found))
+        parts.append(f"## {name}")
+        if not runs:
+            tasks, seeds = wanted.get(name, ((), ()))
+            parts.append(f"Missing: all arms on {', '.join(tasks)}, seeds {', '.join(map(str, seeds))}.")
+            continue
+        settings = json.loads((folder / "settings.json").read_text())
+        tries = sorted({len(rates) for rates in summary.rates.values()})
+        parts.append(
+            "Scores in %, means ± standard deviations over the seeds; the means of tasks have the error over the test"
+            f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}. "
+            f"At most {settings['rows']:,} training rows, of which a tenth is held out;"
+            f" {settings['teacher_epochs']} epochs for the teacher,"
+            f" {settings['epochs']} for students, in {settings['autocast']}."
+        )
+        parts.append("\n".join(accuracy_table(summary)))
+        for device in ("cpu", "cuda"):
+            files = {dtype: folder / f"latency-{device}-{dtype}.json" for dtype in DTYPES}
+            latency = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}
+            if device == "cuda" and not latency:
+                continue
+            parts.append("\n".join(dtype_table(summary, latency, device)))
+            if latency:
+                where = next(iter(latency.values()))["environment"]
+                machine = where["gpu"] if device == "cuda" else cpu_text(where)
+                parts.append(f"Times the speed of the teacher in float32, {machine}:")
+                parts.append("\n".join(latency_table(latency)))
+            draw(summary, latency, output / f"chart-{name}-{device}.png", f"{name}, {device}")
+        missing = summary.missing()
+        parts.append("Missing:\n\n" + "\n".join(missing) if missing else "Nothing is missing.")
+    text = "# Accuracy over latency\n\n" + "\n\n".join(parts) + "\n"
+    write_text(output / "table.md", text)
+    return text

@@ -1,0 +1,364 @@
+"""Tasks, teachers and students of experiments/base_encoder.py: how they are trained and judged, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from encoder_arms import ARMS, DTYPES, TEACHER, Arm, chosen_config
+from filelock import FileLock, Timeout  # comes with torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from moebert_kernels.convert import SiteChoice, choose_experts, importance_scores, parameter_counts
+from moebert_kernels.data.columns import collator, tokenized
+from moebert_kernels.data.held_out import hold_out
+from moebert_kernels.data.metrics import compute_metrics
+from moebert_kernels.data.tasks import TASKS, Task, TaskData, custom_task, load_task
+from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
+from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.errors import UserError
+from moebert_kernels.serve import prepare
+
+# the folder of a task, and its labelled part that judges; the rest comes from train.tsv
+FILES = {
+    "rte": ("RTE", "dev"), "mrpc": ("MRPC", "test_labeled"), "cola": ("CoLA", "dev"), "stsb": ("STS-B", "dev"),
+    "sst2": ("SST-2", "test_labeled"), "trec": ("TREC", "test"), "sick": ("SICK", "test"),
+}  # fmt: skip
+OWN_TASKS = {
+    "trec": replace(custom_task(("question",)), name="trec", without_header={2: ("label", "question")}),
+    "sick": replace(custom_task(("sentence_A", "sentence_B"), "entailment_judgment"), name="sick"),
+}
+HELD_OUT = "0.1"  # of the training rows, which choose between the tries
+REDRAWN = 200  # times the test examples, for a score's error
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a model have in common."""
+
+    length: int = 128
+    batch: int = 32
+    teacher_epochs: int = 3
+    epochs: int = 3
+    rows: int = 10000  # for training, at most
+    choosing: int = 12000  # tokens of the training text that choose experts
+    scored: int = 1000  # rows whose labels rank neurons
+    weight: float = 1.0  # of the layer-wise term and of the predictions'
+    autocast: str = "float32"
+
+
+def task_named(name: str) -> Task:
+    return OWN_TASKS.get(name) or TASKS[name]
+
+
+def load(name: str, folder: Path, rows: int) -> TaskData:
+    """Train, validation (held-out training rows) and test."""
+    place, test = FILES[name]
+    files = {}
+    for split, stem in (("train", "train"), ("test", test)):
+        found = [folder / place / f"{stem}{ending}" for ending in (".tsv", ".tsv.gz")]
+        files[split] = next((file for file in found if file.exists()), found[0])
+    data = load_task(task_named(name), files)
+    if name == "trec":
+        data = _coarse(data)
+    train = data.train
+    if len(train) > rows:
+        data = TaskData(data.task, data.splits | {"train": train.shuffle(seed=0).select(range(rows))})
+    return hold_out(data, HELD_OUT)
+
+
+def _coarse(data: TaskData) -> TaskData:
+    """TREC's classes are before the colon of its labels."""
+    fine = [name.partition(":")[0] for name in data.task.label_names]
+    names = tuple(sorted(set(fine)))
+    splits = {
+        split: rows.map(lambda row: {"label": names.index(fine[row["label"]])}) for split, rows in data.splits.items()
+    }
+    return TaskData(replace(data.task, label_names=names), splits)
+
+
+def kind_of_model(folder: Path) -> str:
+    """What two models must not be called by one name for."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return ", ".join(f"{config[key]}" for key in ("model_type", "num_hidden_layers", "hidden_size"))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: expected a folder with an encoder's config.json, got {folder} ({error})") from None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study of one model reads and writes."""
+
+    name: str
+    base: Path
+    data: Path
+    work: Path
+    output: Path
+    settings: Settings
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        file = self.runs / "settings.json"
+        wanted = asdict(self.settings) | {"model": kind_of_model(self.base)}
+        self.runs.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_text()) if file.exists() else wanted
+        other = [
+            f"{name} ({found.get(name)}, now {value})" for name, value in wanted.items() if found.get(name) != value
+        ]
+        if other:
+            raise UserError(f"output: expected runs of the same settings, got {self.runs} of other {', '.join(other)}")
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+
+    @property
+    def runs(self) -> Path:
+        return self.output / "runs" / self.name
+
+    @contextmanager
+    def lock(self, name: str, wait: bool = True) -> Iterator[None]:
+        """Of one thing that one process makes; raises Timeout where another one is at it and `wait` is False."""
+        folder = self.work / self.name / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / name, blocking=wait):
+            yield
+
+
+class Cell:
+    """One task with one seed: the teacher, and what is made of it."""
+
+    def __init__(self, place: Place, task: str, seed: int) -> None:
+        self.place, self.name, self.seed, self.settings = place, task, seed, place.settings
+        self.folder = place.work / place.name / f"{task}-{seed}"
+
+    # data
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.place.base)
+
+    @cached_property
+    def data(self) -> TaskData:
+        return load(self.name, self.place.data, self.settings.rows)
+
+    @cached_property
+    def columns(self) -> dict[str, Any]:
+        return {
+            split: tokenized(rows, self.data.task, self.tokenizer, max_length=self.settings.length)
+            for split, rows in self.data.splits.items()
+        }
+
+    def batches(self, split: str, rows: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+        """Batches of these rows, padded, on the device."""
+        columns, order = self.columns[split], list(rows)
+        keys = [key for key in columns.column_names if key not in ("length", "example_id")]
+        make = collator(self.data.task, self.tokenizer)
+        for start in range(0, len(order), self.settings.batch):
+            some = columns[order[start : start + self.settings.batch]]
+            batch = make([{key: some[key][n] for key in keys} for n in range(len(some["input_ids"]))])
+            yield {key: value.to(self.place.device) for key, value in batch.items()}
+
+    # what conversions need, see encoder_arms.Made
+
+    @property
+    def teacher_facts(self) -> Result:
+        file = self.folder / "teacher.json"
+        if not file.exists():
+            raise UserError(f"teacher: expected one of {self.name}, seed {self.seed}, got none (run that stage first)")
+        return json.loads(file.read_text())
+
+    @cached_property
+    def teacher(self) -> Any:
+        facts = self.teacher_facts
+        return self._loaded(self.folder / f"teacher-{facts['rate']}")
+
+    def texts(self) -> list[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(self.columns["train"]), generator=generator).tolist()
+        found, count = [], 0
+        for batch in self.batches("train", order):
+            batch.pop("labels")
+            found.append(batch)
+            count += int(batch["attention_mask"].sum())
+            if count >= self.settings.choosing:
+                break
+        return found
+
+    def chosen(self, part: int) -> list[SiteChoice]:
+        with self.place.lock(f"{self.name}-{self.seed}-choice-{part}"):
+            return choose_experts(
+                self.teacher, self.texts(), chosen_config(self.teacher, part), seed=self.seed,
+                max_tokens=self.settings.choosing, folder=self.folder / f"choice-{part}",
+            )  # fmt: skip
+
+    def importance(self, split: str) -> Tensor:
+        name = {"train": "train", "held-out": "validation"}[split]
+        file = self.folder / f"importance-{name}.safetensors"
+        with self.place.lock(f"{self.name}-{self.seed}-importance"):
+            if not file.exists():
+                rows = range(min(self.settings.scored, len(self.columns[name])))
+                partial = file.with_suffix(".partial")
+                save_file({"scores": importance_scores(self.teacher, self.batches(name, rows))}, partial)
+                partial.replace(file)
+        return load_file(file)["scores"]
+
+    def outputs(self) -> TeacherCache:
+        """The teacher's outputs for the training rows, computed once for all students."""
+        with self.place.lock(f"{self.name}-{self.seed}-outputs"):
+            student, folder = copy.deepcopy(self.teacher), self.folder / "outputs"
+            options = {"teacher_outputs": str(folder), "teacher_outputs_dtype": "float16", "objective": "layerwise"}
+            self._trainer(student, "outputs-run", 1e-5, 1, teacher=self.teacher, **options)  # makes them
+            return TeacherCache(folder)
+
+    # training
+
+    def _loaded(self, folder: Path, **options: Any) -> Any:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **options)
+        return model.to(self.place.device).eval()
+
+    def _trainer(self, model: Any, name: str, rate: float, epochs: int, teacher: Any = None, **options: Any) -> Any:
+        args = MoETrainingArguments(
+            str(self.folder / name), num_train_epochs=epochs, learning_rate=rate, seed=self.seed, weight_decay=0.01,
+            warmup_steps=0.06, per_device_train_batch_size=self.settings.batch, report_to="none", disable_tqdm=True,
+            per_device_eval_batch_size=self.settings.batch, train_sampling_strategy="group_by_length",
+            bf16=self.settings.autocast == "bfloat16", use_cpu=self.place.device == "cpu", save_strategy="steps",
+            save_steps=0.25, save_total_limit=1, logging_steps=50, dataloader_pin_memory=self.place.device != "cpu",
+            **options,
+        )  # fmt: skip
+        make = collator(self.data.task, self.tokenizer)
+        return MoETrainer(model, args, train_dataset=self.columns["train"], data_collator=make, teacher=teacher)
+
+    def _trained(self, model: Any, name: str, rate: float, epochs: int, **options: Any) -> Result:
+        """Steps of the run, and seconds by the wall clock since it was begun or last taken up."""
+        start = time.monotonic()
+        trainer = self._trainer(model, name, rate, epochs, **options)
+        trainer.train(resume_from_checkpoint=True)
+        for attribute in ("forward", "_original_forward"):  # accelerate leaves the model under autocast
+            vars(model).pop(attribute, None)
+        model.eval()
+        return {"steps": trainer.state.global_step, "seconds": round(time.monotonic() - start, 1)}
+
+    def make_teacher(self, rates: Iterable[float]) -> None:
+        """Fine-tune with each rate; the one that is best on the held-out rows is the teacher from then on."""
+        with self.place.lock(f"{self.name}-{self.seed}-teacher"):
+            if (self.folder / "teacher.json").exists():
+                return
+            tried = [self._once(TEACHER, rate, lambda name, rate=rate: self._fine_tuned(name, rate)) for rate in rates]
+            best = max(tried, key=lambda result: result["held_out"])
+            write_text(self.folder / "teacher.json", json.dumps(best))
+
+    def _fine_tuned(self, name: str, rate: float) -> Result:
+        torch.manual_seed(self.seed)
+        labels = dict(enumerate(self.data.task.label_names)) or {0: "LABEL_0"}
+        options = {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
+        model = self._loaded(self.place.base, **options)
+        facts = self._trained(model, f"{name}-run", rate, self.settings.teacher_epochs)
+        model.save_pretrained(self.folder / name)
+        return facts | self.judged(model)
+
+    def make_student(self, arm: str, rate: float) -> None:
+        """Convert and distil; does nothing where that is done.
+
+        Raises:
+            Timeout: another process is at it.
+        """
+        with self.place.lock(f"{self.name}-{self.seed}-{arm}-{rate}", wait=False):
+            self._once(arm, rate, lambda name: self._distilled(name, ARMS[arm], rate))
+
+    def _distilled(self, name: str, arm: Arm, rate: float) -> Result:
+        student = arm.make(self)
+        if not arm.dropout:
+            without_dropout(student)
+        before = self.score(student, "validation")
+        weights = {} if arm.objective == "microbert" else dict.fromkeys(("hidden", "prediction"), self.settings.weight)
+        facts = self._trained(
+            student, f"{name}-run", rate, self.settings.epochs, objective=arm.objective,
+            loss_weights=weights | dict(arm.weights), teacher_dropout=arm.dropout,
+            teacher=self.teacher if arm.dropout else self.outputs(),
+        )  # fmt: skip
+        best = self.teacher_facts
+        teacher = {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
+        return facts | teacher | {"held_out_before": before} | self.judged(student, arm.packs)
+
+    def _once(self, arm: str, rate: float, make: Any) -> Result:
+        file = self.place.runs / f"{self.name}-{self.seed}-{arm}-{rate}.json"
+        if not file.exists():
+            name = f"{arm}-{rate}"
+            print(f"{time.strftime('%H:%M:%S')} {self.place.name} {file.stem}", flush=True)
+            made = make(name)
+            facts = {"task": self.name, "seed": self.seed, "arm": arm, "rate": rate, "device": self.place.device}
+            write_text(file, json.dumps(facts | made, indent=1) + "\n")
+            print(
+                f"{time.strftime('%H:%M:%S')} {made['held_out']:.4f} {made['scores']} {made['seconds']} s", flush=True
+            )
+            shutil.rmtree(self.folder / f"{name}-run", ignore_errors=True)
+        return json.loads(file.read_text())
+
+    # judging
+
+    def answers(self, model: Any, split: str) -> np.ndarray:
+        """(N,) classes or scores, in the order of the rows."""
+        columns = self.columns[split]
+        order = np.argsort(columns["length"], kind="stable")
+        with torch.no_grad():
+            logits = [
+                model(**{key: value.to(model.device) for key, value in batch.items() if key != "labels"}).logits.float()
+                for batch in self.batches(split, order.tolist())
+            ]
+        rows = torch.cat(logits).cpu().numpy()
+        found = np.empty_like(rows)
+        found[order] = rows
+        return found[:, 0] if self.data.task.kind == "regression" else found.argmax(1)
+
+    def score(self, model: Any, split: str, answers: np.ndarray | None = None, rows: Any = slice(None)) -> float:
+        task = replace(self.data.task, metrics=(self.data.task.main_metric,))
+        answers = self.answers(model, split) if answers is None else answers
+        return compute_metrics(task, answers[rows], np.asarray(self.columns[split]["labels"])[rows])[task.main_metric]
+
+    def judged(self, model: Any, packs: bool = True) -> Result:
+        """Scores on the held-out rows and, in each dtype, on the test rows; the first one's error over examples."""
+        model.eval()
+        answers = self.answers(model, "test")
+        draws = np.random.default_rng(0).integers(len(answers), size=(REDRAWN, len(answers)))
+        scores = {"float32": self.score(model, "test", answers)}
+        for dtype in DTYPES[1:] if packs else ():
+            prepared = prepare(copy.deepcopy(model).cpu(), dtype)
+            scores[dtype] = self.score(prepared, "test")
+        return {
+            "metric": self.data.task.main_metric,
+            "held_out": self.score(model, "validation"),
+            "scores": scores,
+            "error": float(np.std([self.score(model, "test", answers, rows) for rows in draws])),
+            **parameter_counts(model),
+        }
+
+
+def without_dropout(model: Any) -> None:
+    """A student that follows outputs without dropout has none."""
+    for module in model.modules():
+        for name in ("p", "output_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def run_students(cells: Iterable[Cell], arms: Iterable[str], rates: Iterable[float]) -> None:
+    """Every arm of every cell; what another process is at comes last, and is waited for by nobody."""
+    for cell in cells:
+        for arm in arms:
+            for rate in rates:
+                try:
+                    cell.make_student(arm, rate)
+                except Timeout:
+                    print(f"{cell.name}-{cell.seed}-{arm}-{rate}: another process is at it", flush=True)
