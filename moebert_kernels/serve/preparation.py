@@ -48,6 +48,8 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
     check(model, dtype, tokens)
     warn_if_slow(dtype)
     moe = moe_of(model)
+    if "_original_forward" in vars(model):  # accelerate leaves a training's autocast, and engines choose their dtypes
+        del model.forward, model._original_forward
     model.eval().requires_grad_(False)
     if not replace_modules(model, dtype):
         raise UserError(f"model: expected linear layers with at least {FEWEST_OUTPUTS} outputs, found none")

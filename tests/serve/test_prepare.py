@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -280,3 +282,14 @@ def test_an_int8_checkpoint_has_a_quarter_of_the_size(tmp_path, monkeypatch):
     prepare(model).save_pretrained(tmp_path / "int8")
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("float", "int8")]
     assert sizes[1] < 0.3 * sizes[0]  # embeddings of positions, norms and tables stay as they are
+
+
+def test_a_model_that_was_trained_under_autocast():
+    """accelerate leaves the autocast on its forward, in which int8's engines would meet bfloat16."""
+    model, inputs = made("bert", "hash"), make_inputs("bert")
+    twin = copy.deepcopy(model)
+    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state(True)
+    with torch.no_grad():
+        expected = prepare(twin, "int8")(**inputs).last_hidden_state
+        assert torch.equal(prepare(model, "int8")(**inputs).last_hidden_state, expected)
