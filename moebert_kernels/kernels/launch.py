@@ -82,7 +82,7 @@ def recorded(function: Function) -> Function:
         if _local.recording is not None:
             return function(*args, **kwargs)
         tensors: list[Tensor] = []
-        key = _flat((*args, *kwargs.values()), tensors)
+        inputs = _flat((*args, *kwargs.values()), tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
         together = 0
         for address in addresses:
@@ -90,7 +90,7 @@ def recorded(function: Function) -> Function:
         if together % 16 or _hooked():
             return function(*args, **kwargs)
         device = 0 if _INTERPRETED else driver.active.get_current_device()
-        key = (device, *kwargs, *key)
+        key = (device, *kwargs, *inputs)
         plan = ready.get(key)
         if plan is not None:
             return plan.run(tensors, addresses, device)
