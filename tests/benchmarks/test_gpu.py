@@ -155,7 +155,8 @@ def test_predictions_are_those_of_the_readme():
     columns = {op: {} for op in gpu_plan.PREDICTED_US}
     for line in readme.splitlines():
         if re.match(r"\| [\d,]+ \|", line):
-            tokens, _, forward, _, with_norm, both, _ = (cell.strip().replace(",", "") for cell in line.split("|")[1:-1])
+            cells = [cell.strip().replace(",", "") for cell in line.split("|")[1:-1]]
+            tokens, _, forward, _, with_norm, both, _ = cells
             for op, cell in zip(columns, (forward, with_norm, both), strict=True):
                 columns[op][int(tokens)] = float(cell)
     assert columns == gpu_plan.PREDICTED_US
