@@ -121,8 +121,8 @@ def test_narrowing_limits_the_elements_of_a_thread():
 
 
 def test_waves_count_tiles_over_slots():
-    tall = [c for c in CANDIDATES["half"]["rows"] if c.BLOCK_M == 128]
-    tile, wide = (next(c for c in tall if c.BLOCK_N == width) for width in (128, 256))
+    tall = {c.BLOCK_N: c for c in CANDIDATES["half"]["rows"] if c.BLOCK_M == 128}
+    tile, wide = tall[128], tall[256]
     # 4096 / 128 + 2 = 34 row tiles expected, 31 + 4 = 35 at most, 6 columns of tiles each, over 264 slots
     assert config.mean_waves(tile, "rows", "half", 4096, 4, 768, H200) == 1
     assert config.mean_waves(tile, "residual", "half", 4096, 4, 768, H200) == 1
