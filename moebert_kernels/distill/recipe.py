@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,6 @@ class Recipe:
                 inner = yaml.safe_load(value) if isinstance(value, str) else value
                 settings[name] = _with_entry(settings.get(name), name, entry, inner)
         return Recipe(self.name, tuple(Stage(name, settings) for name, settings in changed.items()))
-
-    def with_defaults(self, values: Mapping[str, Any]) -> Recipe:
-        """With these values where a stage says nothing."""
-        return Recipe(self.name, tuple(replace(s, settings={**values, **s.settings}) for s in self.stages))
 
     def common(self, name: str) -> Any:
         """A value that all stages share.

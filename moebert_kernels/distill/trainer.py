@@ -26,7 +26,7 @@ from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
 from moebert_kernels.distill.orders import SeededLengthGroups, in_order, numbered
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
-from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, forward_keys, teacher_info
+from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, Teacher, forward_keys, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.distill.terms import BALANCE, TASK, Terms
 from moebert_kernels.errors import UserError
@@ -125,7 +125,7 @@ class MoETrainer(Trainer):
         if self.is_fsdp_enabled and (self.args.shared_fold or self.args.gradient_mask is not None):
             raise UserError("fsdp: expected no shared_fold and no gradient_mask, which look at whole weights, got one")
 
-    def _prepared_teacher(self) -> Any:
+    def _prepared_teacher(self) -> Teacher:
         """What gives the teacher's outputs, when the objective has accepted it and made what it trains."""
         objective: Objective = self.objective
         source: Any = self._source
