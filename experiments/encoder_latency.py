@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.measuring import Target
-from moebert_kernels.demo.clocks import timer
-from moebert_kernels.demo.timing import quartiles
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.bench.clocks import timer
+from moebert_kernels.bench.timing import quartiles
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.serve import prepare
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each

@@ -14,7 +14,7 @@ from encoder_latency import PLAIN
 from encoder_study import FILES, task_named
 from scipy import stats
 
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.files import write_text
 
 MAIN = (TEACHER, "continued", "moe", "paper", "dense", "half-depth")
 BASELINE = "moe"  # the others are compared with it

@@ -27,7 +27,7 @@ from moebert_kernels.data.held_out import hold_out
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TASKS, Task, TaskData, custom_task, load_task
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
-from moebert_kernels.distill.checkpoint import write_text
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve import prepare
 

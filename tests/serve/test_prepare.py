@@ -288,6 +288,7 @@ def test_a_model_that_was_trained_under_autocast():
     """accelerate leaves the autocast on its forward, in which int8's engines would meet bfloat16."""
     model, inputs = made("bert", "hash"), make_inputs("bert")
     twin = copy.deepcopy(model)
+    AcceleratorState._reset_state(True)  # of other tests' trainers
     Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     AcceleratorState._reset_state(True)
     with torch.no_grad():
