@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,7 +190,7 @@ def convert(
     if method != "dense" and from_original is None:
         from moebert_kernels.layers.config import SPLITS
 
-        config = _config(method, task or [], fields | {"expert_size": expert_size})
+        config = _config(method, task or [], data, fields | {"expert_size": expert_size})
         _check_unused("--experts split", config.experts != "split", {"importance": importance})
         _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
         _check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
@@ -229,7 +230,7 @@ def convert(
     drop_parts(output)
 
 
-def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
+def _config(method: str, tasks: list[str], data: list[str] | None, fields: dict[str, Any]) -> Any:
     """What a method makes, with the fields that are given; MoEConfig says what is wrong with them."""
     from moebert_kernels.layers import MoEConfig
 
@@ -239,7 +240,9 @@ def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
         given |= {"tasks": list(labels), "task_labels": labels}
     config = getattr(MoEConfig, method)(**given)
     needs_task = config.is_task_routed or config.router == "hash-balance" or config.needs_text
-    _check_unused("--method chosen, --router hash-balance or task", not needs_task, {"task": tasks or None})
+    _check_unused(
+        "--method chosen, --router hash-balance or task", not needs_task, {"task": tasks or None, "data": data or None}
+    )
     return config
 
 
@@ -315,15 +318,20 @@ def _texts(
     label_column: str, max_length: int | None,
 ) -> Any:  # fmt: skip
     """The tokens of the training split."""
+    from moebert_kernels.data.tasks import TaskData
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
     if tasks is None or len(tasks) != 1:
         got = ", ".join(tasks or ["none"])
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
-        raise UserError(f"task: expected one, whose training data {reads}, got {got}")
-    task = tasks[0]
-    config = load_config(model)
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, "train")
+        known = "a task of GLUE, or custom with --data FILE"
+        raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
+    config, wanted = load_config(model), inputs.make_task(tasks[0], text_column, label_column, False)
+    if wanted.name == "custom":  # no label is read, so there may be none, as in running text
+        rows = inputs.load_data(replace(wanted, kind="lm"), data, "train").train
+        loaded = TaskData(wanted, {"train": rows.add_column("label", [0] * len(rows))})
+    else:
+        loaded = inputs.load_data(wanted, data, "train")
     tokenizer = load_tokenizer(model)
     length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
     return inputs.tokenized(loaded, "train", tokenizer, length, None, config)

@@ -146,7 +146,7 @@ def head_name(model: Any) -> str:
 def ranking(model: nn.Module, importance: Tensor | None, seed: int) -> Tensor:
     """The scores (L, D) on the CPU, after checking that they are the model's; None: random ones, with a warning."""
     if importance is None:
-        warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
+        warnings.warn("no importance scores given: neurons are ranked at random (pass importance=)", stacklevel=3)
         sites = find_sites(model)
         return torch.rand(len(sites), common_width(sites), generator=torch.Generator().manual_seed(seed))
     check_scores(importance, model)

@@ -88,7 +88,7 @@ def split_of(
     """(E, I) neurons of the experts of each layer."""
     shape = (len(sites), common_width(sites))
     if importance is None:
-        warnings.warn("no importance scores given: neurons are ranked at random", stacklevel=3)
+        warnings.warn("no importance scores given: neurons are ranked at random (pass importance=)", stacklevel=3)
         importance = torch.rand(shape, generator=generator)
     if importance.shape != shape:
         raise UserError(f"importance: expected shape (L={shape[0]}, D={shape[1]}), got {tuple(importance.shape)}")

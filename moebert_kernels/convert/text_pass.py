@@ -63,7 +63,9 @@ class _Recorder:
             given = dict(zip(names, args, strict=False)) | kwargs
             self.ids, self.mask = given.get("input_ids"), given.get("attention_mask")
             if self.ids is None:
-                raise UserError("batches: expected token ids (input_ids), by which experts are chosen, got none")
+                raise UserError(
+                    "batches: expected token ids (input_ids) as a tensor, by which experts are chosen, got none"
+                )
 
         def before_first(_: Any, args: Any) -> None:
             self.x = args[0].detach()
@@ -126,7 +128,9 @@ def read_text(
                 stack.callback(hook.remove)
         for batch in batches:
             if not isinstance(batch, Mapping):
-                raise UserError(f"batches: expected mappings with input_ids, got {type(batch).__name__}")
+                raise UserError(
+                    f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
+                )
             tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             model(**{name: value for name, value in tensors.items() if name in accepted})
             least = min(recorder.count for recorder in recorders)

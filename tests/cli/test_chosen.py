@@ -90,3 +90,14 @@ def test_text_that_cannot_choose_is_one_line(base, rows, line, tmp_path):
 def test_a_size_that_cannot_be_filled_is_one_line(words, tmp_path):
     said = refused(*words, "--expert-size", 33, "--output", tmp_path / "moe")
     assert said == "expert-size: expected 1 to the dense layer's 32 neurons, got 33"
+
+
+def test_texts_without_labels_choose(base, data, tmp_path):
+    table = tmp_path / "texts.tsv"
+    lines = (data / "train.tsv").read_text().splitlines()
+    at = lines[0].split("\t").index("text")
+    table.write_text("\n".join(line.split("\t")[at] for line in lines) + "\n")
+    words = ("convert", "--model", base, "--method", "chosen", *SIZE, "--task", "custom", "--data", table)
+    assert "chosen" in done(*words, "--output", tmp_path / "moe")
+    line = refused("convert", "--model", base, "--data", table, "--output", tmp_path / "other")
+    assert line.startswith("data: it is used only with --method chosen, --router hash-balance or task; leave it out")

@@ -88,8 +88,8 @@ def test_the_models_half_precision_is_kept():
     [
         ([], "batches: expected text to choose experts by, got no tokens"),
         ([{"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3)}], "got no tokens"),
-        ([torch.ones(1, 3)], "batches: expected mappings with input_ids, got Tensor"),
-        ([{"inputs_embeds": torch.zeros(1, 3, 32)}], r"batches: expected token ids \(input_ids\), by which experts"),
+        ([torch.ones(1, 3)], "batches: expected mappings with input_ids, tokenized texts, got Tensor"),
+        ([{"inputs_embeds": torch.zeros(1, 3, 32)}], r"token ids \(input_ids\) as a tensor, by which experts"),
     ],
 )
 def test_nothing_to_read_is_refused(batches, message):
