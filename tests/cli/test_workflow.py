@@ -172,7 +172,8 @@ def test_experts_and_tables_are_chosen_by_the_train_split(teacher, data, tmp_pat
     assert (config.router, config.experts, config.expert_size) == ("hash-chosen", "clustered", 8)
     assert "is there already" in done(*words, "--output", tmp_path / "moe")
     line = refused("convert", "--model", teacher, "--method", "chosen", "--output", tmp_path / "other")
-    assert line == "task: expected one, whose training data experts are chosen by, got none"
+    wanted = "one (a task of GLUE, or custom with --data FILE), whose training data experts are chosen by"
+    assert line == f"task: expected {wanted}, got none"
 
 
 def test_the_published_recipe_pads_and_routes_padding(teacher, importance, data, tmp_path):
