@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- serving: begin -->\n", "<!-- serving: end -->\n"
-BASELINE = "dense float32 plain"
 ROWS = {
     "dense float32 plain": "dense, float32, as transformers runs it",
     "dense float32": "dense, float32, packed by `prepare`",

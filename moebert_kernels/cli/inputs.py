@@ -196,7 +196,7 @@ def lengths_for(
     """The length to cut texts at and the stride of their windows: those asked for, else those of the model's training.
 
     Without either, the length is the preset's as far as the model reaches. What is asked for and was not so in training
-    is said.
+    is printed.
 
     Raises:
         UserError: longer than the model has positions for.

@@ -20,7 +20,7 @@ _MANY = 20  # classes whose names are all numbers; more of them look like scores
 def summary(data: TaskData) -> list[str]:
     """For each split its rows, with the classes and their counts or the range of scores, and what looks wrong.
 
-    Rows are said to be repeated where validation or test rows have the texts of training rows.
+    Rows count as repeated where validation or test rows have the texts of training rows.
     """
     lines = [_rows(data.task, name, rows) for name, rows in data.splits.items()]
     names = data.task.label_names

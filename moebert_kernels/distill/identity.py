@@ -1,7 +1,7 @@
 """What decides a result, as flat JSON-able facts by name, and what differs between two such sets of facts.
 
-A name of one word is a setting (`learning_rate`, `objective.temperature`), whose values are said. A name of several
-words (`validation rows`) is a digest of something large, which says nothing to a person: only its name is said.
+A name of one word is a setting (`learning_rate`, `objective.temperature`), whose values are printed. A name of several
+words (`validation rows`) is a digest of something large, which says nothing to a person: only its name is printed.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Objective(ABC):
         self.maps = self.adversary = None
 
     def summary(self, student_layers: int, teacher_layers: int) -> str:
-        """A line for people, said once: which state follows which."""
+        """A line for people, printed once: which state follows which."""
         return "student <- teacher: predictions"
 
     def recording(self) -> AbstractContextManager[Any]:

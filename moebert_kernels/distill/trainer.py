@@ -42,7 +42,7 @@ _UNDECAYED = ("bias", "b1", "b2", "norm_weight", "norm_bias", "logits")
 class MoETrainer(Trainer):
     """transformers' `Trainer` for models with or without experts, with or without a teacher.
 
-    Everything that is not said here is as in `Trainer`: data, collators, `compute_metrics`, checkpoints, trackers,
+    Everything that is not named here is as in `Trainer`: data, collators, `compute_metrics`, checkpoints, trackers,
     `accelerate launch` and torchrun. What is added:
 
     - The loss is a weighted sum of named terms: "task" (the labels), "balance" (the routers', over the whole window)

@@ -76,14 +76,14 @@ def _expert_gemm_weights_kernel(
     last = total * (program + 1) // tl.num_programs(0)
     while unit < last:
         expert = tl.sum((units_to <= unit).to(tl.int32), 0)
-        mine = e == expert
-        steps = tl.sum(tl.where(mine, steps_of, 0), 0)
-        within = unit - tl.sum(tl.where(mine, units_to, 0), 0) + steps * tiles
+        own = e == expert
+        steps = tl.sum(tl.where(own, steps_of, 0), 0)
+        within = unit - tl.sum(tl.where(own, units_to, 0), 0) + steps * tiles
         step = within % steps
         count = tl.minimum(steps - step, last - unit)
         tile = (within // steps).to(tl.int32)
-        end = tl.sum(tl.where(mine, end_rows, 0), 0)
-        begin = tl.sum(tl.where(mine, first_rows, 0), 0) + step.to(tl.int32) * BLOCK_K
+        end = tl.sum(tl.where(own, end_rows, 0), 0)
+        begin = tl.sum(tl.where(own, first_rows, 0), 0) + step.to(tl.int32) * BLOCK_K
         stop = tl.minimum(begin + count.to(tl.int32) * BLOCK_K, end)
 
         a_base, b_base, dw, stride_a, stride_b, M, N = A0, B0, DW0, stride_a0, stride_b0, M0, N0
