@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.cli.options import preset_for
 from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
@@ -202,7 +203,6 @@ def lengths_for(
         UserError: longer than the model has positions for.
     """
     from moebert_kernels.distill.loading import longest_input, trained_lengths
-    from moebert_kernels.distill.presets import preset_for
 
     trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
     for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
