@@ -120,16 +120,12 @@ def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mappin
     from moebert_kernels.convert import model_fingerprint
     from moebert_kernels.distill.identity import row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.recipe import flat
 
     names = sorted({name for by_task in models.values() for name in by_task.values()})
     weights = {name: model_fingerprint(load_as_saved(name)) for name in names}
     tokens = {name: tokenizer_digest(load_tokenizer(name)) for name in names}
-    facts: dict[str, Any] = {}
-    for stage in recipe.stages:
-        for key, value in stage.settings.items():
-            entries = value if isinstance(value, dict) else {}
-            named = {f"{key}.{entry}": one for entry, one in entries.items()} or {key: value}
-            facts |= {f"{stage.name}.{name}": one for name, one in named.items()}
+    facts = {f"{stage.name}.{name}": one for stage in recipe.stages for name, one in flat(stage.settings).items()}
     for kind, by_task in models.items():
         facts |= {f"{kind} weights for {task}": weights[name] for task, name in by_task.items()}
         facts |= {f"{kind} tokenizer for {task}": tokens[name] for task, name in by_task.items()}

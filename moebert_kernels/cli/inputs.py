@@ -254,22 +254,6 @@ def tokenized(
     return texts
 
 
-def run_facts(
-    data: TaskData, tokenizer: Any, max_length: int, doc_stride: int | None, **options: Any
-) -> dict[str, Any]:
-    """What a training run's result depends on beside what its settings say: rows, tokenizer and options."""
-    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
-
-    return {
-        "task": data.task.name,
-        "max_length": max_length,
-        "doc_stride": doc_stride,
-        "tokens of the tokenizer": tokenizer_digest(tokenizer),
-        **row_facts(data, ("train", "validation")),
-        **options,
-    }
-
-
 def splits_named(data: TaskData, split: str) -> list[str]:
     """The splits that an option names: MNLI has two validation splits."""
     data.split(split)

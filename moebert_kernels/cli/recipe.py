@@ -101,7 +101,7 @@ def train_by_recipe(
 
     from moebert_kernels.data import extra
     from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.identity import check_vocabularies, tokenizer_digest
+    from moebert_kernels.distill.identity import check_vocabularies, row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
 
@@ -126,7 +126,9 @@ def train_by_recipe(
     train, validation = (
         inputs.tokenized(loaded, split, tokenizer, length, stride, student.config) for split in ("train", "validation")
     )
-    facts = inputs.run_facts(loaded, tokenizer, length, stride, hold_out=hold_out)
+    outputs_of = {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length}
+    facts = {"task": loaded.task.name, "doc_stride": stride, "hold_out": hold_out, **outputs_of}
+    facts |= row_facts(loaded, ("train", "validation"))
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -142,7 +144,7 @@ def train_by_recipe(
         best_metric=loaded.task.main_metric,
         greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        outputs_of={"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length},
+        outputs_of=outputs_of,
         identity=facts,
         resume=resume,
     )

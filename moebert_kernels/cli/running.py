@@ -115,14 +115,12 @@ def _typed(name: str) -> str:
 
 def print_settings(settings: Mapping[str, Any], prefix: str = "") -> None:
     """One line with what a run was told or takes for granted, as it would be typed; what is off is left out."""
-    words = []
-    for name, value in settings.items():
-        entries = value if isinstance(value, Mapping) else {}
-        for key, one in (
-            {f"{name}.{entry}": one for entry, one in entries.items()} if entries else {name: value}
-        ).items():
-            if one is not None and one is not False and one != {}:
-                words.append(f"--{prefix}{key}" if one is True else f"--{prefix}{key} {one}")
+    from moebert_kernels.distill.recipe import flat
+
+    given = {
+        name: value for name, value in flat(settings).items() if not (value is None or value is False or value == {})
+    }
+    words = [f"--{prefix}{name}" if value is True else f"--{prefix}{name} {value}" for name, value in given.items()]
     print(f"settings: {' '.join(words)}", flush=True)
 
 
