@@ -52,9 +52,9 @@ def ablate(
         seeds: Runs of each arm on each task.
     """
     from moebert_kernels.demo.report import write_report
-    from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, repeated_arms, summary, table
-    from moebert_kernels.distill.files import write_text
+    from moebert_kernels.distill.files import once, write_text
     from moebert_kernels.distill.identity import changed, described
+    from moebert_kernels.study.ablation import ARMS, DEFAULT_ARMS, draw, repeated_arms, summary, table
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
     tasks = known_tasks(task)
@@ -139,8 +139,8 @@ def _run(
     seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a student and judge it."""
-    from moebert_kernels.distill.ablation import ARMS, recipe_of_arm
     from moebert_kernels.distill.loading import load_tokenizer
+    from moebert_kernels.study.ablation import ARMS, recipe_of_arm
 
     print(f"\n{name}: {ARMS[arm].label}", flush=True)
     begun = time.monotonic()

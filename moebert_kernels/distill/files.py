@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
@@ -32,6 +33,13 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON keeps it; made and written only where `file` does not hold it yet."""
+    if not file.exists():
+        write_text(file, json.dumps(make(), indent=None))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
