@@ -145,9 +145,9 @@ def _run(
     print(f"\n{name}: {ARMS[arm].label}", flush=True)
     begun = time.monotonic()
     chosen = recipe_of_arm(recipe, arm).with_values({"seed": seed})
-    trained = train_by_recipe("distill", chosen, student, teacher, loaded, output / "runs" / name)
+    _, trained = train_by_recipe("distill", chosen, student, teacher, loaded, output / "runs" / name)
     seconds = time.monotonic() - begun
-    return _judged(trained.student, load_tokenizer(student), loaded, length) | {"seconds": seconds}
+    return _judged(trained, load_tokenizer(student), loaded, length) | {"seconds": seconds}
 
 
 def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from moebert_kernels.cli import inputs
@@ -65,9 +66,10 @@ def importance(
         say_scores(output)
         print(f"{output} is there already")
         return
+    read = ", ".join(str(Path(one)) for one in data or ()) or f"the Hub's {loaded.task.name}"
     score_split(
-        teacher.to(inputs.device()), features, output, batch_size=batch_size,
-        data=inputs.described(data, loaded.task), split=split, task=loaded.task.name, call=facts,
+        teacher.to(inputs.device()), features, output, batch_size=batch_size, data=read, split=split,
+        task=loaded.task.name, call=facts,
     )  # fmt: skip
     say_scores(output)
     print(f"saved in {output}")

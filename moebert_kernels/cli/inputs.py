@@ -215,14 +215,6 @@ def lengths_for(
     return longest if positions is None else min(longest, positions), stride
 
 
-def padding_for(config: Any, max_length: int) -> int | None:
-    """The published recipe pads everything to the full length, and routes the padding."""
-    from moebert_kernels.layers import moe_config
-
-    moe = moe_config(config)
-    return max_length if moe is not None and moe.route_padding else None
-
-
 def device() -> torch.device:
     """Where models run: the GPU if there is one."""
     import torch
@@ -240,13 +232,16 @@ def tokenized(
     """
     from moebert_kernels.data.split import TokenizedSplit
     from moebert_kernels.data.summary import cut_texts
+    from moebert_kernels.layers import moe_config
 
     most = model_config.get_text_config().vocab_size
     if len(tokenizer) > most:
         raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
+    # the published recipe pads everything to the full length, and routes the padding
+    pads = getattr(moe_config(model_config), "route_padding", False)
     texts = TokenizedSplit(
         data.split(split), data.task, tokenizer, max_length=max_length, doc_stride=doc_stride,
-        text_to_text=model_config.is_encoder_decoder, pad_to=padding_for(model_config, max_length),
+        text_to_text=model_config.is_encoder_decoder, pad_to=max_length if pads else None,
     )  # fmt: skip
     cut = cut_texts(split, texts)
     if cut is not None:
@@ -258,8 +253,3 @@ def splits_named(data: TaskData, split: str) -> list[str]:
     """The splits that an option names: MNLI has two validation splits."""
     data.split(split)
     return [split, *(name for name in data.splits if split == "validation" and name == "validation_mismatched")]
-
-
-def described(data: list[str] | None, task: Task) -> str:
-    """Where data came from, for people."""
-    return ", ".join(str(Path(entry)) for entry in data) if data else f"the Hub's {task.name}"

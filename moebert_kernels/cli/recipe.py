@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from moebert_kernels.distill.run import RunResult
 
 _OWN = ("seed", "max_length", "doc_stride")  # options of the commands that a recipe can say too
-
-
-class Trained(NamedTuple):
-    """A training run's result, and the model with the best weights."""
-
-    result: RunResult
-    student: Any
 
 
 def recipe_of(ctx: typer.Context, config: str | None, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -95,8 +88,8 @@ def load_teacher(name: str, task: Task) -> Any:
 def train_by_recipe(
     command: str, recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, new_head: bool = True,
     extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
-) -> Trained:  # fmt: skip
-    """Train a model on a task."""
+) -> tuple[RunResult, Any]:  # fmt: skip
+    """Train a model on a task; the run's result, and the model with the best weights."""
     import torch
 
     from moebert_kernels.data import extra
@@ -148,7 +141,7 @@ def train_by_recipe(
         identity=facts,
         resume=resume,
     )
-    return Trained(result, student)
+    return result, student
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:

@@ -61,10 +61,10 @@ def finetune(
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
     recipe = recipe_of(ctx, config, settings)
     loaded = inputs.load_data(inputs.make_task(task[0], text_column, label_column, regression), data, "train", hold_out)
-    trained = train_by_recipe(
+    result, _ = train_by_recipe(
         "finetune", recipe, model, None, loaded, output, hold_out=hold_out, resume=not restart
     )  # fmt: skip
-    say_result(trained.result, loaded.task.main_metric)
+    say_result(result, loaded.task.main_metric)
 
 
 def distill(
@@ -116,11 +116,11 @@ def distill(
             }  # fmt: skip
     recipe = recipe_of(ctx, config, settings)
     wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
-    trained = train_by_recipe(
+    result, _ = train_by_recipe(
         "distill", recipe, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output,
         new_head=config is not None, extra_text=extra_text, hold_out=hold_out, resume=not restart,
     )  # fmt: skip
-    say_result(trained.result, wanted.main_metric)
+    say_result(result, wanted.main_metric)
 
 
 def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.files import size_and_crc32, write_tensors, write_text
 from moebert_kernels.distill.identity import changed, described
+from moebert_kernels.distill.objectives import at_least_float32
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 
@@ -149,12 +150,14 @@ class TeacherCache:
         where = mask.flatten().nonzero().squeeze(1)
 
         def padded(values: Tensor) -> Tensor:  # (valid tokens, ...) -> (B, T, ...)
-            values = _wide(values.to(device))
+            values = at_least_float32(values.to(device))
             out = values.new_zeros(mask.numel(), *values.shape[1:])
             return out.index_copy_(0, where, values).unflatten(0, mask.shape)
 
         def per_example(name: str) -> Tensor:
-            return _wide(torch.stack([self._shards[place.shard][name][place.row] for place in places]).to(device))
+            return at_least_float32(
+                torch.stack([self._shards[place.shard][name][place.row] for place in places]).to(device)
+            )
 
         available = self._shards[places[0].shard]
         outputs: dict[str, Any] = {name: padded(rows(name)) for name in _PER_TOKEN if name in available}
@@ -327,10 +330,6 @@ def _mask(batch: Batch) -> Tensor:
     """(B, T) bool, True at valid tokens."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _input_hash(batch: Batch) -> Tensor:
