@@ -35,8 +35,8 @@ def judge(task: Task, rows: Any = None, columns: Any = None) -> dict[str, Any]:
 
     def metrics(given: EvalPrediction) -> Metrics:
         if task.kind == "qa":
-            answers = question_answers(task, rows, columns, *given.predictions[:2])
-            return compute_metrics(task, answers, [held["text"] for held in rows["answers"]])
+            texts = question_answers(task, rows, columns, *given.predictions[:2])
+            return compute_metrics(task, texts, [held["text"] for held in rows["answers"]])
         logits = np.asarray(given.predictions)
         answers = logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)
         return compute_metrics(task, answers.tolist(), list(given.label_ids))
