@@ -37,9 +37,8 @@ from moebert_kernels.data.tasks import TASKS, TaskData, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import write_report
 from moebert_kernels.demo.run import machine, step
-from moebert_kernels.distill.ablation import ARMS, draw, once, summary, table
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.distill.files import once, write_text
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
 from moebert_kernels.distill.microbert import MicroBertObjective
@@ -48,6 +47,7 @@ from moebert_kernels.distill.recipe import Recipe, Stage, load_recipe
 from moebert_kernels.distill.run import train_stages
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.layers import MoEConfig
+from moebert_kernels.study.ablation import ARMS, draw, summary, table
 
 HERE = Path(__file__).resolve().parent / "microbert"
 FOLDERS = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}

@@ -181,7 +181,7 @@ def test_microbert_leaves_to_another_process_what_that_is_at(microbert, tmp_path
 @pytest.mark.slow
 def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     """One seed, then the report alone; nothing is trained twice."""
-    monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 5)
+    monkeypatch.setattr("moebert_kernels.study.ablation.ROUNDS", 5)
     base, data = write_base(tmp_path / "bert", max_position_embeddings=32), write_glue(tmp_path / "data")
     epochs, batches = ("--epochs", 1, "--teacher-epochs", 1), ("--batch-size", 12, "--teacher-batch-size", 12)
     sizes = (*epochs, *batches, "--max-length", 16, "--mrpc", 20)

@@ -31,6 +31,7 @@ LAYERS = (
     ("convert",),
     ("serve", "data", "bench"),
     ("distill",),
+    ("study",),
     ("demo", "doctor"),
     ("cli",),
     ("__main__",),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.cli.options import preset_for
 from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
@@ -202,7 +203,6 @@ def lengths_for(
         UserError: longer than the model has positions for.
     """
     from moebert_kernels.distill.loading import longest_input, trained_lengths
-    from moebert_kernels.distill.presets import preset_for
 
     trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
     for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
@@ -213,14 +213,6 @@ def lengths_for(
     longest = max_length or trained.get("max_length") or preset_for(task.name)["max_length"]
     stride = trained.get("doc_stride") if doc_stride is None else doc_stride
     return longest if positions is None else min(longest, positions), stride
-
-
-def padding_for(config: Any, max_length: int) -> int | None:
-    """The published recipe pads everything to the full length, and routes the padding."""
-    from moebert_kernels.layers import moe_config
-
-    moe = moe_config(config)
-    return max_length if moe is not None and moe.route_padding else None
 
 
 def device() -> torch.device:
@@ -240,13 +232,16 @@ def tokenized(
     """
     from moebert_kernels.data.split import TokenizedSplit
     from moebert_kernels.data.summary import cut_texts
+    from moebert_kernels.layers import moe_config
 
     most = model_config.get_text_config().vocab_size
     if len(tokenizer) > most:
         raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
+    # the published recipe pads everything to the full length, and routes the padding
+    pads = getattr(moe_config(model_config), "route_padding", False)
     texts = TokenizedSplit(
         data.split(split), data.task, tokenizer, max_length=max_length, doc_stride=doc_stride,
-        text_to_text=model_config.is_encoder_decoder, pad_to=padding_for(model_config, max_length),
+        text_to_text=model_config.is_encoder_decoder, pad_to=max_length if pads else None,
     )  # fmt: skip
     cut = cut_texts(split, texts)
     if cut is not None:
@@ -254,28 +249,7 @@ def tokenized(
     return texts
 
 
-def run_facts(
-    data: TaskData, tokenizer: Any, max_length: int, doc_stride: int | None, **options: Any
-) -> dict[str, Any]:
-    """What a training run's result depends on beside what its settings say: rows, tokenizer and options."""
-    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
-
-    return {
-        "task": data.task.name,
-        "max_length": max_length,
-        "doc_stride": doc_stride,
-        "tokens of the tokenizer": tokenizer_digest(tokenizer),
-        **row_facts(data, ("train", "validation")),
-        **options,
-    }
-
-
 def splits_named(data: TaskData, split: str) -> list[str]:
     """The splits that an option names: MNLI has two validation splits."""
     data.split(split)
     return [split, *(name for name in data.splits if split == "validation" and name == "validation_mismatched")]
-
-
-def described(data: list[str] | None, task: Task) -> str:
-    """Where data came from, for people."""
-    return ", ".join(str(Path(entry)) for entry in data) if data else f"the Hub's {task.name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from moebert_kernels.distill.run import RunResult
 
 _OWN = ("seed", "max_length", "doc_stride")  # options of the commands that a recipe can say too
-
-
-class Trained(NamedTuple):
-    """A training run's result, and the model with the best weights."""
-
-    result: RunResult
-    student: Any
 
 
 def recipe_of(ctx: typer.Context, config: str | None, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -95,13 +88,13 @@ def load_teacher(name: str, task: Task) -> Any:
 def train_by_recipe(
     command: str, recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, new_head: bool = True,
     extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
-) -> Trained:  # fmt: skip
-    """Train a model on a task."""
+) -> tuple[RunResult, Any]:  # fmt: skip
+    """Train a model on a task; the run's result, and the model with the best weights."""
     import torch
 
     from moebert_kernels.data import extra
     from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.identity import check_vocabularies, tokenizer_digest
+    from moebert_kernels.distill.identity import check_vocabularies, row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
 
@@ -126,7 +119,9 @@ def train_by_recipe(
     train, validation = (
         inputs.tokenized(loaded, split, tokenizer, length, stride, student.config) for split in ("train", "validation")
     )
-    facts = inputs.run_facts(loaded, tokenizer, length, stride, hold_out=hold_out)
+    outputs_of = {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length}
+    facts = {"task": loaded.task.name, "doc_stride": stride, "hold_out": hold_out, **outputs_of}
+    facts |= row_facts(loaded, ("train", "validation"))
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -142,11 +137,11 @@ def train_by_recipe(
         best_metric=loaded.task.main_metric,
         greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        outputs_of={"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length},
+        outputs_of=outputs_of,
         identity=facts,
         resume=resume,
     )
-    return Trained(result, student)
+    return result, student
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:

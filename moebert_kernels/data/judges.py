@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,8 @@ from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Arguments of a `Trainer` for one split: `Trainer(..., **vars(judge))`.
-
-    Attributes:
-        compute_metrics: the metrics by name.
-        preprocess_logits_for_metrics: of a batch's logits what is kept for them; None: all.
-    """
-
-    compute_metrics: Callable[[EvalPrediction], Metrics]
-    preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None = None
-
-
-def judge(task: Task, rows: Any = None, columns: Any = None) -> Judge:
-    """The task's metrics; correlations and shares as `compute_metrics` has them.
+def judge(task: Task, rows: Any = None, columns: Any = None) -> dict[str, Any]:
+    """Arguments of a `Trainer` for one split, `Trainer(..., **judge(task))`, which give the task's metrics by name.
 
     Args:
         task: any but those that are answered by generating text.
@@ -43,17 +29,19 @@ def judge(task: Task, rows: Any = None, columns: Any = None) -> Judge:
         UserError: questions without their split.
     """
     if task.kind == "lm":
-        return Judge(_perplexity, label_losses)
-    if task.kind != "qa":
-        return Judge(lambda given: compute_metrics(task, _answers(task, given.predictions), list(given.label_ids)))
-    if rows is None or columns is None:
+        return {"compute_metrics": _perplexity, "preprocess_logits_for_metrics": label_losses}
+    if task.kind == "qa" and (rows is None or columns is None):
         raise UserError("judge: expected the split and its columns for questions, got none")
-    return Judge(lambda given: _judged_questions(task, rows, columns, given.predictions))
 
+    def metrics(given: EvalPrediction) -> Metrics:
+        if task.kind == "qa":
+            texts = question_answers(task, rows, columns, *given.predictions[:2])
+            return compute_metrics(task, texts, [held["text"] for held in rows["answers"]])
+        logits = np.asarray(given.predictions)
+        answers = logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)
+        return compute_metrics(task, answers.tolist(), list(given.label_ids))
 
-def _answers(task: Task, logits: Any) -> list[Any]:
-    logits = np.asarray(logits)
-    return (logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)).tolist()
+    return {"compute_metrics": metrics}
 
 
 def label_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -74,11 +62,6 @@ def perplexity(losses: Sequence[np.ndarray]) -> Metrics:
     """The mean of all these losses by label, in nats, and its exponential; summed in float64."""
     loss = float(np.concatenate(losses).astype(np.float64).mean())
     return {"perplexity": math.exp(loss) if loss < 700.0 else math.inf, "loss": loss}
-
-
-def _judged_questions(task: Task, rows: Any, columns: Any, predictions: Any) -> Metrics:
-    answers = question_answers(task, rows, columns, *predictions[:2])
-    return compute_metrics(task, answers, [held["text"] for held in rows["answers"]])
 
 
 def question_answers(task: Task, rows: Any, columns: Any, starts: Sequence[Any], ends: Sequence[Any]) -> list[str]:

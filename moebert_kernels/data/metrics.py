@@ -43,43 +43,29 @@ def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence
                          f" {len(references)}")  # fmt: skip
     if task.kind == "qa":
         return squad_metrics(predictions, references, with_no_answer=task.name != "squad")
-    return {name: _METRICS[name](np.asarray(predictions), np.asarray(references)) for name in task.metrics}
+    return {name: _metric(name, np.asarray(predictions), np.asarray(references)) for name in task.metrics}
 
 
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(references, predictions))
-
-
-def _f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(references, predictions, zero_division=0.0))
+_OF_SCIKIT_LEARN: dict[str, tuple[str, dict[str, Any]]] = {
+    "matthews": ("matthews_corrcoef", {}),
+    "f1": ("f1_score", {"zero_division": 0.0}),
+    "macro_f1": ("f1_score", {"zero_division": 0.0, "average": "macro"}),
+}
 
 
-def _macro_f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
+def _metric(name: str, predictions: np.ndarray, references: np.ndarray) -> float:
+    if name == "accuracy":  # a bootstrap asks for it many thousand times
+        return float((predictions == references).mean())
+    if name in _OF_SCIKIT_LEARN:
+        from sklearn import metrics
 
-    return float(f1_score(references, predictions, average="macro", zero_division=0.0))
-
-
-def _correlation(kind: str, predictions: np.ndarray, references: np.ndarray) -> float:
+        function, options = _OF_SCIKIT_LEARN[name]
+        return float(getattr(metrics, function)(references, predictions, **options))
     from scipy import stats
 
     if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0  # undefined; a model that says one value for all has learned nothing
-    return float(getattr(stats, kind)(predictions, references).statistic)
-
-
-_METRICS = {
-    "accuracy": lambda predictions, references: float((predictions == references).mean()),
-    "matthews": _matthews,
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "pearson": lambda predictions, references: _correlation("pearsonr", predictions, references),
-    "spearman": lambda predictions, references: _correlation("spearmanr", predictions, references),
-}
+    return float(getattr(stats, f"{name}r")(predictions, references).statistic)
 
 
 def normalize_answer(text: str) -> str:

@@ -23,8 +23,8 @@ from moebert_kernels.data.metrics import standard_error
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
-from moebert_kernels.distill.ablation import once
 from moebert_kernels.distill.evaluation import Evaluator
+from moebert_kernels.distill.files import once
 from moebert_kernels.distill.identity import changed, described, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.recipe import Recipe as Stages

@@ -90,13 +90,11 @@ class MoETrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
         if self.objective is not None and self.objective not in OBJECTIVES:
             raise UserError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
-        for name in ("objective_options", "loss_weights", "gradient_mask"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{name}: expected names and values, got {value!r}")
-        for name, weight in self.weights.items():
-            _check_number(f"loss_weights[{name!r}]", weight)
-        _check_number("router_learning_rate", self.router_learning_rate)
+        for name in ("objective_options", "gradient_mask"):
+            _check_entries(name, getattr(self, name))
+        check_weights(self.loss_weights)
+        if self.router_learning_rate is not None:
+            _check_number("router_learning_rate", self.router_learning_rate)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -105,8 +103,18 @@ class MoETrainingArguments(TrainingArguments):
         return dict(weights or {})
 
 
+def check_weights(weights: Any) -> None:
+    """Raise UserError unless these are weights by name, or None."""
+    _check_entries("loss_weights", weights)
+    for name, weight in (weights or {}).items():
+        _check_number(f"loss_weights.{name}", weight)
+
+
+def _check_entries(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{name}: expected names and values, got {value!r}")
+
+
 def _check_number(name: str, value: Any) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise UserError(f"{name}: expected a number of at least 0, got {value!r}")

@@ -45,18 +45,16 @@ class AdversaryConfig:
     def __post_init__(self) -> None:
         if self.input not in get_args(Input):
             raise UserError(f"discriminator_input: expected one of {', '.join(get_args(Input))}, got {self.input!r}")
-        for name in ("dropout", "warmup"):
-            value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise UserError(f"discriminator_{name}: expected at least 0 and less than 1, got {value!r}")
-        for name in ("real_label", "stop_accuracy"):
-            value = getattr(self, name)
-            if not 0.5 < value <= 1.0:
-                raise UserError(f"discriminator_{name}: expected more than 0.5 and at most 1, got {value!r}")
-        if not self.learning_rate > 0.0:
-            raise UserError(f"discriminator_learning_rate: expected a number above 0, got {self.learning_rate!r}")
-        if self.stop_steps is not None and self.stop_steps < 1:
-            raise UserError(f"discriminator_stop_steps: expected at least 1 or None, got {self.stop_steps!r}")
+        for name, holds, wanted in (
+            ("dropout", 0.0 <= self.dropout < 1.0, "at least 0 and less than 1"),
+            ("warmup", 0.0 <= self.warmup < 1.0, "at least 0 and less than 1"),
+            ("real_label", 0.5 < self.real_label <= 1.0, "more than 0.5 and at most 1"),
+            ("stop_accuracy", 0.5 < self.stop_accuracy <= 1.0, "more than 0.5 and at most 1"),
+            ("learning_rate", self.learning_rate > 0.0, "a number above 0"),
+            ("stop_steps", self.stop_steps is None or self.stop_steps >= 1, "at least 1 or None"),
+        ):
+            if not holds:
+                raise UserError(f"discriminator_{name}: expected {wanted}, got {getattr(self, name)!r}")
 
     def input_for(self, kind: str) -> str:
         """What the discriminator sees of a task of this kind.

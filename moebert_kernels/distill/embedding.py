@@ -23,6 +23,7 @@ from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, View, pool, vector_distance
 from moebert_kernels.distill.objectives import (
     Objective,
+    check_sizes,
     checked_pairs,
     hidden_mse,
     named_output,
@@ -168,13 +169,7 @@ class EmbeddingObjective(Objective):
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
-        if config.vocab_size != teacher.vocab_size:
-            raise UserError(f"vocab_size: expected the teacher's {teacher.vocab_size}, got {config.vocab_size}")
-        if config.hidden_size != teacher.hidden_size:
-            raise UserError(
-                f"hidden_size: expected the teacher's {teacher.hidden_size}, whose embeddings are followed, got"
-                f" {config.hidden_size}"
-            )
+        check_sizes(config, teacher, "vocab_size", "hidden_size")
         followed = self.pairs(config.num_hidden_layers, teacher.num_layers).values()
         needed = {*followed, teacher.num_layers}
         if not needed <= set(teacher.layers):

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 _ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits that name a model's parameters and persistent buffers: names, shapes, dtypes and values."""
-    digest = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {zlib.crc32(data)}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def aligned(module: Any) -> Any:
@@ -45,11 +35,18 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON keeps it; made and written only where `file` does not hold it yet."""
+    if not file.exists():
+        write_text(file, json.dumps(make(), indent=None))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all, in a folder that is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
     os.replace(temporary, path)
 
 
@@ -85,24 +82,9 @@ def recover_folder(path: Path) -> None:
 
 
 def size_and_crc32(path: Path) -> list[int]:
-    """What `file_damage` compares a file with."""
+    """Size in bytes and CRC-32 of a file."""
     size = value = 0
     with path.open("rb") as file:
         while chunk := file.read(1 << 24):
             size, value = size + len(chunk), zlib.crc32(chunk, value)
     return [size, value]
-
-
-def file_damage(path: Path, size_and_checksum: Sequence[int]) -> str | None:
-    """How a file differs from what it was when `size_and_crc32` saw it, or None.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    size, crc32 = size_and_checksum
-    found = path.stat().st_size
-    if found != size:
-        return f"{path.name}: expected {size} bytes, got {found}"
-    if size_and_crc32(path)[1] != crc32:
-        return f"{path.name}: expected CRC-32 {crc32}, got another"
-    return None

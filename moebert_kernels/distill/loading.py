@@ -176,13 +176,22 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
         options = {"num_labels": task.num_labels}
     elif has_head:
         check_labels(task, config)
+    model = _loaded(auto, name, f"a checkpoint fine-tuned on {task.name}", new_head, **options)
+    if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
+        _name_classes(model.config, task)
+    return model
+
+
+def _loaded(auto: Any, name: str, wanted: str = "", new_head: bool = False, **options: Any) -> Any:
+    """A model whose weights are all in the checkpoint, but for those of a head or a pooler that may be new."""
     with _one_line("model", name):
         model, info = auto.from_pretrained(name, output_loading_info=True, **options)
     missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key, model))]
     if missing:
-        raise UserError(f"model: expected a checkpoint fine-tuned on {task.name}, got {name} (no {min(missing)})")
-    if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
-        _name_classes(model.config, task)
+        wanted = wanted or f"every weight of a {type(model).__name__}"
+        raise UserError(f"model: expected {wanted}, got {name} (no {min(missing)})")
+    if any(".pooler." in key for key in info["missing_keys"]):
+        warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=3)
     return model
 
 
@@ -191,11 +200,7 @@ def _load_generator(name: str, task: Task, config: Any, new_classes: bool) -> An
     if config.is_encoder_decoder and not task.has_label:
         raise UserError(f"model: expected one that is no encoder-decoder for {task.name}, got {name}")
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _one_line("model", name):
-        loaded: Any = auto.from_pretrained(name, output_loading_info=True)
-    model, info = loaded
-    if info["missing_keys"]:
-        raise UserError(f"model: expected every weight of a {type(model).__name__}, got no {min(info['missing_keys'])}")
+    model = _loaded(auto, name)
     if task.kind == "classification" and (new_classes or is_unnamed(label_names(config))):
         _name_classes(model.config, task)
     if task.kind == "lm" and _looks_ahead(model):
@@ -229,13 +234,7 @@ def load_as_saved(name: str | Path) -> Any:
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise UserError(f"model: expected a class of transformers, got {architecture} in {name}")
-    with _one_line("model", name):
-        model, info = model_class.from_pretrained(name, output_loading_info=True)
-    if info["missing_keys"]:
-        raise UserError(
-            f"model: expected every weight of a {architecture} in {name}, got no {min(info['missing_keys'])}"
-        )
-    return model
+    return _loaded(model_class, name)
 
 
 def load_encoder(name: str | Path) -> Any:
@@ -258,15 +257,9 @@ def load_classifier(name: str | Path, seed: int = 0) -> Any:
         UserError: no such model, a damaged one, or one of a family without a classifier.
     """
     name = resolve_model(name)
-    with _one_line("model", name), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, info = AutoModelForSequenceClassification.from_pretrained(name, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if not _is_new_in_fine_tuning(key, model)]
-    if missing:
-        raise UserError(f"model: expected every weight of an encoder in {name}, got no {min(missing)}")
-    if any(".pooler." in key for key in info["missing_keys"]):
-        warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=2)
-    return model
+        return _loaded(AutoModelForSequenceClassification, name, new_head=True)
 
 
 def longest_input(config: Any) -> int | None:

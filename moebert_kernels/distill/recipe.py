@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from moebert_kernels.distill.arguments import check_weights
 from moebert_kernels.distill.settings import nearest, typed
 from moebert_kernels.distill.terms import BALANCE, TASK
 from moebert_kernels.errors import UserError
@@ -40,18 +41,12 @@ class Stage:
         if not re.fullmatch(r"[\w-]+", self.name) or self.name in RUN_FOLDERS:
             taken = ", ".join(RUN_FOLDERS)
             raise UserError(f"stages: expected names of letters, digits, - and _ other than {taken}, got {self.name!r}")
-        weights = self.settings.get("loss_weights") or {}
-        if not isinstance(weights, Mapping):
-            raise UserError(f"loss_weights: expected names and values, got {weights!r}")
-        for name, weight in weights.items():
-            number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not number or not 0.0 <= weight < float("inf"):
-                raise UserError(f"loss_weights.{name}: expected a number of at least 0, got {weight!r}")
-            known = (TASK, BALANCE, *_terms())
-            if self.objective == MICROBERT and name not in known:
-                raise UserError(
-                    f"loss_weights: expected names among {', '.join(known)}, got {name!r}{nearest(name, known)}"
-                )
+        weights, known = self.settings.get("loss_weights") or {}, (TASK, BALANCE, *_terms())
+        check_weights(weights)
+        unknown = [name for name in weights if self.objective == MICROBERT and name not in known]
+        if unknown:
+            near = nearest(unknown[0], known)
+            raise UserError(f"loss_weights: expected names among {', '.join(known)}, got {unknown[0]!r}{near}")
 
     @property
     def objective(self) -> str | None:
@@ -154,6 +149,15 @@ def _with_entry(content: Any, name: str, path: str, value: Any) -> dict[str, Any
     made, (entry, dot, rest) = dict(content or {}), path.partition(".")
     made[entry] = _with_entry(made.get(entry), f"{name}.{entry}", rest, value) if dot else value
     return made
+
+
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, one level deep; an empty dictionary stays."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        entries = value if isinstance(value, Mapping) else {}
+        found |= {f"{name}.{entry}": one for entry, one in entries.items()} or {name: value}
+    return found
 
 
 def recipe_names() -> list[str]:

@@ -20,19 +20,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moebert_kernels.convert import model_fingerprint
 from moebert_kernels.convert.card import save_with_card
 from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import StopCallback
-from moebert_kernels.distill.files import model_fingerprint, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.distill.files import recover_folder, write_folder, write_tensors, write_text
 from moebert_kernels.distill.identity import check_run
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.multi_task import JoinedTasks
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective
-from moebert_kernels.distill.recipe import MICROBERT, Recipe, Stage
+from moebert_kernels.distill.recipe import MICROBERT, Recipe, Stage, flat
 from moebert_kernels.distill.run_state import last_whole_checkpoint
 from moebert_kernels.distill.settings import OF_DATA
 from moebert_kernels.distill.task_trainer import TaskTrainer
@@ -127,7 +128,8 @@ def train_stages(
                 None if objective is None else source, facts, **judging,
             )
         )  # fmt: skip
-    prepare_folder(output_dir)
+    if runs[-1].writes:
+        prepare_folder(output_dir)
     for run in runs:
         run.check(resume)
     carried: dict[tuple[int, int], Tensor] = {}
@@ -228,20 +230,16 @@ class _Run:
             }  # fmt: skip
             self.settings = {**given, **self.settings, "eval_strategy": strategy}
         self.identity = json.loads(json.dumps({**self._facts(stage), **identity}, default=str))
+        processes = self._arguments()
+        self.writes, self._wait = processes.should_save, processes.distributed_state.wait_for_everyone
 
     def _facts(self, stage: Stage) -> dict[str, Any]:
-        facts: dict[str, Any] = {"stage": stage.name, "seed": DEFAULTS["seed"]}
-        for name, value in stage.settings.items():
-            if name in _FREE:
-                continue
-            facts |= (
-                {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-            )
-        return facts
+        settings = {name: value for name, value in stage.settings.items() if name not in _FREE}
+        return {"stage": stage.name, "seed": DEFAULTS["seed"], **flat(settings)}
 
-    def trainer(self) -> TaskTrainer:
+    def _arguments(self) -> MoETrainingArguments:
         try:
-            arguments = MoETrainingArguments(str(self.folder), **self.settings)
+            return MoETrainingArguments(str(self.folder), **self.settings)
         except UserError:
             raise
         except (ValueError, TypeError) as error:  # transformers'
@@ -249,21 +247,24 @@ class _Run:
             raise UserError(
                 f"settings: expected training arguments that fit each other, got others ({reason})"
             ) from None
+
+    def trainer(self) -> TaskTrainer:
         return TaskTrainer(
-            self.student, arguments, train=self.train_data, judge=self.evaluate, objective=self.objective,
+            self.student, self._arguments(), train=self.train_data, judge=self.evaluate, objective=self.objective,
             teacher=self.teacher,
         )  # fmt: skip
 
     def check(self, resume: bool) -> None:
         """Refuse what `train` would refuse before its first step; without `resume` drop the run and its models."""
-        if not resume:
+        if not resume and self.writes:
             for name in ("best", "final"):  # a model of the old run must not be taken for the new one's
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             self._drop_checkpoints()
             (self.folder / RUN).unlink(missing_ok=True)
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             raise UserError("model: expected at least one parameter that requires a gradient, got none")
-        is_new = not self.folder.exists()
+        self._wait()
+        is_new = self.writes and not self.folder.exists()
         try:
             trainer = self.trainer()
             trainer.create_optimizer()  # which looks at the routers
@@ -288,11 +289,13 @@ class _Run:
             self._load(result.model_dir)
             return result
         trainer = self.trainer()
-        if trainer.args.should_save:
+        self._wait()  # until all have looked at what is there
+        if self.writes:
             prepare_folder(self.folder)
             if not saved or saved["identity"] != self.identity:
                 self._drop_checkpoints()
                 write_text(self.folder / RUN, json.dumps({"identity": self.identity, "result": None}))
+        self._wait()
         if self.objective is not None and trainer.is_world_process_zero():
             config: Any = self.student.config
             layers = config.get_text_config().num_hidden_layers
@@ -316,7 +319,8 @@ class _Run:
             state.global_step, Path(name), state.global_step < state.max_steps, best_step, best, evaluations
         )
         trainer.save_state()
-        if trainer.args.should_save:
+        self._wait()  # until all have loaded the best checkpoint
+        if self.writes:
             write_folder(self.folder / name, lambda folder: self._write(folder, best, self.folder / name))
             if self.objective is not None and self.objective.maps is not None:
                 write_tensors(self.folder / MAPS, self.objective.maps.state_dict())
@@ -325,7 +329,7 @@ class _Run:
             facts = asdict(result) | {"model_dir": name}
             write_text(self.folder / RUN, json.dumps({"identity": self.identity, "result": facts}))
             self._drop_checkpoints()
-        trainer.accelerator.wait_for_everyone()
+        self._wait()
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
         return replace(result, model_dir=self.folder / name)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.objectives import Objective
-from moebert_kernels.distill.terms import TermMeter
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.distill.terms import Terms
+from moebert_kernels.errors import UserError
 
 FILE = "moebert_state.pt"
 
@@ -44,12 +44,12 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def save_state(
-    folder: str | Path, objective: Objective | None, meter: TermMeter, identity: Mapping[str, Any],
+    folder: str | Path, objective: Objective | None, terms: Terms, identity: Mapping[str, Any],
     reduce: Callable[[Tensor], Tensor], args: Any,
 ) -> None:  # fmt: skip
     """Write the state of what is trained beside the model. All processes call it, and one of them writes."""
     facts = json.loads(json.dumps(identity, default=str))
-    state: dict[str, Any] = {"processes": args.world_size, "identity": facts, "meter": meter.state()}
+    state: dict[str, Any] = {"processes": args.world_size, "identity": facts, "meter": terms.state()}
     if objective is not None and objective.maps is not None:
         state["maps"] = objective.maps.state_dict()
     if objective is not None and objective.adversary is not None:
@@ -62,11 +62,11 @@ def save_state(
         torch.save(state, Path(folder) / FILE)
 
 
-def load_state(folder: str | Path, objective: Objective | None, meter: TermMeter, args: Any) -> None:
+def load_state(folder: str | Path, objective: Objective | None, terms: Terms, args: Any) -> None:
     """Take up what `save_state` wrote."""
     state = _read(Path(folder))
     rank = args.process_index
-    meter.load_state(state["meter"], args.device, rank)
+    terms.load_state(state["meter"], args.device, rank)
     if objective is not None and objective.maps is not None:
         objective.maps.load_state_dict(state["maps"])
     if objective is not None and objective.adversary is not None:
@@ -80,10 +80,10 @@ def check_same_run(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Raise a UserError, which names what differs, unless a checkpoint is of a run with these facts."""
     changes = changed(_read(Path(folder))["identity"], identity)
     if changes:
-        raise OtherRun(
+        raise UserError(
             f"resume_from_checkpoint: expected a checkpoint of the same run, got {folder} with other"
-            f" {described(changes)}", Path(folder), False, changes,
-        )  # fmt: skip
+            f" {described(changes)}"
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

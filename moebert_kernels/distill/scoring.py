@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from moebert_kernels.convert import importance_scores, model_fingerprint, save_importance
-from moebert_kernels.data.split import Batch, TokenizedSplit
+from moebert_kernels.data.split import TokenizedSplit
+from moebert_kernels.distill.files import write_tensors
 
 _SAVE_EVERY_S = 30.0
 
 
 def score_split(
-    model: nn.Module,
-    texts: TokenizedSplit,
-    path: str | Path,
-    *,
-    batch_size: int = 32,
-    data: str,
-    split: str,
-    task: str,
-    call: Mapping[str, Any] | None = None,
-) -> Tensor:
+    model: nn.Module, texts: TokenizedSplit, path: str | Path, *, batch_size: int = 32, data: str, split: str,
+    task: str, call: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
     """Score every FFN neuron on all examples, show a bar, and write `path`.
 
     Totals so far are kept in `<path>.unfinished`, at least every 30 s and when the run is interrupted.
@@ -48,28 +39,28 @@ def score_split(
     Raises:
         UserError: as `importance_scores` and `save_importance`.
     """
-    path = Path(path)
+    unfinished = Path(path).with_name(f"{Path(path).name}.unfinished")
     order = texts.by_length(batch_size)
     identity = f"{model_fingerprint(model)} {texts.fingerprint} {batch_size}"
-    unfinished = path.with_name(path.name + ".unfinished")
-    done, start = _load(unfinished, identity)
-    latest: dict[str, Any] = {"done": done, "totals": start, "saved": time.monotonic()}
+    done, start = _read(unfinished, identity)
+    first, so_far, saved = done, start, time.monotonic()
+
+    def keep() -> None:
+        if so_far is not None:
+            write_tensors(unfinished, {"totals": so_far}, {"identity": identity, "done": str(done)})
 
     def on_batch(samples: int, totals: Tensor) -> None:
-        latest["done"] += 1
-        latest["totals"] = totals.clone()
-        if time.monotonic() - latest["saved"] > _SAVE_EVERY_S:
-            _save(unfinished, identity, latest)
+        nonlocal done, so_far, saved
+        done, so_far = done + 1, totals.clone()
+        if time.monotonic() - saved > _SAVE_EVERY_S:
+            keep()
+            saved = time.monotonic()
 
-    def batches() -> Iterator[Batch]:
-        for indices in tqdm(order[done:], initial=done, total=len(order), desc="importance"):
-            yield texts.collate(indices)
-
+    bar = tqdm(order[first:], initial=first, total=len(order), desc="importance")
     try:
-        scores = importance_scores(model, batches(), start=start, on_batch=on_batch)
+        scores = importance_scores(model, map(texts.collate, bar), start=start, on_batch=on_batch)
     except KeyboardInterrupt:
-        if latest["totals"] is not None:
-            _save(unfinished, identity, latest)
+        keep()
         raise
     facts = {"samples": len(texts), "features": texts.fingerprint, "call": dict(call or {})}
     save_importance(path, scores, model=model, data=data, split=split, task=task, **facts)
@@ -77,25 +68,13 @@ def score_split(
     return scores
 
 
-def _save(path: Path, identity: str, latest: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {"totals": latest["totals"]}, partial, metadata={"identity": identity, "done": json.dumps(latest["done"])}
-    )
-    os.replace(partial, path)
-    latest["saved"] = time.monotonic()
-
-
-def _load(path: Path, identity: str) -> tuple[int, Tensor | None]:
+def _read(path: Path, identity: str) -> tuple[int, Tensor | None]:
     """Batches that are done and their totals; nothing of another model, other data or a damaged file."""
-    if not path.exists():
-        return 0, None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") == identity:
-                return int(metadata["done"]), file.get_tensor("totals").to(torch.float64)
+            facts = file.metadata() or {}
+            if facts.get("identity") == identity:
+                return int(facts["done"]), file.get_tensor("totals").to(torch.float64)
     except (SafetensorError, OSError, KeyError, ValueError):
         pass
     return 0, None

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert import model_fingerprint
 from moebert_kernels.data.split import Batch
-from moebert_kernels.distill.files import aligned, model_fingerprint
+from moebert_kernels.distill.files import aligned
 from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError

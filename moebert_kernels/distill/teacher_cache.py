@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
-from moebert_kernels.distill.files import file_damage, size_and_crc32, write_text
+from moebert_kernels.distill.files import size_and_crc32, write_tensors, write_text
 from moebert_kernels.distill.identity import changed, described
+from moebert_kernels.distill.objectives import at_least_float32
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 
@@ -149,12 +150,14 @@ class TeacherCache:
         where = mask.flatten().nonzero().squeeze(1)
 
         def padded(values: Tensor) -> Tensor:  # (valid tokens, ...) -> (B, T, ...)
-            values = _wide(values.to(device))
+            values = at_least_float32(values.to(device))
             out = values.new_zeros(mask.numel(), *values.shape[1:])
             return out.index_copy_(0, where, values).unflatten(0, mask.shape)
 
         def per_example(name: str) -> Tensor:
-            return _wide(torch.stack([self._shards[place.shard][name][place.row] for place in places]).to(device))
+            return at_least_float32(
+                torch.stack([self._shards[place.shard][name][place.row] for place in places]).to(device)
+            )
 
         available = self._shards[places[0].shard]
         outputs: dict[str, Any] = {name: padded(rows(name)) for name in _PER_TOKEN if name in available}
@@ -258,10 +261,8 @@ class _Builder:
         shard["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), shard.pop("lengths").cumsum(0)])
         number = next(number for number in count() if _shard_name(number) not in self.shards)
         path = self._folder / _shard_name(number)
-        temporary = path.with_suffix(".partial")
-        save_file(shard, temporary)
-        self.shards[path.name] = size_and_crc32(temporary)
-        temporary.rename(path)
+        write_tensors(path, shard)
+        self.shards[path.name] = size_and_crc32(path)
         self._describe(complete=False)
         self._bytes, self._pending, self._is_complete = 0, {}, False
 
@@ -291,10 +292,13 @@ def _shard_name(number: int) -> str:
 def _damage(shard: Path, size_and_checksum: Sequence[int]) -> str | None:
     """What is wrong with a shard, or None; reads it once."""
     try:
-        damage = file_damage(shard, size_and_checksum)
+        found = size_and_crc32(shard)
     except OSError as error:
         return f"no readable {shard.name} ({error.strerror})"
-    return None if damage is None else f"a damaged {damage}"
+    for what, wanted, got in zip(("bytes", "as CRC-32"), size_and_checksum, found, strict=True):
+        if wanted != got:
+            return f"a damaged {shard.name}: expected {wanted} {what}, got {got}"
+    return None
 
 
 def _open_shards(folder: Path, names: Iterable[str]) -> list[dict[str, Tensor]]:
@@ -326,10 +330,6 @@ def _mask(batch: Batch) -> Tensor:
     """(B, T) bool, True at valid tokens."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _input_hash(batch: Batch) -> Tensor:

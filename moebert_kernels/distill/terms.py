@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,78 +15,6 @@ from moebert_kernels.layers import MoEConfig
 
 TASK, BALANCE = "task", "balance"
 GRACE_STEPS = 20  # a student that starts as its teacher's copy may have a zero term at first, but not for long
-
-
-class TermMeter:
-    """Means of named terms over the sequences (or labels) seen since the last report; on the device until then.
-
-    Args:
-        reduce: sums a tensor over the processes of a distributed run.
-    """
-
-    def __init__(self, reduce: Callable[[Tensor], Tensor] = lambda x: x):
-        self._reduce = reduce
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # one sum per name, then the weight
-        self._finite: Tensor | None = None  # per name, in the first batch in which one was not
-        self._contributed: set[str] = set()
-
-    def add(self, terms: Mapping[str, Tensor], weight: int) -> None:
-        """Count a batch of `weight` sequences or labels; each term is its mean over them."""
-        values = torch.stack([term.detach().float() for term in terms.values()])
-        finite = values.isfinite()
-        if self._sums is not None and self._finite is not None:
-            finite = torch.where(self._finite.all(), finite, self._finite)
-        self._finite = finite
-        values = torch.cat([values * weight, values.new_full((1,), float(weight))])
-        if self._sums is None:
-            self._names, self._sums = list(terms), values
-        else:
-            self._sums += values
-
-    def means(self, step: int, weighted: Iterable[str], last: bool = False) -> dict[str, float]:
-        """The means so far, judged; the only place that waits for the device.
-
-        `weighted` names the terms that must contribute; the others are reported only.
-
-        Raises:
-            UserError: a term is not finite, or one in `weighted` has been zero for GRACE_STEPS steps or until the
-                `last` one.
-        """
-        if self._sums is None:
-            return {}
-        *sums, weight = self._reduce(self._sums.clone()).tolist()
-        means = {name: total / weight for name, total in zip(self._names, sums, strict=True)}
-        broken = {name: mean for name, mean in means.items() if not math.isfinite(mean)}
-        if broken:  # one that breaks breaks the others in the next step
-            first = self._reduce((~self._finite).float()).tolist() if self._finite is not None else []
-            name = next((name for name, count in zip(self._names, first, strict=False) if count), min(broken))
-            raise UserError(f"{name}: expected a finite loss, got {means[name]} at or shortly before step {step}")
-        self._contributed |= {name for name, mean in means.items() if mean != 0.0}
-        if last or step >= GRACE_STEPS:
-            self.check_contributions(step, weighted)
-        return means
-
-    def check_contributions(self, step: int, weighted: Iterable[str]) -> None:
-        """Raise UserError if a term in `weighted` has been exactly zero in everything that was judged."""
-        silent = sorted(set(weighted) - self._contributed)
-        if silent:
-            raise UserError(f"{silent[0]}: expected a loss that contributes, got exactly 0 in all of {step} steps")
-
-    def reset(self) -> None:
-        """Start the next report's means."""
-        self._sums = None
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able, exact."""
-        sums = None if self._sums is None else self._reduce(self._sums.clone()).tolist()
-        return {"names": self._names, "sums": sums, "contributed": sorted(self._contributed)}
-
-    def load_state(self, state: Mapping[str, Any], device: torch.device, rank: int) -> None:
-        self._names, self._contributed = list(state["names"]), set(state["contributed"])
-        self._sums = self._finite = None
-        if state["sums"] is not None:  # the sum over all processes goes on in the first
-            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * (rank == 0)
 
 
 class Terms:
@@ -110,15 +38,19 @@ class Terms:
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
         learned = experts is not None and experts.is_learned
-        self._given, self._has_teacher = dict(given), has_teacher
+        self._given, self._has_teacher, self._reduce = dict(given), has_teacher, reduce
         self.weights = {BALANCE: experts.balance_weight if learned else 0.0, **given}
         if self.weights[BALANCE] and not learned:
             raise UserError(
                 "balance: expected the weight 0 for a model without gates, whose balance would be a loss, got"
                 f" {self.weights[BALANCE]}"
             )
-        self.meter = TermMeter(reduce)
         self._counted: list[str] | None = None  # the terms that have a weight; the first batch tells
+        # since the last report, on the device: one sum per name, then the weight
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._finite: Tensor | None = None  # per name, in the first batch in which one was not
+        self._contributed: set[str] = set()
 
     def has_task(self, batch: Mapping[str, Any]) -> bool:
         """Whether the labels are a term."""
@@ -154,18 +86,57 @@ class Terms:
                 raise UserError(f"{name}: expected a loss that depends on what is trained, got a constant")
         return counted
 
+    def add(self, terms: Mapping[str, Tensor], count: int) -> None:
+        """Note a batch of `count` sequences or labels, over which each term is a mean."""
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        finite = values.isfinite()
+        if self._sums is not None and self._finite is not None:
+            finite = torch.where(self._finite.all(), finite, self._finite)
+        self._finite = finite
+        values = torch.cat([values * count, values.new_full((1,), float(count))])
+        if self._sums is None:
+            self._names, self._sums = list(terms), values
+        else:
+            self._sums += values
+
     def judge(self, step: int, last: bool = False) -> dict[str, float]:
-        """Means of the terms, unweighted, since the last report.
+        """Means of the terms, unweighted, since the last report; the only place that waits for the device.
 
         Args:
             last: of the run; a term that has contributed nothing in all of it is an error then.
 
         Raises:
-            UserError: one of them is not finite, or contributes nothing.
+            UserError: one of them is not finite, or one that has a weight was zero for GRACE_STEPS steps or until the
+                `last` one.
         """
         if self._counted is None:
             return {}
-        means = self.meter.means(step, self._counted, last=last)
-        if last:
-            self.meter.check_contributions(step, self._counted)
+        means: dict[str, float] = {}
+        if self._sums is not None:
+            *sums, count = self._reduce(self._sums.clone()).tolist()
+            means = {name: total / count for name, total in zip(self._names, sums, strict=True)}
+            broken = [name for name, mean in means.items() if not math.isfinite(mean)]
+            if broken:  # one that breaks breaks the others in the next step
+                first = self._reduce((~self._finite).float()).tolist() if self._finite is not None else []
+                name = next((name for name, count in zip(self._names, first, strict=False) if count), min(broken))
+                raise UserError(f"{name}: expected a finite loss, got {means[name]} at or shortly before step {step}")
+            self._contributed |= {name for name, mean in means.items() if mean != 0.0}
+        silent = sorted(set(self._counted) - self._contributed)
+        if silent and (last or (means and step >= GRACE_STEPS)):
+            raise UserError(f"{silent[0]}: expected a loss that contributes, got exactly 0 in all of {step} steps")
         return means
+
+    def reset(self) -> None:
+        """Start the next report's means."""
+        self._sums = None
+
+    def state(self) -> dict[str, Any]:
+        """What was noted, JSON-able, exact."""
+        sums = None if self._sums is None else self._reduce(self._sums.clone()).tolist()
+        return {"names": self._names, "sums": sums, "contributed": sorted(self._contributed)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device, rank: int) -> None:
+        self._names, self._contributed = list(state["names"]), set(state["contributed"])
+        self._sums = self._finite = None
+        if state["sums"] is not None:  # the sum over all processes goes on in the first
+            self._sums = torch.tensor(state["sums"], dtype=torch.float32, device=device) * (rank == 0)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.data.split import Batch
-from moebert_kernels.distill.objectives import IGNORED, Objective, is_causal, label_weights, next_token_labels
+from moebert_kernels.distill.objectives import (
+    IGNORED,
+    Objective,
+    check_sizes,
+    is_causal,
+    label_weights,
+    next_token_labels,
+)
 from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
 
@@ -29,9 +36,7 @@ class TokenObjective(Objective):
         return {"causal": self.causal}
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
-        config: Any = student.config
-        if config.vocab_size != teacher.vocab_size:
-            raise UserError(f"vocab_size: expected the teacher's {teacher.vocab_size}, got {config.vocab_size}")
+        check_sizes(student.config, teacher, "vocab_size")
         if teacher.stored_as is not None:
             raise UserError("teacher: expected a model, got cached outputs, which hold no predictions by token")
         if is_causal(student) != self.causal:

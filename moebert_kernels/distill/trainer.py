@@ -252,7 +252,7 @@ class MoETrainer(Trainer):
         done = self.state.global_step / max(self.state.max_steps, 1)
         total = self._losses.total(terms, None if adversary is None else {ADVERSARIAL: adversary.factor(done)})
         count = self._window.counts[-len(self._batches)]
-        self._losses.meter.add(terms, count)
+        self._losses.add(terms, count)
         # gradients of several processes are averaged, hence their number
         loss = total * (count / self._window.total * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
@@ -334,7 +334,7 @@ class MoETrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._losses.judge(self.state.global_step))
-            self._losses.meter.reset()
+            self._losses.reset()
             if self.objective is not None and self.objective.adversary is not None:
                 logs.update(self.objective.adversary.means(self.state.global_step, self._sum))
         super().log(logs, start_time)
@@ -349,12 +349,12 @@ class MoETrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(output_dir, self.objective, self._losses.meter, self._identity(), self._sum, self.args)
+        save_state(output_dir, self.objective, self._losses, self._identity(), self._sum, self.args)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(checkpoint, self.objective, self._losses.meter, self.args)
+            load_state(checkpoint, self.objective, self._losses, self.args)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

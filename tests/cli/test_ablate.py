@@ -65,7 +65,7 @@ def words(setting, output, *more):
 @pytest.mark.slow
 def test_arms_of_two_tasks(setting, tmp_path, monkeypatch):
     root, _ = setting
-    monkeypatch.setattr("moebert_kernels.distill.ablation.ROUNDS", 10)
+    monkeypatch.setattr("moebert_kernels.study.ablation.ROUNDS", 10)
     dense = ("--dense-teacher", f"sst2={root / 'dense-sst2'}", "--dense-teacher", f"stsb={root / 'dense-stsb'}")
     hot = ("--seeds", "1", "--objective_options.temperature", "3")
     text = done(*words(setting, tmp_path, *dense, *hot))

@@ -51,7 +51,7 @@ def train(folder, model, task, rows, tokenizer, length=16, **options):
     judged = judge(task, rows, columns)
     run = MoETrainer(
         model, settings(folder, **{"num_train_epochs": 4, "learning_rate": 1e-2, **options}), train_dataset=columns,
-        eval_dataset=columns, processing_class=tokenizer, data_collator=collator(task, tokenizer), **vars(judged),
+        eval_dataset=columns, processing_class=tokenizer, data_collator=collator(task, tokenizer), **judged,
     )  # fmt: skip
     run.train()
     return run

@@ -145,7 +145,7 @@ def test_pooling_is_read_and_kept(tmp_path):
 
 def test_what_does_not_fit_is_refused(tmp_path):
     for model, objective, message in (
-        (tiny_bert(0, hidden=32), EmbeddingObjective(), "hidden_size: expected the teacher's 16, whose embeddings"),
+        (tiny_bert(0, hidden=32), EmbeddingObjective(), "hidden_size: expected the teacher's 16, got 32"),
         (encoder(), EmbeddingObjective(layer_map={3: 1}), "layer_map: expected student states between 0 and 2"),
     ):
         with pytest.raises(UserError, match=message):

@@ -196,7 +196,7 @@ def test_a_term_that_breaks_stops_the_run_by_its_name(value, options, message, t
         ({"teacher": tiny_bert(1)}, "objective: expected one together with a teacher"),
         ({"shared_fold": True}, "shared_fold: expected False for a model that folds no weights"),
         ({"loss_weights": {"balance": 0.1}}, "balance: expected the weight 0 for a model without gates"),
-        ({"loss_weights": {"task": -1}}, r"loss_weights\['task'\]: expected a number of at least 0, got -1"),
+        ({"loss_weights": {"task": -1}}, "loss_weights.task: expected a number of at least 0, got -1"),
         ({"gradient_mask": "half"}, "gradient_mask: expected names and values, got 'half'"),
         ({"gradient_mask": {"probability": 0.5}}, "model: expected experts with central tensors"),
     ],

@@ -9,21 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distill.distributed_stages import main
 from tests.helpers import ROOT
 
-SCRIPT = str(ROOT / "tests/distill/distributed_trainer.py")
+SCRIPT, STAGES = (str(ROOT / f"tests/distill/distributed_{name}.py") for name in ("trainer", "stages"))
 WHOLE = ("split", "gated", "mpo", "masked", "microbert")
 SHARDED = ("split", "gated", "mpo")
 
 
-def train(folder, processes, kinds, sharded=False):
+def train(folder, processes, kinds=(), sharded=False, script=SCRIPT):
     """Run the script; what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [] if processes == 1 and not sharded else [
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *launch, SCRIPT, str(folder), *kinds],
+        [sys.executable, *launch, script, str(folder), *kinds],
         env=environment | ({"FSDP": "2"} if sharded else {}),
         capture_output=True,
         text=True,
@@ -70,3 +71,15 @@ def test_a_sharded_checkpoint_goes_on_in_another_number_of_processes(one, tmp_pa
         said = train(folder, processes, SHARDED, sharded=True)
         assert all(f"{kind} began after step 5" in said for kind in SHARDED)
         assert_same_ends(folder, one, SHARDED)
+
+
+@pytest.mark.slow
+def test_stages_of_two_processes_end_as_those_of_one(tmp_path, capsys):
+    """Both processes hold the best weights at the end, and again when the finished run is called once more."""
+    main(tmp_path / "one")
+    one = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ended")]
+    said = train(tmp_path / "two", 2, script=STAGES).splitlines()
+    assert len(one) == 2 and len(set(one)) == 1
+    assert len(said) == 4 and len(set(said)) == 1 and said[0].partition(":")[0] == one[0].partition(":")[0]
+    assert_same_ends(tmp_path / "two/run/best", tmp_path / "one/run/best", ["model"])
+    assert not list(tmp_path.glob("*/run/**/checkpoint-*"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from moebert_kernels.data.tasks import Task
-from moebert_kernels.distill.files import write_text
-from moebert_kernels.distill.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.errors import UserError
+from moebert_kernels.study.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 
 Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds
 ROUNDS = 1000  # of the bootstrap
@@ -81,13 +79,6 @@ def _does(recipe: Recipe, dense_teacher: bool) -> str:
     stages = [(stage.name, sorted({**stage.settings, "loss_weights": sorted(stage.weights.items())}.items(), key=str))
               for stage in recipe.active]  # fmt: skip
     return repr((stages, dense_teacher))
-
-
-def once(file: Path, make: Callable[[], Any]) -> Any:
-    """What `make` gives, as JSON keeps it; made and written only where `file` does not hold it yet."""
-    if not file.exists():
-        write_text(file, json.dumps(make(), indent=None))
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def summary(

@@ -1,0 +1,1 @@
+"""Helpers of studies: arms of a comparison, and tests of their differences."""
