@@ -10,8 +10,9 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,13 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
     return False
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
-    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
+def write_model(
+    folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any], reports: Sequence[Any] = ()
+) -> None:
+    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all.
+
+    `reports` of chosen experts, dataclasses, are in choice.json.
+    """
     from moebert_kernels.convert.card import save_with_card
     from moebert_kernels.distill.files import write_folder
     from moebert_kernels.distill.loading import quiet_transformers
@@ -115,6 +121,9 @@ def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str,
             save_with_card(model, folder, previous=output)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if reports:
+            text = json.dumps([asdict(report) for report in reports], indent=1)
+            (folder / "choice.json").write_text(text + "\n", encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
         (folder / NOTE).write_text(json.dumps({**identity, "files": files}), encoding="utf-8")
 

@@ -103,6 +103,8 @@ def test_chosen_lose_less_than_dense_and_random_and_reports_are_true(family):
         assert report.chosen < 0.7 * report.random
         assert report.load < 1.35  # of 320 tokens
         assert report.unseen == 0.0
+        assert sum(report.shares) == pytest.approx(1)
+        assert (report.least, report.load) == (3 * min(report.shares), 3 * max(report.shares))
     if family != "bert":
         return
     moe = convert_to_moe(model, CONFIG, chosen=choices)
@@ -267,7 +269,7 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
 
 def test_the_report_is_a_table():
     table = report_table([choice.report for choice in chosen_for(strong())]).splitlines()
-    assert table[0].split() == ["feed-forward", "dense", "random", "chosen", "best", "load", "common", "unseen"]
+    assert table[0].split() == ["feed-forward", *"dense random chosen best least load common unseen".split()]
     assert [line.split()[0] for line in table[1:]] == ["encoder.layer.0.output", "encoder.layer.1.output", "mean"]
     assert len({len(line) for line in table}) == 1
 
