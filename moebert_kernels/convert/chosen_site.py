@@ -253,6 +253,9 @@ class SiteChooser:
             SiteReport(self.name, 0.0, None, 0.0, 0.0, 0.0, 0, 0.0),
         )  # fmt: skip
         report = judge(self.name, site, choice, site.judged)
+        if site.text.gradient is not None:
+            weighted = site.moments(torch.zeros_like(self.type_of), 1, site.weight_by_gradient())[-1]
+            choice = choice._replace(dense=_on(self._least_squares(weighted), torch.device("cpu")))
         return choice._replace(report=replace(report, random=self._random_error(strength.cpu())))
 
     def _random_error(self, strength: Tensor) -> float:
