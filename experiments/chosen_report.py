@@ -52,8 +52,9 @@ def error_tables(name: str, found: dict[str, Any]) -> str:
             least = [min(row["shares"]) * len(row["shares"]) for row in reports if row.get("shares")]
             emptiest = f"{statistics.mean(least):.2f}, {min(least):.2f}" if least else "-"
             rows.append(
-                f"| {one} | {other} | {dense:.4f} | {chosen:.4f} | {100 - 100 * chosen / dense:.0f} % | {load:.2f}, "
-                f"{max(row['load'] for row in reports):.2f} | {emptiest} | {100 * reports[0]['unseen']:.0f} % |"
+                f"| {one}{of_one.get('note', '')} | {other} | {dense:.4f} | {chosen:.4f} | "
+                f"{100 - 100 * chosen / dense:.0f} % | {load:.2f}, {max(row['load'] for row in reports):.2f} | "
+                f"{emptiest} | {100 * reports[0]['unseen']:.0f} % |"
             )
     return "\n".join(rows)
 
