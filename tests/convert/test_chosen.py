@@ -292,10 +292,12 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
 
 
 def test_the_report_is_a_table():
-    table = report_table([choice.report for choice in chosen_for(strong())]).splitlines()
+    reports = [choice.report for choice in chosen_for(strong())]
+    table = report_table(reports).splitlines()
     assert " ".join(table[0].split()) == "feed-forward dense random chosen best least load common unseen"
     assert [line.split()[0] for line in table[1:]] == ["encoder.layer.0.output", "encoder.layer.1.output", "mean"]
     assert len({len(line) for line in table}) == 1
+    assert report_table([replace(reports[0], shares=[])]).splitlines()[1].split()[5] == "-"  # least
 
 
 def test_the_chart_has_bars_as_long_as_the_errors():
