@@ -34,21 +34,27 @@ def error_tables(name: str, found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     layers = of_kind["choice"]
-    mean = {key: statistics.mean(row[key] for row in layers) for key in layers[0] if key != "name"}
+    mean = {key: statistics.mean(row[key] for row in layers) for key in layers[0] if key not in ("name", "shares")}
     for label, row in [*((number(row), row) for row in layers), ("mean", mean)]:
         rows.append(
             f"| {label} | {row['dense']:.4f} | {row['random']:.4f} | **{row['chosen']:.4f}** | {row['best']:.4f} | "
             f"{100 - 100 * row['chosen'] / row['dense']:.0f} % | {row['load']:.2f} | {row['common']:.0f} |"
         )
     rows += ["", f"### {name}: means over the layers, by the text that chose and the text that judged"]
-    rows += ["| chose | judged | dense | chosen | below dense | fullest expert, mean, worst layer | unseen tokens |"]
-    rows += ["|---|---|---|---|---|---|---|"]
+    rows += [
+        "| chose | judged | dense | chosen | below dense | fullest expert, mean, worst layer "
+        "| emptiest expert, mean, worst layer | unseen tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for one, of_one in found.items():
         for other, reports in of_one["judged"].items():
             dense, chosen, load = (statistics.mean(row[key] for row in reports) for key in ("dense", "chosen", "load"))
+            least = [min(row["shares"]) * len(row["shares"]) for row in reports if row.get("shares")]
+            emptiest = f"{statistics.mean(least):.2f}, {min(least):.2f}" if least else "-"
             rows.append(
-                f"| {one} | {other} | {dense:.4f} | {chosen:.4f} | {100 - 100 * chosen / dense:.0f} % | {load:.2f}, "
-                f"{max(row['load'] for row in reports):.2f} | {100 * reports[0]['unseen']:.0f} % |"
+                f"| {one}{of_one.get('note', '')} | {other} | {dense:.4f} | {chosen:.4f} | "
+                f"{100 - 100 * chosen / dense:.0f} % | {load:.2f}, {max(row['load'] for row in reports):.2f} | "
+                f"{emptiest} | {100 * reports[0]['unseen']:.0f} % |"
             )
     return "\n".join(rows)
 

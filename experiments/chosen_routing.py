@@ -122,7 +122,8 @@ def errors(args: argparse.Namespace) -> None:
             judged[other] = [asdict(report) for report in reports]
         print(report_table([choice.report for choice in choices]), flush=True)
         own = [asdict(choice.report) for choice in choices]
-        found[kind] = {"seconds": seconds, "choice": own, "judged": judged}
+        note = "" if args.tokens == CHOOSING else f", {args.tokens:,} tokens"
+        found[kind] = {"note": note, "seconds": seconds, "choice": own, "judged": judged}
         HERE.mkdir(exist_ok=True)
         file.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -132,6 +132,7 @@ def convert(
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
+    reports: list[Any] = []
     if from_original is not None:
         converted, tokenizer = _import_original(from_original, tables, seed)
     elif config is None:
@@ -142,7 +143,8 @@ def convert(
         }  # fmt: skip
         parts = parts_of(output, identity)
         converted, tokenizer = _converted(model, config, importance, texts, parts, options)
-    write_model(output, converted, tokenizer, identity)
+        reports = [choice.report for choice in options.get("chosen", ())]
+    write_model(output, converted, tokenizer, identity, reports)
     drop_parts(output)
 
 

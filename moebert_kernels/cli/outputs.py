@@ -10,8 +10,9 @@ import glob
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,22 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
     return False
 
 
-def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
-    """Write a model with its card, its tokenizer if there is one, and the call that made them, whole or not at all."""
+def write_model(
+    folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any], reports: Sequence[Any] = ()
+) -> None:
+    """Write a model with its card, its tokenizer if there is one, and the call that made them, whole or not at all.
+
+    `reports` of chosen experts, dataclasses, are in choice.json.
+    """
     from moebert_kernels.convert.card import save_with_card
 
-    write_files(folder, lambda at: save_with_card(model, at, previous=folder), identity, tokenizer)
+    def save(at: Path) -> None:
+        save_with_card(model, at, previous=folder)
+        if reports:
+            text = json.dumps([asdict(report) for report in reports], indent=1)
+            (at / "choice.json").write_text(text + "\n", encoding="utf-8")
+
+    write_files(folder, save, identity, tokenizer)
     print(f"saved in {folder}")
 
 

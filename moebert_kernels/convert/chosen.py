@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ _MEMORY = 2 << 30  # bytes of inputs that one pass may keep; more feed-forwards 
 def choose_experts(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], config: MoEConfig | None = None, *,
     indices: Sequence[Tensor] | None = None, tables: Tensor | None = None, seed: int = 0,
-    max_tokens: int = MOST_TOKENS, folder: str | Path | None = None, progress: bool = False,
+    max_tokens: int = MOST_TOKENS, folder: str | Path | None = None, progress: bool = False, weigh_dense: bool = False,
 ) -> list[SiteChoice]:  # fmt: skip
     """Choose the neurons of the experts, their correction and the hash tables by unlabelled text.
 
@@ -54,14 +54,17 @@ def choose_experts(
         seed: of all that is random.
         folder: keep the choice for each feed-forward here as soon as it is made; an interrupted call goes on.
         progress: show bars.
+        weigh_dense: fit the dense feed-forwards (`SiteChoice.dense`) by labelled batches: half of a token's weight is
+            the squared gradient of the model's loss. The reports have the errors without these weights. Experts do not
+            gain by it, since their tables keep the tokens that matter, as [CLS], apart.
 
     Returns:
         A choice for each feed-forward.
 
     Raises:
         UserError: a model or sizes that do not fit, as for `convert_to_moe`; text of which no table can be made (none,
-            a few ids, mostly ids unseen in the rest of it, one id for most tokens); batches that cannot be read twice
-            where they must be; a folder of another choice.
+            a few ids, mostly ids unseen in the rest of it, one id for most tokens); labels that are missing; batches
+            that cannot be read twice where they must be; a folder of another choice.
     """
     config = config or MoEConfig.chosen()
     sites = find_sites(model, None if config.target_modules is None else tuple(config.target_modules))
@@ -72,7 +75,7 @@ def choose_experts(
     without = [site.name for site in sites if stack_of(model, site.name) is None]
     if without:
         raise UserError(f"model: expected feed-forwards behind token ids, got {without[0]} of {type(model).__name__}")
-    kept = None if folder is None else _Folder(Path(folder), model, config, seed, max_tokens)
+    kept = None if folder is None else _Folder(Path(folder), model, config, seed, max_tokens, weigh_dense)
     done: dict[int, SiteChoice] = {} if kept is None else kept.read(len(sites))
     missing = [n for n in range(len(sites)) if n not in done]
     bar = tqdm(total=len(sites), initial=len(done), desc="choosing experts", unit=" layers", disable=not progress)
@@ -85,7 +88,8 @@ def choose_experts(
     with bar:
         for start in range(0, len(missing), at_once):
             numbers = missing[start : start + at_once]
-            texts: list[Any] = list(read_text(model, [sites[n] for n in numbers], batches, max_tokens, progress))
+            some = [sites[n] for n in numbers]
+            texts: list[Any] = list(read_text(model, some, batches, max_tokens, progress, weigh_dense))
             for place, n in enumerate(numbers):
                 text, texts[place] = texts[place], None  # what is done with is let go
                 check_text(text, config.num_experts)
@@ -140,7 +144,7 @@ def judge_experts(
 def report_table(reports: Iterable[SiteReport]) -> str:
     """The reports as text of fixed width: a row for each feed-forward, and the means."""
     rows = list(reports)
-    names = [entry.name for entry in fields(SiteReport) if entry.name != "name"]
+    names = ["dense", "random", "chosen", "best", "least", "load", "common", "unseen"]
     means: dict[str, Any] = {}
     for name in names:
         values = [getattr(row, name) for row in rows]
@@ -152,7 +156,7 @@ def report_table(reports: Iterable[SiteReport]) -> str:
         return f"{name:{width}}" + "".join(f"{cell:>8}" for cell in shown)
 
     lines = [f"{'feed-forward':{width}}" + "".join(f"{name:>8}" for name in names)]
-    lines += [line(row.name, asdict(row)) for row in rows]
+    lines += [line(row.name, {name: getattr(row, name) for name in names}) for row in rows]
     return "\n".join([*lines, line("mean", means)])
 
 
@@ -182,13 +186,17 @@ def _sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
 class _Folder:
     """The choices for a model that were made so far: a file for each feed-forward, and of what they are."""
 
-    def __init__(self, path: Path, model: nn.Module, config: MoEConfig, seed: int, max_tokens: int) -> None:
+    def __init__(
+        self, path: Path, model: nn.Module, config: MoEConfig, seed: int, max_tokens: int, weigh_dense: bool
+    ) -> None:
         self.path, self.facts_file = path, path / "choice.json"
         facts = {"config": config.to_dict(), "seed": seed, "max_tokens": max_tokens, "model": model_fingerprint(model)}
+        facts |= {"weigh_dense": True} if weigh_dense else {}
         self.facts = json.loads(json.dumps(facts))
         if self.facts_file.exists():
             found = json.loads(self.facts_file.read_text())
-            other = [name for name in self.facts if found.get(name) != self.facts[name]]
+            names = [*self.facts, *(found.keys() - self.facts.keys() - {"text"})]
+            other = [name for name in names if found.get(name) != self.facts.get(name)]
             if other:
                 raise UserError(f"folder: expected the choice of this {other[0]}, got another one's in {path}")
             self.facts = found

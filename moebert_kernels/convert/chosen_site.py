@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,7 @@ class SiteReport:
         load: tokens of the fullest expert, relative to the E-th part.
         common: neurons that are in every expert.
         unseen: share of the tokens whose ids the choosing text did not have.
+        shares: of the tokens, for each expert.
     """
 
     name: str
@@ -55,6 +56,12 @@ class SiteReport:
     load: float
     common: int
     unseen: float
+    shares: list[float] = field(default_factory=list)
+
+    @property
+    def least(self) -> float | None:
+        """Tokens of the emptiest expert, relative to the E-th part; None where the shares are not known."""
+        return min(self.shares) * len(self.shares) if self.shares else None
 
 
 class SiteChoice(NamedTuple):
@@ -246,6 +253,9 @@ class SiteChooser:
             SiteReport(self.name, 0.0, None, 0.0, 0.0, 0.0, 0, 0.0),
         )  # fmt: skip
         report = judge(self.name, site, choice, site.judged)
+        if site.text.gradient is not None:
+            weighted = site.moments(torch.zeros_like(self.type_of), 1, site.weight_by_gradient())[-1]
+            choice = choice._replace(dense=_on(self._least_squares(weighted), torch.device("cpu")))
         return choice._replace(report=replace(report, random=self._random_error(strength.cpu())))
 
     def _random_error(self, strength: Tensor) -> float:
@@ -267,10 +277,11 @@ def judge(name: str, site: SiteErrors, choice: SiteChoice, tokens: Tensor) -> Si
     errors, expert = site.errors(choice.experts(device), tokens), choice.table.to(device)[ids]
     dense = site.errors([_on(choice.dense, device)], tokens)
     inside = torch.bincount(choice.indices.flatten(), minlength=site.w2.shape[1])
+    shares = (torch.bincount(expert, minlength=E) / len(ids)).tolist()
     return SiteReport(
         name, float(dense.mean()), None, float(errors.gather(1, expert[:, None]).mean()),
-        float(errors.min(1).values.mean()), float(torch.bincount(expert, minlength=E).max()) * E / len(ids),
-        int((inside == E).sum()), 1.0 - float(choice.known.to(device)[ids].float().mean()),
+        float(errors.min(1).values.mean()), max(shares) * E, int((inside == E).sum()),
+        1.0 - float(choice.known.to(device)[ids].float().mean()), shares,
     )  # fmt: skip
 
 

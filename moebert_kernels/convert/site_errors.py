@@ -50,6 +50,12 @@ class SiteErrors:
         size = behind.var(1, unbiased=False) if text.is_normed else text.stream
         self.weight = 1.0 / size.clamp(min=1e-12)  # (N,), s^2
 
+    def weight_by_gradient(self) -> Tensor:
+        """(N,) the weights, half of them by the text's gradient, which must be known."""
+        assert self.text.gradient is not None
+        gradient = self.text.gradient
+        return (self.weight + gradient / (gradient / self.weight).mean().clamp(min=1e-30)) / 2
+
     def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens (n,), their inputs (n, H) and activations (n, D)."""
         for part in tokens.to(self.text.x.device).split(_CHUNK):
@@ -98,14 +104,19 @@ class SiteErrors:
         scale = total.clamp(min=1e-30)[:, None]
         return total, sums / scale, squares / scale
 
-    def moments(self, group: Tensor, num_groups: int) -> list[Moments]:
-        """The moments of each group's activations, and of all tokens that choose; as for `means`."""
+    def moments(self, group: Tensor, num_groups: int, weights: Tensor | None = None) -> list[Moments]:
+        """The moments of each group's activations, and of all tokens that choose; as for `means`.
+
+        Args:
+            weights: (N,) of the tokens; None: `weight`.
+        """
+        weights = self.weight if weights is None else weights
         D, device = self.w2.shape[1], self.w2.device
         raw = [(torch.zeros((), device=device), torch.zeros(D, device=device), torch.zeros(D, D, device=device))
                for _ in range(num_groups)]  # fmt: skip
         for g, (total, sums, products) in enumerate(raw):
             for part, _, h in self._chunks(self.train[group == g]):
-                weight = self.weight[part]
+                weight = weights[part]
                 total += weight.sum()
                 sums += weight @ h
                 scaled = h * weight.sqrt()[:, None]

@@ -33,6 +33,8 @@ class SiteText:
         held_out: (N,) bool, tokens of the sequences that only judge.
         stream: (N,) float32, mean square of the residual stream behind the feed-forward. Of no use where `is_normed`.
         is_normed: whether a LayerNorm stands behind the residual, so that what counts is LayerNorm(x + output).
+        gradient: (N,) float32, squared norms of the loss's gradient with respect to the feed-forward's output, over
+            their mean in the sequence; None where it is not asked for.
     """
 
     ids: Tensor
@@ -40,6 +42,7 @@ class SiteText:
     held_out: Tensor
     stream: Tensor
     is_normed: bool
+    gradient: Tensor | None = None
 
 
 class _Recorder:
@@ -49,12 +52,15 @@ class _Recorder:
         self.site, self.most = site, most
         self.stack, self.block = stack_of(model, site.name), _block_of(model, site.name)
         self.parts: list[tuple[Tensor, ...]] = []
+        self.gradients: list[Tensor] = []
         self.count = self.rows = 0
         self.is_normed: bool | None = None
         self.ids: Any = None
         self.mask: Any = None
         self.x: Any = None
         self.y: Any = None
+        self.output: Any = None
+        self.last: Any = None
 
     def hooks(self) -> list[Any]:
         names = tuple(inspect.signature(self.stack.forward).parameters)
@@ -72,6 +78,8 @@ class _Recorder:
 
         def after_second(_: Any, args: Any, y: Tensor) -> None:
             self.y = y.detach()
+            if torch.is_grad_enabled():
+                self.output = y if y.requires_grad else y.requires_grad_()
 
         def after_block(_: Any, args: Any, output: Any) -> None:
             self.keep((output[0] if isinstance(output, tuple) else output).detach())
@@ -96,26 +104,38 @@ class _Recorder:
         if self.is_normed is None and len(x):
             self.is_normed = _is_normed_sum(x + y, behind)
         kept = slice(0, max(0, self.most - self.count))
+        self.last = flat.nonzero().flatten()[kept]
         stream = behind.float().square().mean(1)
         self.parts.append(tuple(t[kept].clone() for t in (ids[mask], x, rows[mask], stream)))
         self.count += len(self.parts[-1][0])
+
+    def keep_gradient(self, gradient: Tensor | None) -> None:
+        """Keep squared norms of the gradient at the last output; None: it does not reach the loss."""
+        gradient = torch.zeros_like(self.output) if gradient is None else gradient
+        squares = gradient.float().square().sum(-1).view(self.ids.shape)
+        # every sequence counts alike: where the model is sure of the label the loss has hardly any gradient
+        scale = (squares > 0).sum(1, keepdim=True) / squares.sum(1, keepdim=True).clamp(min=1e-30)
+        self.gradients.append((squares * scale).flatten()[self.last])
 
     def text(self) -> SiteText:
         ids, x, rows, stream = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         held_out = rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         ids, held_out = ids.long().to(x.device), held_out.to(x.device)
-        return SiteText(ids, x, held_out, stream.to(x.device), bool(self.is_normed))
+        gradient = torch.cat(self.gradients) if self.gradients else None
+        return SiteText(ids, x, held_out, stream.to(x.device), bool(self.is_normed), gradient)
 
 
 def read_text(
-    model: nn.Module, sites: list[Site], batches: Iterable[Mapping[str, Any]], most: int, progress: bool = False
-) -> list[SiteText]:
+    model: nn.Module, sites: list[Site], batches: Iterable[Mapping[str, Any]], most: int, progress: bool = False,
+    with_gradient: bool = False,
+) -> list[SiteText]:  # fmt: skip
     """Run the model over the batches until there are `most` tokens, and return what came to each site.
 
     The model runs in eval mode, in its own dtype; it is left as it was. Memory: `most` x H numbers for each site.
+    `with_gradient` adds one backward pass for each batch, which must have the labels of the model's loss.
 
     Raises:
-        UserError: nothing to read, or no token ids.
+        UserError: nothing to read, no token ids, or no loss.
     """
     recorders = [_Recorder(model, site, most) for site in sites]
     device = sites[0].weights().w1.device
@@ -132,7 +152,10 @@ def read_text(
                     f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
                 )
             tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            model(**{name: value for name, value in tensors.items() if name in accepted})
+            with torch.set_grad_enabled(with_gradient):
+                output = model(**{name: value for name, value in tensors.items() if name in accepted})
+            if with_gradient:
+                _keep_gradients(recorders, output)
             least = min(recorder.count for recorder in recorders)
             bar.update(min(least, most) - bar.n)
             if least >= most:
@@ -140,6 +163,16 @@ def read_text(
     if any(recorder.count == 0 for recorder in recorders):
         raise UserError("batches: expected text to choose experts by, got no tokens")
     return [recorder.text() for recorder in recorders]
+
+
+def _keep_gradients(recorders: list[_Recorder], output: Any) -> None:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise UserError("batches: expected labels, and a model with a head that gives a loss, got none")
+    gradients = torch.autograd.grad(loss, [recorder.output for recorder in recorders], allow_unused=True)
+    for recorder, gradient in zip(recorders, gradients, strict=True):
+        recorder.keep_gradient(gradient)
+        recorder.output = None
 
 
 def check_text(text: SiteText, num_experts: int) -> None:

@@ -1,5 +1,7 @@
 """`moebert convert --method chosen`: it goes on where it was interrupted, and says what is wrong with a text."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModel
@@ -59,10 +61,13 @@ def test_another_call_does_not_go_on_with_it(words, stops, tmp_path):
 def test_the_report_has_a_table_and_bars(words, tmp_path):
     lines = done(*words, "--output", tmp_path / "moe").splitlines()
     at = next(n for n, line in enumerate(lines) if "feed-forward  " in line)  # behind the bar
-    assert lines[at].split()[-7:-4] == ["dense", "random", "chosen"]
+    assert lines[at].split()[-8:-5] == ["dense", "random", "chosen"]
     bars = [line.split() for line in lines[at + 4 : at + 6]]  # behind two feed-forwards and their mean
     assert [bar[0] for bar in bars] == ["encoder.layer.0.output", "encoder.layer.1.output"]
     assert all(set(bar[1]) <= {"#", "-"} and bar[-4:][1:] == ["%", "below", "dense"] for bar in bars)
+    reports = json.loads((tmp_path / "moe" / "choice.json").read_text())
+    assert [report["name"] for report in reports] == [bar[0] for bar in bars]
+    assert all(sum(report["shares"]) == pytest.approx(1) for report in reports)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from moebert_kernels.convert import (
     choose_experts,
@@ -103,6 +103,8 @@ def test_chosen_lose_less_than_dense_and_random_and_reports_are_true(family):
         assert report.chosen < 0.7 * report.random
         assert report.load < 1.35  # of 320 tokens
         assert report.unseen == 0.0
+        assert sum(report.shares) == pytest.approx(1)
+        assert (report.least, report.load) == (3 * min(report.shares), 3 * max(report.shares))
     if family != "bert":
         return
     moe = convert_to_moe(model, CONFIG, chosen=choices)
@@ -195,6 +197,30 @@ def test_a_dense_student_is_corrected_too():
     assert lost[0] < 0.8 * lost[1]
 
 
+def test_labels_bring_a_dense_students_answers_closer(tmp_path):
+    """Behind a head that reads the first token; experts and tables stay what they are without labels."""
+    torch.manual_seed(0)
+    model = strong(auto=AutoModelForSequenceClassification)
+    batches = [batch | {"labels": torch.tensor([0, 1, 1, 0])} for batch in text(count=60)]
+    for batch in batches:
+        batch["input_ids"][:, 0] = 2
+    plain = chosen_for(model, batches=batches, folder=tmp_path)
+    weighed = chosen_for(model, batches=batches, weigh_dense=True, folder=tmp_path / "weighed")
+    for one, other in zip(plain, weighed, strict=True):
+        assert same([one[:6]], [other[:6]])
+        assert one.report == other.report
+    with torch.no_grad():
+        want = [model(**batch).logits for batch in batches]
+        lost = [
+            sum(float((dense_student(model, chosen=choices)(**batch).logits - y).square().sum()) for batch, y in
+                zip(batches, want, strict=True))
+            for choices in (plain, weighed)
+        ]  # fmt: skip
+    assert lost[1] < 0.8 * lost[0]
+    with pytest.raises(UserError, match="folder: expected the choice of this weigh_dense, got another one's"):
+        chosen_for(model, batches=batches, folder=tmp_path / "weighed")
+
+
 def test_a_choice_is_judged_on_other_text():
     model, batches = strong(), text(count=60)
     choices = chosen_for(model, batches=batches)
@@ -266,10 +292,12 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
 
 
 def test_the_report_is_a_table():
-    table = report_table([choice.report for choice in chosen_for(strong())]).splitlines()
-    assert table[0].split() == ["feed-forward", "dense", "random", "chosen", "best", "load", "common", "unseen"]
+    reports = [choice.report for choice in chosen_for(strong())]
+    table = report_table(reports).splitlines()
+    assert " ".join(table[0].split()) == "feed-forward dense random chosen best least load common unseen"
     assert [line.split()[0] for line in table[1:]] == ["encoder.layer.0.output", "encoder.layer.1.output", "mean"]
     assert len({len(line) for line in table}) == 1
+    assert report_table([replace(reports[0], shares=[])]).splitlines()[1].split()[5] == "-"  # least
 
 
 def test_the_chart_has_bars_as_long_as_the_errors():

@@ -1,5 +1,7 @@
 """Errors, means and moments against the same from all activations at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,19 @@ def test_means_and_moments(groups, has_bias):
         want = (a - centre).T @ ((a - centre) * w[:, None]) / w.sum()
         torch.testing.assert_close(found.covariance, want, rtol=1e-4, atol=1e-4)
         assert found.weight == pytest.approx(float(w.sum()))
+
+
+def test_half_of_the_weight_goes_by_the_gradient():
+    site, dense, _, h, _ = case()
+    gradient = torch.rand(N, generator=torch.Generator().manual_seed(1))
+    found = SiteErrors(dense, "gelu", replace(site.text, gradient=gradient))
+    assert torch.equal(found.weight, site.weight)
+    share = gradient / site.weight
+    weight = site.weight * (0.5 + 0.5 * share / share.mean())
+    torch.testing.assert_close(found.weight_by_gradient(), weight)
+    whole = found.moments(torch.zeros(len(site.train), dtype=torch.long), 1, found.weight_by_gradient())[-1]
+    w = weight[site.train]
+    torch.testing.assert_close(whole.mean, w @ h[site.train] / w.sum())
 
 
 def test_a_group_without_tokens_has_no_weight():

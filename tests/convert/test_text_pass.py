@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.convert.text_pass import HELD_OUT_EVERY, SiteText, check_text, read_text, unseen_share
@@ -76,6 +77,36 @@ def test_reading_ends_at_the_limit_and_leaves_the_model_as_it_was():
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_gradients_are_those_of_the_models_loss(family):
+    model = make(family, AutoModelForSequenceClassification).train()
+    sites = find_sites(model)
+    batches = [batch | {"labels": torch.tensor([0, 1, 1, 0])} for batch in text(family, 3)]
+    found = read_text(model, sites, batches, 100, with_gradient=True)
+    plain = read_text(model, sites, batches, 100)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    model.eval()
+    for site, of_site, other in zip(sites, found, plain, strict=True):
+        outputs, wanted = [], []
+        hook = site.second_module.register_forward_hook(lambda _, args, y, into=outputs: into.append(y))
+        for batch in batches:
+            (gradient,) = torch.autograd.grad(model(**batch).loss, outputs[-1], allow_unused=True)
+            squares = gradient.square().sum(-1)
+            mean = torch.stack([row[row > 0].mean() for row in squares])
+            wanted.append((squares / mean[:, None])[batch["attention_mask"] != 0])
+        hook.remove()
+        torch.testing.assert_close(of_site.gradient, torch.cat(wanted)[:100])
+        assert torch.equal(of_site.x, other.x)
+        assert other.gradient is None
+
+
+def test_a_loss_is_needed_for_gradients():
+    for model in (make("bert"), make("bert", AutoModelForSequenceClassification)):
+        with pytest.raises(UserError, match="batches: expected labels, and a model with a head that gives a loss"):
+            read_text(model, find_sites(model), text(count=1), 100, with_gradient=True)
 
 
 def test_the_models_half_precision_is_kept():
