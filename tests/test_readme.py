@@ -1,12 +1,10 @@
 """The Python snippets of the README and of the guide run as printed, each in a process of its own."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.forks import run_forked
 from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
@@ -22,13 +20,10 @@ SNIPPETS = blocks("python")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "snippet", [text for _, text in SNIPPETS], ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)]
-)
-def test_snippet_runs_as_printed(snippet, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_snippets_run_as_printed(tmp_path):
+    programs = {f"{page}-{i}": text for i, (page, text) in enumerate(SNIPPETS)}
+    for name, (status, printed) in run_forked(programs, tmp_path, ("torch", "transformers")).items():
+        assert status == 0, f"{name}:\n{printed}"
 
 
 @pytest.mark.parametrize("fence", ["python", "py"])

@@ -201,7 +201,8 @@ def lengths_for(
     Raises:
         UserError: longer than the model has positions for.
     """
-    from moebert_kernels.distill.loading import longest_input, trained_lengths
+    from moebert_kernels.convert.batches import longest_input
+    from moebert_kernels.distill.loading import trained_lengths
     from moebert_kernels.distill.presets import preset_for
 
     trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)

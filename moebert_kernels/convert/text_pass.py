@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from moebert_kernels.convert.batches import reading
 from moebert_kernels.convert.importance import frozen_eval
 from moebert_kernels.convert.sites import Site
 from moebert_kernels.errors import UserError
@@ -132,7 +133,9 @@ def read_text(
                     f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
                 )
             tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            model(**{name: value for name, value in tensors.items() if name in accepted})
+            given = {name: value for name, value in tensors.items() if name in accepted}
+            with reading(model, given):
+                model(**given)
             least = min(recorder.count for recorder in recorders)
             bar.update(min(least, most) - bar.n)
             if least >= most:
