@@ -281,7 +281,7 @@ class Cell:
         student = arm.make(self)
         if not arm.dropout:
             without_dropout(student)
-        before = self.score(student, "validation")
+        before = {"held_out_before": self.score(student, "validation"), "test_before": self.score(student, "test")}
         weights = {} if arm.objective == "microbert" else dict.fromkeys(("hidden", "prediction"), self.settings.weight)
         facts = self._trained(
             student, f"{name}-run", rate, self.settings.epochs, objective=arm.objective,
@@ -290,7 +290,7 @@ class Cell:
         )  # fmt: skip
         best = self.teacher_facts
         teacher = {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
-        return facts | teacher | {"held_out_before": before} | self.judged(student, arm.packs)
+        return facts | teacher | before | self.judged(student, arm.packs)
 
     def _once(self, arm: str, rate: float, make: Any) -> Result:
         file = self.place.runs / f"{self.name}-{self.seed}-{arm}-{rate}.json"
