@@ -1,4 +1,4 @@
-"""The Python snippets of the README and of the guide run as printed, each in a process of its own."""
+"""The Python snippets of the guide run as printed, each in a process of its own, and those of the README in one."""
 
 import re
 
@@ -17,11 +17,13 @@ def blocks(fence, pages=PAGES):
 
 
 SNIPPETS = blocks("python")
+README = "README"
 
 
 @pytest.mark.slow
 def test_snippets_run_as_printed(tmp_path):
-    programs = {f"{page}-{i}": text for i, (page, text) in enumerate(SNIPPETS)}
+    programs = {f"{page}-{i}": text for i, (page, text) in enumerate(SNIPPETS) if page != README}
+    programs[README] = "\n".join(text for page, text in SNIPPETS if page == README)  # as one reads it
     for name, (status, printed) in run_forked(programs, tmp_path, ("torch", "transformers")).items():
         assert status == 0, f"{name}:\n{printed}"
 
@@ -43,7 +45,7 @@ def test_each_task_of_the_guide_has_a_snippet_that_runs():
     assert tasks <= {page for page, _ in SNIPPETS}
 
 
-def test_the_readme_begins_with_a_snippet_for_models_and_has_one_for_the_op():
-    (_, first), (_, second) = blocks("python", PAGES[:1])
-    assert "convert_to_moe(" in first and "AutoModel.from_pretrained(" in first
-    assert "fused_moe_ffn(" in second
+def test_the_readme_converts_distils_and_serves_a_model_and_calls_an_op():
+    (_, first), (_, second), (_, third) = blocks("python", PAGES[:1])
+    assert all(name in first for name in ("convert_to_moe(", "MoETrainer(", "AutoModel.from_pretrained("))
+    assert "prepare(" in second and "fused_moe_ffn(" in third
