@@ -86,11 +86,6 @@ class Summary:
             shares.append(statistics.mean(ours / theirs for ours, theirs in pairs))
         return 100 * statistics.mean(shares)
 
-    def kept_before(self, arm: str) -> tuple[float, int] | None:
-        """The mean of student before any training / teacher on the test rows, in %, and of how many runs."""
-        runs = [run for task in self.tasks for run in self.of(arm, task) if "test_before" in run and run["teacher"] > 0]
-        return (100 * statistics.mean(run["test_before"] / run["teacher"] for run in runs), len(runs)) if runs else None
-
     def difference(self, arm: str) -> tuple[float, float | None, int] | None:
         """BASELINE minus the arm in points, p of the paired t-test over tasks and seeds, and the number of pairs."""
         places = [(task, seed) for task in self.tasks for seed in self.seeds]
@@ -144,17 +139,14 @@ def cell_text(summary: Summary, arm: str, task: str) -> str:
 def accuracy_table(summary: Summary) -> list[str]:
     heads = " | ".join(f"{task} {task_named(task).main_metric}" for task in summary.tasks)
     lines = [
-        f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | kept before training"
-        " | chosen MoE minus this, points | p |",
-        "|---" * (len(summary.tasks) + 6) + "|",
+        f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | chosen MoE minus this, points | p |",
+        "|---" * (len(summary.tasks) + 5) + "|",
     ]
     for arm in summary.arms:
         mean, change = summary.mean(arm), summary.difference(arm)
         cells = [cell_text(summary, arm, task) for task in summary.tasks]
         cells += ["missing" if mean is None else f"{mean[0]:.1f} ± {mean[1]:.1f}"]
         cells += ["" if arm == TEACHER else shown(summary.kept(arm))]
-        before = summary.kept_before(arm)
-        cells += ["" if before is None else f"{before[0]:.1f} (n = {before[1]})"]
         cells += ["", ""] if change is None else [
             f"{change[0]:+.2f} (n = {change[2]})", "" if change[1] is None else f"{change[1]:.3f}"
         ]  # fmt: skip
@@ -253,7 +245,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*-*.json"))]
         runs = [run for run in runs if "arm" in run]
         found = ([t for t in FILES if any(r["task"] == t for r in runs)], sorted({r["seed"] for r in runs}))
-        summary = Summary(runs, *wanted.get(name, found))
+        trained = [run for run in runs if run["rate"]]
+        summary = Summary(trained, *wanted.get(name, found))
         parts.append(f"## {name}")
         if not runs:
             tasks, seeds = wanted.get(name, ((), ()))
@@ -269,6 +262,12 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             f" {settings['epochs']} for students, in {settings['autocast']}."
         )
         parts.append("\n".join(accuracy_table(summary)))
+        untrained = Summary(
+            [run for run in runs if run["arm"] == TEACHER or not run["rate"]], summary.tasks, summary.seeds
+        )
+        if len(untrained.arms) > 1:
+            parts.append("Converted alone, without any training of the student:")
+            parts.append("\n".join(accuracy_table(untrained)))
         for device in ("cpu", "cuda"):
             files = {dtype: folder / f"latency-{device}-{dtype}.json" for dtype in DTYPES}
             latency = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}
