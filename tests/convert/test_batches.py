@@ -46,8 +46,8 @@ def test_rotary_positions_reach_beyond_the_configuration():
 
 def test_other_errors_of_a_forward_stay_what_they_are():
     model = make("bert")
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        choose_experts(model, [batch() | {"attention_mask": torch.ones(2, 5)}])
+    with pytest.raises(RuntimeError, match="must match"):
+        choose_experts(model, [batch() | {"token_type_ids": torch.zeros(2, 5, dtype=torch.long)}])
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
