@@ -1,9 +1,6 @@
 """The errors that a person meets: wrong input, and a package that is not installed."""
 
 import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 
 class UserError(ValueError):
@@ -11,20 +8,6 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
-
-
-class OtherRun(UserError):
-    """A folder belongs to a training run with other settings or other data.
-
-    Attributes:
-        folder: of that run.
-        finished: whether it came to its end.
-        changes: what differs -> (what was expected, what the folder's run has).
-    """
-
-    def __init__(self, message: str, folder: Path, finished: bool, changes: Mapping[str, tuple[Any, Any]]):
-        super().__init__(message)
-        self.folder, self.finished, self.changes = folder, finished, dict(changes)
 
 
 class MissingExtra(ImportError):

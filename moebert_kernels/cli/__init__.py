@@ -13,7 +13,7 @@ from moebert_kernels.cli.dense import merge, student
 from moebert_kernels.cli.export import export
 from moebert_kernels.cli.importance import importance
 from moebert_kernels.cli.measure import bench, demo, doctor, evaluate
-from moebert_kernels.cli.options import DEFAULTS_BY_TASK, EXAMPLES
+from moebert_kernels.cli.options import EXAMPLES, defaults_by_task
 from moebert_kernels.cli.quantize import quantize
 from moebert_kernels.cli.running import command
 from moebert_kernels.cli.train import distill, finetune
@@ -47,7 +47,7 @@ for _name, _function in (
     app.command(
         _name,
         context_settings=_OPEN if _name in ("finetune", "distill", "ablate") else None,
-        epilog=f"Example: {EXAMPLES[_name]}" + f"\n\n{DEFAULTS_BY_TASK}" * (_name in ("finetune", "distill")),
+        epilog=f"Example: {EXAMPLES[_name]}" + f"\n\n{defaults_by_task()}" * (_name in ("finetune", "distill")),
     )(command(_function))
 
 

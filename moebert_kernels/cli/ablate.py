@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,42 +20,18 @@ from moebert_kernels.errors import UserError, require_extra
 if TYPE_CHECKING:
     from moebert_kernels.distill.recipe import Recipe
 
-_FOR_TASKS = "once, or as TASK=FOLDER once for each task."
-
 
 def ablate(
     ctx: typer.Context,
-    model: Annotated[
-        list[str], typer.Option("--model", help=f"The student before training, with or without a head; {_FOR_TASKS}")
-    ],
-    teacher: Annotated[
-        list[str], typer.Option("--teacher", help=f"A task-routed MoE, or fine-tuned models; {_FOR_TASKS}")
-    ],
-    task: Annotated[
-        list[str],
-        typer.Option(
-            "--task", help="A task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli); once for each."
-        ),
-    ],
+    model: list[str],
+    teacher: list[str],
+    task: list[str],
     output: o.OutputFolder,
     data: o.Data = None,
-    dense_teacher: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dense-teacher", help=f"For the arm no-moe: fine-tuned dense models; {_FOR_TASKS} Default: none."
-        ),
-    ] = None,
+    dense_teacher: list[str] | None = None,
     config: o.AblationConfig = "microbert",
-    arm: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--arm",
-            help="full, no-fal, no-gan, no-moe, no-hidden, kd, lean or finetune; once for each. The first is what the"
-            " others are compared with. Default: those of the first six that differ for the recipe, no-moe only with"
-            " --dense-teacher.",
-        ),
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of each arm on each task.")] = 3,
+    arm: list[str] | None = None,
+    seeds: o.Number = 3,
     hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
 ) -> None:
@@ -63,6 +39,17 @@ def ablate(
 
     Scores are of the test split where the data has one, else of validation, which also chooses the checkpoints. Runs
     that are done are not done again. Writes OUTPUT/report.json, table.md and chart.png.
+
+    Args:
+        model: The student before training, with or without a head; once, or as TASK=FOLDER once for each task.
+        teacher: A task-routed MoE, or fine-tuned models; once, or as TASK=FOLDER once for each task.
+        task: A task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli); once for each.
+        dense_teacher: For the arm no-moe: fine-tuned dense models; once, or as TASK=FOLDER once for each task. Default:
+            none.
+        arm: full, no-fal, no-gan, no-moe, no-hidden, kd, lean or finetune; once for each. The first is what the others
+            are compared with. Default: those of the first six that differ for the recipe, no-moe only with
+            --dense-teacher.
+        seeds: Runs of each arm on each task.
     """
     from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.ablation import ARMS, DEFAULT_ARMS, draw, once, repeated_arms, summary, table
@@ -130,7 +117,7 @@ def ablate(
 
 def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mapping[str, Any]) -> dict[str, Any]:
     """What the results of a comparison depend on."""
-    from moebert_kernels.distill.files import model_fingerprint
+    from moebert_kernels.convert import model_fingerprint
     from moebert_kernels.distill.identity import row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 

@@ -21,152 +21,69 @@ _COPIES, _TASKS = "With --experts mpo or copy", "With --router task"
 
 def convert(
     output: o.OutputFolder,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", help="A dense model: a folder or a name on the Hub. Default: none; see --from-original."
-        ),
-    ] = None,
-    importance: Annotated[
-        Path | None,
-        typer.Option(
-            "--importance", help="The file that moebert importance wrote. Without it, neurons are ranked at random."
-        ),
-    ] = None,
+    model: str | None = None,
+    importance: Path | None = None,
     task: o.OptionalTaskNames = None,
     data: o.Data = None,
     seed: o.Seed = 0,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but"
-            " neurons and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the"
-            " whole feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most"
-            " important neurons, for comparison. Other options change what a method makes.",
-        ),
-    ] = "moebert",
-    router: Annotated[
-        str | None,
-        typer.Option(
-            "--router",
-            help="hash-random, hash-balance (counts --data), hash-chosen (by the texts of --data), gate-token,"
-            " gate-sentence, switch, top2, or task (with a head for each --task). Default: hash-random, with --method"
-            " chosen hash-chosen, with mpoe switch.",
-        ),
-    ] = None,
-    experts: Annotated[
-        str | None,
-        typer.Option(
-            "--experts",
-            help="split: parts of the neurons; clustered: parts that are chosen by the texts of --data; copy: the whole"
-            " feed-forward, as in Switch; mpo: the same with a shared central tensor. Default: split, with --method"
-            " chosen clustered, with mpoe mpo.",
-        ),
-    ] = None,
-    num_experts: Annotated[
-        int | None, typer.Option("--num-experts", min=1, help="Experts of a layer. Default: 4, with --method mpoe 8.")
-    ] = None,
-    expert_size: Annotated[
-        int | None,
-        typer.Option(
-            "--expert-size",
-            min=1,
-            help="Neurons per expert with --experts split. Default: a quarter of the dense layer's (768 of BERT-base's"
-            " 3,072); with --router task all of them divided by --num-experts. With --method dense: the neurons kept.",
-        ),
-    ] = None,
-    num_shared_neurons: Annotated[
-        int | None,
-        typer.Option(
-            "--num-shared-neurons",
-            min=0,
-            help="Number of the most important neurons, copied into every expert by --experts split. Default: two"
-            " thirds of an expert's (512 of 768); with --router task 0.",
-        ),
-    ] = None,
-    norm: Annotated[
-        str | None,
-        typer.Option(
-            "--norm",
-            help="expert: each expert gets a LayerNorm of its own, if the model has one right after its feed-forward;"
-            " layer: the model's stays. Default: expert with --experts split and one expert per token, else layer.",
-        ),
-    ] = None,
-    load_balance: Annotated[
-        float | None,
-        typer.Option(
-            "--load-balance", min=0.0, help="Weight of a learned router's balance loss in the loss. Default: 0.01."
-        ),
-    ] = None,
-    route_padding: Annotated[
-        bool, typer.Option("--route-padding", help="Send padding to experts too, as the original code of MoEBERT does.")
-    ] = False,
-    from_original: Annotated[
-        Path | None,
-        typer.Option(
-            "--from-original", help="A checkpoint of the original MoEBERT code, in place of --model. Default: none."
-        ),
-    ] = None,
-    hash_tables: Annotated[
-        Path | None,
-        typer.Option(
-            "--hash-tables",
-            help="Hash tables to use: the original code's .pkl, or JSON with an expert's number for each token of the"
-            " vocabulary, or a list of such numbers for each layer. Default: --router makes them.",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k", min=1, help="Experts per task. Default: 2, with --norm expert 1.", rich_help_panel=_TASKS
-        ),
-    ] = None,
-    sites: Annotated[
-        int | None,
-        typer.Option(
-            "--sites",
-            min=2,
-            max=6,
-            help="mpo: the number of tensors that each weight becomes. Default: 5.",
-            rich_help_panel=_COPIES,
-        ),
-    ] = None,
-    max_bond: Annotated[
-        int | None,
-        typer.Option(
-            "--max-bond",
-            min=1,
-            help="mpo: the largest bond dimension. Default: no limit, which is exact.",
-            rich_help_panel=_COPIES,
-        ),
-    ] = None,
-    low_bonds: Annotated[
-        bool | None,
-        typer.Option(
-            "--low-bonds",
-            help="mpo: allow bonds so small that multiplying by the chain of tensors would be faster than building the"
-            " weight. Default: refuse them.",
-            rich_help_panel=_COPIES,
-        ),
-    ] = None,
-    noise: Annotated[
-        float | None,
-        typer.Option(
-            "--noise",
-            min=0.0,
-            help="Standard deviation of the noise on each expert's copy, or on its auxiliary tensors, relative to their"
-            " root mean square. Default: 0.",
-            rich_help_panel=_COPIES,
-        ),
-    ] = None,
+    method: str = "moebert",
+    router: str | None = None,
+    experts: str | None = None,
+    num_experts: o.AtLeastOne = None,
+    expert_size: o.AtLeastOne = None,
+    num_shared_neurons: Annotated[int | None, typer.Option(min=0)] = None,
+    norm: str | None = None,
+    load_balance: Annotated[float | None, typer.Option(min=0.0)] = None,
+    route_padding: bool = False,
+    from_original: Path | None = None,
+    hash_tables: Path | None = None,
+    top_k: Annotated[int | None, typer.Option(min=1, rich_help_panel=_TASKS)] = None,
+    sites: Annotated[int | None, typer.Option(min=2, max=6, rich_help_panel=_COPIES)] = None,
+    max_bond: Annotated[int | None, typer.Option(min=1, rich_help_panel=_COPIES)] = None,
+    low_bonds: Annotated[bool | None, typer.Option(rich_help_panel=_COPIES)] = None,
+    noise: Annotated[float | None, typer.Option(min=0.0, rich_help_panel=_COPIES)] = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     max_length: o.MaxLength = None,
     force: o.Force = False,
 ) -> None:
     """Replace the feed-forward layers of a dense model, of any family and with any head, by mixtures of experts. Or
-    import a checkpoint of the original code."""
+    import a checkpoint of the original code.
+
+    Args:
+        model: A dense model: a folder or a name on the Hub. Default: none; see --from-original.
+        importance: The file that moebert importance wrote. Without it, neurons are ranked at random.
+        method: moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but neurons
+            and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the whole
+            feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most important
+            neurons, for comparison. Other options change what a method makes.
+        router: hash-random, hash-balance (counts --data), hash-chosen (by the texts of --data), gate-token,
+            gate-sentence, switch, top2, or task (with a head for each --task). Default: hash-random, with --method
+            chosen hash-chosen, with mpoe switch.
+        experts: split: parts of the neurons; clustered: parts that are chosen by the texts of --data; copy: the whole
+            feed-forward, as in Switch; mpo: the same with a shared central tensor. Default: split, with --method chosen
+            clustered, with mpoe mpo.
+        num_experts: Experts of a layer. Default: 4, with --method mpoe 8.
+        expert_size: Neurons per expert with --experts split. Default: a quarter of the dense layer's (768 of
+            BERT-base's 3,072); with --router task all of them divided by --num-experts. With --method dense: the
+            neurons kept.
+        num_shared_neurons: Number of the most important neurons, copied into every expert by --experts split. Default:
+            two thirds of an expert's (512 of 768); with --router task 0.
+        norm: expert: each expert gets a LayerNorm of its own, if the model has one right after its feed-forward;
+            layer: the model's stays. Default: expert with --experts split and one expert per token, else layer.
+        load_balance: Weight of a learned router's balance loss in the loss. Default: 0.01.
+        route_padding: Send padding to experts too, as the original code of MoEBERT does.
+        from_original: A checkpoint of the original MoEBERT code, in place of --model. Default: none.
+        hash_tables: Hash tables to use: the original code's .pkl, or JSON with an expert's number for each token of the
+            vocabulary, or a list of such numbers for each layer. Default: --router makes them.
+        top_k: Experts per task. Default: 2, with --norm expert 1.
+        sites: mpo: the number of tensors that each weight becomes. Default: 5.
+        max_bond: mpo: the largest bond dimension. Default: no limit, which is exact.
+        low_bonds: mpo: allow bonds so small that multiplying by the chain of tensors would be faster than building the
+            weight. Default: refuse them.
+        noise: Standard deviation of the noise on each expert's copy, or on its auxiliary tensors, relative to their
+            root mean square. Default: 0.
+    """
     from moebert_kernels.distill.identity import file_digest, model_files
 
     if (model is None) == (from_original is None):
@@ -213,7 +130,6 @@ def convert(
         "file of hash tables": file_digest(hash_tables),
     }  # fmt: skip
     if already_written(output, identity, force, model, from_original):
-        print(f"{output} is there already")
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
     if from_original is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
@@ -14,15 +12,12 @@ from moebert_kernels.cli.outputs import already_written, write_model
 from moebert_kernels.errors import UserError
 
 
-def merge(
-    model: o.ModelName,
-    output: o.OutputFolder,
-    task: Annotated[
-        str | None, typer.Option("--task", help="One of the model's tasks. Default: none, for a model with one expert.")
-    ] = None,
-    force: o.Force = False,
-) -> None:
-    """Turn a task-routed MoE into the dense model that it is for one task: transformers alone can serve it."""
+def merge(model: o.ModelName, output: o.OutputFolder, task: str | None = None, force: o.Force = False) -> None:
+    """Turn a task-routed MoE into the dense model that it is for one task: transformers alone can serve it.
+
+    Args:
+        task: One of the model's tasks. Default: none, for a model with one expert.
+    """
     from moebert_kernels.convert import merge as merged
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
@@ -32,50 +27,38 @@ def merge(
         "command": "merge", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
     }  # fmt: skip
     if already_written(output, identity, force, model):
-        print(f"{output} is there already")
         return
     tokenizer = load_tokenizer(model)
     write_model(output, merged(load_as_saved(model), task), tokenizer, identity)
 
 
 def student(
-    model: Annotated[
-        str, typer.Option("--model", help="The teacher: a dense model, or a task-routed MoE together with --task.")
-    ],
+    model: str,
     output: o.OutputFolder,
-    task: Annotated[str | None, typer.Option("--task", help="Of a task-routed MoE: the task. Default: none.")] = None,
-    shape: Annotated[
-        str | None, typer.Option("--shape", help="4l-312, 6l-384, 6l-768 or 3l-384. Without it the teacher's sizes.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Number of layers. Default: the shape's.")
-    ] = None,
-    hidden_size: Annotated[
-        int | None, typer.Option("--hidden-size", min=1, help="Width of its states. Default: the shape's.")
-    ] = None,
-    intermediate_size: Annotated[
-        int | None, typer.Option("--intermediate-size", min=1, help="Feed-forward neurons. Default: the shape's.")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", min=1, help="Heads of attention. Default: the shape's.")
-    ] = None,
-    init: Annotated[
-        str,
-        typer.Option(
-            "--init", help="layers: every k-th of the teacher's; random; or a model whose weights to start from."
-        ),
-    ] = "layers",
-    teacher_layer: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--teacher-layer",
-            help="With --init layers: which of them, once for each, counted from 1. Default: every k-th.",
-        ),
-    ] = None,
+    task: str | None = None,
+    shape: str | None = None,
+    layers: o.AtLeastOne = None,
+    hidden_size: o.AtLeastOne = None,
+    intermediate_size: o.AtLeastOne = None,
+    heads: o.AtLeastOne = None,
+    init: str = "layers",
+    teacher_layer: list[int] | None = None,
     seed: o.Seed = 0,
     force: o.Force = False,
 ) -> None:
-    """Make a small dense model with a teacher's head and labels, to be distilled or fine-tuned."""
+    """Make a small dense model with a teacher's head and labels, to be distilled or fine-tuned.
+
+    Args:
+        model: The teacher: a dense model, or a task-routed MoE together with --task.
+        task: Of a task-routed MoE: the task. Default: none.
+        shape: 4l-312, 6l-384, 6l-768 or 3l-384. Without it the teacher's sizes.
+        layers: Number of layers. Default: the shape's.
+        hidden_size: Width of its states. Default: the shape's.
+        intermediate_size: Feed-forward neurons. Default: the shape's.
+        heads: Heads of attention. Default: the shape's.
+        init: layers: every k-th of the teacher's; random; or a model whose weights to start from.
+        teacher_layer: With --init layers: which of them, once for each, counted from 1. Default: every k-th.
+    """
     from moebert_kernels.convert import describe_layer_map, layer_map, make_student
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
@@ -88,7 +71,6 @@ def student(
         "files of init": model_files(init) if init not in ("layers", "random") else None,
     }  # fmt: skip
     if already_written(output, identity, force, model, init):
-        print(f"{output} is there already")
         return
     teacher, tokenizer = _dense_teacher(load_as_saved(model), task), load_tokenizer(model)
     sizes = {

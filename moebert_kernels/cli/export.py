@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written
-from moebert_kernels.cli.quantize import write
+from moebert_kernels.cli.outputs import already_written, write_files
 from moebert_kernels.errors import UserError
 
 FORMATS = ("onnx",)
@@ -20,21 +17,19 @@ FORMATS = ("onnx",)
 def export(
     model: o.ModelName,
     output: o.OutputFolder,
-    format: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, or int8: with ONNX Runtime's dynamic quantisation.")
-    ] = "float32",
-    experts: Annotated[
-        str,
-        typer.Option(
-            "--experts",
-            help="matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for"
-            " each layer, in float32.",
-        ),
-    ] = "matrices",
+    format: str = "onnx",
+    dtype: str = "float32",
+    experts: str = "matrices",
     force: o.Force = False,
 ) -> None:
-    """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it."""
+    """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it.
+
+    Args:
+        format: onnx.
+        dtype: float32, or int8: with ONNX Runtime's dynamic quantisation.
+        experts: matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for each
+            layer, in float32.
+    """
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.serve import export_onnx
@@ -47,14 +42,13 @@ def export(
         "experts": experts, "files of the model": model_files(model),
     }  # fmt: skip
     if already_written(output, identity, force, model):
-        print(f"{output} is there already")
         return
     loaded, tokenizer = load_as_saved(model), load_tokenizer(model)
 
     def save(folder: Path) -> None:
         export_onnx(loaded, folder / "model.onnx", dtype=dtype, experts=experts)
 
-    write(output, save, tokenizer, identity, _plain(loaded.config))
+    write_files(output, save, identity, tokenizer, _plain(loaded.config))
     print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
@@ -18,23 +16,24 @@ def importance(
     output: o.OutputFile,
     data: o.Data = None,
     seed: o.Seed = 0,
-    split: Annotated[
-        str, typer.Option("--split", help="The split to score on. validation is what the original code does.")
-    ] = "train",
-    max_examples: Annotated[
-        int | None,
-        typer.Option("--max-examples", min=1, help="Score on so many examples, drawn by --seed. Default: all."),
-    ] = None,
+    split: str = "train",
+    max_examples: o.AtLeastOne = None,
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
     regression: o.Regression = False,
     hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
-    batch_size: o.ScoringBatchSize = 32,
+    batch_size: o.Number = 32,
     force: o.Force = False,
 ) -> None:
-    """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch."""
+    """Score every feed-forward neuron of a fine-tuned dense model, in one backward pass per batch.
+
+    Args:
+        split: The split to score on. validation is what the original code does.
+        max_examples: Score on so many examples, drawn by --seed. Default: all.
+        batch_size: Sequences at once.
+    """
     from moebert_kernels.convert.sites import common_width, find_sites
     from moebert_kernels.data.tasks import TaskData
     from moebert_kernels.distill.loading import load_model, load_tokenizer

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moebert_kernels.cli.options import preset_for
 from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
@@ -203,7 +204,6 @@ def lengths_for(
     """
     from moebert_kernels.convert.batches import longest_input
     from moebert_kernels.distill.loading import trained_lengths
-    from moebert_kernels.distill.presets import preset_for
 
     trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
     for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):

@@ -59,48 +59,35 @@ def evaluate(
 
 def bench(
     model: o.ModelName,
-    against: Annotated[str, typer.Option("--against", help="The model to compare with.")],
+    against: str,
     task: o.OptionalTaskName = None,
     data: o.Data = None,
     output: o.OptionalOutputFile = None,
     seed: o.Seed = 0,
-    batch_size: Annotated[
-        list[int] | None, typer.Option("--batch-size", min=1, help="Sequences at once; may be repeated. Default: 8.")
-    ] = None,
-    length: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--length",
-            min=1,
-            help="Tokens of each random sequence, with --task at most of each text; may be repeated. Default: 128, with"
-            " --task the preset's.",
-        ),
-    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1)] = None,
+    length: Annotated[list[int] | None, typer.Option(min=1)] = None,
     split: o.Split = "validation",
     text_column: o.TextColumns = None,
     label_column: o.LabelColumn = "label",
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16. Default: float32, on a GPU bfloat16."),
-    ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each times both models once.")] = 21,
-    form: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--form",
-            help="On a CPU: compare the models in these forms, with their scores where --task is given: float32,"
-            " compiled, packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one"
-            " form, by --dtype.",
-        ),
-    ] = None,
-    chart: Annotated[
-        Path | None,
-        typer.Option("--chart", help="With --form and --task: a PNG of the scores over the times. Default: none."),
-    ] = None,
+    dtype: str | None = None,
+    rounds: o.Number = 21,
+    form: list[str] | None = None,
+    chart: Path | None = None,
 ) -> None:
     """Compare the speed of two models: medians of runs in turns, on random tokens or on a task's padded batches.
 
     The ops are checked against their reference first. On a GPU, CUDA events time replays of CUDA graphs.
+
+    Args:
+        against: The model to compare with.
+        batch_size: Sequences at once; may be repeated. Default: 8.
+        length: Tokens of each random sequence, with --task at most of each text; may be repeated. Default: 128, with
+            --task the preset's.
+        dtype: float32, bfloat16 or float16. Default: float32, on a GPU bfloat16.
+        rounds: Each times both models once.
+        form: On a CPU: compare the models in these forms, with their scores where --task is given: float32, compiled,
+            packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one form, by --dtype.
+        chart: With --form and --task: a PNG of the scores over the times. Default: none.
     """
     import torch
 
@@ -164,12 +151,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For bug reports
     raise typer.Exit(run(as_json))
 
 
-def demo(
-    output: o.OutputFolder = Path("demo"),
-    seed: o.Seed = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A short recipe: the way, not the accuracy.")] = False,
-) -> None:
-    """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on."""
+def demo(output: o.OutputFolder = Path("demo"), seed: o.Seed = 0, quick: bool = False) -> None:
+    """Fine-tune, convert and distil all-MiniLM-L6-v2 on movie reviews, and compare. Run again, it goes on.
+
+    Args:
+        quick: A short recipe: the way, not the accuracy.
+    """
     from moebert_kernels.demo.run import run_demo
 
     require_extra("demo", "matplotlib")

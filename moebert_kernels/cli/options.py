@@ -1,13 +1,16 @@
-"""The options of the commands, each defined once. Every help text says what holds where the option is not given."""
+"""The options that commands share, and what stands at the end of their help; other options are in their docstrings."""
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
-_TRAINING = "Training"
+TRAINING = "Training"
 _TABLE = "A table of your own (--task custom)"
 _TASK = (
     "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli of GLUE; squad or squad_v2; lm for running text and a"
@@ -17,33 +20,40 @@ _CONFIG = (
     "microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file of training arguments, which the"
     " command line overrides; --STAGE.NAME VALUE holds for one stage, --loss_weights.TERM VALUE for one term."
 )
+_OTHERS = "others"  # STS-B, WNLI and tables of one's own
 
-# at the end of the help of commands that train; a test compares it with distill/presets.yaml
-DEFAULTS_BY_TASK = "\n\n".join(
-    (
-        "Defaults by task (the published ones where MoEBERT's authors give any):",
-        *(
-            f"{tasks}: --learning_rate {rate} --per_device_train_batch_size {batch} --num_train_epochs {epochs}"
-            f" --weight_decay {decay} --max-length {length} (distillation terms {weight})"
-            for tasks, rate, batch, epochs, decay, length, weight in (
-                ("custom, stsb, wnli", "3e-05", 32, 3, "0.0", 128, "1.0"),
-                ("cola", "2e-05", 8, 10, "0.0", 512, "3.0"),
-                ("sst2", "2e-05", 16, 5, "0.0", 512, "1.0"),
-                ("mrpc", "3e-05", 8, 5, "0.0", 512, "2.0"),
-                ("qqp", "3e-05", 64, 5, "0.0", 128, "1.0"),
-                ("mnli", "5e-05", 64, 5, "0.0", 128, "5.0"),
-                ("qnli", "2e-05", 32, 5, "0.0", 512, "2.0"),
-                ("rte", "1e-05", 8, 10, "0.01", 512, "1.0"),
-                ("squad", "3e-05", 32, 5, "0.01", 384, "2.0"),
-                ("squad_v2", "3e-05", 16, 4, "0.1", 384, "1.0"),
-                ("lm", "5e-05", 8, 3, "0.01", 1024, "1.0"),
-            )
-        ),
-        "Several tasks together: as custom, but each with its own --max-length. With --gradient_accumulation_steps N a"
-        " batch is one Nth of what is listed. With --config all defaults are the file's. All training arguments:"
-        " https://huggingface.co/docs/transformers/main_classes/trainer, and docs/guide/trainer.md.",
-    )
-)
+
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """Task -> training arguments, `max_length` and `distill_weight`."""
+    # the folder's package is not imported: a help text would wait for transformers
+    return yaml.safe_load((files("moebert_kernels") / "distill/presets.yaml").read_text(encoding="utf-8"))
+
+
+def preset_for(task: str) -> dict[str, Any]:
+    """The settings of a task; of one without any, those of the others."""
+    return dict(_presets().get(task) or _presets()[_OTHERS])
+
+
+def defaults_by_task() -> str:
+    """The end of the help of commands that train."""
+    rows = []
+    for task, values in _presets().items():
+        words = " ".join(
+            f"--{'max-length' if name == 'max_length' else name} {value}"
+            for name, value in values.items() if name != "distill_weight"
+        )  # fmt: skip
+        name = "custom, stsb, wnli" if task == _OTHERS else task
+        rows.append(f"{name}: {words} (distillation terms {values['distill_weight']})")
+    return "\n\n".join(
+        (
+            "Defaults by task (the published ones where MoEBERT's authors give any):", *rows,
+            "Several tasks together: as custom, but each with its own --max-length. With --gradient_accumulation_steps"
+            " N a batch is one Nth of what is listed. With --config all defaults are the file's. All training"
+            " arguments: https://huggingface.co/docs/transformers/main_classes/trainer, and docs/guide/trainer.md.",
+        )
+    )  # fmt: skip
+
 
 # at the end of each command's help
 EXAMPLES = {
@@ -70,74 +80,51 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-ModelName = Annotated[
-    str, typer.Option("--model", help="A folder (also a training run's output) or a model's name on the Hub.")
-]
-TaskName = Annotated[str, typer.Option("--task", help=f"{_TASK}.")]
+def _file(name: str, text: str) -> Any:
+    return typer.Option(parser=_path, metavar=name, help=text)
+
+
+Number = Annotated[int, typer.Option(min=1)]
+AtLeastOne = Annotated[int | None, typer.Option(min=1)]
+
+ModelName = Annotated[str, typer.Option(help="A folder (also a training run's output) or a model's name on the Hub.")]
+TaskName = Annotated[str, typer.Option(help=f"{_TASK}.")]
 TaskNames = Annotated[
     list[str],
     typer.Option(
-        "--task",
         help=f"{_TASK}. Several times, for tasks of GLUE, with a model that has a head for each (moebert convert"
-        " --router task), and then --data TASK=FOLDER.",
-    ),
-]
-TaskTemperature = Annotated[
-    float,
-    typer.Option(
-        "--task-temperature",
-        min=1.0,
-        help="Of several tasks: 1 draws them in proportion to their data, more draws small ones more often.",
-        rich_help_panel=_TRAINING,
+        " --router task), and then --data TASK=FOLDER."
     ),
 ]
 OptionalTaskNames = Annotated[
     list[str] | None,
     typer.Option(
-        "--task",
         help="With --router hash-balance: whose data to count. With --router task: the tasks. Without those routers,"
-        f" none. {_TASK}.",
+        f" none. {_TASK}."
     ),
 ]
 OptionalTaskName = Annotated[
     str | None,
-    typer.Option(
-        "--task", help=f"Take the batches of its data. Without it they are of random tokens, of any model. {_TASK}."
-    ),
+    typer.Option(help=f"Take the batches of its data. Without it they are of random tokens, of any model. {_TASK}."),
 ]
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        "--data",
         help="A folder with train.tsv, dev.tsv and the like; a file; SPLIT=FILE, once for each split (train, validation"
-        " or dev, test); or a dataset's name on the Hub. Without it, the task's own dataset on the Hub.",
+        " or dev, test); or a dataset's name on the Hub. Without it, the task's own dataset on the Hub."
     ),
 ]
-OutputFolder = Annotated[
-    Path,
-    typer.Option(
-        "--output", parser=_path, metavar="FOLDER", help="The folder to write: a new one, or an earlier call's."
-    ),
-]
-OutputFile = Annotated[Path, typer.Option("--output", parser=_path, metavar="FILE", help="The file to write.")]
+OutputFolder = Annotated[Path, _file("FOLDER", "The folder to write: a new one, or an earlier call's.")]
+OutputFile = Annotated[Path, _file("FILE", "The file to write.")]
 OptionalOutputFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        parser=_path,
-        metavar="FILE",
-        help="A JSON file to write the result to. Without it, it is printed alone.",
-    ),
+    Path | None, _file("FILE", "A JSON file to write the result to. Without it, it is printed alone.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn at random.")]
 
 TextColumns = Annotated[
-    list[str] | None,
-    typer.Option("--text-column", help="A column of text; once or twice. Default: text.", rich_help_panel=_TABLE),
+    list[str] | None, typer.Option(help="A column of text; once or twice. Default: text.", rich_help_panel=_TABLE)
 ]
-LabelColumn = Annotated[
-    str, typer.Option("--label-column", help="The column of labels or scores.", rich_help_panel=_TABLE)
-]
+LabelColumn = Annotated[str, typer.Option(help="The column of labels or scores.", rich_help_panel=_TABLE)]
 Regression = Annotated[
     bool, typer.Option("--regression", help="The labels are scores, not classes.", rich_help_panel=_TABLE)
 ]
@@ -145,7 +132,6 @@ Regression = Annotated[
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        "--max-length",
         min=8,
         help="Tokens of a text at most. Default: as in the model's training, else by task (moebert finetune --help"
         " lists them), 128 for custom, as far as the model reaches.",
@@ -154,7 +140,6 @@ MaxLength = Annotated[
 DocStride = Annotated[
     int | None,
     typer.Option(
-        "--doc-stride",
         min=0,
         help="Tokens that neighbouring windows share. Default: as in the model's training, else 128 for questions, 1"
         " for running text.",
@@ -163,46 +148,31 @@ DocStride = Annotated[
 HoldOut = Annotated[
     str | None,
     typer.Option(
-        "--hold-out",
         help="Make a validation split: a share of the training rows such as 0.1, of each class. Or a test split: halves"
         " (half of validation) or train-rows (1,000 training rows become validation, and validation the test split)."
-        " Default: none is made.",
+        " Default: none is made."
     ),
 ]
 EvaluationBatchSize = Annotated[
-    int | None,
-    typer.Option("--batch-size", min=1, help="Sequences at once. Default: 64, with --task lm 16."),
+    int | None, typer.Option(min=1, help="Sequences at once. Default: 64, with --task lm 16.")
 ]
-ScoringBatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Sequences at once.")]
-Split = Annotated[str, typer.Option("--split", help="train, validation or test.")]
+Split = Annotated[str, typer.Option(help="train, validation or test.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the earlier result that --output holds.")]
 
 Config = Annotated[
     str | None,
-    typer.Option(
-        "--config", help=f"{_CONFIG} Default: by task, see below; distill follows the teacher layer by layer."
-    ),
+    typer.Option(help=f"{_CONFIG} Default: by task, see below; distill follows the teacher layer by layer."),
 ]
-AblationConfig = Annotated[str, typer.Option("--config", help=_CONFIG)]
-ExtraText = Annotated[
-    Path | None,
-    typer.Option(
-        "--extra-text",
-        help="Texts without labels to follow the teacher on, a table with the task's text columns. Default: none.",
-    ),
-]
+AblationConfig = Annotated[str, typer.Option(help=_CONFIG)]
 
 Restart = Annotated[
     bool,
     typer.Option(
-        "--restart",
+        "--restart", rich_help_panel=TRAINING,
         help="Drop the unfinished run in --output instead of going on with it. A finished one only with --force.",
-        rich_help_panel=_TRAINING,
     ),
-]
+]  # fmt: skip
 ForceRestart = Annotated[
     bool,
-    typer.Option(
-        "--force", help="With --restart: replace a finished run and its model too.", rich_help_panel=_TRAINING
-    ),
+    typer.Option("--force", help="With --restart: replace a finished run and its model too.", rich_help_panel=TRAINING),
 ]

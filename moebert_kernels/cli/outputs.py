@@ -80,7 +80,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
-    """Whether an earlier call of the same `identity`, which names its command, has written the model in `folder`.
+    """Whether an earlier call of the same `identity`, which names its command, wrote the model in `folder`; says so.
 
     Raises:
         UserError: as `check_output`; the folder holds another model. `force` allows to replace that, and never files
@@ -92,6 +92,7 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
     files = note.pop("files", [])
     if not force:
         if note == json.loads(json.dumps(identity)):
+            print(f"{folder} is there already")
             return True
         raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
     others = sorted({path.name for path in folder.iterdir()} - {NOTE, *files})
@@ -103,23 +104,32 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
 
 
 def write_model(folder: Path, model: Any, tokenizer: Any, identity: Mapping[str, Any]) -> None:
-    """Write a model, its tokenizer if there is one, and the call that made them, whole or not at all."""
+    """Write a model with its card, its tokenizer if there is one, and the call that made them, whole or not at all."""
     from moebert_kernels.convert.card import save_with_card
+
+    write_files(folder, lambda at: save_with_card(model, at, previous=folder), identity, tokenizer)
+    print(f"saved in {folder}")
+
+
+def write_files(output: Path, save: Callable[[Path], Any], identity: Mapping[str, Any], *parts: Any) -> None:
+    """Write what `save` and the parts' `save_pretrained` write, and the call that made them, whole or not at all.
+
+    Args:
+        parts: a tokenizer, a configuration; None: there is none.
+    """
     from moebert_kernels.distill.files import write_folder
     from moebert_kernels.distill.loading import quiet_transformers
 
-    output = folder
-
     def write(folder: Path) -> None:
         with quiet_transformers():
-            save_with_card(model, folder, previous=output)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save(folder)
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(folder)
         files = sorted(path.name for path in folder.iterdir())
         (folder / NOTE).write_text(json.dumps({**identity, "files": files}), encoding="utf-8")
 
-    write_folder(folder, write)
-    print(f"saved in {folder}")
+    write_folder(output, write)
 
 
 def parts_of(folder: Path, identity: Mapping[str, Any]) -> Path:

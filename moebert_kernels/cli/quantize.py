@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import NOTE, already_written
+from moebert_kernels.cli.outputs import already_written, write_files
 
 
 def quantize(
     model: o.ModelName,
     output: o.OutputFolder,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="int8, int8-token (a scale for each token), bfloat16 or float32.")
-    ] = "int8",
-    tokens: Annotated[
-        int,
-        typer.Option("--tokens", min=1, help="Of a typical call, all sequences together: engines are compared at it."),
-    ] = 128,
+    dtype: str = "int8",
+    tokens: o.Number = 128,
     task: o.OptionalTaskName = None,
     data: o.Data = None,
     split: o.Split = "validation",
@@ -39,6 +31,10 @@ def quantize(
 
     AutoModel loads the result where moebert_kernels.serve was imported. Nothing is calibrated: activations are
     quantised in each call, by what they are.
+
+    Args:
+        dtype: int8, int8-token (a scale for each token), bfloat16 or float32.
+        tokens: Of a typical call, all sequences together: engines are compared at it.
     """
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
@@ -50,7 +46,6 @@ def quantize(
         "files of the model": model_files(model),
     }  # fmt: skip
     if already_written(output, identity, force, model):
-        print(f"{output} is there already")
         return
     tokenizer = load_tokenizer(model)
     scores: Callable[[Any], str] | None = None
@@ -67,27 +62,8 @@ def quantize(
     print(describe(prepared))
     if scores is not None:
         print(f"{dtype}: {scores(prepared)}")
-    write(output, prepared.save_pretrained, tokenizer, identity)
+    write_files(output, prepared.save_pretrained, identity, tokenizer)
     print(f"{before:,.0f} MiB of weights became {_mib(prepared):,.0f} MiB; saved in {output}")
-
-
-def write(
-    output: Path, save: Callable[[Path], Any], tokenizer: Any, identity: dict[str, Any], config: Any = None
-) -> None:
-    """What `save` writes into a folder, a tokenizer, a configuration and the note of the call; whole or not at all."""
-    from moebert_kernels.distill.files import write_folder
-    from moebert_kernels.distill.loading import quiet_transformers
-
-    def fill(folder: Path) -> None:
-        with quiet_transformers():
-            save(folder)
-        for part in (tokenizer, config):
-            if part is not None:
-                part.save_pretrained(folder)
-        files = sorted(path.name for path in folder.iterdir())
-        (folder / NOTE).write_text(json.dumps({**identity, "files": files}), encoding="utf-8")
-
-    write_folder(output, fill)
 
 
 def _scores(

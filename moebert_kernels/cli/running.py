@@ -6,17 +6,18 @@ interrupted.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from moebert_kernels.errors import MissingExtra, OtherRun, UserError
+from moebert_kernels.errors import MissingExtra, UserError
 
 # what the package calls a value, where a command's option for it has another name
 _OPTION_OF = {
@@ -24,11 +25,21 @@ _OPTION_OF = {
     "num_hidden_layers": "layers", "num_attention_heads": "heads", "gradient_mask.probability": "gradient_mask",
     "objective.preset": "preset",
 }  # fmt: skip
+# what the package advises, as it is typed
+_ADVICE = {
+    "resume=False drops": "--restart drops", "resume=False replaces": "--restart --force replaces",
+    "another output_dir": "another --output",
+}  # fmt: skip
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as a command: what a user did wrong is one line on standard error, without a traceback."""
-    options = {name for name in inspect.signature(function).parameters if name != "ctx"}
+    """A function as a command: what a user did wrong is one line on standard error, without a traceback.
+
+    The help texts of its options stand in its docstring, behind "Args:", or in the options' types.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    text, _, described = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
+    options = {name for name in signature.parameters if name != "ctx"}
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -36,8 +47,6 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             warnings.showwarning = _one_line_warning
             try:
                 return function(*args, **kwargs)
-            except OtherRun as error:
-                _fail(_of_other_run(error, options), 2)
             except UserError as error:
                 _fail(as_typed(" ".join(str(error).split()), options), 2)
             except MissingExtra as error:
@@ -48,7 +57,21 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             except KeyboardInterrupt:
                 _fail("interrupted; the same command goes on from here", 130)
 
+    helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+    found = signature.parameters.values()
+    documented = [_with_help(one, helps[one.name]) if one.name in helps else one for one in found]
+    run.__signature__ = signature.replace(parameters=documented)  # type: ignore[attr-defined]  # typer reads it
+    run.__doc__ = text
     return run
+
+
+def _with_help(parameter: inspect.Parameter, text: str) -> inspect.Parameter:
+    given = parameter.annotation
+    kind, *found = get_args(given) if get_origin(given) is Annotated else (given,)
+    made: Any = Annotated  # which a type checker takes for a type
+    option = copy.copy(found[0]) if found else typer.Option()
+    option.help, option.param_decls = " ".join(text.split()), (_typed(parameter.name),)
+    return parameter.replace(annotation=made[kind, option])
 
 
 def _fail(message: str, status: int) -> None:
@@ -72,7 +95,10 @@ def as_typed(message: str, options: Collection[str]) -> str:
         # a word may be a word: it is an option where it has a value, or could be nothing else
         names = "|".join(name if "_" in name else f"{name}(?= ?>?=)" for name in options)
         wanted = re.sub(rf"(?<![\w./-])({names})(?![\w./-])", lambda match: _typed(match[1]), wanted)
-    return wanted + got + came
+    message = wanted + got + came
+    for ours, typed in _ADVICE.items():
+        message = message.replace(ours, typed)
+    return message
 
 
 def _option(name: str, options: Collection[str]) -> str | None:
@@ -85,32 +111,6 @@ def _option(name: str, options: Collection[str]) -> str | None:
 
 def _typed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _of_other_run(error: OtherRun, options: Collection[str]) -> str:
-    """What is different from the run in the output folder, by option, and what to do."""
-    given: list[str] = []
-    others: list[str] = []
-    for name, (wanted, got) in error.changes.items():
-        if " " in name or isinstance(wanted, dict | list) or isinstance(got, dict | list):
-            others.append(name)  # a name of contents, whose values say nothing to a person
-        else:
-            given.append(f"{_option(name, options) or name} was {_said(got)} and is {_said(wanted)} now")
-    if others:
-        given = [*given[:3], f"other {', '.join(others[:3])}"]
-    changes = "; ".join(given[:4])
-    if "restart" not in options:
-        advice = "use another --output"
-    elif error.finished:
-        advice = "use another --output, or --restart --force to replace the model there"
-    else:
-        advice = "use another --output, or --restart to drop that run"
-    kind = "a finished" if error.finished else "an unfinished"
-    return f"--output: {error.folder} holds {kind} run with other settings: {changes} ({advice})"
-
-
-def _said(value: Any) -> str:
-    return "not given" if value is None else str(value)
 
 
 def print_settings(settings: Mapping[str, Any], prefix: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,13 +33,16 @@ def finetune(
     hold_out: o.HoldOut = None,
     max_length: o.MaxLength = None,
     doc_stride: o.DocStride = None,
-    task_temperature: o.TaskTemperature = 1.0,
+    task_temperature: Annotated[float, typer.Option(min=1.0, rich_help_panel=o.TRAINING)] = 1.0,
     restart: o.Restart = False,
     force: o.ForceRestart = False,
 ) -> None:
     """Fine-tune a pretrained model on a task, or on several: the teacher. Writes OUTPUT/best, judged on validation.
 
     Every training argument of transformers is an option by its name.
+
+    Args:
+        task_temperature: Of several tasks: 1 draws them in proportion to their data, more draws small ones more often.
     """
     check_run(output, "finetune", restart, force, model)
     inputs.check_models(model=model)
@@ -68,16 +72,9 @@ def distill(
     model: o.ModelName,
     task: o.TaskName,
     output: o.OutputFolder,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            "--teacher",
-            help="The fine-tuned dense model; with --config also a task-routed MoE. Default: none, which a few recipes"
-            " allow.",
-        ),
-    ] = None,
+    teacher: str | None = None,
     config: o.Config = None,
-    extra_text: o.ExtraText = None,
+    extra_text: Path | None = None,
     data: o.Data = None,
     seed: o.Seed = 0,
     text_column: o.TextColumns = None,
@@ -93,6 +90,11 @@ def distill(
     Writes OUTPUT/best.
 
     Every training argument of transformers is an option by its name.
+
+    Args:
+        teacher: The fine-tuned dense model; with --config also a task-routed MoE. Default: none, which a few recipes
+            allow.
+        extra_text: Texts without labels to follow the teacher on, a table with the task's text columns. Default: none.
     """
     from moebert_kernels.distill.loading import is_moe, load_config
 
@@ -123,9 +125,7 @@ def distill(
 
 def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]:
     """The settings of a task; a batch is its share of what is listed where steps accumulate several."""
-    from moebert_kernels.distill.presets import preset_for
-
-    settings = preset_for(task)
+    settings = o.preset_for(task)
     del settings["max_length"]  # which holds as far as the model reaches
     if ctx.command.name == "finetune":
         del settings["distill_weight"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moebert_kernels.data.tasks import SPLIT_WORDS
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from moebert_kernels.data.tasks import TaskData
 
 _SHOWN = 4  # differences that a message names
-# These differ because something else does, which is named in their place where it is known.
-_FOLLOWING = (
-    "training data", "validation data",
-)  # fmt: skip
+# these differ because something else does, which is named in their place where it is known
+_FOLLOWING = ("training data", "validation data")
 _MODEL_FILES = (".safetensors", ".bin", ".pt", ".json", ".txt", ".model")
 
 
@@ -59,15 +57,14 @@ def _value(value: Any) -> str:
 
 
 def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise OtherRun if the run whose output `folder` is has other facts than a present one."""
+    """Raise UserError if the run whose output `folder` is has other facts than a present one."""
     changes = changed(saved, identity)
     if changes:
-        kind = "a finished" if finished else "an unfinished"
-        message = (
+        kind, does = ("a finished", "replaces") if finished else ("an unfinished", "drops")
+        raise UserError(
             f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
-            f" {described(changes)} (resume=False replaces it, another output_dir keeps it)"
+            f" {described(changes)} (resume=False {does} it, another output_dir keeps it)"
         )
-        raise OtherRun(message, folder, finished, changes)
 
 
 def row_facts(data: TaskData, splits: Sequence[str] | None = None, of: str = "") -> dict[str, str]:

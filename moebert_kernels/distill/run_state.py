@@ -18,7 +18,7 @@ from torch import Tensor
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.terms import TermMeter
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.errors import UserError
 
 FILE = "moebert_state.pt"
 
@@ -80,10 +80,10 @@ def check_same_run(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Raise a UserError, which names what differs, unless a checkpoint is of a run with these facts."""
     changes = changed(_read(Path(folder))["identity"], identity)
     if changes:
-        raise OtherRun(
+        raise UserError(
             f"resume_from_checkpoint: expected a checkpoint of the same run, got {folder} with other"
-            f" {described(changes)}", Path(folder), False, changes,
-        )  # fmt: skip
+            f" {described(changes)}"
+        )
 
 
 def _read(folder: Path) -> dict[str, Any]:

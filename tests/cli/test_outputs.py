@@ -147,7 +147,7 @@ def test_restart_keeps_a_finished_model(base, teacher, data, tmp_path):
         f"output: expected an unfinished run to drop, got {output} with a finished model; --restart --force replaces"
         " it, another --output keeps it"
     )
-    assert "--restart --force to replace the model there" in refused(*words, "--num_train_epochs", 1)
+    assert "(--restart --force replaces it, another --output keeps it)" in refused(*words, "--num_train_epochs", 1)
     assert (output / "best" / "model.safetensors").read_bytes() == weights
     done(*words, "--num_train_epochs", 1, "--restart", "--force")
     assert (output / "best" / "model.safetensors").read_bytes() != weights
@@ -161,8 +161,8 @@ def test_an_unfinished_run_is_dropped_by_restart_and_named_as_a_model(base, data
         interrupt(patched, 3)
         assert moebert(*words).exit_code == 130
     assert refused(*words, "--learning_rate", "1e-3") == (
-        f"output: {output} holds an unfinished run with other settings: learning_rate was 0.01 and is 0.001 now (use"
-        " another --output, or --restart to drop that run)"
+        f"output: expected a new folder or one of the same run, got {output} with an unfinished run of other"
+        " learning_rate (it was 0.01 and is 0.001 now) (--restart drops it, another --output keeps it)"
     )
     evaluation = ("eval", "--model", output, *TABLE, "--data", data)
     assert refused(*evaluation) == (

@@ -228,8 +228,8 @@ def test_outputs_that_cannot_be_written(base, teacher, data, tmp_path):
 def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
     words = ("--model", base, *TABLE, "--data", data, "--output", teacher, *TRAINING)
     assert refused("finetune", *words, "--seed", 5) == (
-        f"output: {teacher} holds a finished run with other settings: --seed was 0 and is 5 now (use another --output,"
-        " or --restart --force to replace the model there)"
+        f"output: expected a new folder or one of the same run, got {teacher} with a finished run of other seed (it was"
+        " 0 and is 5 now) (--restart --force replaces it, another --output keeps it)"
     )
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.files import recover_folder, write_folder
 from moebert_kernels.distill.run import RUN
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
 from tests.distill.tiny_run import (
@@ -135,7 +135,7 @@ class Judge:
 def test_another_run_in_the_folder(two_runs, state, change, message):
     kind = {"stopped": "an unfinished", "finished": "a finished"}[state]
     begin = f"output_dir: expected a new folder or one of the same run, got .*{state} with {kind} run of other "
-    with pytest.raises(OtherRun, match=begin + f".*{message}"):
+    with pytest.raises(UserError, match=begin + f".*{message}"):
         run(two_runs / state, **change)
 
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.run_state import FILE, last_whole_checkpoint
-from moebert_kernels.errors import OtherRun, UserError
+from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 from tests.distill.killed_trainer import KINDS
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
@@ -94,13 +94,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     options = {"teacher": tiny_bert(1), "objective": LayerwiseObjective("classification", layer_map={2: 2})}
     checkpoints(tmp_path, **options)
     with pytest.raises(
-        OtherRun, match=r"with other objective.layer_map \(it was \[\[2, 2\]\] and is \[\[1, 2\]\] now\)"
+        UserError, match=r"with other objective.layer_map \(it was \[\[2, 2\]\] and is \[\[1, 2\]\] now\)"
     ):
         other = {**options, "objective": LayerwiseObjective("classification", layer_map={1: 2})}
         trainer(tmp_path, **other).train(resume_from_checkpoint=True)
-    with pytest.raises(OtherRun, match=r"with other teacher weights$"):
+    with pytest.raises(UserError, match=r"with other teacher weights$"):
         trainer(tmp_path, **{**options, "teacher": tiny_bert(2)}).train(resume_from_checkpoint=True)
-    with pytest.raises(OtherRun, match="with other experts"):
+    with pytest.raises(UserError, match="with other experts"):
         moe = convert_to_moe(tiny_bert(0), MoEConfig.switch(num_experts=2, load_balance=0.0))
         trainer(tmp_path, moe, **options).train(resume_from_checkpoint=True)
     trainer(tmp_path, **options).train(resume_from_checkpoint=True)
