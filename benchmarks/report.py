@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks import charts, suites
 from benchmarks.environment import results_folder
-from benchmarks.identity import ROOT
 from benchmarks.measuring import Target
 from benchmarks.results import requirement_text
 from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of

@@ -10,7 +10,6 @@ from benchmarks.report import load_folder, markdown
 from benchmarks.results import FORMAT_VERSION
 from benchmarks.views import is_ours, ours, rows_of, series_over_tokens
 from tests.benchmarks.results_of import ENVIRONMENT, case, encoder_case, entry, ffn_case, result, some_results, write
-from tests.helpers import ROOT
 
 
 def text_of(folder, results) -> str:

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.convert import choose_experts, convert_to_moe, importance_scores
-from moebert_kernels.convert.text_pass import read_text
 from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.convert.text_pass import read_text
 from moebert_kernels.errors import UserError
 from tests.convert.families import make
 
@@ -27,9 +27,9 @@ def batch(length=8, largest=99):
 @pytest.mark.parametrize(
     ("family", "given", "message"),
     [
-        ("bert", {"largest": 100}, "batches: expected input_ids from 0 to 99, the model's vocabulary, got . to 100; use"),
+        ("bert", {"largest": 100}, "batches: expected input_ids from 0 to 99, the model's vocabulary, got . to 100;"),
         ("gpt2", {"largest": -1}, "batches: expected input_ids from 0 to 99, the model's vocabulary, got -1 to"),
-        ("bert", {"length": 65}, "batches: expected texts of at most 64 tokens, .* got 65; call the tokenizer with trunc"),
+        ("bert", {"length": 65}, "batches: expected texts of at most 64 tokens, .* got 65; call"),
         ("roberta", {"length": 63}, "batches: expected texts of at most 62 tokens"),
     ],
 )
