@@ -16,7 +16,7 @@ _POSITIONS_BEHIND_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "
 
 def longest_input(config: Any) -> int | None:
     """Tokens that a model of this configuration has positions for; None: any number."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config, "max_position_embeddings", None)
     if positions is None:  # relative positions reach any length
         return None
     if config.model_type in _POSITIONS_BEHIND_PADDING:
