@@ -1,7 +1,5 @@
 """What each command makes of the one before, made once."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, write_base, write_data
@@ -43,10 +41,3 @@ def student(teacher, moe, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("student") / "out"
     done("distill", "--model", moe, "--teacher", teacher, *TABLE, "--data", data, "--output", output, *TRAINING)
     return output
-
-
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup` one process runs the slow ones, so that it makes all of this once."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group("commands"))

@@ -14,7 +14,6 @@ from tests.helpers import ROOT
 SCRIPT = str(ROOT / "tests/distill/distributed_trainer.py")
 WHOLE = ("split", "gated", "mpo", "masked", "microbert")
 SHARDED = ("split", "gated", "mpo")
-pytestmark = pytest.mark.xdist_group("processes")  # which shares the runs of one process
 
 
 def train(folder, processes, kinds, sharded=False):
