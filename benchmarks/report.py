@@ -11,12 +11,10 @@ from typing import Any
 
 from benchmarks import charts, suites
 from benchmarks.environment import results_folder
-from benchmarks.identity import ROOT
 from benchmarks.measuring import Target
 from benchmarks.results import requirement_text
 from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of
 
-MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
 SAME_EVERYWHERE = ("commit", "sources", "device", "cpu", "gpu", "torch")  # in the environments of a report's results
 
 
@@ -47,7 +45,6 @@ class Unfit(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, help="folder (default: benchmarks/results/<this device>)")
-    parser.add_argument("--readme", type=Path, help="also put picture and sentence between this file's marks")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -55,14 +52,9 @@ def main(options: argparse.Namespace) -> int:
     folder = (options.results or results_folder(Target.of())).resolve()
     try:
         results = load_folder(folder)
-        if options.readme:
-            with_block(options.readme, "")  # to fail before anything is drawn
         text = markdown(results, charts.draw_all(rows_of(results), folder))
         (folder / "REPORT.md").write_text(text, encoding="utf-8")
         print(f"written: {folder / 'REPORT.md'}")
-        if options.readme:
-            options.readme.write_text(with_block(options.readme, readme_block(results, folder)), encoding="utf-8")
-            print(f"written: {options.readme}")
     except Unfit as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
@@ -236,47 +228,3 @@ def _environment(results: Sequence[Mapping[str, Any]]) -> str:
     ]  # fmt: skip
     head = ("suite", "date", "roof TFLOP/s", "roof GB/s", "load before", "load after", "seconds")
     return f"{_table(('', ''), facts)}\n\n{_table(head, per_suite)}"
-
-
-def readme_block(results: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    """The picture, one sentence on what was measured on what, and the whole models' numbers.
-
-    Raises:
-        Unfit: no picture for it.
-    """
-    if not (folder / "overview.png").exists():
-        raise Unfit(f"{folder}: expected times of fused_moe_ffn and of whole models for the README's picture, got none")
-    place = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder.as_posix()
-    return (
-        f"![speed over the dense layer and over dense models]({place}/overview.png)\n\n"
-        f"Measured on {device_name(results)}, {conditions(results)} One feed-forward layer over the number of tokens,"
-        " and whole encoders; random weights, every output checked before it was timed:"
-        f" [all numbers, losses too]({place}/REPORT.md).\n\n{_encoder_table(rows_of(results))}"
-    )
-
-
-def _encoder_table(rows: Sequence[Row]) -> str:
-    """Whole encoders: ours, what it is compared with, and the ideal of the same FLOPs."""
-    lines = []
-    for row in rows:
-        mine, ideal = row.times.get(ours(row.case)), row.times.get("ideal")
-        speed, baseline = row.speed(ours(row.case)), row.case["baseline"]
-        if row.what == "encoder" and mine and speed:
-            least = f"{ideal['median_ms']:.4g} ms" if ideal else ""
-            theirs = f"{row.times[baseline]['median_ms']:.4g} ms, {baseline}"
-            lines.append((row.label, f"{mine['median_ms']:.4g} ms", theirs, f"{speed['median']:.2f}x", least))
-    return _table(("whole encoder", "ours", "baseline", "ours over it", "dense of the same FLOPs"), lines)
-
-
-def with_block(path: Path, block: str) -> str:
-    """The file's text with `block` between its marks.
-
-    Raises:
-        Unfit: the marks are not there.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise Unfit(f"{path}: expected the lines {MARKS[0]} and {MARKS[1]}, got none")
-    return f"{before}{begin}\n{block}\n{end}{after}"

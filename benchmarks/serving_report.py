@@ -12,15 +12,12 @@ from typing import Any
 
 BEGIN, END = "<!-- serving: begin -->\n", "<!-- serving: end -->\n"
 ROWS = {
-    "dense float32 plain": "dense, float32, as transformers runs it",
-    "dense float32": "dense, float32, packed by `prepare`",
+    "dense float32 plain": "dense, float32",
     "dense bfloat16": "dense, bfloat16",
     "dense int8": "dense, int8, by `prepare`",
-    "dense int8 torch.ao": "dense, int8, by torch's dynamic quantisation",
     "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
     "ideal int8": "dense with a quarter of the neurons, int8",
-    "moe float32 plain": "ours, float32, as converted",
-    "moe float32": "ours, float32, packed by `prepare`",
+    "moe float32 plain": "ours, float32",
     "moe bfloat16": "ours, bfloat16",
     "moe int8": "**ours, int8, by `prepare`**",
     "moe int8 onnx": "**ours, int8, exported to ONNX**",

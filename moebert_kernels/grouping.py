@@ -42,23 +42,6 @@ class Grouping:
     def num_tokens(self) -> int:
         return self.num_rows // self.top_k
 
-    def tile_map(self, block_rows: int) -> Tensor:
-        """Row tiles of at most `block_rows` rows that never cross an expert, without reading `offsets` back.
-
-        Returns:
-            (num_rows // block_rows + E, 2) int32: expert and first row of each tile; surplus tiles hold (E, num_rows).
-        """
-        num_tiles = self.num_rows // block_rows + self.num_experts
-        first_row = self.offsets[:-1]
-        tiles_per_expert = (self.offsets.diff() + block_rows - 1) // block_rows
-        last_tile = tiles_per_expert.cumsum(0)
-        tile = torch.arange(num_tiles, device=self.offsets.device)
-        expert = torch.searchsorted(last_tile, tile, right=True)
-        inside = expert < self.num_experts
-        owner = expert.clamp(max=self.num_experts - 1)
-        row = first_row[owner] + (tile - (last_tile - tiles_per_expert)[owner]) * block_rows
-        return torch.stack([expert, row.where(inside, self.num_rows)], dim=1).int()
-
     def to(self, device: torch.device | str) -> Grouping:
         return Grouping(
             self.offsets.to(device), self.row_to_assignment.to(device), self.assignment_to_row.to(device), self.top_k

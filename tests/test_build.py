@@ -23,18 +23,23 @@ IMPORT = f"{WITHOUT_PACKAGE}; m = u.module_from_spec(s); s.loader.exec_module(m)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc of the CUDA toolkit on PATH")
 
 
-@pytest.fixture
-def tree(tmp_path):
-    """The unpacked source distribution of what a clone would hold: it must have all that the build needs."""
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The source distribution of what a clone would hold: it must have all that the build needs."""
+    clone = tmp_path_factory.mktemp("clone")
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    clone = tmp_path / "clone"
     for name in filter(None, files):
         if (ROOT / name).exists():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     build = "import build_native; print(build_native.build_sdist('dist'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=clone, capture_output=True, text=True, check=True)
-    archive = clone / "dist" / done.stdout.splitlines()[-1]
+    return clone / "dist" / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def tree(archive, tmp_path):
+    """The unpacked source distribution."""
     with tarfile.open(archive) as packed:
         packed.extractall(tmp_path, filter="data")
     return tmp_path / archive.name.removesuffix(".tar.gz")
@@ -42,23 +47,26 @@ def tree(tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    """The interpreter of an empty environment, into which this one's pip installs."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     return tmp_path / "venv/bin/python"
 
 
-def install(python, tree, **environment):
-    command = [python, "-m", "pip", "install", "-v", "--no-deps", "-e", tree]
+def pip(*words, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MOEBERT_KERNELS_")}
+    command = [sys.executable, "-m", "pip", *words]
     done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
+def install(python, tree, **environment):
+    return pip("--python", python, "install", "-v", "--no-deps", "-e", tree, **environment)
+
+
 def wheel(tree, **environment):
     """The path of the wheel that pip builds in an isolated environment."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tree / "dist", tree]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MOEBERT_KERNELS_")}
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output = pip("wheel", "--no-deps", "--wheel-dir", tree / "dist", tree, **environment)
+    assert status == 0, output
     (built,) = (tree / "dist").glob("*.whl")
     return built
 
@@ -152,7 +160,8 @@ def test_a_wheel_without_the_module_is_for_every_python_and_platform(python, tre
     assert {"moebert_kernels/py.typed", "moebert_kernels/kernels/occupancy.json"} <= packed
     assert any(name.endswith("licenses/NOTICE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "build_"))]
-    subprocess.run([python, "-m", "pip", "install", "--no-deps", built], check=True, capture_output=True)
+    status, output = pip("--python", python, "install", "--no-deps", built)
+    assert status == 0, output
     (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
     Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others, without a download
     code = "import moebert_kernels, torch; print(moebert_kernels.__file__)"

@@ -7,18 +7,17 @@ import sys
 
 import pytest
 
+from tests.forks import run_forked
 from tests.helpers import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(path, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def test_examples_run(tmp_path):
+    programs = {path.stem: path.read_text() for path in EXAMPLES}
+    for name, (status, printed) in run_forked(programs, tmp_path, ("torch", "transformers")).items():
+        assert status == 0 and printed.strip(), f"{name}:\n{printed}"
 
 
 @pytest.mark.slow

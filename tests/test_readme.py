@@ -1,12 +1,10 @@
-"""The Python snippets of the README and of the guide run as printed, each in a process of its own."""
+"""The Python snippets of the guide run as printed, each in a process of its own, and those of the README in one."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests.forks import run_forked
 from tests.helpers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
@@ -19,16 +17,15 @@ def blocks(fence, pages=PAGES):
 
 
 SNIPPETS = blocks("python")
+README = "README"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "snippet", [text for _, text in SNIPPETS], ids=[f"{page}-{i}" for i, (page, _) in enumerate(SNIPPETS)]
-)
-def test_snippet_runs_as_printed(snippet, tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}  # also where the package is not installed
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_snippets_run_as_printed(tmp_path):
+    programs = {f"{page}-{i}": text for i, (page, text) in enumerate(SNIPPETS) if page != README}
+    programs[README] = "\n".join(text for page, text in SNIPPETS if page == README)  # as one reads it
+    for name, (status, printed) in run_forked(programs, tmp_path, ("torch", "transformers")).items():
+        assert status == 0, f"{name}:\n{printed}"
 
 
 @pytest.mark.parametrize("fence", ["python", "py"])
@@ -48,7 +45,7 @@ def test_each_task_of_the_guide_has_a_snippet_that_runs():
     assert tasks <= {page for page, _ in SNIPPETS}
 
 
-def test_the_readme_begins_with_a_snippet_for_models_and_has_one_for_the_op():
-    (_, first), (_, second) = blocks("python", PAGES[:1])
-    assert "convert_to_moe(" in first and "AutoModel.from_pretrained(" in first
-    assert "fused_moe_ffn(" in second
+def test_the_readme_converts_distils_and_serves_a_model_and_calls_an_op():
+    (_, first), (_, second), (_, third) = blocks("python", PAGES[:1])
+    assert all(name in first for name in ("convert_to_moe(", "MoETrainer(", "AutoModel.from_pretrained("))
+    assert "prepare(" in second and "fused_moe_ffn(" in third

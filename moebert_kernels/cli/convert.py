@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,73 +17,75 @@ from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
 
 METHODS = ("moebert", "chosen", "mpoe", "dense")
-_COPIES, _TASKS = "With --experts mpo or copy", "With --router task"
+_SIZES, _COPIES, _TEXTS, _MORE = "Sizes", "With --experts mpo or copy", "Texts and tasks", "More"
 
 
 def convert(
-    output: o.OutputFolder,
+    *,
     model: str | None = None,
-    importance: Path | None = None,
-    task: o.OptionalTaskNames = None,
-    data: o.Data = None,
-    seed: o.Seed = 0,
+    output: o.OutputFolder,
     method: str = "moebert",
     router: str | None = None,
     experts: str | None = None,
-    num_experts: o.AtLeastOne = None,
-    expert_size: o.AtLeastOne = None,
-    num_shared_neurons: Annotated[int | None, typer.Option(min=0)] = None,
-    norm: str | None = None,
-    load_balance: Annotated[float | None, typer.Option(min=0.0)] = None,
-    route_padding: bool = False,
-    from_original: Path | None = None,
-    hash_tables: Path | None = None,
-    top_k: Annotated[int | None, typer.Option(min=1, rich_help_panel=_TASKS)] = None,
+    importance: Path | None = None,
+    seed: o.Seed = 0,
+    force: o.Force = False,
+    task: Annotated[list[str] | None, typer.Option(rich_help_panel=_TEXTS)] = None,
+    data: Annotated[list[str] | None, typer.Option(rich_help_panel=_TEXTS)] = None,
+    text_column: Annotated[list[str] | None, typer.Option(rich_help_panel=_TEXTS)] = None,
+    label_column: Annotated[str, typer.Option(rich_help_panel=_TEXTS)] = "label",
+    max_length: Annotated[int | None, typer.Option(min=8, rich_help_panel=_TEXTS)] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, rich_help_panel=_SIZES)] = None,
+    expert_size: Annotated[int | None, typer.Option(min=1, rich_help_panel=_SIZES)] = None,
+    num_shared_neurons: Annotated[int | None, typer.Option(min=0, rich_help_panel=_SIZES)] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, rich_help_panel=_SIZES)] = None,
     sites: Annotated[int | None, typer.Option(min=2, max=6, rich_help_panel=_COPIES)] = None,
     max_bond: Annotated[int | None, typer.Option(min=1, rich_help_panel=_COPIES)] = None,
     low_bonds: Annotated[bool | None, typer.Option(rich_help_panel=_COPIES)] = None,
     noise: Annotated[float | None, typer.Option(min=0.0, rich_help_panel=_COPIES)] = None,
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    max_length: o.MaxLength = None,
-    force: o.Force = False,
+    norm: Annotated[str | None, typer.Option(rich_help_panel=_MORE)] = None,
+    load_balance: Annotated[float | None, typer.Option(min=0.0, rich_help_panel=_MORE)] = None,
+    route_padding: Annotated[bool, typer.Option(rich_help_panel=_MORE)] = False,
+    hash_tables: Annotated[Path | None, typer.Option(rich_help_panel=_MORE)] = None,
+    from_original: Annotated[Path | None, typer.Option(rich_help_panel=_MORE)] = None,
 ) -> None:
     """Replace the feed-forward layers of a dense model, of any family and with any head, by mixtures of experts. Or
     import a checkpoint of the original code.
 
     Args:
-        model: A dense model: a folder or a name on the Hub. Default: none; see --from-original.
-        importance: The file that moebert importance wrote. Without it, neurons are ranked at random.
-        method: moebert: experts out of the feed-forwards' neurons, routed by token ids. chosen: the same, but neurons
-            and tables lose least on the texts of --data, whose labels are not used. mpoe: experts of the whole
-            feed-forward that share a central tensor, routed by Switch's router. dense: the --expert-size most important
-            neurons, for comparison. Other options change what a method makes.
-        router: hash-random, hash-balance (counts --data), hash-chosen (by the texts of --data), gate-token,
-            gate-sentence, switch, top2, or task (with a head for each --task). Default: hash-random, with --method
-            chosen hash-chosen, with mpoe switch.
-        experts: split: parts of the neurons; clustered: parts that are chosen by the texts of --data; copy: the whole
-            feed-forward, as in Switch; mpo: the same with a shared central tensor. Default: split, with --method chosen
-            clustered, with mpoe mpo.
+        model: A dense model: a folder or a name on the Hub. Without it, --from-original.
+        method: chosen: experts and routing fit the texts of --task and --data; labels are not used. moebert: experts by
+            --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: the
+            --expert-size most important neurons, to compare with.
+        router: hash-random, hash-balance, hash-chosen, gate-token, gate-sentence, switch, top2 or task. Default: the
+            method's.
+        experts: split (parts of the neurons), clustered (parts chosen by text), copy or mpo (the whole feed-forward).
+            Default: the method's.
+        importance: What moebert importance wrote, for --experts split. Without it, neurons are ranked at random.
+        task: With --method chosen or --router hash-balance, whose texts to read: custom for --data of your own, or a
+            task of GLUE. With --router task, the tasks that get a head each. Default: none.
+        data: A file, a folder with train.tsv, or a dataset's name on the Hub. Without it, the task's own.
+        text_column: A column of text; once or twice. Default: text.
+        label_column: The column of labels, which are not used.
+        max_length: Tokens of a text at most. Default: as in the model's training, else 128, or the task's.
         num_experts: Experts of a layer. Default: 4, with --method mpoe 8.
-        expert_size: Neurons per expert with --experts split. Default: a quarter of the dense layer's (768 of
-            BERT-base's 3,072); with --router task all of them divided by --num-experts. With --method dense: the
-            neurons kept.
-        num_shared_neurons: Number of the most important neurons, copied into every expert by --experts split. Default:
-            two thirds of an expert's (512 of 768); with --router task 0.
-        norm: expert: each expert gets a LayerNorm of its own, if the model has one right after its feed-forward;
-            layer: the model's stays. Default: expert with --experts split and one expert per token, else layer.
+        expert_size: Neurons of an expert; with --method dense, those kept. Default: a quarter of the dense layer's;
+            with --router task all of them divided up.
+        num_shared_neurons: Most important neurons, copied into every expert by --experts split. Default: two thirds of
+            an expert's; with --router task 0.
+        top_k: With --router task, the experts of a task. Default: 2, with --norm expert 1.
+        sites: mpo: the tensors that each weight becomes. Default: 5.
+        max_bond: mpo: the largest bond dimension. Default: no limit, which is exact.
+        low_bonds: mpo: allow bonds so small that building the weight costs more than the chain of tensors. Default:
+            refuse them.
+        noise: Noise on each expert's copy, relative to its root mean square. Default: 0.
+        norm: expert: a LayerNorm for each expert, where the feed-forward ends in one; layer: the model's own. Default:
+            expert with --experts split and one expert for a token, else layer.
         load_balance: Weight of a learned router's balance loss in the loss. Default: 0.01.
         route_padding: Send padding to experts too, as the original code of MoEBERT does.
+        hash_tables: Tables to use: the original's .pkl, or JSON with the expert of each token id, or a list of such for
+            each layer. Default: --router makes them.
         from_original: A checkpoint of the original MoEBERT code, in place of --model. Default: none.
-        hash_tables: Hash tables to use: the original code's .pkl, or JSON with an expert's number for each token of the
-            vocabulary, or a list of such numbers for each layer. Default: --router makes them.
-        top_k: Experts per task. Default: 2, with --norm expert 1.
-        sites: mpo: the number of tensors that each weight becomes. Default: 5.
-        max_bond: mpo: the largest bond dimension. Default: no limit, which is exact.
-        low_bonds: mpo: allow bonds so small that multiplying by the chain of tensors would be faster than building the
-            weight. Default: refuse them.
-        noise: Standard deviation of the noise on each expert's copy, or on its auxiliary tensors, relative to their
-            root mean square. Default: 0.
     """
     from moebert_kernels.distill.identity import file_digest, model_files
 
@@ -176,9 +179,9 @@ def _converted(
         report_chart,
         report_table,
     )
-    from moebert_kernels.distill.loading import load_as_saved, load_classifier, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved, load_classifier
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = _tokenizer(name)
     model = load_as_saved(name) if config.task_labels is None else load_classifier(name, options["seed"])
     scores = None if importance is None else load_importance(importance, model).scores
     before = sizes(model)
@@ -198,9 +201,9 @@ def _converted(
 
 def _dense_student(name: Any, importance: Path | None, width: int | None, seed: int) -> tuple[Any, Any]:
     from moebert_kernels.convert import dense_student, load_importance
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved
 
-    model, tokenizer = load_as_saved(name), load_tokenizer(name)
+    model, tokenizer = load_as_saved(name), _tokenizer(name)
     scores = None if importance is None else load_importance(importance, model).scores
     student = dense_student(model, scores, width, seed)
     say_sizes(student, sizes(model))
@@ -216,19 +219,22 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
 
 
 def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any]:
-    import warnings
-
     from moebert_kernels.convert import from_original
-    from moebert_kernels.distill.loading import load_tokenizer
 
     converted = from_original(checkpoint, hash_tables=tables, seed=seed)
     say_sizes(converted)
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return converted, _tokenizer(checkpoint if checkpoint.is_dir() else checkpoint.parent)
+
+
+def _tokenizer(name: Any) -> Any:
+    """The tokenizer of a model, which is saved with what it becomes; None, with a warning, where there is none."""
+    from moebert_kernels.distill.loading import load_tokenizer
+
     try:
-        return converted, load_tokenizer(folder)
-    except UserError:
-        warnings.warn(f"no tokenizer in {folder}: the model is saved without one", stacklevel=2)
-        return converted, None
+        return load_tokenizer(name)
+    except UserError as error:
+        warnings.warn(f"the model is saved without a tokenizer ({error})", stacklevel=2)
+        return None
 
 
 def _texts(

@@ -202,7 +202,8 @@ def lengths_for(
     Raises:
         UserError: longer than the model has positions for.
     """
-    from moebert_kernels.distill.loading import longest_input, trained_lengths
+    from moebert_kernels.convert.batches import longest_input
+    from moebert_kernels.distill.loading import trained_lengths
 
     trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
     for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):

@@ -170,7 +170,7 @@ def _random_batches(
 ) -> list[tuple[Any, Any]]:
     """Ids and mask of random tokens, one batch for each size and length."""
     from moebert_kernels.bench.timing import random_inputs
-    from moebert_kernels.distill.loading import longest_input
+    from moebert_kernels.convert.batches import longest_input
 
     models = list(models)
     positions = min(longest_input(model.config) or max(lengths) for model in models)

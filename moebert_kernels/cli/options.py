@@ -60,7 +60,7 @@ EXAMPLES = {
     "doctor": "moebert doctor --json",
     "finetune": "moebert finetune --model bert-base-uncased --task mrpc --output teacher --learning_rate 3e-5",
     "importance": "moebert importance --model teacher --task mrpc --output importance.safetensors",
-    "convert": "moebert convert --model teacher --importance importance.safetensors --output moe",
+    "convert": "moebert convert --model teacher --method chosen --task custom --data texts.csv --output moe",
     "distill": "moebert distill --model moe --teacher teacher --task mrpc --output student --num_train_epochs 5",
     "ablate": "moebert ablate --model small --teacher teacher --task mrpc --seeds 3 --output ablation",
     "merge": "moebert merge --model routed --task mrpc --output mrpc-teacher",
@@ -94,13 +94,6 @@ TaskNames = Annotated[
     typer.Option(
         help=f"{_TASK}. Several times, for tasks of GLUE, with a model that has a head for each (moebert convert"
         " --router task), and then --data TASK=FOLDER."
-    ),
-]
-OptionalTaskNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="With --router hash-balance: whose data to count. With --router task: the tasks. Without those routers,"
-        f" none. {_TASK}."
     ),
 ]
 OptionalTaskName = Annotated[

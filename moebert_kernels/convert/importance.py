@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.batches import reading
 from moebert_kernels.convert.sample_loss import LABEL_KEYS, sample_loss
 from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.errors import UserError
@@ -85,7 +86,8 @@ def _batch_scores(model: nn.Module, sites: list[Site], batch: dict[str, Tensor],
     inputs = {name: value for name, value in batch.items() if name in accepted and name not in LABEL_KEYS}
     samples = next(iter(batch.values())).shape[0]
     with _recording(sites, samples) as (products, roots):
-        outputs = model(**inputs, return_dict=True)
+        with reading(model, inputs):
+            outputs = model(**inputs, return_dict=True)
         loss = sample_loss(outputs, batch, getattr(model, "config", None)).sum()
         if not roots:
             raise UserError(f"model: expected its FFN layers to run in forward, got none from {type(model).__name__}")

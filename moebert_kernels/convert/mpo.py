@@ -37,15 +37,6 @@ class MPODecomposition:
         """(D_1, ..., D_n+1)."""
         return (1, *(site.shape[3] for site in self.sites))
 
-    @property
-    def error_bound(self) -> float:
-        """Most that the Frobenius norm of W - reconstruction can be in exact arithmetic: sqrt(sum of eps_k^2).
-
-        eps_k^2 is the sum of squares of the singular values that bond k lost (MPOP, theorem 1).
-        """
-        lost = [spectrum[bond:] for spectrum, bond in zip(self.spectra, self.bonds[1:-1], strict=True)]
-        return math.sqrt(sum(float(values.square().sum()) for values in lost))
-
 
 @torch.no_grad()
 def mpo_decompose(

@@ -194,6 +194,10 @@ def find_sites(model: nn.Module, target_modules: tuple[str, ...] | None = None) 
         UserError: a model without feed-forwards of a known shape, one that is converted already, an activation that
             the ops do not have, or a name of `target_modules` that fits nothing; with the reason.
     """
+    if isinstance(model, str):
+        raise UserError(f"model: expected a loaded model, got the name {model!r}; AutoModel.from_pretrained loads it")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if any(isinstance(module, MoEFeedForward) for module in model.modules()):
         raise UserError(f"model: expected a dense model, got {type(model).__name__} with experts in it")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from moebert_kernels.convert.batches import reading
 from moebert_kernels.convert.importance import frozen_eval
 from moebert_kernels.convert.sites import Site
 from moebert_kernels.errors import UserError
@@ -152,8 +153,9 @@ def read_text(
                     f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
                 )
             tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            with torch.set_grad_enabled(with_gradient):
-                output = model(**{name: value for name, value in tensors.items() if name in accepted})
+            given = {name: value for name, value in tensors.items() if name in accepted}
+            with reading(model, given), torch.set_grad_enabled(with_gradient):
+                output = model(**given)
             if with_gradient:
                 _keep_gradients(recorders, output)
             least = min(recorder.count for recorder in recorders)

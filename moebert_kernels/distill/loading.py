@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import moebert_kernels.convert  # transformers loads converted models
 import moebert_kernels.serve  # noqa: F401  and prepared ones
+from moebert_kernels.convert.batches import longest_input
 from moebert_kernels.data.tasks import Task, label_order
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 
 _LENGTHS = "moebert_lengths"  # in tokenizer_config.json: by task
-# these count positions from behind the padding's
-_POSITIONS_BEHIND_PADDING = ("camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 def resolve_model(name: str | Path) -> str:
@@ -260,16 +259,6 @@ def load_classifier(name: str | Path, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _loaded(AutoModelForSequenceClassification, name, new_head=True)
-
-
-def longest_input(config: Any) -> int | None:
-    """Tokens that a model of this configuration has positions for; None: any number."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:  # relative positions reach any length
-        return None
-    if config.model_type in _POSITIONS_BEHIND_PADDING:
-        positions -= config.pad_token_id + 1
-    return positions
 
 
 def check_reach(name: str, config: Any, tokens: int) -> None:

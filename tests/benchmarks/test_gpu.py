@@ -351,8 +351,7 @@ def test_a_call_does_what_it_is_asked_for_and_says_how_it_went(only, built, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_after_s", [4, 14, 30])
-def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_s):
+def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path):
     copy, out = tmp_path / "copy", tmp_path / "out"
     ignored = shutil.ignore_patterns(".git", "__pycache__", "build", ".venv*", "results", "docs", "experiments", "_C*")
     shutil.copytree(ROOT, copy, ignore=ignored)
@@ -370,7 +369,7 @@ def test_rehearsal_in_a_copy_without_git_survives_a_kill(tmp_path, killed_after_
     )
     variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", gpu_machine.MARK)}
     first = subprocess.Popen(words, cwd=copy, env=variables, stdout=subprocess.DEVNULL)
-    time.sleep(killed_after_s)
+    time.sleep(14)  # in the middle of it
     first.kill()
     first.wait()
     (kept,) = (copy / "build" / "gpu").iterdir() if (copy / "build" / "gpu").exists() else (None,)

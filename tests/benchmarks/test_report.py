@@ -6,11 +6,10 @@ import pytest
 
 from benchmarks import charts, gpu
 from benchmarks.__main__ import main
-from benchmarks.report import MARKS, load_folder, markdown
+from benchmarks.report import load_folder, markdown
 from benchmarks.results import FORMAT_VERSION
 from benchmarks.views import is_ours, ours, rows_of, series_over_tokens
 from tests.benchmarks.results_of import ENVIRONMENT, case, encoder_case, entry, ffn_case, result, some_results, write
-from tests.helpers import ROOT
 
 
 def text_of(folder, results) -> str:
@@ -137,28 +136,6 @@ def test_refuses(tmp_path, capsys, change, message):
 
 def test_a_peer_that_fails_the_gate_is_left_out_by_name(tmp_path):
     assert "| ideal | **refused** |" in text_of(tmp_path, broken(lambda r: refuse(r, "ideal")))
-
-
-def test_readme_gets_picture_and_sentence_between_its_marks(tmp_path, capsys):
-    folder, readme = write(tmp_path / "results", some_results()), tmp_path / "README.md"
-    readme.write_text(f"# Name\n{MARKS[0]}\nold\n{MARKS[1]}\nrest\n")
-    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"# Name\n{MARKS[0]}\n![") and text.endswith(f"|\n{MARKS[1]}\nrest\n") and "old" not in text
-    assert "| encoder-B1 | 100 ms | 150 ms, dense | 1.50x |  |" in text
-    assert "overview.png" in text and "Measured on Intel Xeon Processor @ 2.50GHz, 2 threads, float32, torch" in text
-    readme.write_text("# Name\n")
-    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 1
-    assert "expected the lines <!-- measured: begin -->" in capsys.readouterr().err
-    (folder / "encoder.json").unlink()
-    readme.write_text(f"{MARKS[0]}{MARKS[1]}")
-    assert main(["report", "--results", str(folder), "--readme", str(readme)]) == 1
-    assert "whole models for the README's picture, got none" in capsys.readouterr().err
-
-
-def test_the_readme_has_its_marks_below_the_first_screen():
-    before, begin, rest = (ROOT / "README.md").read_text().partition(MARKS[0])
-    assert begin and MARKS[1] in rest and "```python" in before
 
 
 def test_ours_is_found_by_name_or_comes_first():

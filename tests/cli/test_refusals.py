@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from moebert_kernels.cli import app
 from moebert_kernels.layers import moe_config
-from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, refused, write_base
+from tests.cli.tiny import SPLIT, TABLE, TRAINING, done, moebert, refused, write_base
 
 
 def copy(folder, at):
@@ -84,6 +84,18 @@ def test_a_model_without_a_tokenizer(teacher, data, tmp_path):
     for file in model.glob("*token*"):
         file.unlink()
     assert refused("eval", "--model", model, *TABLE, "--data", data).startswith("tokenizer: expected ")
+
+
+def test_conversion_needs_a_tokenizer_only_to_read_text(base, data, tmp_path):
+    model = copy(base, tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    words = ("convert", "--model", model, "--output", tmp_path / "moe", "--expert-size", 8)
+    assert refused(*words, "--method", "chosen", *TABLE, "--data", data).startswith("tokenizer: expected ")
+    for method in ("moebert", "dense"):
+        result = moebert(*words, "--method", method, "--force")
+        assert result.exit_code == 0 and "the model is saved without a tokenizer (" in result.stderr
+        assert (tmp_path / "moe/model.safetensors").exists() and not list((tmp_path / "moe").glob("token*"))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "moe"])

@@ -92,3 +92,9 @@ def valid(family: str, hidden: torch.Tensor, inputs: dict[str, torch.Tensor]) ->
     """The hidden states that are not padding's."""
     mask = inputs.get("attention_mask")
     return hidden if mask is None or family in TWO_STACKS else hidden[mask != 0]
+
+
+def one_layer(family: str) -> dict[str, int]:
+    """Changes for `make` that leave one layer of each stack."""
+    names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+    return {name: 1 for name in names if name in FAMILIES[family][1]}

@@ -3,8 +3,8 @@
     python distributed_trainer.py FOLDER KIND[:STEPS] ...     (behind torchrun: several processes)
 
 writes the weights of each run as FOLDER/KIND.safetensors. KIND is one of RUNS; with FSDP=2 in the environment models
-are sharded, each layer and the experts in it as units. STEPS ends a run there with a checkpoint; a KIND that has one
-goes on.
+are sharded, each layer and the experts in it as units. A run writes a checkpoint every STEPS steps, and goes on from
+one that is there.
 """
 
 import os
@@ -103,27 +103,16 @@ def main(folder: Path, kinds: list[str]) -> None:
             folder=folder / name, per_device_train_batch_size=8 // processes, adam_epsilon=1e-4, num_train_epochs=3,
             save_strategy="steps", save_steps=int(steps or 100), **sharded,
         )  # fmt: skip
-        if steps:
-            run.add_callback(_StopAt(int(steps)))
         run.train(resume_from_checkpoint=True)
         state = {  # a shard is gathered by all processes
             key: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
             for key, tensor in run.model.state_dict().items()
         }
-        if run.args.should_save and not steps:
+        if run.args.should_save:
             save_file(state, folder / f"{name}.safetensors")
             print(name, "began after step", run._initial_global_step)
 
 
 if __name__ == "__main__":
-    from transformers import TrainerCallback
-
-    class _StopAt(TrainerCallback):
-        def __init__(self, step):
-            self.step = step
-
-        def on_step_end(self, args, state, control, **_):
-            control.should_training_stop |= state.global_step >= self.step
-
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     main(Path(sys.argv[1]), sys.argv[2:])

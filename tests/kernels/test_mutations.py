@@ -1,16 +1,13 @@
 """The tests of the kernels are themselves tested: a kernel broken in one place must make them fail."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
+from tests.forks import run_forked
 from tests.helpers import ROOT
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.slow  # each starts a process that imports torch and interprets kernels
 
 FFN = "tests/ops/test_fused_moe_ffn.py"
 ADD_NORM = "tests/ops/test_fused_moe_ffn_add_norm.py"
@@ -37,48 +34,35 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-def run_tests(folder, file, keywords):
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        file,
-        "-k",
-        f"triton and {keywords}",
-    ]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+PROGRAM = """
+import os, sys, pathlib, pytest
+path, right, wrong, tests, keywords = {arguments!r}
+os.chdir({folder!r})
+source = pathlib.Path(path).read_text()
+assert right in source, f"{{path}} no longer has the line that this mutation breaks"
+pathlib.Path(path).write_text(source.replace(right, wrong))
+try:
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", tests, "-k", "triton and " + keywords]))
+finally:
+    pathlib.Path(path).write_text(source)
+"""
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """The package and the tests of the ops, in a folder of their own."""
-    folder = tmp_path_factory.mktemp("copy")
-    ignored = shutil.ignore_patterns("__pycache__", "golden", "*.so")
+@pytest.mark.slow
+def test_broken_kernels_fail(tmp_path):
+    """In a copy of the package and of the tests, which passes as long as nothing is broken."""
+    folder, programs = tmp_path / "copy", tmp_path / "programs"
     for name in ("moebert_kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden", "*.so"))
     shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_fails(copy, name):
-    file, right, wrong, tests, keywords = MUTATIONS[name]
-    path = copy / "moebert_kernels" / "kernels" / file
-    source = path.read_text()
-    assert right in source, f"{file} no longer has the line that this mutation breaks"
-    path.write_text(source.replace(right, wrong))
-    try:
-        done = run_tests(copy, tests, keywords)
-    finally:
-        path.write_text(source)
-    assert done.returncode == 1 and "1 failed" in done.stdout, f"nobody noticed:\n{done.stdout[-2000:]}"
-
-
-def test_the_unbroken_copy_passes(copy):
-    done = run_tests(copy, FFN, "skewed and float32")
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-2000:]
+    programs.mkdir()
+    unbroken = {"unbroken": ("expert_gemm.py", "", "", FFN, "skewed and float32")}
+    texts = {
+        name: PROGRAM.format(arguments=(f"moebert_kernels/kernels/{file}", *others), folder=str(folder))
+        for name, (file, *others) in (MUTATIONS | unbroken).items()
+    }
+    ended = run_forked(texts, programs, ("torch", "triton", "pytest"), path=folder)
+    status, printed = ended.pop("unbroken")
+    assert status == 0 and "1 passed" in printed, printed
+    for name, (status, printed) in ended.items():
+        assert status == 1 and "1 failed" in printed, f"nobody noticed {name}:\n{printed[-2000:]}"

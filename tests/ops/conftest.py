@@ -32,14 +32,12 @@ def pytest_collection_modifyitems(config, items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         chosen = parameters.get("implementation", "torch")
         many = parameters.get("count", 0) > 40
+        # opaque ops are the same with any backend, and here the kernels in them would take the time
+        opaque = ("opcheck" in item.name or "compile" in item.name) and not torch.cuda.is_available()
         if chosen != "torch" and parameters.get("dtype") == torch.float64:
             return False
         if chosen != "torch" and item.originalname.startswith(TORCH_ALONE):
             return False
-        return runs_here(item) and not (chosen == "triton" and many)
+        return runs_here(item) and not (chosen == "triton" and (many or opaque))
 
     deselect(config, items, wanted)
-    for item in items:  # opaque ops are the same with any backend, and here the kernels in them take the time
-        interpreted = "triton-" in item.name or item.name.endswith("triton]")
-        if interpreted and not torch.cuda.is_available() and ("opcheck" in item.name or "compile" in item.name):
-            item.add_marker(pytest.mark.slow)

@@ -42,21 +42,6 @@ def test_by_hash_is_one_grouping_per_layer(masked):
         assert_same(got, wanted)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_tile_map_covers_every_routed_row_once(routing):
-    grouping = group_tokens(ROUTINGS[routing](), E)
-    offsets = grouping.offsets.tolist()
-    for block_rows in (1, 4, 16, 64):
-        covered = []
-        for e, row in grouping.tile_map(block_rows).tolist():
-            if e == E:
-                assert row == grouping.num_rows
-                continue
-            assert offsets[e] <= row < offsets[e + 1]
-            covered += range(row, min(row + block_rows, offsets[e + 1]))
-        assert covered == list(range(offsets[E]))
-
-
 def test_grouping_is_a_pytree():
     grouping = group_tokens(torch.tensor([[1, 0], [0, -1]]), 2)
     leaves, spec = pytree.tree_flatten(grouping)

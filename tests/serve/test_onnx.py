@@ -14,7 +14,7 @@ from moebert_kernels import errors
 from moebert_kernels.errors import MissingExtra, UserError
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.serve import export_onnx, prepare
-from tests.convert.families import make
+from tests.convert.families import make, one_layer
 from tests.serve.test_prepare import made
 
 needs_onnx = pytest.mark.skipif(
@@ -67,11 +67,11 @@ def check(model, session, batches, close=2e-5):
 @needs_onnx
 @pytest.mark.slow
 @pytest.mark.parametrize("family, kind", [
-    *((family, "hash") for family in ("bert", "mpnet", "distilbert", "modernbert")),  # attention of every form
-    *(("bert", kind) for kind in ("dense", "gate", "switch", "top2", "mpoe")), ("modernbert", "top2"),
+    ("mpnet", "hash"), ("distilbert", "switch"), ("modernbert", "top2"),  # attention of every form
+    ("bert", "dense"), ("bert", "gate"), ("bert", "mpoe"),
 ])  # fmt: skip
 def test_fifty_ragged_batches(family, kind, tmp_path):
-    model = made(family, kind)
+    model = made(family, kind, **one_layer(family))
     check(model, session_of(model, tmp_path / "model.onnx"), 50)
 
 
@@ -82,7 +82,7 @@ def test_fifty_ragged_batches(family, kind, tmp_path):
     (AutoModelForQuestionAnswering, ["start_logits", "end_logits"]),
 ])  # fmt: skip
 def test_heads(auto, outputs, tmp_path):
-    model = made("bert", "hash", auto)
+    model = made("bert", "hash", auto, num_hidden_layers=1)
     session = session_of(model, tmp_path / "model.onnx")
     assert [entry.name for entry in session.get_outputs()] == outputs
     assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
@@ -143,7 +143,7 @@ def test_routing_by_task_is_refused(tmp_path):
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["hash", "gate", "top2"])
+@pytest.mark.parametrize("kind", ["hash", "top2"])
 def test_one_operator_for_all_experts(kind, tmp_path):
     import onnx
 

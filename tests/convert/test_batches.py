@@ -1,0 +1,63 @@
+"""Batches that a model cannot read are one clear error, in each function that reads some."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from moebert_kernels.convert import choose_experts, convert_to_moe, importance_scores
+from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.convert.text_pass import read_text
+from moebert_kernels.errors import UserError
+from tests.convert.families import make
+
+READERS = {
+    "convert": lambda model, batches: convert_to_moe(model, batches=batches),
+    "choose": choose_experts,
+    "score": importance_scores,
+}
+
+
+def batch(length=8, largest=99):
+    ids = torch.randint(3, 90, (2, length))
+    ids[1, 2] = largest
+    return {"input_ids": ids, "labels": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("family", "given", "message"),
+    [
+        ("bert", {"largest": 100}, "batches: expected input_ids from 0 to 99, the model's vocabulary, got . to 100;"),
+        ("gpt2", {"largest": -1}, "batches: expected input_ids from 0 to 99, the model's vocabulary, got -1 to"),
+        ("bert", {"length": 65}, "batches: expected texts of at most 64 tokens, .* got 65; call"),
+        ("roberta", {"length": 63}, "batches: expected texts of at most 62 tokens"),
+    ],
+)
+def test_what_a_model_cannot_read(family, given, message, read):
+    model = make(family, AutoModelForSequenceClassification, pad_token_id=1)
+    with pytest.raises(UserError, match=message):
+        read(model, [batch(**given)])
+
+
+def test_rotary_positions_reach_beyond_the_configuration():
+    model = make("modernbert")
+    assert len(read_text(model, find_sites(model), [batch(70)], 10)) == 2
+
+
+def test_other_errors_of_a_forward_stay_what_they_are():
+    model = make("bert")
+    with pytest.raises(RuntimeError, match="must match"):
+        choose_experts(model, [batch() | {"token_type_ids": torch.zeros(2, 5, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("bert-base-uncased", r"expected a loaded model, got the name 'bert-base-uncased'; AutoModel.from_pretrained"),
+        (None, "expected a model of transformers, got NoneType"),
+    ],
+)
+def test_a_name_is_no_model(model, message, read):
+    with pytest.raises(UserError, match=f"model: {message}"):
+        read(model, [batch()])
