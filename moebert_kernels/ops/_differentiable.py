@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from moebert_kernels import backend
@@ -51,10 +51,11 @@ class Differentiable:
 
         def run_backward(run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
-            needs = [ctx.needs_input_grad[i] for i in differentiable]
+            wanted = ctx.needs_input_grad  # a new tuple at every look
+            needs = [wanted[i] for i in differentiable]
             with backend.preferring(ctx.preference):
                 grads = run(dy, *saved, *ctx.constants, needs)
-            places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            places: list[Tensor | None] = [None] * len(wanted)
             for i, need, grad in zip(differentiable, needs, grads, strict=True):
                 places[i] = grad if need else None
             return tuple(places)
@@ -83,26 +84,27 @@ class Differentiable:
         self._forward = forward
         self._forward_op = forward_op
         self._eager = Eager
-        self._differentiable = differentiable
 
-    def __call__(self, opaque: bool, *args: Any) -> Tensor:
+    def __call__(self, opaque: bool, trains: bool, *args: Any) -> Tensor:
+        """The first output; `trains`: what `needs_saving` says of the differentiable arguments."""
         check_forward_mode(self._name, *args)
         if opaque:
             return self._forward_op(*args)[0]
-        if transformed() or (torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._differentiable)):
+        if trains or transformed():
             return apply(self._eager, *args)[0]
         return self._forward(*args)[0]
 
     def needs_saving(self, *tensors: Tensor | None) -> bool:
         """Whether backward may run, and forward has something to keep for it."""
-        return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+        return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply` of all arguments: it looks for defaults by `inspect.signature`, which takes 40 us."""
+    """`function.apply` of all arguments, as torch does it but for `inspect.signature`, which takes 40 us."""
     if transformed():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    alive = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    return super(torch.autograd.Function, function).apply(*alive)  # type: ignore[misc]
 
 
 def first_order(name: str) -> type[torch.autograd.Function]:
@@ -163,10 +165,6 @@ def second_derivative(name: str) -> Callable[..., NoReturn]:
         raise ValueError(f"{name}: expected a first derivative, got a second one (create_graph, grad of grad, hessian)")
 
     return refuse
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def or_empty(like: Tensor, grads: list[Tensor | None]) -> Any:

@@ -60,8 +60,8 @@ def expert_gemm(
     check_dtypes_and_devices("x", x, {"w": w, "bias": bias})
     operands = to_dtype(autocast_dtype(x), x, w, bias)
     return _EXPERT_GEMM(
-        opaque(x), *operands, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, grouping.top_k,
-        gather,
+        opaque(x), _EXPERT_GEMM.needs_saving(*operands), *operands,
+        grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, grouping.top_k, gather,
     )  # fmt: skip
 
 

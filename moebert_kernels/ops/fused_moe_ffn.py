@@ -84,7 +84,7 @@ def fused_moe_ffn(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN(
-        one_node, flat, *weights, routing_weights,
+        one_node, trains, flat, *weights, routing_weights,
         grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed, top_k, activation,
         float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip

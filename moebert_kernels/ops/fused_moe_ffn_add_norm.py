@@ -105,8 +105,9 @@ def fused_moe_ffn_add_norm(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN_ADD_NORM(
-        one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row,
-        dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
+        one_node, trains, flat, *weights, *norm,
+        grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed,
+        float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y if x.ndim == 2 else y.view(x.shape)
 
