@@ -20,7 +20,7 @@ def use_tiny_tiles(monkeypatch) -> None:
     for precision in config.CANDIDATES:
         monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
         monkeypatch.setitem(mpo_expert_weights.CONFIGS, precision, mpo_expert_weights.FoldConfig(*[TILE] * 4, 4, 2))
-    config._pick.cache_clear()
+    config.pick.cache_clear()
     launch.forget()
     for module in (expert_gemm, column_sums, add_norm_in_order, fused_moe_ffn_add_norm):
         monkeypatch.setattr(module, "SUMS_CHUNK", CHUNK)

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.config import precision_of
+from moebert_kernels.kernels.config import noting, precision_of
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _SCRATCH_ALIGNMENT = 512  # bytes, as of torch's allocator
@@ -132,7 +132,7 @@ def _flat(values: Iterable[Any], tensors: list[Tensor]) -> list[Hashable]:
 
 def _hooked() -> bool:
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls) or noting()
 
 
 def _with_scratch(run: Callable[[], Any]) -> Any:

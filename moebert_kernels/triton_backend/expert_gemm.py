@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,9 +67,11 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
     num_experts, a = grouping.num_experts, pairs[0][0]
     gathers = any(pair[2] or pair[3] for pair in pairs)
     sizes = tuple((a.shape[1], b.shape[1]) for a, b, *_ in pairs)
-    config, programs = _plan(
-        grouping.num_rows, num_experts, sizes, precision_of(a.dtype), a.dtype, gathers, Device.of(a.device)
-    )
+    device = Device.of(a.device)
+    config = pick_config("weights", grouping.num_rows, num_experts, *sizes[0], a.dtype, device)
+    if gathers:
+        config = config.gathering()
+    programs = _programs(config, grouping.num_rows, num_experts, sizes, precision_of(a.dtype), device)
     partials = empty(a, 2 * programs, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32)
     products = [
         Product(_adjacent(a), _adjacent(b), empty(a, num_experts, m, n), gather_a, gather_b)
@@ -80,18 +81,13 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
     return [product.dw for product in products]
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    rows: int, num_experts: int, sizes: tuple[tuple[int, int], ...], precision: Precision, dtype: torch.dtype,
-    gathers: bool, device: Device,
-) -> tuple[Config, int]:  # fmt: skip
-    """The tile, and how many programs share the steps: as many as run at once, but no more than there are steps."""
-    config = pick_config("weights", rows, num_experts, *sizes[0], dtype, device)
-    if gathers:
-        config = config.gathering()
+def _programs(
+    config: Config, rows: int, num_experts: int, sizes: Sequence[tuple[int, int]], precision: Precision, device: Device
+) -> int:
+    """How many programs share the steps: as many as run at once, but no more than there are steps."""
     tiles = sum(ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) for m, n in sizes)
     slots = device.multiprocessors * max(1, programs_per_multiprocessor(config, "weights", precision, device))
-    return config, min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))
+    return min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))
 
 
 def _adjacent(rows: Tensor) -> Tensor:
