@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -84,10 +85,7 @@ def recorded(function: Function) -> Function:
         tensors: list[Tensor] = []
         inputs = _flat((*args, *kwargs.values()), tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        together = 0
-        for address in addresses:
-            together |= address
-        if together % 16 or _hooked():
+        if functools.reduce(operator.or_, addresses, 0) % 16 or _hooked():
             return function(*args, **kwargs)
         device = 0 if _INTERPRETED else driver.active.get_current_device()
         key = (device, *kwargs, *inputs)

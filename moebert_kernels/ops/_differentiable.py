@@ -8,7 +8,8 @@ a term.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from moebert_kernels.ops._checks import transformed
 
 
 class Differentiable:
-    """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args) -> tuple[Tensor, ...]`.
+    """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args)`, which gives gradients or None.
 
     Only the first output is differentiable; the others are saved for backward. `save(args, outputs)` returns the
     tensors and the constants that `backward` takes after `dy`; `spread(grads)` puts the gradients into the places of
@@ -32,14 +33,19 @@ class Differentiable:
         self,
         name: str,
         forward: Callable[..., tuple[Tensor, ...]],
-        backward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., Any],
         fake_forward: Callable[..., tuple[Tensor, ...]],
         fake_backward: Callable[..., tuple[Tensor, ...]],
         tensor_arguments: int,
         differentiable: tuple[int, ...],
     ) -> None:
         forward_op = torch.library.custom_op(f"moebert_kernels::{name}", forward, mutates_args=())
-        backward_op = torch.library.custom_op(f"moebert_kernels::{name}_backward", backward, mutates_args=())
+
+        @functools.wraps(backward)
+        def whole_backward(dy: Tensor, *args: Any) -> Any:
+            return or_empty(dy, backward(dy, *args))
+
+        backward_op = torch.library.custom_op(f"moebert_kernels::{name}_backward", whole_backward, mutates_args=())
         forward_op.register_fake(fake_forward)
         backward_op.register_fake(fake_backward)
         backward_op.register_autograd(second_derivative(name))
@@ -144,7 +150,7 @@ def without_derivative(name: str, backward: Callable[..., Any]) -> Callable[...,
     class Once(first_order(name)):  # type: ignore[misc]
         @staticmethod
         def forward(*args: Any) -> Any:
-            return backward(*args)
+            return tuple(backward(*args))
 
         @staticmethod
         def setup_context(*_: Any) -> None:
@@ -167,6 +173,6 @@ def second_derivative(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def or_empty(like: Tensor, grads: list[Tensor | None]) -> Any:
+def or_empty(like: Tensor, grads: Iterable[Tensor | None]) -> Any:
     """Custom ops return tensors only: a gradient that nobody needs is an empty one."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)

@@ -25,7 +25,7 @@ from moebert_kernels.ops._checks import (
     opaque,
     to_dtype,
 )
-from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._differentiable import Differentiable
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
 
 
@@ -137,7 +137,7 @@ def _backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, tuple(needs),
         )  # fmt: skip
-    return or_empty(dy, grads)
+    return grads
 
 
 def _fake_forward(
