@@ -109,7 +109,7 @@ def activate_grad(x, NAME: tl.constexpr, HALF: tl.constexpr):
             y = tl.where(x < 0, below, 1.0 - below)
         else:
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-            y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + _held(x, 16.0) * density
+            y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + tl.where(density > 0.0, x * density, 0.0)
     elif NAME == "gelu_tanh":
         s = _sigmoid(_tanh_argument(x), HALF)
         held = _held(x, 16.0)

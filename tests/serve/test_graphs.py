@@ -146,3 +146,12 @@ def test_no_value_is_read_back_in_a_routed_forward(kind):
         assert logits.shape[0] == 3
         with pytest.raises(DataDependentOutputException):
             logits.sum().item()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    pair = kinds.model(BERT).cuda(), use_cuda_graphs(kinds.model(BERT).cuda())
+    batches = [{name: t.cuda() for name, t in kinds.batch(BERT, seed, 8).items()} for seed in range(3)]
+    with warnings.catch_warnings(action="error"):
+        check(pair, *batches)
+    assert list(pair[1].cuda_graphs._ready.values()) != [None]
