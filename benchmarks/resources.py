@@ -271,8 +271,7 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     )
     ids, tables = torch.empty(T, dtype=torch.int64), torch.empty(LAYERS, VOCABULARY, dtype=torch.uint8)
     mask = torch.empty(T, dtype=torch.int64)
-    chunks = num_chunks(T, E, fused_moe_ffn_add_norm.NORM_CHUNK)
-    partial = torch.empty(3, chunks, H)
+    partial = torch.empty(num_chunks(T, E, column_sums.SUMS_CHUNK), 3 * H + I)
     maps = torch.empty(LAYERS, T, dtype=i32)
     yield "hash_route", lambda: hash_route.hash_route(ids, tables, mask, maps)
     for experts in (E, 64, 1024):
@@ -289,11 +288,11 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             torch.empty(T, 12), x, torch.empty(E, H, dtype=bf16), torch.empty(T, 1, dtype=bf16), grouping
         ),
     )
-    yield "column_sums", lambda: column_sums.column_sums(x, partial[0], grouping, weights=p, gather=True)
-    yield (
-        "add_chunks",
-        lambda: column_sums.add_chunks(partial, torch.empty(3, E, H), grouping.offsets, 64),
-    )
+    one, two = column_sums.Summand(x), column_sums.Summand(x, p, gather=True)
+    yield "column_sums/one", lambda: column_sums.column_sums([one], partial, grouping)
+    yield "column_sums/two", lambda: column_sums.column_sums([one, two], partial, grouping)
+    sums = [(torch.empty(E, H), H) for _ in range(4)]
+    yield "add_chunks", lambda: column_sums.add_chunks(partial, sums, grouping.offsets, column_sums.SUMS_CHUNK)
     product, large = (
         expert_gemm_weights.Product(x, x, torch.empty(E, H, H, dtype=bf16)),
         configs.Config(128, 256, 64, 8, 4),
@@ -322,7 +321,7 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             yield (
                 f"add_norm_backward/{name}",
                 lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm_backward(
-                    z, z, x, norm, norm, p, z, x, partial, p, grouping, 1e-12, d, seed
+                    z, z, x, norm, norm, p, z, x, partial, p, grouping, 1e-12, d, seed, sum_dffn=True
                 ),
             )
 

@@ -33,8 +33,9 @@ __device__ __forceinline__ float activate(float x, const ActivationConstants& co
     tail *= t * fast_exp2(x * x * -0.7213475204444817f);
     return fmaf(-size, tail, fmaxf(x, 0.0f));
   } else if constexpr (kForm == ActivationForm::kSigmoid) {
-    // the constants hold -log2(e) already
-    return x * fast_reciprocal(1.0f + fast_exp2(x * fmaf(constants.cubic, x * x, constants.linear)));
+    // The constants hold -log2(e) already. Infinity times zero is NaN: hence the bounds, where the sigmoid is 0 or 1.
+    const float slope = fmaf(constants.cubic, fminf(x * x, 16384.0f), constants.linear);
+    return fmaxf(x, -128.0f) * fast_reciprocal(1.0f + fast_exp2(x * slope));
   } else {
     return constants.zero_if_negative && x < 0.0f ? 0.0f : x;  // NaN stays NaN
   }

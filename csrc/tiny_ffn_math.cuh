@@ -92,19 +92,20 @@ __device__ __forceinline__ void store(void* data, int64_t index, bool is_float, 
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The ungated part: of gated activations what the gate goes through.
+// The ungated part: of gated activations what the gate goes through. A factor x is held where the other one is zero:
+// -infinity times zero would be NaN.
 __device__ __forceinline__ float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::kGelu:
     case Activation::kGeGlu:
-      return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+      return 0.5f * fmaxf(x, -16.0f) * (1.0f + erff(x * 0.7071067811865476f));
     case Activation::kGeluTanh:
     case Activation::kGeGluTanh:
       // (1 + tanh(u)) / 2 = sigmoid(2u)
-      return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
+      return fmaxf(x, -16.0f) * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));
     case Activation::kSilu:
     case Activation::kSwiGlu:
-      return x * sigmoid(x);
+      return fmaxf(x, -128.0f) * sigmoid(x);
     case Activation::kRelu:
     case Activation::kReGlu:
       return x < 0.0f ? 0.0f : x;  // NaN stays NaN

@@ -11,6 +11,7 @@ from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
 from moebert_kernels.ops.group_tokens import group_tokens, group_tokens_by_hash
 from moebert_kernels.ops.hash_route import hash_route
 from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
+from moebert_kernels.warming import warmup
 
 __version__ = "0.1.0"  # the one place: packages, `moebert --version` and the sdist read it here
 
@@ -23,4 +24,5 @@ __all__ = [
     "group_tokens_by_hash",
     "hash_route",
     "mpo_expert_weights",
+    "warmup",
 ]

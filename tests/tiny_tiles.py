@@ -9,7 +9,6 @@ from moebert_kernels.kernels import (
     mpo_expert_weights,
 )
 from moebert_kernels.triton_backend import add_norm_in_order, expert_gemm
-from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as add_norm
 
 TILE, CHUNK = 16, 16
 
@@ -21,12 +20,10 @@ def use_tiny_tiles(monkeypatch) -> None:
     for precision in config.CANDIDATES:
         monkeypatch.setitem(config.CANDIDATES, precision, {"rows": (rows,), "weights": (weights,)})
         monkeypatch.setitem(mpo_expert_weights.CONFIGS, precision, mpo_expert_weights.FoldConfig(*[TILE] * 4, 4, 2))
-    config._pick.cache_clear()
+    config.pick.cache_clear()
     launch.forget()
-    for module in (expert_gemm, column_sums):
+    for module in (expert_gemm, column_sums, add_norm_in_order, fused_moe_ffn_add_norm):
         monkeypatch.setattr(module, "SUMS_CHUNK", CHUNK)
-    for module in (add_norm, add_norm_in_order, fused_moe_ffn_add_norm):
-        monkeypatch.setattr(module, "NORM_CHUNK", 8)
     monkeypatch.setattr(group_tokens, "_SPAN", 32)
     monkeypatch.setattr(group_tokens, "_COMPARISONS", 128)
     monkeypatch.setattr(group_tokens, "_SPANS_AT_ONCE", 2)

@@ -8,8 +8,11 @@ instruction and right to 2^-22, and GELU needs no erf, which is 38 instructions 
 with P of degree 5 without a constant term, the form of Abramowitz and Stegun 7.1.26. Their coefficients bound the
 absolute error of erf; these bound the relative error of q: 3.5e-5 for a <= 13, where q is 1e-38. Half a unit in the
 last place is 4.9e-4 in float16 and 3.9e-3 in bfloat16. The derivative Phi(x) + x phi(x) shares q and the exponential.
-a is |x|, or 16 beyond, where the exponential is zero: gelu(inf) = inf and gelu(-inf) = 0, with derivatives 1 and 0, and
-NaN stays NaN. What float16 cannot hold of a pre-activation is kept for backward as an infinity.
+a is |x|, or 16 beyond, where the exponential is zero.
+
+Of every activation but relu2 the derivatives at the infinities are 1 and 0 (the identity's is 1), act(-inf) is 0 where
+act'(-inf) is, and NaN stays NaN: a factor x is held where the other one is exactly 0 or 1, at 16 or 128, since
+infinity times zero is NaN. What float16 cannot hold of a pre-activation is kept for backward as an infinity.
 """
 
 from __future__ import annotations
@@ -57,6 +60,12 @@ def _tail_factor(x):
 
 
 @triton.jit
+def _held(x, BOUND: tl.constexpr):
+    """x between -BOUND and BOUND; of NaN either, so that the other factor must be NaN."""
+    return tl.minimum(tl.maximum(x, -BOUND), BOUND)
+
+
+@triton.jit
 def _sigmoid(x, HALF: tl.constexpr):
     return _reciprocal(1.0 + _exp2(x * -1.4426950408889634)) if HALF else tl.sigmoid(x)
 
@@ -75,11 +84,11 @@ def activate(x, NAME: tl.constexpr, HALF: tl.constexpr):
             a, p = _tail_factor(x)
             y = tl.maximum(x, 0.0) - a * (p * _bell(x))
         else:
-            y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+            y = 0.5 * tl.maximum(x, -16.0) * (1.0 + tl.erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        y = x * _sigmoid(_tanh_argument(x), HALF)
+        y = tl.maximum(x, -16.0) * _sigmoid(_tanh_argument(x), HALF)
     elif NAME == "silu":
-        y = x * _sigmoid(x, HALF)
+        y = tl.maximum(x, -128.0) * _sigmoid(x, HALF)
     elif NAME == "relu":
         y = tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif NAME == "relu2":
@@ -100,18 +109,19 @@ def activate_grad(x, NAME: tl.constexpr, HALF: tl.constexpr):
             y = tl.where(x < 0, below, 1.0 - below)
         else:
             density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-            y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+            y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + tl.where(density > 0.0, x * density, 0.0)
     elif NAME == "gelu_tanh":
         s = _sigmoid(_tanh_argument(x), HALF)
-        y = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        held = _held(x, 16.0)
+        y = s + held * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * held * held)
     elif NAME == "silu":
         s = _sigmoid(x, HALF)
-        y = s * (1.0 + x * (1.0 - s))
+        y = s * (1.0 + _held(x, 128.0) * (1.0 - s))
     elif NAME == "relu":
         y = tl.where(x > 0, 1.0, 0.0)
     elif NAME == "relu2":
         y = tl.where(x > 0, 2.0 * x, 0.0)
     else:
         tl.static_assert(NAME == "identity")
-        y = x * 0.0 + 1.0
+        y = tl.full(x.shape, 1.0, tl.float32)
     return y

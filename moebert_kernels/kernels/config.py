@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -240,13 +241,42 @@ def _waves(tiles: Sequence[float], slots: int) -> float:
     return sum(math.ceil(count / slots) for count in tiles) / len(tiles)
 
 
+class Pick(NamedTuple):
+    """What `pick_config` chooses by."""
+
+    kind: Kind
+    precision: Precision
+    rows: Any  # int; `warming` asks with rows per token
+    num_experts: int
+    columns: int
+    depth: int
+    device: Device
+
+
+_noted: set[Pick] | None = None
+
+
+@contextmanager
+def noted_picks() -> Iterator[set[Pick]]:
+    """Collect what `pick_config` is asked inside, in all threads: autograd has some of its own."""
+    global _noted
+    _noted = set()
+    try:
+        yield _noted
+    finally:
+        _noted = None
+
+
+def noting() -> bool:
+    """Whether `noted_picks` is open: then calls are not repeated by what was noted of earlier ones."""
+    return _noted is not None
+
+
 @lru_cache(maxsize=4096)
-def _pick(
-    kind: Kind, precision: Precision, rows: int, num_experts: int, columns: int, depth: int, device: Device
-) -> Config:
+def pick(asked: Pick) -> Config:
+    """The fastest candidate by prediction."""
     return min(
-        candidates(kind, precision, device.arch),
-        key=lambda config: predicted_us(config, kind, precision, rows, num_experts, columns, depth, device),
+        candidates(asked.kind, asked.precision, asked.device.arch), key=lambda config: predicted_us(config, *asked)
     )
 
 
@@ -261,4 +291,7 @@ def pick_config(
         columns, depth: N and K.
         dtype: of the operands.
     """
-    return _pick(kind, precision_of(dtype), rows, num_experts, columns, depth, device)
+    asked = Pick(kind, precision_of(dtype), rows, num_experts, columns, depth, device)
+    if _noted is not None:
+        _noted.add(asked)
+    return pick(asked)

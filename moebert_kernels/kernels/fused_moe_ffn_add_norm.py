@@ -18,13 +18,12 @@ from torch import Tensor
 
 from moebert_kernels import dropout
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.kernels.column_sums import SUMS_CHUNK
 from moebert_kernels.kernels.dropout import keep_tile
 from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import ceil_div, expert_of_rows, next_power_of_2, padded_experts, row_chunk
 
 _OUTPUT_STREAM: tl.constexpr = tl.constexpr(dropout.OUTPUT_STREAM)
-
-NORM_CHUNK = 64  # rows of a backward program
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def _add_norm_kernel(
     tl.store(Y + at_y[:, None] * H + column[None, :], y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit
 def _add_norm_backward_kernel(
     DY, stride_yt, stride_yh,  # (T, H)
     X, stride_xt, stride_xh,  # (T, H)
@@ -82,10 +81,10 @@ def _add_norm_backward_kernel(
     NormBias, stride_be, stride_bh,  # (E, H)
     Weights,  # (T,) or null
     DZ, DFfn,  # (T, H) contiguous; the second may be null
-    Sums,  # (2 or 3, chunks, H) float32: of the norm's weight's and bias's gradients, of DFfn
+    Sums, stride_sums,  # (chunks, 2 H or 3 H or more) float32: of the gradients of the norm's weight and bias, of DFfn
     DWeights,  # (T,) or null
     Seed, Offsets, RowToToken,
-    chunks, H, eps, threshold, scale,
+    H, eps, threshold, scale,
     E: tl.constexpr, E_POW2: tl.constexpr, CHUNK: tl.constexpr, DROPOUT: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr, STORE_DFFN: tl.constexpr, STORE_DWEIGHTS: tl.constexpr, SUM_DFFN: tl.constexpr,
     X_BY_ROW: tl.constexpr, FFN_BY_ROW: tl.constexpr, DY_BY_ROW: tl.constexpr, DZ_BY_ROW: tl.constexpr,
@@ -139,12 +138,11 @@ def _add_norm_backward_kernel(
             dffn += tl.sum(tl.where(mask, dz, 0.0), 0)
         if STORE_DFFN:
             tl.store(DFfn + at_dz[:, None] * H + column[None, :], dz.to(DFfn.dtype.element_ty), mask=mask)
-    sums = Sums + chunk.to(tl.int64) * H + column
-    stride = tl.cast(chunks, tl.int64) * H
+    sums = Sums + chunk.to(tl.int64) * stride_sums + column
     tl.store(sums, dweight, mask=inside)
-    tl.store(sums + stride, dbias, mask=inside)
+    tl.store(sums + H, dbias, mask=inside)
     if SUM_DFFN:
-        tl.store(sums + 2 * stride, dffn, mask=inside)
+        tl.store(sums + 2 * H, dffn, mask=inside)
 
 
 def _row_options(columns: int) -> dict[str, int]:
@@ -186,15 +184,16 @@ def add_norm(
 def add_norm_backward(
     dy: Tensor, x: Tensor, ffn: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Tensor | None,
     dz: Tensor, dffn: Tensor | None, sums: Tensor, dweights: Tensor | None,
-    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None, *, by_row: Sequence[str] = ("ffn", "dz"),
+    grouping: Grouping, eps: float, dropout_p: float, seed: Tensor | None, *, sum_dffn: bool,
+    by_row: Sequence[str] = ("ffn", "dz"),
 ) -> None:  # fmt: skip
-    """Launch: dz and dffn (T, H), dweights (T,) and sums (2 or 3, chunks, H) float32 over chunks of rows.
+    """Launch: dz and dffn (T, H), dweights (T,) and the first columns of sums (num_chunks(.., SUMS_CHUNK), W) float32.
 
-    The sums are of the gradients of the norm's weight and bias and, if there is a third, of dffn.
+    The sums are of the gradients of the norm's weight and bias and, with `sum_dffn`, of dffn: H columns each.
     Nothing is written for tokens without an expert.
     by_row: which of "x", "ffn", "dy" and "dz" (with dffn) are in row order; the others are in token order.
     """
-    columns, num_experts, chunks = x.shape[1], grouping.num_experts, sums.shape[1]
+    columns, num_experts = x.shape[1], grouping.num_experts
     options = _row_options(columns)
     arguments = (
         dy, *dy.stride(),
@@ -202,15 +201,15 @@ def add_norm_backward(
         ffn,
         norm_weight, *norm_weight.stride(),
         norm_bias, *norm_bias.stride(),
-        weights, dz, dffn, sums, dweights, seed, grouping.offsets, grouping.row_to_assignment,
-        chunks, columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
+        weights, dz, dffn, sums, sums.stride(0), dweights, seed, grouping.offsets, grouping.row_to_assignment,
+        columns, eps, dropout.threshold(dropout_p), dropout.scale(dropout_p),
     )  # fmt: skip
     constants = {
-        "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": NORM_CHUNK,
+        "E": num_experts, "E_POW2": padded_experts(num_experts), "CHUNK": SUMS_CHUNK,
         "DROPOUT": dropout_p > 0 and seed is not None, "HAS_WEIGHTS": weights is not None,
-        "STORE_DFFN": dffn is not None, "STORE_DWEIGHTS": dweights is not None, "SUM_DFFN": sums.shape[0] == 3,
+        "STORE_DFFN": dffn is not None, "STORE_DWEIGHTS": dweights is not None, "SUM_DFFN": sum_dffn,
         "X_BY_ROW": "x" in by_row, "FFN_BY_ROW": "ffn" in by_row,
         "DY_BY_ROW": "dy" in by_row, "DZ_BY_ROW": "dz" in by_row,
         "BLOCK_R": max(1, min(4, 2048 // options["BLOCK_H"])), **options,
     }  # fmt: skip
-    launch(_add_norm_backward_kernel, (chunks,), arguments, constants)
+    launch(_add_norm_backward_kernel, (sums.shape[0],), arguments, constants)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import operator
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.config import precision_of
+from moebert_kernels.kernels.config import noting, precision_of
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _SCRATCH_ALIGNMENT = 512  # bytes, as of torch's allocator
@@ -84,10 +85,7 @@ def recorded(function: Function) -> Function:
         tensors: list[Tensor] = []
         inputs = _flat((*args, *kwargs.values()), tensors)
         addresses = [tensor.data_ptr() for tensor in tensors]
-        together = 0
-        for address in addresses:
-            together |= address
-        if together % 16 or _hooked():
+        if functools.reduce(operator.or_, addresses, 0) % 16 or _hooked():
             return function(*args, **kwargs)
         device = 0 if _INTERPRETED else driver.active.get_current_device()
         key = (device, *kwargs, *inputs)
@@ -113,16 +111,18 @@ def recorded(function: Function) -> Function:
 def _flat(values: Iterable[Any], tensors: list[Tensor]) -> list[Hashable]:
     """What decides about launches; tensors go into the list."""
     key: list[Hashable] = []
+    float32 = torch.float32
     for value in values:
         if isinstance(value, Tensor):
             tensors.append(value)
             dtype = value.dtype
             key += (dtype, value.shape, value.stride())
-            if dtype is torch.float32:
+            if dtype is float32:
                 key.append(precision_of(dtype))
-        elif isinstance(value, Grouping):
-            key.append(value.top_k)
-            key += _flat((value.offsets, value.row_to_assignment, value.assignment_to_row), tensors)
+        elif isinstance(value, Grouping):  # whose maps kernels take as contiguous int32
+            offsets, rows = value.offsets, value.row_to_assignment
+            tensors += (offsets, rows, value.assignment_to_row)
+            key += (value.top_k, offsets.shape, rows.shape)
         else:
             key.append(value)
     return key
@@ -130,7 +130,7 @@ def _flat(values: Iterable[Any], tensors: list[Tensor]) -> list[Hashable]:
 
 def _hooked() -> bool:
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls) or noting()
 
 
 def _with_scratch(run: Callable[[], Any]) -> Any:
@@ -155,37 +155,16 @@ class _Launch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a call does, by slots of tensors: first its arguments, then what it makes and allocates."""
+    """What a call does, of its tensors, their addresses and the device."""
 
-    made: Sequence[tuple[int, Callable[[Tensor], Tensor], int]]  # slot, and of which argument
-    allocated: Sequence[tuple[int, Sequence[int], Sequence[int], torch.dtype]]  # slot, shape, strides: what is returned
-    scratch: Sequence[tuple[int, int]]  # slot, first byte: the rest, in one piece
-    scratch_bytes: int
-    launches: Sequence[Callable[[list[Any], list[int], int], None]]  # of tensors, addresses and the stream
-    slots: int
-    outputs: Sequence[int | None]
-    container: type | None  # of the outputs; None: one alone
+    again: Callable[[list[Tensor], list[int], int], Any]
 
-    def run(self, arguments: list[Tensor], addresses: list[int], device: int) -> Any:
-        where, more = arguments[0].device, [0] * (self.slots - len(arguments))
-        tensors: list[Any] = arguments + more
-        addresses += more
-        for slot, make, source in self.made:
-            tensors[slot] = tensor = make(tensors[source])
-            addresses[slot] = tensor.data_ptr()
-        for slot, shape, strides, dtype in self.allocated:  # by the function of torch that costs least: 3 us
-            tensors[slot] = tensor = torch.empty_strided(shape, strides, dtype=dtype, device=where)
-            addresses[slot] = tensor.data_ptr()
-        if self.scratch_bytes:
-            scratch = torch.empty_strided((self.scratch_bytes,), (1,), dtype=torch.uint8, device=where)
-            base = scratch.data_ptr()
-            for slot, first in self.scratch:
-                addresses[slot] = base + first
-        stream = 0 if _INTERPRETED else driver.active.get_current_stream(device)
-        for launch_again in self.launches:
-            launch_again(tensors, addresses, stream)
-        outputs = [None if slot is None else tensors[slot] for slot in self.outputs]
-        return outputs[0] if self.container is None else self.container(outputs)
+    def run(self, tensors: list[Tensor], addresses: list[int], device: int) -> Any:
+        return self.again(tensors, addresses, device)
+
+
+def _stream(device: int) -> int:
+    return 0 if _INTERPRETED else driver.active.get_current_stream(device)
 
 
 class Recording:
@@ -231,27 +210,19 @@ class Recording:
 
     def plan(self, outputs: Any) -> _Plan | None:
         """None: the call did what a plan does not hold."""
-        container = type(outputs) if isinstance(outputs, (list, tuple)) else None
-        returned = [None if t is None else self.slot(t) for t in (outputs if container else (outputs,))]
-        unknown = any(t is not None and self.slot(t) is None for t in (outputs if container else (outputs,)))
+        several = isinstance(outputs, (list, tuple))
+        returned = [None if t is None else self.slot(t) for t in (outputs if several else (outputs,))]
+        unknown = any(t is not None and self.slot(t) is None for t in (outputs if several else (outputs,)))
         if not self.complete or unknown:
             return None
+        kept = set(range(self.arguments)) | {slot for slot, *_ in self.made}
+        interpreted = bool(self.launches) and self.launches[0].compiled is None
+        new = [slot for slot in range(len(self.tensors)) if slot not in kept]
+        make = _interpreted if interpreted else _written
         try:
-            launches = [_launch_again(launch, self.place) for launch in self.launches]
+            return _Plan(make(self, new, type(outputs)(returned) if several else returned[0]))
         except LookupError:
             return None
-        made = {slot for slot, *_ in self.made}
-        kept = self.launches and self.launches[0].compiled is None  # the interpreter needs tensors
-        allocated, scratch, total = [], [], 0
-        for slot, tensor in enumerate(self.tensors):
-            if slot < self.arguments or slot in made:
-                continue
-            if kept or slot in returned:
-                allocated.append((slot, tuple(tensor.shape), tensor.stride(), tensor.dtype))
-            else:
-                scratch.append((slot, total))
-                total += -(-tensor.numel() * tensor.element_size() // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
-        return _Plan(self.made, allocated, scratch, total, launches, len(self.tensors), returned, container)
 
 
 def _end(tensor: Tensor) -> int:
@@ -260,33 +231,102 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
-def _launch_again(
-    launch: _Launch, place: Callable[[Tensor], tuple[int, int]]
-) -> Callable[[list[Any], list[int], int], None]:
-    """The launch with other tensors in its slots."""
-    kernel, compiled, grid, arguments, constants = launch
-    places = [(i, value, *place(value)) for i, value in enumerate(arguments) if isinstance(value, Tensor)]
-    template = [None if isinstance(value, Tensor) else value for value in arguments]
-    if compiled is None:
-        views = [(i, tensor.shape, tensor.stride(), slot, first) for i, tensor, slot, first in places]
+def _interpreted(recording: Recording, new: Sequence[int], outputs: Any) -> Callable[..., Any]:
+    """The plan for Triton's interpreter, which takes tensors."""
+    made, slots = tuple(recording.made), len(recording.tensors)
+    layouts = [(slot, tensor.shape, tensor.stride(), tensor.dtype) for slot, tensor in _of(recording, new)]
+    launches = []
+    for kernel, _, grid, arguments, constants in recording.launches:
+        views = [
+            (i, value.shape, value.stride(), *recording.place(value))
+            for i, value in enumerate(arguments) if isinstance(value, Tensor)
+        ]  # fmt: skip
+        values = [None if isinstance(value, Tensor) else value for value in arguments]
+        launches.append((kernel[grid], values, views, constants))
 
-        def interpret(tensors: list[Any], addresses: list[int], stream: int) -> None:
-            values = template.copy()
+    def again(arguments: list[Tensor], addresses: list[int], device: int) -> Any:
+        tensors: list[Any] = arguments + [None] * (slots - len(arguments))
+        for slot, make, source in made:
+            tensors[slot] = make(tensors[source])
+        for slot, shape, strides, dtype in layouts:
+            tensors[slot] = torch.empty_strided(shape, strides, dtype=dtype, device=arguments[0].device)
+        for run, template, views, constants in launches:
+            values: list[Any] = template.copy()
             for i, shape, stride, slot, first in views:
                 values[i] = tensors[slot].as_strided(shape, stride, tensors[slot].storage_offset() + first)
-            kernel[grid](*values, **constants)
+            run(*values, **constants)
+        if not isinstance(outputs, (list, tuple)):
+            return None if outputs is None else tensors[outputs]
+        return type(outputs)([None if slot is None else tensors[slot] for slot in outputs])
 
-        return interpret
-    template += [constants[name] for name in kernel.arg_names[len(arguments) :]]
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    pointers = [(i, slot, first * tensor.element_size()) for i, tensor, slot, first in places]
-
-    def again(tensors: list[Any], addresses: list[int], stream: int) -> None:
-        values = template.copy()
-        for i, slot, offset in pointers:
-            values[i] = addresses[slot] + offset
-        run(*grid, stream, function, metadata, None, None, None, *values)
-
-    if compiled.metadata.global_scratch_size:
-        return lambda *call: _with_scratch(lambda: again(*call))
     return again
+
+
+def _of(recording: Recording, slots: Sequence[int]) -> list[tuple[int, Tensor]]:
+    return [(slot, recording.tensors[slot]) for slot in slots]
+
+
+def _written(recording: Recording, new: Sequence[int], outputs: Any) -> Callable[..., Any]:
+    """The plan for a GPU as a function that is written out: loops over slots and arguments cost as much as launches."""
+    names: dict[str, Any] = {"torch": torch, "_stream": _stream, "_with_scratch": _with_scratch}
+
+    def named(value: Any) -> str:
+        if value is None or type(value) in (int, bool):
+            return repr(value)
+        names[name := f"v{len(names)}"] = value
+        return name
+
+    returned = set(outputs) if isinstance(outputs, (list, tuple)) else {outputs}
+    lines = [f"[{', '.join(f'a{slot}' for slot in range(recording.arguments))}] = addresses"]
+    for slot, make, source in recording.made:
+        lines.append(f"t{slot} = {named(make)}(tensors[{source}]); a{slot} = t{slot}.data_ptr()")
+    scratch, scratch_bytes = {}, 0
+    for slot, tensor in _of(recording, new):
+        if slot in returned:
+            lines.append(f"t{slot} = {_allocation(recording, tensor, named)}; a{slot} = t{slot}.data_ptr()")
+        else:
+            scratch[slot] = scratch_bytes
+            scratch_bytes += -(-tensor.numel() * tensor.element_size() // _SCRATCH_ALIGNMENT) * _SCRATCH_ALIGNMENT
+    if scratch_bytes:
+        options = f"dtype={named(torch.uint8)}, device=tensors[0].device"
+        lines.append(f"scratch = torch.empty_strided(({scratch_bytes},), (1,), {options})")
+    lines.append("base = scratch.data_ptr()" if scratch_bytes else "base = 0")
+    lines += [f"a{slot} = base + {first}" for slot, first in scratch.items()]
+    lines.append("stream = _stream(device)")
+    lines += [_written_launch(noted, recording.place, named) for noted in recording.launches]
+    slots = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    values = [
+        "None" if slot is None else f"tensors[{slot}]" if slot < recording.arguments else f"t{slot}" for slot in slots
+    ]
+    listed = f"[{', '.join(values)}]"
+    whole = listed if isinstance(outputs, list) else f"tuple({listed})" if isinstance(outputs, tuple) else values[0]
+    lines.append(f"return {whole}")
+    exec("def again(tensors, addresses, device):\n    " + "\n    ".join(lines), names)
+    again: Callable[..., Any] = names["again"]
+    return again
+
+
+def _allocation(recording: Recording, tensor: Tensor, named: Callable[[Any], str]) -> str:
+    """By the function of torch that costs least: 0.8 us where an argument has the layout, 1.1 us elsewhere."""
+    layout = (tensor.shape, tensor.stride(), tensor.dtype)
+    for slot, known in enumerate(recording.tensors[: recording.arguments]):
+        if (known.shape, known.stride(), known.dtype) == layout and known.is_contiguous():
+            return f"torch.empty_like(tensors[{slot}])"
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    return f"torch.empty_strided({shape}, {strides}, dtype={named(tensor.dtype)}, device=tensors[0].device)"
+
+
+def _written_launch(noted: _Launch, place: Callable[[Tensor], tuple[int, int]], named: Callable[[Any], str]) -> str:
+    """A launch of the compiled kernel, with the addresses of other tensors."""
+    kernel, compiled, grid, arguments, constants = noted
+    values = [str(size) for size in grid]
+    values += ["stream", named(compiled.function), named(compiled.packed_metadata), "None", "None", "None"]
+    for value in arguments:
+        if isinstance(value, Tensor):
+            slot, first = place(value)
+            values.append(f"a{slot} + {first * value.element_size()}" if first else f"a{slot}")
+        else:
+            values.append(named(value))
+    values += [named(constants[name]) for name in kernel.arg_names[len(arguments) :]]
+    line = f"{named(compiled.run)}({', '.join(values)})"
+    return f"_with_scratch(lambda: {line})" if compiled.metadata.global_scratch_size else line

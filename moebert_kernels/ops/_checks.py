@@ -53,7 +53,9 @@ def checked_once(check: Callable[[], None], tensors: Sequence[Tensor | None], *v
         check()
         return
     try:
-        looks = [t if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_neg()) for t in tensors]
+        looks: list[object] = []
+        for t in tensors:
+            looks += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_neg())
         key = (check.__code__, *looks, *values, *map(type, values))
         if key in _PASSED:
             return

@@ -8,12 +8,13 @@ a term.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 from moebert_kernels import backend
@@ -21,7 +22,7 @@ from moebert_kernels.ops._checks import transformed
 
 
 class Differentiable:
-    """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args) -> tuple[Tensor, ...]`.
+    """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args)`, which gives gradients or None.
 
     Only the first output is differentiable; the others are saved for backward. `save(args, outputs)` returns the
     tensors and the constants that `backward` takes after `dy`; `spread(grads)` puts the gradients into the places of
@@ -32,14 +33,19 @@ class Differentiable:
         self,
         name: str,
         forward: Callable[..., tuple[Tensor, ...]],
-        backward: Callable[..., tuple[Tensor, ...]],
+        backward: Callable[..., Any],
         fake_forward: Callable[..., tuple[Tensor, ...]],
         fake_backward: Callable[..., tuple[Tensor, ...]],
         tensor_arguments: int,
         differentiable: tuple[int, ...],
     ) -> None:
         forward_op = torch.library.custom_op(f"moebert_kernels::{name}", forward, mutates_args=())
-        backward_op = torch.library.custom_op(f"moebert_kernels::{name}_backward", backward, mutates_args=())
+
+        @functools.wraps(backward)
+        def whole_backward(dy: Tensor, *args: Any) -> Any:
+            return or_empty(dy, backward(dy, *args))
+
+        backward_op = torch.library.custom_op(f"moebert_kernels::{name}_backward", whole_backward, mutates_args=())
         forward_op.register_fake(fake_forward)
         backward_op.register_fake(fake_backward)
         backward_op.register_autograd(second_derivative(name))
@@ -51,10 +57,11 @@ class Differentiable:
 
         def run_backward(run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
-            needs = [ctx.needs_input_grad[i] for i in differentiable]
+            wanted = ctx.needs_input_grad  # a new tuple at every look
+            needs = [wanted[i] for i in differentiable]
             with backend.preferring(ctx.preference):
                 grads = run(dy, *saved, *ctx.constants, needs)
-            places: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            places: list[Tensor | None] = [None] * len(wanted)
             for i, need, grad in zip(differentiable, needs, grads, strict=True):
                 places[i] = grad if need else None
             return tuple(places)
@@ -83,26 +90,27 @@ class Differentiable:
         self._forward = forward
         self._forward_op = forward_op
         self._eager = Eager
-        self._differentiable = differentiable
 
-    def __call__(self, opaque: bool, *args: Any) -> Tensor:
+    def __call__(self, opaque: bool, trains: bool, *args: Any) -> Tensor:
+        """The first output; `trains`: what `needs_saving` says of the differentiable arguments."""
         check_forward_mode(self._name, *args)
         if opaque:
             return self._forward_op(*args)[0]
-        if transformed() or (torch.is_grad_enabled() and any(_requires_grad(args[i]) for i in self._differentiable)):
+        if trains or transformed():
             return apply(self._eager, *args)[0]
         return self._forward(*args)[0]
 
     def needs_saving(self, *tensors: Tensor | None) -> bool:
         """Whether backward may run, and forward has something to keep for it."""
-        return torch.is_grad_enabled() and any(_requires_grad(t) for t in tensors)
+        return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply` of all arguments: it looks for defaults by `inspect.signature`, which takes 40 us."""
+    """`function.apply` of all arguments, as torch does it but for `inspect.signature`, which takes 40 us."""
     if transformed():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+    alive = [unwrap_if_dead(arg) if isinstance(arg, Tensor) else arg for arg in args]
+    return super(torch.autograd.Function, function).apply(*alive)  # type: ignore[misc]
 
 
 def first_order(name: str) -> type[torch.autograd.Function]:
@@ -142,7 +150,7 @@ def without_derivative(name: str, backward: Callable[..., Any]) -> Callable[...,
     class Once(first_order(name)):  # type: ignore[misc]
         @staticmethod
         def forward(*args: Any) -> Any:
-            return backward(*args)
+            return tuple(backward(*args))
 
         @staticmethod
         def setup_context(*_: Any) -> None:
@@ -165,10 +173,6 @@ def second_derivative(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def or_empty(like: Tensor, grads: list[Tensor | None]) -> Any:
+def or_empty(like: Tensor, grads: Iterable[Tensor | None]) -> Any:
     """Custom ops return tensors only: a gradient that nobody needs is an empty one."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)

@@ -19,7 +19,7 @@ from moebert_kernels.ops._checks import (
     opaque,
     to_dtype,
 )
-from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._differentiable import Differentiable
 
 
 def expert_gemm(
@@ -60,8 +60,8 @@ def expert_gemm(
     check_dtypes_and_devices("x", x, {"w": w, "bias": bias})
     operands = to_dtype(autocast_dtype(x), x, w, bias)
     return _EXPERT_GEMM(
-        opaque(x), *operands, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, grouping.top_k,
-        gather,
+        opaque(x), _EXPERT_GEMM.needs_saving(*operands), *operands,
+        grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, grouping.top_k, gather,
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def _backward(
     grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
         grads = backend.implementation("expert_gemm", x).backward(dy, x, w, grouping, gather, tuple(needs))
-    return or_empty(dy, grads)
+    return grads
 
 
 def _fake_forward(x: Tensor, w: Tensor, bias: Any, offsets: Any, row_to_assignment: Tensor, *_: Any) -> tuple[Tensor]:

@@ -22,7 +22,7 @@ from moebert_kernels.ops._checks import (
     opaque,
     to_dtype,
 )
-from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._differentiable import Differentiable
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
 
 
@@ -84,7 +84,7 @@ def fused_moe_ffn(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN(
-        one_node, flat, *weights, routing_weights,
+        one_node, trains, flat, *weights, routing_weights,
         grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed, top_k, activation,
         float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def _backward(
         grads = backend.implementation("fused_moe_ffn", x).backward(
             dy, x, h_pre, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, tuple(needs)
         )  # fmt: skip
-    return or_empty(dy, grads)
+    return grads
 
 
 def _fake_forward(

@@ -25,7 +25,7 @@ from moebert_kernels.ops._checks import (
     opaque,
     to_dtype,
 )
-from moebert_kernels.ops._differentiable import Differentiable, or_empty
+from moebert_kernels.ops._differentiable import Differentiable
 from moebert_kernels.ops._routing import check_routing, grouped, inferred_from_ids, resolve_routing_weights
 
 
@@ -105,8 +105,9 @@ def fused_moe_ffn_add_norm(
             return y.view(x.shape)
     grouping = grouped(routing, w1.shape[0])
     y = _FUSED_MOE_FFN_ADD_NORM(
-        one_node, flat, *weights, *norm, grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row,
-        dropout_seed, float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
+        one_node, trains, flat, *weights, *norm,
+        grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed,
+        float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
     )  # fmt: skip
     return y if x.ndim == 2 else y.view(x.shape)
 
@@ -136,7 +137,7 @@ def _backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, tuple(needs),
         )  # fmt: skip
-    return or_empty(dy, grads)
+    return grads
 
 
 def _fake_forward(

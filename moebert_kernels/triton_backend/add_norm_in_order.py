@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.column_sums import add_chunks
-from moebert_kernels.kernels.fused_moe_ffn_add_norm import NORM_CHUNK, add_norm, add_norm_backward
+from moebert_kernels.kernels.column_sums import SUMS_CHUNK, add_chunks
+from moebert_kernels.kernels.fused_moe_ffn_add_norm import add_norm, add_norm_backward
 from moebert_kernels.kernels.launch import empty, made, recorded
 from moebert_kernels.kernels.tiles import num_chunks
 
@@ -50,12 +50,13 @@ def backward(
     dresidual = empty(residual, *residual.shape)
     drops = dropout_p > 0 and seed is not None
     dadded = empty(added, *added.shape) if drops else dresidual
-    partials = empty(residual, 2, num_chunks(grouping.num_rows, 1, NORM_CHUNK), residual.shape[1], dtype=torch.float32)
+    H, chunks = residual.shape[1], num_chunks(grouping.num_rows, 1, SUMS_CHUNK)
+    partials = empty(residual, chunks, 2 * H, dtype=torch.float32)
     one = _one_expert(grouping)
     add_norm_backward(
         drows, residual, added, norm_weight[None], norm_bias[None], None, dresidual, dadded if drops else None,
-        partials, None, one, eps, dropout_p, seed, by_row=("dy",),
+        partials, None, one, eps, dropout_p, seed, sum_dffn=False, by_row=("dy",),
     )  # fmt: skip
     dnorm_weight, dnorm_bias = empty(norm_weight, *norm_weight.shape), empty(norm_bias, *norm_bias.shape)
-    add_chunks(partials, (dnorm_weight, dnorm_bias), one.offsets, NORM_CHUNK)
+    add_chunks(partials, ((dnorm_weight, H), (dnorm_bias, H)), one.offsets, SUMS_CHUNK)
     return dresidual, dadded, dnorm_weight, dnorm_bias

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.column_sums import SUMS_CHUNK, add_chunks, column_sums
+from moebert_kernels.kernels.column_sums import SUMS_CHUNK, Summand, add_chunks, column_sums
 from moebert_kernels.kernels.config import (
     Config,
     Device,
@@ -44,7 +43,7 @@ def backward(
     elif needs[0]:
         dx = forward(dy, w.transpose(1, 2), None, grouping, gather=False)
     dw = weight_gradients([(dy, x, False, gather)], grouping)[0] if needs[1] else None
-    return dx, dw, bias_gradient(dy, grouping) if needs[2] else None
+    return dx, dw, bias_gradients([Summand(dy)], grouping)[0] if needs[2] else None
 
 
 def rows_times_weights(
@@ -68,9 +67,11 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
     num_experts, a = grouping.num_experts, pairs[0][0]
     gathers = any(pair[2] or pair[3] for pair in pairs)
     sizes = tuple((a.shape[1], b.shape[1]) for a, b, *_ in pairs)
-    config, programs = _plan(
-        grouping.num_rows, num_experts, sizes, precision_of(a.dtype), a.dtype, gathers, Device.of(a.device)
-    )
+    device = Device.of(a.device)
+    config = pick_config("weights", grouping.num_rows, num_experts, *sizes[0], a.dtype, device)
+    if gathers:
+        config = config.gathering()
+    programs = _programs(config, grouping.num_rows, num_experts, sizes, precision_of(a.dtype), device)
     partials = empty(a, 2 * programs, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32)
     products = [
         Product(_adjacent(a), _adjacent(b), empty(a, num_experts, m, n), gather_a, gather_b)
@@ -80,18 +81,13 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
     return [product.dw for product in products]
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    rows: int, num_experts: int, sizes: tuple[tuple[int, int], ...], precision: Precision, dtype: torch.dtype,
-    gathers: bool, device: Device,
-) -> tuple[Config, int]:  # fmt: skip
-    """The tile, and how many programs share the steps: as many as run at once, but no more than there are steps."""
-    config = pick_config("weights", rows, num_experts, *sizes[0], dtype, device)
-    if gathers:
-        config = config.gathering()
+def _programs(
+    config: Config, rows: int, num_experts: int, sizes: Sequence[tuple[int, int]], precision: Precision, device: Device
+) -> int:
+    """How many programs share the steps: as many as run at once, but no more than there are steps."""
     tiles = sum(ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) for m, n in sizes)
     slots = device.multiprocessors * max(1, programs_per_multiprocessor(config, "weights", precision, device))
-    return config, min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))
+    return min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))
 
 
 def _adjacent(rows: Tensor) -> Tensor:
@@ -99,11 +95,25 @@ def _adjacent(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else made(Tensor.contiguous, rows)
 
 
-def bias_gradient(a: Tensor, grouping: Grouping, *, weights: Tensor | None = None, gather: bool = False) -> Tensor:
-    """db (E, N) = sum of weights * a over each expert's rows; zero where it has none. Two launches."""
-    chunks = num_chunks(grouping.num_rows, grouping.num_experts, SUMS_CHUNK)
-    sums = empty(a, 1, chunks, a.shape[1], dtype=torch.float32)
-    column_sums(a, sums[0], grouping, weights=weights, gather=gather)
-    db = empty(a, grouping.num_experts, a.shape[1])
-    add_chunks(sums, (db,), grouping.offsets, SUMS_CHUNK)
+def sums_of_chunks(like: Tensor, grouping: Grouping, columns: int) -> Tensor:
+    """Scratch (chunks, columns) float32 for sums of SUMS_CHUNK rows each."""
+    return empty(like, num_chunks(grouping.num_rows, grouping.num_experts, SUMS_CHUNK), columns, dtype=torch.float32)
+
+
+def bias_gradients(
+    summands: Sequence[Summand], grouping: Grouping, begun: Tensor | None = None,
+    others: Sequence[tuple[Tensor | None, int]] = (),
+) -> list[Tensor]:  # fmt: skip
+    """db (E, N) = sum of weights * a over each expert's rows, of up to two summands; zero where it has none.
+
+    Two launches: the second also adds what other kernels left in the first columns of `begun`, for `others`.
+    """
+    summands = [summand._replace(a=_adjacent(summand.a)) for summand in summands]
+    widths = [summand.a.shape[1] for summand in summands]
+    before = sum(columns for _, columns in others)
+    sums = sums_of_chunks(summands[0].a, grouping, sum(widths)) if begun is None else begun
+    if summands:
+        column_sums(summands, sums[:, before:], grouping)
+    db = [empty(summand.a, grouping.num_experts, columns) for summand, columns in zip(summands, widths, strict=True)]
+    add_chunks(sums, (*others, *zip(db, widths, strict=True)), grouping.offsets, SUMS_CHUNK)
     return db

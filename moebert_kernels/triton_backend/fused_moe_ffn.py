@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.kernels.column_sums import Summand
 from moebert_kernels.kernels.fused_moe_ffn import hidden
 from moebert_kernels.kernels.fused_moe_ffn_backward import (
     hidden_backward,
@@ -17,7 +18,7 @@ from moebert_kernels.kernels.fused_moe_ffn_backward import (
 )
 from moebert_kernels.kernels.launch import empty, made, recorded
 from moebert_kernels.triton_backend.expert_gemm import (
-    bias_gradient,
+    bias_gradients,
     rows_times_weights,
     weight_gradients,
 )
@@ -64,12 +65,13 @@ def hidden_gradients(
     dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, weights: Tensor | None,
     activation: str, hidden_dropout_p: float, seed: Tensor | None, needs: Sequence[bool],
-    *, gather: bool, gather_x: bool = True,
+    *, gather: bool, gather_x: bool = True, begun: Tensor | None = None,
+    others: Sequence[tuple[Tensor | None, int]] = (),
 ) -> list[Tensor | None]:  # fmt: skip
     """[dh_pre, dw1, db1, dw2, db2, dweights]: every gradient but dx, which follows from dh_pre (num_rows, I or 2I).
 
     dy is (T, H), or (num_rows, H) in row order without `gather`; so is x without `gather_x`.
-    An empty `h_pre` is recomputed.
+    An empty `h_pre` is recomputed. `begun` and `others`: see `bias_gradients`.
     """
     need_dx, need_dw1, need_db1, need_dw2, need_db2, need_dweights = needs
     need_pre = need_dx or need_dw1 or need_db1
@@ -100,8 +102,12 @@ def hidden_gradients(
     products = iter(weight_gradients(pairs, grouping) if pairs else ())
     dw1 = next(products) if need_dw1 else None
     dw2 = next(products) if need_dw2 else None
-    db1 = None if dh_pre is None or not need_db1 else bias_gradient(dh_pre, grouping)
-    db2 = bias_gradient(dy, grouping, weights=weights, gather=gather) if need_db2 else None
+    summands = [Summand(dh_pre)] if dh_pre is not None and need_db1 else []
+    if need_db2:
+        summands.append(Summand(dy, weights, gather))
+    biases = iter(bias_gradients(summands, grouping, begun, others) if summands or others else ())
+    db1 = next(biases) if need_db1 else None
+    db2 = next(biases) if need_db2 else None
     return [dh_pre, dw1, db1, dw2, db2, dweights]
 
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.kernels.column_sums import add_chunks
 from moebert_kernels.kernels.expert_gemm import expert_gemm
-from moebert_kernels.kernels.fused_moe_ffn_add_norm import NORM_CHUNK, add_norm, add_norm_backward
+from moebert_kernels.kernels.fused_moe_ffn_add_norm import add_norm, add_norm_backward
 from moebert_kernels.kernels.launch import empty, made, recorded
-from moebert_kernels.kernels.tiles import num_chunks
+from moebert_kernels.triton_backend.expert_gemm import sums_of_chunks
 from moebert_kernels.triton_backend.fused_moe_ffn import contiguous, hidden_gradients, hidden_rows
 
 
@@ -57,50 +55,32 @@ def backward(
     seed: Tensor | None, needs: Sequence[bool], in_order: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
-    need_db2, (need_dnorm_weight, need_dnorm_bias, need_dweights) = needs[4], needs[5:]
+    need_db1, need_db2, (need_dnorm_weight, need_dnorm_bias, need_dweights) = needs[2], needs[4], needs[5:]
     rows = grouping.num_rows
     if ffn.shape[0] < rows:
         ffn, h_pre = ffn_rows(x, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed, True, in_order)
     dz = empty(x, rows, x.shape[1])
     apart = (dropout_p > 0 and seed is not None) or x.dtype != w1.dtype
     dffn = empty(w1, rows, x.shape[1]) if apart else dz
-    chunks = num_chunks(rows, grouping.num_experts, NORM_CHUNK)
-    partials = empty(x, 2 + need_db2, chunks, x.shape[1], dtype=torch.float32)
+    H = x.shape[1]
+    sums = sums_of_chunks(x, grouping, (2 + need_db2) * H + need_db1 * w1.shape[1])
     dweights = made(lambda t: t.new_zeros(t.shape[0], 1), x) if need_dweights else None
     add_norm_backward(
         dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None,
-        partials, dweights, grouping, eps, dropout_p, seed, by_row=("x", "ffn", "dz") if in_order else ("ffn", "dz"),
+        sums, dweights, grouping, eps, dropout_p, seed, sum_dffn=need_db2,
+        by_row=("x", "ffn", "dz") if in_order else ("ffn", "dz"),
     )  # fmt: skip
     dnorm_weight = empty(norm_weight, *norm_weight.shape) if need_dnorm_weight else None
     dnorm_bias = empty(norm_bias, *norm_bias.shape) if need_dnorm_bias else None
     db2 = empty(w2, *b2.shape) if b2 is not None and need_db2 else None
-    sums = (dnorm_weight, dnorm_bias, db2)[: 2 + need_db2]
-    add_chunks(partials, sums, grouping.offsets, NORM_CHUNK)
-    grads = ffn_gradients(
-        dffn, dz, dy, x, h_pre, grouping, w1, b1, w2, b2, activation, hidden_dropout_p, seed,
-        (*needs[:4], False), in_order,
-    )  # fmt: skip
-    return [*grads[:4], db2, dnorm_weight, dnorm_bias, dweights]
-
-
-@recorded
-def ffn_gradients(
-    dffn: Tensor, dz: Tensor, dy: Tensor, x: Tensor, h_pre: Tensor, grouping: Grouping,
-    w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, activation: str, hidden_dropout_p: float,
-    seed: Tensor | None, needs: Sequence[bool], in_order: bool = False,
-) -> list[Tensor | None]:  # fmt: skip
-    """[dx, dw1, db1, dw2, db2] from what the norm's backward left.
-
-    `dffn` and `dz` (num_rows, H) are gradients of the feed-forward's outputs and of the residual, in row order.
-    """
+    others = ((dnorm_weight, H), (dnorm_bias, H), (db2, H))[: 2 + need_db2]
     dtype = w1.dtype
-    x_cast = made(lambda t: t.to(dtype), x)
-    dh_pre, *weight_grads, _ = hidden_gradients(
-        dffn, x_cast, h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed, (*needs, False),
-        gather=False, gather_x=not in_order,
+    dh_pre, dw1, db1, dw2, _, _ = hidden_gradients(
+        dffn, made(lambda t: t.to(dtype), x), h_pre, grouping, w1, b1, w2, b2, None, activation, hidden_dropout_p, seed,
+        (*needs[:4], False, False), gather=False, gather_x=not in_order, begun=sums, others=others,
     )  # fmt: skip
     dx = None
     if needs[0]:
         dx = empty(x, *x.shape)
         expert_gemm(dh_pre, w1.transpose(1, 2), dx, grouping, residual=dz, skipped=dy, scatter=not in_order)
-    return [dx, *weight_grads]
+    return [dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, dweights]

@@ -16,6 +16,26 @@ void check(const cases::Case& c) {
   problem.check();
 }
 
+template <mbk::ActivationForm kForm>
+void check_special_values(mbk::Activation activation) {
+  const auto constants = mbk::expert_gemm_detail::form_of(activation).constants;
+  const bool same = activation == mbk::Activation::kIdentity;
+  for (float x : {INFINITY, 3e38f, 1e25f}) {
+    CHECK(mbk::activate<kForm>(x, constants) == x, "%g", static_cast<double>(x));
+    CHECK(mbk::activate<kForm>(-x, constants) == (same ? -x : 0.0f), "-%g", static_cast<double>(x));
+  }
+  CHECK(std::isnan(mbk::activate<kForm>(NAN, constants)), "NaN");
+}
+
+void test_special_values() {
+  using Form = mbk::ActivationForm;
+  check_special_values<Form::kGelu>(mbk::Activation::kGelu);
+  check_special_values<Form::kSigmoid>(mbk::Activation::kGeluTanh);
+  check_special_values<Form::kSigmoid>(mbk::Activation::kSilu);
+  check_special_values<Form::kClamp>(mbk::Activation::kRelu);
+  check_special_values<Form::kClamp>(mbk::Activation::kIdentity);
+}
+
 void test_refusals() {
   cases::Problem<__half> problem(cases::draw_case(128, 1));
   const auto refused = [&](auto change) {
@@ -39,6 +59,7 @@ void test_refusals() {
 
 int main() {
   test_refusals();
+  test_special_values();
   int count = 0;
   for (mbk::Activation activation : cases::kActivations) {
     for (int block_n : {0, 128, 192, 256}) {

@@ -301,6 +301,22 @@ void test_every_activation_and_source() {
   }
 }
 
+// What is no finite number, and numbers whose squares are none: 0 or x far from 0, and NaN stays NaN.
+void test_special_values() {
+  for (int activation = 0; activation <= static_cast<int>(Activation::kIdentity); ++activation) {
+    const auto act = static_cast<Activation>(activation);
+    for (float x : {INFINITY, 3e38f, 1e25f}) {
+      const float above = mbk::tiny::activate(act, x), below = mbk::tiny::activate(act, -x);
+      const bool squares = act == Activation::kRelu2, same = act == Activation::kIdentity;
+      CHECK(above == (squares ? INFINITY : x), "act=%d(%g): %g", activation, static_cast<double>(x),
+            static_cast<double>(above));
+      CHECK(below == (same ? -x : 0.0f), "act=%d(-%g): %g", activation, static_cast<double>(x),
+            static_cast<double>(below));
+    }
+    CHECK(std::isnan(mbk::tiny::activate(act, NAN)), "act=%d(NaN)", activation);
+  }
+}
+
 // Every tile height, rows of sums that fit in shared memory and one that does not, many steps along K.
 void test_tiles_and_long_rows() {
   for (DType dtype : kDTypes) {
@@ -368,6 +384,7 @@ void test_refusals() {
 int main() {
   test_plan_has_a_tile_for_every_row();
   test_refusals();
+  test_special_values();
   test_hand_over();
   test_no_experts();
   test_tiles_and_long_rows();

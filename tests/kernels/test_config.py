@@ -26,7 +26,7 @@ def test_few_rows_take_small_tiles_and_many_rows_large_ones():
 def test_is_a_candidate_and_pure(rows, kind):
     first = pick(rows, kind)
     assert first in CANDIDATES["half"][kind]
-    config._pick.cache_clear()
+    config.pick.cache_clear()
     assert pick(rows, kind) == first
 
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from moebert_kernels import group_tokens
-from moebert_kernels.kernels.column_sums import add_chunks, column_sums
+from moebert_kernels.kernels.column_sums import Summand, add_chunks, column_sums
 from moebert_kernels.kernels.config import Config
 from moebert_kernels.kernels.expert_gemm_weights import Product, expert_gemm_weights, num_programs
 from moebert_kernels.kernels.tiles import num_chunks
@@ -64,15 +64,26 @@ def test_one_product_has_the_same_bits_every_time(grouping, device):
     assert torch.equal(dw(), dw())
 
 
+@pytest.mark.parametrize("second", [None, "plain", "weighted"])
 @pytest.mark.parametrize("gather", [False, True])
-def test_column_sums(grouping, gather, device, monkeypatch):
+def test_column_sums(grouping, gather, second, device, monkeypatch):
+    """Of one summand or two, of which each is gathered, weighted or neither, beside what another kernel left."""
     monkeypatch.setattr("moebert_kernels.kernels.column_sums.SUMS_CHUNK", 16)
-    a, p = torch.randn(grouping.num_rows, 200, device=device), torch.rand(grouping.num_rows, 1, device=device)
-    partials = a.new_empty(1, num_chunks(grouping.num_rows, E, 16), 200)
-    column_sums(a, partials[0], grouping, weights=p, gather=gather)
-    sums = a.new_empty(1, E, 200)
-    add_chunks(partials, sums, grouping.offsets, 16)
+    p = torch.rand(grouping.num_rows, 1, device=device)
+    summands = [Summand(torch.randn(grouping.num_rows, 200, device=device), p, gather)]
+    if second is not None:
+        plain = Summand(torch.randn(grouping.num_rows, 130, device=device))
+        summands.insert(0 if second == "weighted" else 1, plain)
+    widths = [summand.a.shape[1] for summand in summands]
+    partials = p.new_zeros(num_chunks(grouping.num_rows, E, 16), 30 + sum(widths))
+    column_sums(summands, partials[:, 30:], grouping)
+    sums = [p.new_empty(E, width) for width in widths]
+    before = p.new_empty(E, 20)
+    add_chunks(partials, ((before, 20), (None, 10), *zip(sums, widths, strict=True)), grouping.offsets, 16)
+    assert not before.any()
     for e, mine in enumerate(rows_of(grouping)):
         first = int(grouping.offsets[e])
-        rows = mine if gather else torch.arange(first, first + len(mine), device=device)
-        torch.testing.assert_close(sums[0, e], (p[mine] * a[rows]).sum(0), rtol=1e-5, atol=1e-5)
+        for (a, weights, gathered), total in zip(summands, sums, strict=True):
+            rows = a[mine if gathered else torch.arange(first, first + len(mine), device=device)]
+            wanted = (rows if weights is None else p[mine] * rows).sum(0)
+            torch.testing.assert_close(total[e], wanted, rtol=1e-5, atol=1e-5)
