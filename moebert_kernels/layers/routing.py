@@ -126,7 +126,7 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
             raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
-    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)
+    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids, in_order=[])
 
 
 @functools.cache
