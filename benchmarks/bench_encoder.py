@@ -151,7 +151,3 @@ def _build(
 def _compiled(model: nn.Module, batches: list[Batch]) -> Callable[[], Outputs]:
     """One compiled form for each shape, made on the first call, which is not timed."""
     return encoders.forward(torch.compile(model, fullgraph=True, dynamic=False), batches)
-
-
-def test_encoder(case, provider, run_provider):
-    run_provider(case, provider)

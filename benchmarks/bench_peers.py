@@ -36,7 +36,3 @@ def _case(kind: str, direction: str, T: int, target: Target) -> Case:
         requires=[Requirement("moebert_kernels", name, AT_LEAST) for name in peers.PEERS] if target.on_gpu else (),
         cost=op_cost("fused_moe_ffn", direction, T=T, dtype=target.dtype, gated=kind == "swiglu", **shape),
     )  # fmt: skip
-
-
-def test_peers(case, provider, run_provider):
-    run_provider(case, provider)

@@ -41,11 +41,6 @@ class Batch:
     mask: Tensor | None
 
 
-def full_batch(target: Target, model: str, B: int, T: int) -> Batch:
-    """B sequences of T uniform ids: the experts are about equally loaded."""
-    return padded_batch(target, model, [T] * B)
-
-
 def padded_batch(target: Target, model: str, lengths: list[int]) -> Batch:
     """Uniform ids, each sequence padded on the right to the longest."""
     config = BertConfig(**SIZES[model])
