@@ -35,9 +35,11 @@ def test_a_layer_with_several_experts_for_each_token_passes_its_gate():
 
 
 def test_suites_of_ops_import_nothing_heavy():
-    """`make gpu` has seconds: the libraries of models come with the first case that needs them (for mpo's, torch imports Triton)."""
+    """`make gpu` has seconds: the libraries of models come with the first case that needs them (mpo's: Triton)."""
     code = "\n".join((
-        "import sys; from benchmarks import bench_mpo, suites; from benchmarks.measuring import Target",
+        "import sys",
+        "from benchmarks import bench_mpo, suites",
+        "from benchmarks.measuring import Target",
         "for what in set(suites.OPS) - {'mpo'}: suites.cases(what, Target.of('cpu', smoke=True))",
         "print([name for name in ('transformers', 'accelerate', 'triton', 'matplotlib') if name in sys.modules])",
     ))  # fmt: skip
