@@ -111,7 +111,7 @@ $(VENV)/torch.stamp: $(CONSTRAINTS)
 	  set -x; $(PIP) install -c $(CONSTRAINTS) $(TORCH); \
 	else \
 	  set -x; { [ $(TORCH) != torch ] && $(PIP) install -c $(CONSTRAINTS) $(TORCH)+cpu 2>/dev/null; } \
-	    || $(PIP) install -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH:torch==%=torch==%+cpu); \
+	    || $(PIP) install -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) $(patsubst torch==%,torch==%+cpu,$(TORCH)); \
 	fi
 	@touch $@
 
