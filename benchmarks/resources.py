@@ -268,6 +268,17 @@ def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
             z, last = new(T, H, dtype=dtype), (grouping, 1e-12, dropout_p, seed)
             yield f"add_norm/{name}", partial(forward, z, x, norm, norm, p, z, *last)
             yield f"add_norm_backward/{name}", partial(backward, z, z, x, norm, norm, p, z, x, sums, p, *last)
+    in_order = {
+        "before": (("y",), ("dy",)),
+        "behind": (("x", "ffn"), ("x", "ffn", "dz")),
+    }  # the experts: docs/design/0009
+    for where, (by_row, by_row_backward) in in_order.items():
+        last = grouping, 1e-12, 0.1, seed
+        yield f"add_norm.{where}/bf16", partial(forward, x, x, norm, norm, None, x, *last, by_row=by_row)
+        yield (
+            f"add_norm_backward.{where}/bf16",
+            partial(backward, x, x, x, norm, norm, None, x, x, sums[:2], None, *last, by_row=by_row_backward),
+        )
 
 
 def launches(arch: int) -> Iterator[Launch]:

@@ -115,6 +115,8 @@ def _on_random_numbers(owner: Any) -> Tensor | None:
     """What the layer around an attention and experts computes of 2 x 6 tokens; None: it needs more than these."""
     layer, modes = owner.output, [(module, module.training) for module in owner.modules()]
     weight = layer.experts.w1
+    if weight.is_meta:  # offloaded
+        return None
     ids = torch.arange(12, device=weight.device) % (layer.experts.num_experts + 1) - 1  # some are skipped
     x = torch.linspace(-1.0, 1.0, 12 * weight.shape[2], device=weight.device).mul(97).sin().view(2, 6, -1)
     call = Call(Tokens({layer: group_tokens(ids, layer.experts.num_experts)}, ids.view(2, 6), in_order=[]))
