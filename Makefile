@@ -15,7 +15,7 @@ OLDEST := $(abspath $(VENV))/oldest-triton
 OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu or stable_permutation or same_bits)
 TORCH := $(or $(shell sed -n '/^torch==/p' $(CONSTRAINTS)),torch)
 # Versions for `make test-oldest`: the floors of pyproject.toml, and not the pins that these do not allow.
-FLOORS := torch==2.11.0 triton==$(OLDEST_TRITON) transformers==5.17.0
+FLOORS := torch==2.11.0 triton==$(OLDEST_TRITON) transformers==5.17.0 'numpy<2.4'
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test test-slow test-native test-oldest test-newest test-oldest-triton build wheel dist hub check smoke bench gpu tune resources cuda-resources doctor site venv clean
@@ -51,7 +51,7 @@ hub:  ## the ops as a project of the Hub's kernel-builder, in build/hub
 
 test-oldest:  ## the tests under the oldest torch, Triton and transformers that pyproject.toml allows, in an environment of their own
 	mkdir -p build
-	{ sed -E '/^(torch|triton|transformers|huggingface_hub|tokenizers|setuptools)==/d' constraints.txt; printf '%s\n' $(FLOORS); } > build/oldest.versions.new
+	{ sed -E '/^(torch|triton|transformers|huggingface_hub|tokenizers|setuptools|numpy)==/d' constraints.txt; printf '%s\n' $(FLOORS); } > build/oldest.versions.new
 	cmp -s build/oldest.versions.new build/oldest.versions || mv build/oldest.versions.new build/oldest.versions  # a newer file is a new environment
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=build/oldest.versions
 

@@ -38,6 +38,8 @@ from moebert_kernels.nn.context import (
 from moebert_kernels.nn.hash_router import HashRouter, group_by_hash
 
 _NO_TEXT = {"pixel_values", "input_features", "input_values"}  # inputs of image and audio encoders
+# Dynamo of torch 2.11 cannot trace what `chunked_class` gives it; models without that class are only slower.
+CHUNKS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def takes_token_ids(module: nn.Module) -> bool:
@@ -76,7 +78,7 @@ def install_routing(model: Any, names: list[str]) -> None:
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
-            if hasattr(module, "feed_forward_chunk"):
+            if hasattr(module, "feed_forward_chunk") and CHUNKS_ARE_TRACED:
                 _change_class(module, chunked_class)
     config = model.config.quantization_config
     if config.is_learned:
