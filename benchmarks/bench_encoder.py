@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks import encoders, real_text
 from benchmarks.encoders import Batch
 from benchmarks.measuring import Case, Outputs, Provider, Requirement, Target
+from moebert_kernels.layers import set_expert_order
 
 BATCHES_SORTED = {"cpu": 2, "cuda": 4}  # the texts of so many batches are sorted by length
 FULL = ("moebert_kernels", "dense", "ideal", "half_depth", "original")
@@ -23,11 +24,13 @@ PADDED = ("moebert_kernels", "padding_routed", "dense", "ideal", "original")
 MOSTLY_PADDING = ("moebert_kernels", "padding_routed", "dense")
 SORTED = ("moebert_kernels", "dense", "ideal")
 COMPILED = ("moebert_kernels_compiled", "dense_compiled")
+IN_ORDER = ("moebert_kernels", "moebert_kernels_in_order", "dense")  # attention writes rows of the experts
 
 
 def cases(target: Target) -> list[Case]:
     if target.smoke:
-        return [_full(target, "smoke", 2, 16), _padded(target, "smoke", 3), _sorted(target, "smoke", 2)]
+        return [_full(target, "smoke", 2, 16), _padded(target, "smoke", 3), _sorted(target, "smoke", 2),
+                _in_order(target, "smoke", 2, 16)]  # fmt: skip
     large = 32 if target.on_gpu else 8
     found = [
         _full(target, "bert-base", large, 128, *_required(target, large)),
@@ -37,7 +40,7 @@ def cases(target: Target) -> list[Case]:
         _sorted(target, "bert-base", large),
     ]
     if target.on_gpu:
-        return found
+        return [*found, _in_order(target, "bert-base", 128, 128)]
     return [*found, *(_full(target, "minilm-l6", B, 128) for B in (large, 1)), _padded(target, "minilm-l6", large)]
 
 
@@ -56,6 +59,10 @@ def _full(target: Target, model: str, B: int, T: int, *requires: Requirement) ->
     lengths = [[T] * B]
     ways = FULL + COMPILED if target.on_gpu and B > 1 else FULL  # compiling takes a minute for each shape
     return _case(target, f"encoder-{model}-B{B}-T{T}", model, lengths, ways, "dense", requires)
+
+
+def _in_order(target: Target, model: str, B: int, T: int) -> Case:
+    return _case(target, f"encoder-{model}-B{B}-T{T}-in_order", model, [[T] * B], IN_ORDER, "moebert_kernels")
 
 
 def _mostly_padding(target: Target, model: str, B: int, *requires: Requirement) -> Case:
@@ -122,9 +129,15 @@ def _build(
         routed.config.quantization_config.route_padding = True
         return Provider(encoders.forward(routed, batches), routing, cost=routing_cost)
 
+    def in_order() -> Provider:
+        ordered = copy.deepcopy(moe)
+        set_expert_order(ordered)
+        return Provider(encoders.forward(ordered, batches), skipping)
+
     makers: dict[str, Callable[[], Provider]] = {
         "moebert_kernels": lambda: Provider(encoders.forward(moe, batches), skipping),
         "moebert_kernels_compiled": lambda: Provider(_compiled(moe, batches), skipping),
+        "moebert_kernels_in_order": in_order,
         "dense": of_dense,
         "dense_compiled": lambda: of_dense(_compiled),
         "ideal": lambda: of_dense(intermediate_size=encoders.expert_size(model)),
@@ -138,7 +151,3 @@ def _build(
 def _compiled(model: nn.Module, batches: list[Batch]) -> Callable[[], Outputs]:
     """One compiled form for each shape, made on the first call, which is not timed."""
     return encoders.forward(torch.compile(model, fullgraph=True, dynamic=False), batches)
-
-
-def test_encoder(case, provider, run_provider):
-    run_provider(case, provider)

@@ -80,7 +80,3 @@ def _build(T: int, target: Target, names: tuple[str, ...], *, K: int, N: int, E:
     if CUDA in names:
         providers[CUDA] = cuda_or_skipped("expert_gemm", x) or Provider(ours_cuda, exact)
     return providers
-
-
-def test_expert_gemm(case, provider, run_provider):
-    run_provider(case, provider)

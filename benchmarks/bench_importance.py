@@ -84,7 +84,3 @@ def _losses(model: BertForSequenceClassification, batch: dict[str, Tensor]) -> T
 def _one_by_one(model: BertForSequenceClassification, batch: dict[str, Tensor]) -> Iterator[Tensor]:
     for i in range(len(batch["labels"])):
         yield _losses(model, {name: tensor[i : i + 1] for name, tensor in batch.items()})[0]
-
-
-def test_importance(case, provider, run_provider):
-    run_provider(case, provider)

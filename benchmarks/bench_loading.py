@@ -130,7 +130,3 @@ def _loaded(saved: Any, target: Target) -> Provider:
         return state(BertModel.from_pretrained(Path(folder.name), dtype=target.dtype).to(target.device))
 
     return Provider(load, lambda dtype: tuple(tensor.to(dtype) for tensor in state(saved)), capture=False)
-
-
-def test_loading(case, provider, run_provider):
-    run_provider(case, provider)

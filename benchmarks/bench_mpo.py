@@ -223,7 +223,3 @@ def taken_gradients(module: nn.Module) -> Outputs:
     for parameter in module.parameters():
         parameter.grad = None
     return grads
-
-
-def test_mpo(case, provider, run_provider):
-    run_provider(case, provider)

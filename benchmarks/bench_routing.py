@@ -101,7 +101,3 @@ def _maps(groupings: list[Grouping]) -> Outputs:
 def _as_float(outputs: Outputs) -> Outputs:
     """Whole numbers up to 2^53 are exact in float64, so that the bound on errors is less than 1: equality."""
     return tuple(tensor.double() for tensor in outputs)
-
-
-def test_routing(case, provider, run_provider):
-    run_provider(case, provider)

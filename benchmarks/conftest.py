@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import clocks
+from benchmarks import clocks, suites
 from benchmarks.gate import Checked, check
 from benchmarks.measuring import Case, Target
 
@@ -29,14 +29,15 @@ def target_of(config) -> Target:
 
 def pytest_generate_tests(metafunc):
     if {"case", "provider"} <= set(metafunc.fixturenames):
-        cases = metafunc.module.cases(target_of(metafunc.config))
+        target = target_of(metafunc.config)
+        cases = [case for what in suites.ALL for case in suites.cases(what, target)]
         pairs = [(case, provider) for case in cases for provider in case.providers]
         metafunc.parametrize("case,provider", pairs, ids=[f"{case.name}-{provider}" for case, provider in pairs])
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.name.startswith("bench_"):
+        if item.path.name == "test_cases.py":
             item.add_marker(pytest.mark.timeout(1800))  # the original's importance takes minutes
 
 

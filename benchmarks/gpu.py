@@ -20,13 +20,14 @@ from typing import Any
 
 from benchmarks import gpu_plan, identity
 from benchmarks.gpu_machine import MARK, Machine, Outcome, end_leftovers, gpu_of_this_machine, look, unpack_wheels
-from benchmarks.gpu_plan import AT_ONCE, BUILD, Step
-from benchmarks.gpu_table import table
+from benchmarks.gpu_plan import AT_ONCE, BUILD, PREDICTED_BY, PREDICTED_US, Step
 from benchmarks.gpu_worker import PARTIAL, write
 
 FOLDER, EXTRAS = identity.ROOT / "build" / "gpu", identity.ROOT / "build" / "extras"
 ARCHIVE, RECORD, SUMMARY = "gpu-results.tar.gz", "gpu-record.json", "gpu-summary.txt"
 SECONDS, RESERVE_S, LEAST_DISK_GIB = 540.0, 12.0, 5
+CUDA, OURS, COLUMNS = "moebert_kernels_cuda", "moebert_kernels", (8, 9, 9, 9, 9, 9, 7, 7)
+SUITES = ("ffn", "ffn_backward", "ffn_add_norm", "tiny")
 REHEARSAL = "rehearsal without a GPU"
 Have = Mapping[str, str | None]
 
@@ -170,6 +171,37 @@ def summary(record: Record, steps: Sequence[Step], have: Have) -> str:
         f"left for another call: {len(left)} of {len(steps)} steps" + "".join(f"\n  {s.name}" for s in left[:8])
     )
     return "\n".join(lines)
+
+
+def table(folder: Path) -> list[str]:
+    """The numbers that matter, as far as they are measured, in microseconds; predicted ones are of Triton's kernels."""
+    results = [json.loads(path.read_text()) for what in SUITES if (path := folder / f"{what}.json").exists()]
+    cases: dict[str, dict[str, Any]] = {case["name"]: case for result in results for case in result["cases"]}
+    if not cases:
+        return ["nothing of the headline is measured yet"]
+    roof = results[0]["roof"]
+    head = ("T", "Triton", "predicted", "CUDA", "dense", "ideal", "x dense", "of roof")
+    lines = [f"roof: {roof['tflops']:.0f} TFLOP/s, {roof['gbytes_per_s']:.0f} GB/s; predicted: {PREDICTED_BY}"]
+    for (op, direction), predicted in PREDICTED_US.items():
+        lines += [f"{op}, {direction}, us", _line(head)]
+        for T in sorted({*predicted, 128, 256, 1024, 4096, 16384, 65536}):
+            providers = cases.get(name := f"{op}-{direction}-T{T}", {}).get("providers", {})
+            beside = cases.get(f"{name}-cuda", {}).get("providers", {})
+            ours, speed = providers.get(OURS, {}), providers.get(OURS, {}).get("speed_over_baseline", {}).get("median")
+            lines.append(_line((
+                T, _us(ours), predicted.get(T, ""), _us(providers.get(CUDA) or beside.get(CUDA, {})),
+                _us(providers.get("dense", {})), _us(providers.get("ideal", {})), f"{speed:.2f}" if speed else "",
+                f"{ours['share_of_roof']:.0%}" if "share_of_roof" in ours else "",
+            )))  # fmt: skip
+    return lines
+
+
+def _us(entry: dict[str, Any]) -> str:
+    return f"{1e3 * entry['median_ms']:.4g}" if "median_ms" in entry else "-"
+
+
+def _line(cells: tuple[object, ...]) -> str:
+    return " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, COLUMNS, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:

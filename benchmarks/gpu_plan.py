@@ -60,7 +60,9 @@ WITH_NATIVE = [
     ("ffn_add_norm", f"{EXPERT}-{FB}-T16384", 18),
     *(("ffn", f"{FFN}-{F}-T{T}-cuda", 4) for T in (16384, 4096, 65536)),
     *(("ffn_add_norm", f"{EXPERT}-{F}-T{T}", 5) for T in (4096, 65536, 1024, 256)),
-    *(("ffn_add_norm", f"{EXPERT}-{FB}-T{T}", 6) for T in (4096, 65536, 1024, 256, 128)),
+    *(("ffn_add_norm", f"{EXPERT}-{FB}-T{T}", 6) for T in (4096, 65536, 1024)),
+    *(("ffn_add_norm", f"add_norm_in_order-{F}-T{T}", 3) for T in (16384, 4096, 65536, 1024)),
+    *(("ffn_add_norm", f"add_norm_in_order-{FB}-T{T}", 3) for T in (16384, 4096)),
     *(("tiny", f"{EXPERT}-{F}-T{T}", 5) for T in (8, 32)),
     ("routing", "routing-T4096", 3),
     *(("expert_gemm", f"expert_gemm-T{T}", 4) for T in (16384, 65536, 4096, 256)),
@@ -76,6 +78,7 @@ WITH_PEERS = [
 ]  # fmt: skip
 WHOLE_MODELS = [
     ("encoder", "encoder-bert-base-B32-T128", 65), ("distill", "distill-bert-base-B32-T128", 15),
+    ("encoder", "encoder-bert-base-B128-T128-in_order", 8),
     ("encoder", "encoder-bert-base-B1-T128", 9), ("encoder", "encoder-bert-base-B32-40_of_128", 8),
     ("encoder", "encoder-bert-base-B32-padded", 9), ("encoder", "encoder-bert-base-B32-sorted_by_length", 9),
     ("distill", "distill-bert-base-B32-padded", 10),
@@ -86,9 +89,9 @@ SHARED_CENTRE = [
 ]  # fmt: skip
 # Files of tests; each is compiled and run by a process of its own. Plain torch has no kernels of ours: CI runs it.
 OTHER_TESTS = """ops/test_expert_gemm ops/test_group_tokens ops/test_hash_route+ops/test_integers+ops/test_checked_once
-ops/test_mpo_expert_weights ops/test_any_shape ops/test_autocast+ops/test_derivatives
-kernels/test_cuda_gpu kernels/test_tiny_ffn kernels/test_expert_gemm_cuda
-kernels/test_dropout+ops/test_hostile_arguments test_native"""
+ops/test_mpo_expert_weights+ops/test_add_norm_in_order ops/test_any_shape ops/test_autocast+ops/test_derivatives
+kernels/test_cuda_gpu kernels/test_tiny_ffn+kernels/test_expert_gemm_cuda
+kernels/test_dropout+ops/test_hostile_arguments+test_native"""
 TESTED = {"ops/test_fused_moe_ffn": 90, "ops/test_fused_moe_ffn_add_norm": 80, "kernels/test_gpu": 60}
 TESTED |= dict.fromkeys(OTHER_TESTS.split(), 35)
 

@@ -54,9 +54,9 @@ def answer(task: tuple[str, ...], folder: Path, rehearse: bool) -> dict[str, Any
 
 def suite(target: Any, folder: Path, what: str, name: str) -> dict[str, Any]:
     """One case of a suite into the suite's file."""
-    from benchmarks import gpu_plan, results, views
+    from benchmarks import gpu_plan, results, suites, views
 
-    cases = importlib.import_module(f"benchmarks.bench_{what}").cases(target)
+    cases = suites.cases(what, target)
     if target.smoke:  # tiny cases under the names of those of a GPU
         cases = [replace(cases[i % len(cases)], name=named) for i, named in enumerate(gpu_plan.cases_of(what))]
     result = results.run_suite(what, cases, target, seconds=SECONDS, min_rounds=5, folder=folder, only=name)

@@ -92,13 +92,15 @@ def op_cost(
     if op in ROUTING:
         return _routing(op, T, E, top_k, L, V, masked)
     size = item_bytes(dtype)
+    if op == "add_norm_in_order":  # residual and added read, rows written; backward reads rows' gradient too
+        return Cost(0, size * H * (3 * T + 2 + (4 * T + 3 if training else 0)))
     if op == "expert_gemm":
         return _linear(T * top_k, H, I, E, experts_touched(T, E, top_k), size, training)
     return _feed_forward(op, T, E, H, I, size, top_k, 2 if gated else 1, training)
 
 
 ROUTING = ("hash_route", "group_tokens", "group_tokens_by_hash")
-OPS = (*ROUTING, "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm")
+OPS = (*ROUTING, "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm", "add_norm_in_order")
 
 
 def item_bytes(dtype: str | torch.dtype) -> int:

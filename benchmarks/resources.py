@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import occupancy
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels import (
     column_sums,
@@ -43,16 +43,21 @@ from moebert_kernels.kernels import (
     hash_route,
     mpo_expert_weights,
 )
-from moebert_kernels.kernels import (
-    config as configs,
-)
-from moebert_kernels.kernels import (
-    launch as launching,
-)
+
+from moebert_kernels.kernels import config as configs  # isort: skip
+from moebert_kernels.kernels import launch as launching  # isort: skip
 from moebert_kernels.kernels.tiles import num_chunks, padded_experts
 
 ARCHS = (80, 90, 100)
 TABLE = Path(__file__).parent / "results" / "triton-resources.json"
+OCCUPANCY = Path(configs.__file__).parent / "occupancy.json"  # what of it `pick_config` reads
+KINDS: dict[str, configs.Kind] = {  # of the kernels that the table has, by the beginnings of their names
+    "expert_gemm.rows": "rows", "expert_gemm.scatter": "rows", "expert_gemm.dx_add_norm": "residual",
+    "expert_gemm.descriptors": "descriptors", "hidden_backward.descriptors": "backward_descriptors",
+    "hidden.descriptors": "hidden_descriptors",
+    "hidden.gelu": "hidden", "hidden.swiglu": "gated", "hidden_backward.gelu": "backward",
+    "hidden_backward.swiglu": "gated_backward", "expert_gemm_weights": "weights",
+}  # fmt: skip
 T, H, I, E, LAYERS, VOCABULARY = 4096, 768, 768, 4, 12, 30522  # of BERT-base
 FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.both", "fold")  # for float32
 SECOND = ("group_tokens.place", "add_partials")  # come after another kernel
@@ -87,14 +92,17 @@ class Launch:
             {(position[name],): [["tt.divisibility", 16]] for name in self.divisible},
         )  # fmt: skip
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(self.options))
-        usage = _usage(compiled.asm["cubin"])
+        cubin = compiled.asm["cubin"]
+        usage = {
+            k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _printed(cubin, "cuobjdump", "-res-usage"))
+        }
         return {
             "registers": usage["REG"],
             "shared": compiled.metadata.shared,
             # a stack may also be that of a called function, such as an exact division
             "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
             "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
-            "instructions": _instructions(compiled.asm["cubin"]),
+            "instructions": len(re.findall(r"^\s*/\*[0-9a-f]+\*/", _printed(cubin, "nvdisasm", "-c"), re.MULTILINE)),
             # 16 bytes or a block at a time, from memory to shared memory: what a load that is not coalesced cannot be
             "async_copies": compiled.asm["ptx"].count("cp.async.cg.shared.global")
             + compiled.asm["ptx"].count("cp.async.bulk.tensor"),
@@ -105,22 +113,11 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
+def _printed(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", printed)}
-
-
-def _instructions(cubin: bytes) -> int:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        printed = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
-    return len(re.findall(r"^\s*/\*[0-9a-f]+\*/", printed.stdout, re.MULTILINE))
+        return subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _spilled(ptx: str, arch: int) -> int:
@@ -185,65 +182,42 @@ def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str
     grouping = Grouping(torch.empty(E + 1, dtype=torch.int32), integers, integers)
     x, rows, p, seed = new(T, H), new(T, I), new(T, 1), torch.empty((), dtype=torch.int64)
     w1, b1, w2, b2, gated, b_gated = new(E, I, H), new(E, I), new(E, H, I), new(E, H), new(E, 2 * I, H), new(E, 2 * I)
-    for config in configs.candidates("rows", precision, arch):
-        yield (
-            f"expert_gemm.rows/{config.name()}",
-            lambda c=config: expert_gemm.expert_gemm(rows, w2, x, grouping, bias=b2, config=c),
-        )
-        yield (
-            f"expert_gemm.scatter/{config.name()}",
-            lambda c=config: expert_gemm.expert_gemm(rows, w2, x, grouping, bias=b2, weights=p, scatter=True, config=c),
-        )
-        yield (
-            f"expert_gemm.dx_add_norm/{config.name()}",
-            lambda c=config: expert_gemm.expert_gemm(
-                rows, w1.transpose(1, 2), x, grouping, residual=x, skipped=x, scatter=True, config=c
-            ),
-        )
-        yield (
-            f"hidden.gelu/{config.name()}",
-            lambda c=config: fused_moe_ffn.hidden(x, w1, b1, rows, rows, grouping, "gelu", 0.0, None, config=c),
-        )
-        yield f"hidden_backward.gelu/{config.name()}", lambda c=config: fused_moe_ffn_backward.hidden_backward(
-            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=True, config=c
-        )  # fmt: skip
-    for config in configs.candidates("gated", precision, arch):
-        yield (
-            f"hidden.swiglu.dropout/{config.name()}",
-            lambda c=config: fused_moe_ffn.hidden(
-                x, gated, b_gated, rows, new(T, 2 * I), grouping, "swiglu", 0.1, seed, config=c
-            ),
-        )
-        name = f"hidden_backward.swiglu.dropout.weights/{config.name()}"
-        yield name, lambda c=config: fused_moe_ffn_backward.hidden_backward(
-            x, w2, new(T, 2 * I), new(T, 2 * I), rows, p, new(T, 64, dtype=torch.float32), grouping, "swiglu", 0.1,
-            seed, gather=True, config=c,
-        )  # fmt: skip
-    for config in configs.candidates("descriptors", precision, arch):
-        tma = {"config": config, "descriptors": True}
-        yield f"expert_gemm.descriptors.rows/{config.name()}", lambda o=tma: expert_gemm.expert_gemm(
-            rows, w2, x, grouping, bias=b2, **o
-        )  # fmt: skip
-        yield f"expert_gemm.descriptors.dx_add_norm/{config.name()}", lambda o=tma: expert_gemm.expert_gemm(
-            rows, w1.transpose(1, 2), x, grouping, residual=x, skipped=x, scatter=True, **o
-        )  # fmt: skip
-        yield f"hidden.descriptors/{config.name()}", lambda o=tma: fused_moe_ffn.hidden(
-            x, w1, b1, rows, rows, grouping, "gelu", 0.0, None, gather=False, **o
-        )  # fmt: skip
-        yield f"hidden_backward.descriptors/{config.name()}", lambda o=tma: fused_moe_ffn_backward.hidden_backward(
-            x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None, gather=False, **o
-        )  # fmt: skip
+    gemm, hidden, hidden_backward = (
+        expert_gemm.expert_gemm,
+        fused_moe_ffn.hidden,
+        fused_moe_ffn_backward.hidden_backward,
+    )
+    down = partial(gemm, rows, w2, x, grouping, bias=b2)
+    dx = partial(gemm, rows, w1.transpose(1, 2), x, grouping, residual=x, skipped=x, scatter=True)
+    up = partial(hidden, x, w1, b1, rows, rows, grouping, "gelu", 0.0, None)
+    dh = partial(hidden_backward, x, w2, rows, rows, rows, None, None, grouping, "gelu", 0.0, None)
+    up_gated = partial(hidden, x, gated, b_gated, rows, new(T, 2 * I), grouping, "swiglu", 0.1, seed)
+    dh_gated = partial(hidden_backward, x, w2, new(T, 2 * I), new(T, 2 * I), rows, p, new(T, 64, dtype=torch.float32),
+                       grouping, "swiglu", 0.1, seed, gather=True)  # fmt: skip
+    kinds: dict[configs.Kind, dict[str, Callable[..., None]]] = {
+        "rows": {
+            "expert_gemm.rows": down, "expert_gemm.scatter": partial(down, weights=p, scatter=True),
+            "expert_gemm.dx_add_norm": dx, "hidden.gelu": up, "hidden_backward.gelu": partial(dh, gather=True),
+        },
+        "gated": {"hidden.swiglu.dropout": up_gated, "hidden_backward.swiglu.dropout.weights": dh_gated},
+        "descriptors": {
+            "expert_gemm.descriptors.rows": partial(down, descriptors=True),
+            "expert_gemm.descriptors.dx_add_norm": partial(dx, descriptors=True),
+            "hidden.descriptors": partial(up, gather=False, descriptors=True),
+            "hidden_backward.descriptors": partial(dh, gather=False, descriptors=True),
+        },
+    }  # fmt: skip
+    for kind, runs in kinds.items():
+        for config in configs.candidates(kind, precision, arch):
+            for name, run in runs.items():
+                yield f"{name}/{config.name()}", partial(run, config=config)
     one = [expert_gemm_weights.Product(rows, x, new(E, I, H))]
     both = [one[0]._replace(gather_b=True), expert_gemm_weights.Product(x, rows, new(E, H, I))]
+    dw = expert_gemm_weights.expert_gemm_weights
     for config in configs.candidates("weights", precision, arch):
         for name, products, used in (("one", one, config), ("both", both, config.gathering())):
             partials = new(2 * 132, config.BLOCK_M, config.BLOCK_N, dtype=torch.float32)
-            yield (
-                f"expert_gemm_weights.{name}/{used.name()}",
-                lambda c=used, o=products, s=partials: expert_gemm_weights.expert_gemm_weights(
-                    o, s, grouping, config=c
-                ),
-            )
+            yield f"expert_gemm_weights.{name}/{used.name()}", partial(dw, products, partials, grouping, config=used)
 
 
 def fold_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -252,78 +226,65 @@ def fold_launches(precision: configs.Precision) -> Iterator[tuple[str, Callable[
     left, central, right = (torch.empty(s, dtype=dtype) for s in ((8, 192, 192), (192, 8, 4, 384), (8, 384, 384)))
     w, offsets = torch.empty(8, 3072, 768, dtype=dtype), torch.empty(9, dtype=torch.int32)
     config = mpo_expert_weights.pick_config(192, 384, precision)
-    yield (
-        f"fold/{config.name()}",
-        lambda: mpo_expert_weights.fold(left, central, right, w, offsets, 12, 16, config),
-    )
+    yield f"fold/{config.name()}", partial(mpo_expert_weights.fold, left, central, right, w, offsets, 12, 16, config)
 
 
 def other_launches() -> Iterator[tuple[str, Callable[[], None]]]:
     """The kernels without a configuration."""
-    bf16, fp32, i32 = torch.bfloat16, torch.float32, torch.int32
-    integers = torch.empty(T, dtype=i32)
-    grouping = Grouping(torch.empty(E + 1, dtype=i32), integers, integers)
-    x, norm, p, seed = (
-        torch.empty(T, H, dtype=bf16),
-        torch.empty(E, H),
-        torch.empty(T, 1),
-        torch.empty((), dtype=torch.int64),
-    )
-    ids, tables = torch.empty(T, dtype=torch.int64), torch.empty(LAYERS, VOCABULARY, dtype=torch.uint8)
-    mask = torch.empty(T, dtype=torch.int64)
-    partial = torch.empty(num_chunks(T, E, column_sums.SUMS_CHUNK), 3 * H + I)
-    maps = torch.empty(LAYERS, T, dtype=i32)
-    yield "hash_route", lambda: hash_route.hash_route(ids, tables, mask, maps)
+
+    def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    fp32, i32, i64 = torch.float32, torch.int32, torch.int64
+    integers, maps = new(T, dtype=i32), new(LAYERS, T, dtype=i32)
+    grouping = Grouping(new(E + 1, dtype=i32), integers, integers)
+    x, norm, p, seed = new(T, H), new(E, H, dtype=fp32), new(T, 1, dtype=fp32), new(dtype=i64)
+    sums = new(num_chunks(T, E, column_sums.SUMS_CHUNK), 3 * H + I, dtype=fp32)
+    tables = new(LAYERS, VOCABULARY, dtype=torch.uint8)
+    yield "hash_route", partial(hash_route.hash_route, new(T, dtype=i64), tables, new(T, dtype=i64), maps)
     for experts in (E, 64, 1024):
-        counts = torch.empty(LAYERS, group_tokens.num_spans(T), padded_experts(experts), dtype=i32)
-        offsets = torch.empty(LAYERS, experts + 1, dtype=i32)
-        yield (
-            f"group_tokens.place/E{experts}",
-            lambda c=counts, o=offsets, e=experts: group_tokens.group_tokens(maps, e, c, o, maps, maps),
-        )
-    yield "combine", lambda: fused_moe_ffn.combine(x, torch.empty(T // 2, H, dtype=bf16), 2)
-    yield (
-        "routing_weights_grad",
-        lambda: fused_moe_ffn_backward.routing_weights_grad(
-            torch.empty(T, 12), x, torch.empty(E, H, dtype=bf16), torch.empty(T, 1, dtype=bf16), grouping
-        ),
+        counts = new(LAYERS, group_tokens.num_spans(T), padded_experts(experts), dtype=i32)
+        offsets = new(LAYERS, experts + 1, dtype=i32)
+        place = partial(group_tokens.group_tokens, maps, experts, counts, offsets, maps, maps)
+        yield f"group_tokens.place/E{experts}", place
+    yield "combine", partial(fused_moe_ffn.combine, x, new(T // 2, H), 2)
+    dweights = partial(
+        fused_moe_ffn_backward.routing_weights_grad, new(T, 12, dtype=fp32), x, new(E, H), new(T, 1), grouping
     )
+    yield "routing_weights_grad", dweights
     one, two = column_sums.Summand(x), column_sums.Summand(x, p, gather=True)
-    yield "column_sums/one", lambda: column_sums.column_sums([one], partial, grouping)
-    yield "column_sums/two", lambda: column_sums.column_sums([one, two], partial, grouping)
-    sums = [(torch.empty(E, H), H) for _ in range(4)]
-    yield "add_chunks", lambda: column_sums.add_chunks(partial, sums, grouping.offsets, column_sums.SUMS_CHUNK)
-    product, large = (
-        expert_gemm_weights.Product(x, x, torch.empty(E, H, H, dtype=bf16)),
-        configs.Config(128, 256, 64, 8, 4),
-    )
-    yield (
-        "add_partials",
-        lambda: expert_gemm_weights.expert_gemm_weights([product], torch.empty(264, 128, 256), grouping, config=large),
-    )
-    yield (
-        "mpo_expert_weights.permute",
-        lambda: mpo_expert_weights.permute(
-            torch.empty(8, 3072, 768, dtype=bf16), torch.empty(8, 6144, 384, dtype=bf16), torch.empty(9, dtype=i32),
-            8, 4, 12, 16,
-        ),
-    )  # fmt: skip
+    yield "column_sums/one", partial(column_sums.column_sums, [one], sums, grouping)
+    yield "column_sums/two", partial(column_sums.column_sums, [one, two], sums, grouping)
+    added = [(new(E, H, dtype=fp32), H)] * 4
+    yield "add_chunks", partial(column_sums.add_chunks, sums, added, grouping.offsets, column_sums.SUMS_CHUNK)
+    product, large = expert_gemm_weights.Product(x, x, new(E, H, H)), configs.Config(128, 256, 64, 8, 4)
+    partials = new(264, 128, 256, dtype=fp32)
+    dw = expert_gemm_weights.expert_gemm_weights
+    yield "add_partials", partial(dw, [product], partials, grouping, config=large)
+    permute = mpo_expert_weights.permute
+    w, permuted = new(8, 3072, 768), new(8, 6144, 384)
+    yield "mpo_expert_weights.permute", partial(permute, w, permuted, new(9, dtype=i32), 8, 4, 12, 16)
+    forward, backward = fused_moe_ffn_add_norm.add_norm, fused_moe_ffn_add_norm.add_norm_backward
     for dropout_p in (0.0, 0.1):
-        for input_dtype in (bf16, fp32):
-            name = f"{TYPES[input_dtype]}{'.dropout' if dropout_p else ''}"
-            z = torch.empty(T, H, dtype=input_dtype)
-            yield (
-                f"add_norm/{name}",
-                lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm(
-                    z, x, norm, norm, p, z, grouping, 1e-12, d, seed
-                ),
-            )
-            yield (
-                f"add_norm_backward/{name}",
-                lambda z=z, d=dropout_p: fused_moe_ffn_add_norm.add_norm_backward(
-                    z, z, x, norm, norm, p, z, x, partial, p, grouping, 1e-12, d, seed, sum_dffn=True
-                ),
-            )
+        for dtype in (torch.bfloat16, fp32):
+            name = f"{TYPES[dtype]}{'.dropout' if dropout_p else ''}"
+            z, last = new(T, H, dtype=dtype), (grouping, 1e-12, dropout_p, seed)
+            yield f"add_norm/{name}", partial(forward, z, x, norm, norm, p, z, *last)
+            summing = partial(backward, z, z, x, norm, norm, p, z, x, sums, p, *last, sum_dffn=True)
+            yield f"add_norm_backward/{name}", summing
+    in_order = {
+        "before": (("y",), ("dy",)),
+        "behind": (("x", "ffn"), ("x", "ffn", "dz")),
+    }  # the experts: docs/design/0009
+    for where, (by_row, by_row_backward) in in_order.items():
+        last = grouping, 1e-12, 0.1, seed
+        yield f"add_norm.{where}/bf16", partial(forward, x, x, norm, norm, None, x, *last, by_row=by_row)
+        yield (
+            f"add_norm_backward.{where}/bf16",
+            partial(
+                backward, x, x, x, norm, norm, None, x, x, sums, None, *last, sum_dffn=False, by_row=by_row_backward
+            ),
+        )
 
 
 def launches(arch: int) -> Iterator[Launch]:
@@ -364,6 +325,30 @@ def complaints(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return wrong
 
 
+def _of_configurations(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, list[int]]]]:
+    """Architecture -> precision and kind of kernel -> configuration -> [most registers, most shared bytes]."""
+    found: dict[str, dict[str, dict[str, list[int]]]] = {}
+    for name, row in rows.items():
+        arch, *kernel, config = name.split("/")
+        if len(kernel) != 2:  # without a configuration
+            continue
+        kind = next((kind for start, kind in KINDS.items() if kernel[1].startswith(start)), None)
+        if kind:
+            of_kind = found.setdefault(arch, {}).setdefault(f"{kernel[0]}-{kind}", {})
+            registers, shared = of_kind.get(config, (0, 0))
+            of_kind[config] = [max(registers, row["registers"]), max(shared, row["shared"])]
+    return found
+
+
+def occupancy(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `pick_config` reads of the table, as its file: a line for each kind of kernel."""
+    archs = [
+        f' "{arch}": {{\n' + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kinds.items()) + "\n }"
+        for arch, kinds in _of_configurations(rows).items()
+    ]
+    return "{\n" + ",\n".join(archs) + "\n}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
@@ -382,10 +367,10 @@ def main() -> int:
             + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
             + "\n}}\n"
         )
-        occupancy.FILE.write_text(occupancy.text(rows))
+        OCCUPANCY.write_text(occupancy(rows))
     elif committed["triton"] == triton.__version__:
-        if occupancy.FILE.read_text() != occupancy.text(committed["resources"]):
-            wrong.append(f"{occupancy.FILE.name}: is not what the table says")
+        if OCCUPANCY.read_text() != occupancy(committed["resources"]):
+            wrong.append(f"{OCCUPANCY.name}: is not what the table says")
         for name, row in found.items():
             if committed["resources"].get(name) != row:
                 wrong.append(f"{name}: the table has {committed['resources'].get(name)}, got {row}")

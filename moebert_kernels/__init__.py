@@ -5,6 +5,7 @@ training and serving of transformers' models are in `layers`, `convert`, `distil
 """
 
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.ops.add_norm_in_order import add_norm_in_order
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
@@ -17,6 +18,7 @@ __version__ = "0.1.0"  # the one place: packages, `moebert --version` and the sd
 
 __all__ = [
     "Grouping",
+    "add_norm_in_order",
     "expert_gemm",
     "fused_moe_ffn",
     "fused_moe_ffn_add_norm",

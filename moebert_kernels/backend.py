@@ -35,6 +35,7 @@ _OFFERS: dict[str, tuple[str, ...]] = {
     "fused_moe_ffn": ("triton", "cuda", "torch"),
     "fused_moe_ffn_add_norm": ("triton", "cuda", "torch"),
     "mpo_expert_weights": ("triton", "torch"),
+    "add_norm_in_order": ("triton", "torch"),
 }
 OPS = tuple(_OFFERS)
 # The forms of an op in CUDA, best first, by their kernels in moebert_kernels._C. An op has the backend if it has one of

@@ -274,6 +274,15 @@ def _test_fused_moe_ffn_add_norm(device: torch.device) -> str:
     )  # fmt: skip
 
 
+def _test_add_norm_in_order(device: torch.device) -> str:
+    grouping = reference.group_tokens(_expert_ids(device), EXPERTS)
+    return _as_accurate(
+        lambda x, added, weight, bias: moebert_kernels.add_norm_in_order(x, added, weight, bias, grouping),
+        lambda x, added, weight, bias: reference.add_norm_in_order(x, added, weight, bias, grouping),
+        ((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,)), device,
+    )  # fmt: skip
+
+
 def _test_mpo_expert_weights(device: torch.device) -> str:
     offsets = torch.tensor([0, 3, 3, 5, 9], dtype=torch.int32, device=device)  # one expert gets nobody
     return _as_accurate(
@@ -364,6 +373,7 @@ _SELF_TESTS = {
     "fused_moe_ffn": _test_fused_moe_ffn,
     "fused_moe_ffn_add_norm": _test_fused_moe_ffn_add_norm,
     "mpo_expert_weights": _test_mpo_expert_weights,
+    "add_norm_in_order": _test_add_norm_in_order,
 }
 # By op and by its kernel in moebert_kernels._C. A training step's forward and backward are Triton's but for the GEMMs.
 _CUDA_SELF_TESTS = {

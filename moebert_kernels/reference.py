@@ -1,7 +1,8 @@
 """Every op in plain torch, naive and in the papers' notation. It defines what is right.
 
 Works in any floating dtype including float64, differentiates through autograd, and computes each expert for every
-token: nothing is grouped, nothing is skipped early. Routing is always expert ids here, never a `Grouping`.
+token: nothing is grouped, nothing is skipped early. Routing is expert ids
+here, and a `Grouping` only where an op is about its rows.
 """
 
 from __future__ import annotations
@@ -134,6 +135,16 @@ def fused_moe_ffn_add_norm(
             out = out * routing_weights.reshape(-1, 1)
         y = torch.where((ids == e)[:, None], out, y)
     return y
+
+
+def add_norm_in_order(
+    residual: Tensor, added: Tensor, norm_weight: Tensor, norm_bias: Tensor, grouping: Grouping, *,
+    eps: float = 1e-12, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x[r] = LayerNorm(residual[t] + dropout(added[t])) with t = row_to_assignment[r]; all (T, H)."""
+    tokens = torch.arange(residual.shape[0], device=residual.device)
+    z = residual + _drop(added, dropout_seed, tokens, dropout_p, dropout.OUTPUT_STREAM)
+    return F.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, eps)[grouping.row_to_assignment.long()]
 
 
 def mpo_expert_weights(

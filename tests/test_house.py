@@ -171,6 +171,15 @@ def test_makefile_has_the_promised_targets():
     assert {"demo", "test", "check", "smoke", "bench", "doctor"} <= makefile_targets()
 
 
+def test_oldest_versions_are_the_floors():
+    floors = dict(
+        re.findall(r"(\w+)==([\d.]+)", re.search(r"^FLOORS := (.*)", (ROOT / "Makefile").read_text(), re.M)[1])
+    )
+    floors["triton"] = re.search(r"^OLDEST_TRITON := (.*)", (ROOT / "Makefile").read_text(), re.M)[1]
+    asked = dict(re.findall(r'"(torch|triton|transformers)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert {name: version.rpartition(".")[0] for name, version in floors.items()} == asked
+
+
 def spans_of(text: str) -> list[str]:
     """What a document shows as code: inline spans, and the lines of fenced and of indented blocks."""
     fenced = re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -23,19 +23,19 @@ __all__ = ["backward", "forward", "from_ids"]
 def forward(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
-    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool, in_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
     drops = seed is not None and (dropout_p > 0 or hidden_dropout_p > 0)
-    if not save and not drops and tiny_ffn.applies(x, grouping.top_k, w1):
+    if not save and not drops and not in_order and tiny_ffn.applies(x, grouping.top_k, w1):
         y = tiny_ffn.add_norm(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation
         )  # fmt: skip
         return y, w1.new_empty(0, w1.shape[1]), w1.new_empty(0, x.shape[1])
-    if not gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed):
+    if in_order or not gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed):
         return in_triton.forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
-            dropout_p, hidden_dropout_p, seed, save,
+            dropout_p, hidden_dropout_p, seed, save, in_order,
         )  # fmt: skip
     ffn, h_pre = gemms(x.to(w1.dtype), grouping, w1, b1, w2, b2, None, activation, save, scatter=False)
     y = x.new_empty(x.shape)

@@ -6,6 +6,7 @@ from moebert_kernels.errors import require_extra
 require_extra("train", "transformers")
 
 from moebert_kernels.layers.config import MoEConfig, moe_config
+from moebert_kernels.layers.expert_order import set_expert_order
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import balance_losses, moe_layers, summed_losses
 from moebert_kernels.layers.tasks import get_task, set_task
@@ -18,6 +19,7 @@ __all__ = [
     "get_task",
     "moe_config",
     "moe_layers",
+    "set_expert_order",
     "set_task",
     "summed_losses",
 ]

@@ -40,11 +40,12 @@ class NormedExperts(DenseExperts):
         self.norm_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
     def forward(
-        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None
-    ) -> Tensor:
-        """As `Experts.forward`, with residual and norm; at most one expert for a token."""
+        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None,
+        in_order: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As `DenseExperts.forward`, with residual and norm; at most one expert for a token."""
         own = self.norm_weight, self.norm_bias, self.eps, self.output_dropout
-        return super().forward(x, routing, routing_weights, add_norm=add_norm or own)
+        return super().forward(x, routing, routing_weights, add_norm=add_norm or own, in_order=in_order)
 
 
 class MoEFeedForward(nn.Module):
@@ -99,6 +100,13 @@ class MoEFeedForward(nn.Module):
             return None
         return norm.weight, norm.bias, norm.eps, self.output_dropout
 
+    @property
+    def can_read_in_order(self) -> bool:
+        """Whether the experts, with residual and norm, can be one op that reads its tokens in their order."""
+        return isinstance(self.router, HashRouter) and (
+            type(self.experts) is NormedExperts or self._add_norm() is not None
+        )
+
     def _experts(self, x: Tensor, **options: Any) -> Tensor:
         call = current()
         tokens = call.tokens
@@ -110,6 +118,15 @@ class MoEFeedForward(nn.Module):
         if isinstance(self.router, HashRouter):
             if tokens is None or tokens.token_ids is None:
                 raise ValueError("input_ids: expected a forward with token ids, which hash routing needs, got none")
+            if not torch.compiler.is_compiling() and tokens.in_order:
+                written, by = tokens.in_order.pop()
+                if written is not x or not (options or self.experts.adds_residual):
+                    raise ValueError(
+                        "hidden_states: expected the tensor that the attention wrote in the order of the experts, got "
+                        "another one or another residual; turn that order off with set_expert_order(model, False)"
+                    )
+                in_order: Tensor = self.experts(x, by, in_order=True, **options)
+                return in_order
             # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
             grouping = None if torch.compiler.is_compiling() else tokens.layers.get(self)
             if grouping is None:  # nor where one step could not make those of all, as with tables on several devices

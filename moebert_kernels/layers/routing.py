@@ -38,6 +38,8 @@ from moebert_kernels.nn.context import (
 from moebert_kernels.nn.hash_router import HashRouter, group_by_hash
 
 _NO_TEXT = {"pixel_values", "input_features", "input_values"}  # inputs of image and audio encoders
+# Dynamo of torch 2.11 cannot trace what `chunked_class` gives it; models without that class are only slower.
+CHUNKS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 def takes_token_ids(module: nn.Module) -> bool:
@@ -76,7 +78,7 @@ def install_routing(model: Any, names: list[str]) -> None:
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
-            if hasattr(module, "feed_forward_chunk"):
+            if hasattr(module, "feed_forward_chunk") and CHUNKS_ARE_TRACED:
                 _change_class(module, chunked_class)
     config = model.config.quantization_config
     if config.is_learned:
@@ -126,7 +128,7 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
             raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
         if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
-    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids)
+    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids, in_order=[])
 
 
 @functools.cache

@@ -37,12 +37,15 @@ class Tokens(NamedTuple):
         token_mask: (B, T or more), 0 where a token is padding, or None. With a key-value cache it begins with the
             tokens of earlier calls.
         task_ids: (B,) int64, the task of every sequence, or None.
+        in_order: what one module hands to the layer behind it: hidden states in the order of the experts, and the
+            grouping by which they are. None: no module may.
     """
 
     layers: dict[nn.Module, Grouping | None]
     token_ids: Tensor | None = None
     token_mask: Tensor | None = None
     task_ids: Tensor | None = None
+    in_order: list[tuple[Tensor, Grouping]] | None = None
 
 
 class Call(NamedTuple):

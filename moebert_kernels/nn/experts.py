@@ -123,13 +123,15 @@ class DenseExperts(Experts):
         return self.w1, self.w2
 
     def forward(
-        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None
-    ) -> Tensor:
+        self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None, *, add_norm: Any = None,
+        in_order: bool = False,
+    ) -> Tensor:  # fmt: skip
         """As `Experts.forward`; or LayerNorm(x + dropout(FFN_e(x))) in one op, of at most one expert for a token.
 
         Args:
             add_norm: weight and bias, each (H,) or (E, H), of the LayerNorm, its eps, and the probability of dropping
                 an output in training. A token without an expert is then x, as in `fused_moe_ffn_add_norm`.
+            in_order: with `add_norm`, x holds rows; see `fused_moe_ffn_add_norm`.
         """
         if add_norm is None:
             return super().forward(x, routing, routing_weights)
@@ -140,7 +142,7 @@ class DenseExperts(Experts):
             norm_weight.expand(self.num_experts, -1), norm_bias.expand(self.num_experts, -1),
             routing_weights=routing_weights, eps=eps, activation=self.activation,
             dropout_p=dropout_p if self.training else 0.0,
-            hidden_dropout_p=self.hidden_dropout if self.training else 0.0,
+            hidden_dropout_p=self.hidden_dropout if self.training else 0.0, in_order=in_order,
         )  # fmt: skip
 
 

@@ -207,11 +207,11 @@ def check_ffn_weights(
         check_shape("b2", b2, {"E": num_experts, "H": hidden})
 
 
-def check_features(x: Tensor) -> None:
+def check_features(x: Tensor, name: str = "x") -> None:
     """x of shape (..., H) with H >= 1."""
-    check_tensor("x", x)
+    check_tensor(name, x)
     if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x: expected shape (..., H) with H >= 1, got {tuple(x.shape)}")
+        raise ValueError(f"{name}: expected shape (..., H) with H >= 1, got {tuple(x.shape)}")
 
 
 def as_rows(x: Tensor) -> Tensor:

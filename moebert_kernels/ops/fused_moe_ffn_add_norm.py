@@ -34,7 +34,7 @@ def fused_moe_ffn_add_norm(
     norm_weight: Tensor, norm_bias: Tensor, *,
     routing_weights: Tensor | None = None, eps: float = 1e-12, activation: str = "gelu",
     dropout_p: float = 0.0, hidden_dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-    recompute: bool = False,
+    recompute: bool = False, in_order: bool = False,
 ) -> Tensor:  # fmt: skip
     """Feed-forward, dropout, residual and per-expert LayerNorm: y[t] = p[t] * LN_e(x[t] + dropout(FFN_e(x[t]))).
 
@@ -56,6 +56,8 @@ def fused_moe_ffn_add_norm(
         hidden_dropout_p: the same for an activation.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
         recompute: keep only the inputs for backward.
+        in_order: x holds the rows of `routing`, a Grouping, as `add_norm_in_order` writes them; so does dx. y, its
+            gradient and routing_weights are by token, and each mask is the one of the token.
 
     Returns:
         Shape of `x`. Its dtype; under autocast float32, as torch.nn.functional.layer_norm does it.
@@ -89,6 +91,8 @@ def fused_moe_ffn_add_norm(
         activation, dropout_p, hidden_dropout_p, eps, gemm_dtype,
     )  # fmt: skip
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=1)
+    if in_order and isinstance(routing, Tensor):
+        raise ValueError("routing: expected with in_order the Grouping by which x is ordered, got expert ids")
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
     if routing_weights is not None:
         check_dtypes_and_devices("x", x, {"routing_weights": routing_weights})
@@ -107,7 +111,7 @@ def fused_moe_ffn_add_norm(
     y = _FUSED_MOE_FFN_ADD_NORM(
         one_node, trains, flat, *weights, *norm,
         grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row, dropout_seed,
-        float(eps), activation, float(dropout_p), float(hidden_dropout_p), trains and not recompute,
+        float(eps), activation, float(dropout_p), float(hidden_dropout_p), in_order, trains and not recompute,
     )  # fmt: skip
     return y if x.ndim == 2 else y.view(x.shape)
 
@@ -115,13 +119,14 @@ def fused_moe_ffn_add_norm(
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
     routing_weights: Tensor | None, offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor,
-    seed: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool,
+    seed: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, in_order: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_assignment, assignment_to_row)
     with inside_op(x):
         return backend.implementation("fused_moe_ffn_add_norm", x).forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
-            dropout_p, hidden_dropout_p, seed, save,
+            dropout_p, hidden_dropout_p, seed, save, in_order,
         )  # fmt: skip
 
 
@@ -129,13 +134,14 @@ def _backward(
     dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None,
     offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor, seed: Tensor | None, h_pre: Tensor,
-    ffn: Tensor, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, save: bool, needs: list[bool],
+    ffn: Tensor, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float, in_order: bool, save: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grouping = Grouping(offsets, row_to_assignment, assignment_to_row)
     with inside_op(x):
         grads = backend.implementation("fused_moe_ffn_add_norm", x).backward(
             dy, x, h_pre, ffn, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
-            dropout_p, hidden_dropout_p, seed, tuple(needs),
+            dropout_p, hidden_dropout_p, seed, tuple(needs), in_order,
         )  # fmt: skip
     return grads
 

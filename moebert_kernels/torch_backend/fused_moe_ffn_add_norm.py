@@ -1,6 +1,7 @@
 """The MoEBERT expert: the feed-forward on gathered rows, then residual and the expert's LayerNorm before un-permuting.
 
 The sum and the norm are computed in float32 (float64 for float64 inputs), whatever the GEMMs' dtype.
+`in_order`: x and dx are rows; here they are only brought into the order of the tokens and back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moebert_kernels.torch_backend.fused_moe_ffn import (
 _native_layer_norm_backward = torch.ops.aten.native_layer_norm_backward
 
 
-def _output_keep(seed: Tensor | None, tokens: Tensor, columns: int, p: float) -> Tensor | None:
+def output_keep(seed: Tensor | None, tokens: Tensor, columns: int, p: float) -> Tensor | None:
     if p == 0 or seed is None:
         return None
     return dropout.keep_mask(seed, tokens, columns, p, dropout.OUTPUT_STREAM)
@@ -35,9 +36,11 @@ def _output_keep(seed: Tensor | None, tokens: Tensor, columns: int, p: float) ->
 def forward(
     x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None,
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
-    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool,
+    dropout_p: float, hidden_dropout_p: float, seed: Tensor | None, save: bool, in_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
+    if in_order:
+        x = x.index_select(0, grouping.assignment_to_row)
     bounds = host_bounds(grouping)
     routed = bounds[-1]
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -65,7 +68,7 @@ def forward(
     rows, h_pre = ffn_rows(
         x_rows.to(w1.dtype), w1, b1, w2, b2, grouping, bounds, activation, hidden_dropout_p, seed, save
     )  # fmt: skip
-    z = _sums(x_rows, rows, tokens, dropout_p, seed)
+    z = sums(x_rows, rows, tokens, dropout_p, seed)
     y_rows = torch.empty_like(z)
     for e, lo, hi in spans(bounds):
         y_rows[lo:hi] = torch.layer_norm(z[lo:hi], z.shape[1:], norm_weight[e], norm_bias[e], eps)
@@ -75,10 +78,10 @@ def forward(
     return (y, h_pre, _padded(rows, grouping)) if save else (y, *nothing_saved)
 
 
-def _sums(x_rows: Tensor, ffn_rows: Tensor, tokens: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def sums(x_rows: Tensor, ffn_rows: Tensor, tokens: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """x + dropout(ffn) (R, H), in float32 or above."""
     acc_dtype = torch.promote_types(x_rows.dtype, torch.float32)
-    keep = _output_keep(seed, tokens, ffn_rows.shape[1], dropout_p)
+    keep = output_keep(seed, tokens, ffn_rows.shape[1], dropout_p)
     if keep is not None:
         ffn_rows = (ffn_rows * keep).mul_(dropout.scale(dropout_p))
     return ffn_rows.to(acc_dtype) + x_rows
@@ -102,21 +105,23 @@ def backward(
     dy: Tensor, x: Tensor, h_pre: Tensor, ffn: Tensor, grouping: Grouping,
     w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, norm_weight: Tensor, norm_bias: Tensor,
     routing_weights: Tensor | None, eps: float, activation: str, dropout_p: float, hidden_dropout_p: float,
-    seed: Tensor | None, needs: Sequence[bool],
+    seed: Tensor | None, needs: Sequence[bool], in_order: bool = False,
 ) -> list[Tensor | None]:  # fmt: skip
     """[dx, dw1, db1, dw2, db2, dnorm_weight, dnorm_bias, drouting_weights], None where `needs` is false."""
+    if in_order:
+        x = x.index_select(0, grouping.assignment_to_row)
     need_dx, *need_ffn, need_dnorm_weight, need_dnorm_bias, need_dp = needs
     bounds = host_bounds(grouping)
     routed = bounds[-1]
     tokens = row_to_assignment(grouping, routed)
     x_rows = x.index_select(0, tokens)
-    keep = _output_keep(seed, tokens, x.shape[1], dropout_p)
+    keep = output_keep(seed, tokens, x.shape[1], dropout_p)
     if ffn.shape[0] < routed:
         _, h_pre, ffn = forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, True,
         )  # fmt: skip
-    z = _sums(x_rows, ffn[:routed], tokens, dropout_p, seed)
+    z = sums(x_rows, ffn[:routed], tokens, dropout_p, seed)
     dy_rows = dy.index_select(0, tokens).to(z.dtype)
     p_rows = row_weights(routing_weights, grouping, routed)
 
@@ -143,6 +148,7 @@ def backward(
     dx = None
     if need_dx:
         dx = _to_token_order(dz.add_(dx_rows).to(x.dtype), grouping, tokens, skipped=dy)
+        dx = dx.index_select(0, grouping.row_to_assignment) if in_order else dx
     return [
         dx, dw1, db1, dw2, db2,
         dnorm_weight.to(norm_weight.dtype) if need_dnorm_weight else None,

@@ -45,16 +45,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dresidual, dadded, dnorm_weight, dnorm_bias) of the gradient of the rows; the first two by token.
 
-    Without dropout the first two are one tensor.
+    The first two are one tensor where nothing is dropped and their dtypes are equal.
     """
     dresidual = empty(residual, *residual.shape)
     drops = dropout_p > 0 and seed is not None
-    dadded = empty(added, *added.shape) if drops else dresidual
+    apart = drops or added.dtype != residual.dtype
+    dadded = empty(added, *added.shape) if apart else dresidual
     H, chunks = residual.shape[1], num_chunks(grouping.num_rows, 1, SUMS_CHUNK)
     partials = empty(residual, chunks, 2 * H, dtype=torch.float32)
     one = _one_expert(grouping)
     add_norm_backward(
-        drows, residual, added, norm_weight[None], norm_bias[None], None, dresidual, dadded if drops else None,
+        drows, residual, added, norm_weight[None], norm_bias[None], None, dresidual, dadded if apart else None,
         partials, None, one, eps, dropout_p, seed, sum_dffn=False, by_row=("dy",),
     )  # fmt: skip
     dnorm_weight, dnorm_bias = empty(norm_weight, *norm_weight.shape), empty(norm_bias, *norm_bias.shape)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import peers
+from benchmarks import bench_peers as peers
 from benchmarks.gate import check
 from benchmarks.measuring import Skipped, Target
 

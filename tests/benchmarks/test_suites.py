@@ -1,13 +1,12 @@
 """Every case at its smoke shapes: the committed baselines are what their references say, and the driver reports it."""
 
-import importlib
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import bench_ffn, suites
+from benchmarks import bench_layers, suites
 from benchmarks.__main__ import main
 from benchmarks.gate import check
 from benchmarks.layers import layer_case
@@ -17,8 +16,7 @@ from tests.helpers import ROOT
 
 @pytest.mark.parametrize("what", suites.ALL)
 def test_every_provider_passes_its_gate(what):
-    module = importlib.import_module(f"benchmarks.bench_{what}")
-    for case in module.cases(Target.of("cpu", smoke=True)):
+    for case in suites.cases(what, Target.of("cpu", smoke=True)):
         providers = case.build()
         assert set(providers) == set(case.providers)
         assert case.baseline in providers
@@ -28,7 +26,7 @@ def test_every_provider_passes_its_gate(what):
 
 def test_a_layer_with_several_experts_for_each_token_passes_its_gate():
     """As privacy-filter's, which only a GPU gets at its size."""
-    names = bench_ffn.ANCHORS["-E128-top4-H640"][1]
+    names = bench_layers.ANCHORS["-E128-top4-H640"][1]
     shape = {"H": 16, "I": 24, "E": 6, "D": 48, "top_k": 2}
     case = layer_case("fused_moe_ffn", "forward", 9, Target.of("cpu"), names, suffix="-top2", shape=shape)
     checked = check(case.build())
@@ -37,9 +35,12 @@ def test_a_layer_with_several_experts_for_each_token_passes_its_gate():
 
 
 def test_suites_of_ops_import_nothing_heavy():
-    """`make gpu` has seconds: the libraries of models come with the first case that needs them."""
+    """`make gpu` has seconds: the libraries of models come with the first case that needs them (mpo's: Triton)."""
     code = "\n".join((
-        "import importlib, sys", f"for what in {suites.OPS}: importlib.import_module(f'benchmarks.bench_{{what}}')",
+        "import sys",
+        "from benchmarks import bench_mpo, suites",
+        "from benchmarks.measuring import Target",
+        "for what in set(suites.OPS) - {'mpo'}: suites.cases(what, Target.of('cpu', smoke=True))",
         "print([name for name in ('transformers', 'accelerate', 'triton', 'matplotlib') if name in sys.modules])",
     ))  # fmt: skip
     done = subprocess.run((sys.executable, "-c", code), cwd=ROOT, capture_output=True, text=True)
@@ -48,10 +49,9 @@ def test_suites_of_ops_import_nothing_heavy():
 
 @pytest.mark.parametrize("what", suites.ALL)
 def test_names_and_requirements_are_consistent(what):
-    module = importlib.import_module(f"benchmarks.bench_{what}")
     gpu = Target(torch.device("cuda"), torch.bfloat16)
     for target in (Target.of("cpu", True), Target.of("cpu"), gpu):
-        cases = module.cases(target)
+        cases = suites.cases(what, target)
         assert len({case.name for case in cases}) == len(cases)
         for case in cases:
             over = [getattr(requirement, "over", ()) for requirement in case.requires]
@@ -62,10 +62,10 @@ def test_names_and_requirements_are_consistent(what):
 @pytest.mark.slow
 def test_benchmarks_are_collected_without_a_timeout_plugin():
     pytest.importorskip("pytest_benchmark")
-    words = (sys.executable, "-m", "pytest", "benchmarks/bench_routing.py", "-p", "no:timeout", "--smoke",
+    words = (sys.executable, "-m", "pytest", "benchmarks", "-k", "routing", "-p", "no:timeout", "--smoke",
              "--collect-only", "-q")  # fmt: skip
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "test_routing[routing-T16-original]" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "test_case[routing-T16-original]" in done.stdout, done.stdout + done.stderr
 
 
 def test_driver_writes_only_where_told(tmp_path, capsys):

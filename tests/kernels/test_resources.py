@@ -32,7 +32,7 @@ def test_table_of_resources(arch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_sizes_of_one_compile():
-    printed = compiled("benchmarks.resources_of_ones")
+    printed = compiled("tests.kernels.sizes_of_one")
     assert f" of {sum(map(len, kernels_in_source().values()))} kernels compiled, 0 complaints" in printed
 
 

@@ -2,10 +2,17 @@
 
 import torch
 
-from moebert_kernels import expert_gemm, fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens, mpo_expert_weights
+from moebert_kernels import (
+    add_norm_in_order,
+    expert_gemm,
+    fused_moe_ffn,
+    fused_moe_ffn_add_norm,
+    group_tokens,
+    mpo_expert_weights,
+)
 
 T, H, I, E = 9, 6, 5, 3
-NAMES = ("expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm", "mpo_expert_weights")
+NAMES = ("add_norm_in_order", "expert_gemm", "fused_moe_ffn", "fused_moe_ffn_add_norm", "mpo_expert_weights")
 
 
 def op(name):
@@ -16,6 +23,10 @@ def op(name):
     w2, b2, norm_weight, norm_bias = torch.randn(E, H, I), torch.randn(E, H), torch.rand(E, H) + 0.5, torch.randn(E, H)
     sites = torch.randn(2, 2, 3, 2), torch.randn(E, 1, 2, 2, 2), torch.randn(E, 2, 3, 1, 1)
     return {
+        "add_norm_in_order": (
+            lambda residual, *rest: add_norm_in_order(residual, *rest, grouping),
+            (x, torch.randn(T, H), norm_weight[0], norm_bias[0]),
+        ),
         "expert_gemm": (lambda x, w, b: expert_gemm(x, w, grouping, b, gather=True), (x, w1, b1)),
         "fused_moe_ffn": (lambda x, *w: fused_moe_ffn(x, ids, *w), (x, w1, b1, w2, b2)),
         "fused_moe_ffn_add_norm": (

@@ -120,7 +120,7 @@ def test_opcheck_and_compile():
     tensors = [t.requires_grad_() for t in (x, *weights, torch.rand(T, 1))]
     torch.library.opcheck(
         torch.ops.moebert_kernels.fused_moe_ffn_add_norm.default,
-        (*tensors, *maps, torch.tensor(5), 1e-12, "gelu", 0.1, 0.2, True),
+        (*tensors, *maps, torch.tensor(5), 1e-12, "gelu", 0.1, 0.2, False, True),
     )
     compiled = torch.compile(fused_moe_ffn_add_norm, fullgraph=True, dynamic=True)
     for count in (T, 11):

@@ -1,7 +1,7 @@
 """Does every Triton kernel compile for sizes of 1? Triton makes such an argument a constant, which the interpreter
 does not: an int has no `.to`.
 
-    python -m benchmarks.resources_of_ones    # compiles for sm_90, without a GPU; exit status 1 if a kernel does not
+    python -m tests.kernels.sizes_of_one    # compiles for sm_90, without a GPU; exit status 1 if a kernel does not
 
 The ops' forward and backward run on tensors that nothing reads, and what they would launch is compiled.
 """
@@ -24,6 +24,7 @@ from moebert_kernels.kernels.config import Config
 from moebert_kernels.kernels.fused_moe_ffn import hidden
 from moebert_kernels.kernels.fused_moe_ffn_backward import hidden_backward
 from moebert_kernels.triton_backend import (
+    add_norm_in_order,
     expert_gemm,
     fused_moe_ffn,
     fused_moe_ffn_add_norm,
@@ -57,8 +58,15 @@ def run_ops(T: int, H: int, I: int, E: int, top_k: int, activation: str, dtype: 
         fused_moe_ffn.backward(y, x, h_pre, grouping, *weights, p, activation, dropout_p, seed, every[:6])
         if top_k == 1:
             last = (p, eps, activation, dropout_p, dropout_p, seed)
-            y, h_pre, ffn = fused_moe_ffn_add_norm.forward(x, grouping, *weights, *norm, *last, True)
-            fused_moe_ffn_add_norm.backward(y, x, h_pre, ffn, grouping, *weights, *norm, *last, every)
+            for in_order in (False, True) if T == H == I == E else (False,):
+                y, h_pre, ffn = fused_moe_ffn_add_norm.forward(
+                    x, grouping, *weights, *norm, *last, True, in_order=in_order
+                )
+                fused_moe_ffn_add_norm.backward(
+                    y, x, h_pre, ffn, grouping, *weights, *norm, *last, every, in_order=in_order
+                )
+            options = (x, x, norm[0][0], norm[1][0], grouping, eps, dropout_p, seed)
+            add_norm_in_order.backward(add_norm_in_order.forward(*options), *options)
     central, aux = new(1, H, I, T), [new(E, 1, T, top_k, 1), new(E, T, I, H, 1)]
     w = mpo_expert_weights.forward(central, aux, grouping.offsets, 1)
     mpo_expert_weights.backward(w, central, aux, grouping.offsets, 1, every[:3])
