@@ -18,6 +18,7 @@ ROWS = {
     "dense int8": "dense, int8, by `prepare`",
     "dense int8 torch.ao": "dense, int8, by torch's dynamic quantisation",
     "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
+    "dense int8 openvino": "dense, int8, OpenVINO",
     "ideal int8": "dense with a quarter of the neurons, int8",
     "moe float32 plain": "ours, float32, as converted",
     "moe float32": "ours, float32, packed by `prepare`",
@@ -28,7 +29,7 @@ ROWS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """The block between the marks: times and speeds at every size."""
+    """The block between the marks: times and speeds at every size, and which of the rows were left out and why."""
     cases, environment = result["cases"], result["environment"]
     sizes = [f"B = {case['B']}, T = {case['T']}" for case in cases]
     lines = [
@@ -40,8 +41,11 @@ def table(result: dict[str, Any]) -> str:
         f"|---|{'---|' * len(sizes)}",
     ]
     for way, name in ROWS.items():
-        cells = [f"{case['ms'][way][1]:.1f} ms ({case['over'][way][1]:.2f})" for case in cases]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if way in cases[0]["ms"]:
+            cells = [f"{case['ms'][way][1]:.1f} ms ({case['over'][way][1]:.2f})" for case in cases]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if out := [f"{ROWS[way]} ({why})" for way, why in result.get("left_out", {}).items() if way in ROWS]:
+        lines += ["", f"Left out: {'; '.join(out)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -34,7 +34,8 @@ def export(
     ] = "matrices",
     force: o.Force = False,
 ) -> None:
-    """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it."""
+    """Write an encoder or a causal language model, dense or MoE, as model.onnx, with its configuration and tokenizer
+    beside it."""
     from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.serve import export_onnx
@@ -53,6 +54,8 @@ def export(
 
     def save(folder: Path) -> None:
         export_onnx(loaded, folder / "model.onnx", dtype=dtype, experts=experts)
+        if loaded.can_generate():
+            loaded.generation_config.save_pretrained(folder)
 
     write(output, save, tokenizer, identity, _plain(loaded.config))
     print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")
