@@ -105,8 +105,6 @@ def finished(result: dict[str, Any], name: str | None, required: Sequence[tuple[
     left_out = result["left_out"]
     ours_out = [way for way in dict.fromkeys(ours for ours, *_ in required) if way in left_out]
     missed += [f"{way}, which is left out" for way in ours_out]
-        f"{ours}, which is left out" for ours in dict.fromkeys(ours for ours, *_ in required) if ours in left_out
-    ]
     print(f"\n{len(missed)} requirements missed", *missed, sep="\n  ")
     print(f"{len(left_out)} ways left out", *(f"{way}: {why}" for way, why in left_out.items()), sep="\n  ")
     if name is not None:
