@@ -42,6 +42,7 @@ REQUIRED = (
     ("moe float32", "dense float32", (1.0, 1.45, 1.85)),
     ("moe float32 plain", "dense float32 plain", (1.0, 1.45, 1.85)),
     ("moe int8 onnx", "dense int8 onnx", (None, None, 1.4)),
+    ("moe int8 openvino", "dense int8 openvino", (1.25, 1.5, 1.6)),
 )
 
 

@@ -25,6 +25,7 @@ ROWS = {
     "moe bfloat16": "ours, bfloat16",
     "moe int8": "**ours, int8, by `prepare`**",
     "moe int8 onnx": "**ours, int8, exported to ONNX**",
+    "moe int8 openvino": "**ours, int8, exported to ONNX, in OpenVINO**",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,9 +104,7 @@ def _made(model: Any, name: str, tokens: int, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "model.onnx"
     if not file.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter
-            export_onnx(model, file)
+        export_onnx(model, file)
     if name == "onnx-int8":
         file = folder / "model8.onnx"
         quantise_onnx(folder / "model.onnx", file)

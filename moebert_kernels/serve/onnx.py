@@ -13,7 +13,9 @@ import copy
 import inspect
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts
         inputs = example_of_decoder(copied, inputs)
         outputs += tuple(name.replace(PAST, PRESENT) for name in inputs if name.startswith(PAST))
     standard(copied, StandardExperts if experts == "matrices" else OperatorExperts)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
@@ -94,10 +96,19 @@ def quantise_onnx(source: str | Path, target: str | Path) -> None:
     require_extra("serve", "onnx", "onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it reports every tensor of integers as one that it cannot quantise
-    try:
+    with _quiet():
         quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, and without the quantiser's report of every tensor of integers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
 

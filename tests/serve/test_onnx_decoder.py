@@ -81,14 +81,15 @@ def seed():
     return torch.Generator().manual_seed(7)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_what_is_exported(family):
+@pytest.mark.parametrize("family, sizes", [("gpt2", {}), ("llama", {}), ("mistral", {"sliding_window": 3})])
+def test_what_is_exported(family, sizes):
     """The module that is traced, in torch: tokens behind others, with their keys and values."""
-    model = made(family, "hash", AutoModelForCausalLM)
+    model = made(family, "hash", AutoModelForCausalLM, **sizes)
     batch = padded(seed(), left=True)
     wrapped, cache = CachedDecoder(model, tuple(batch)), DynamicCache()
     with torch.no_grad():
-        expected = model(**batch, past_key_values=cache, use_cache=True).logits
+        expected = model(**batch, use_cache=False).logits
+        model(**batch, past_key_values=cache, use_cache=True)
         first = wrapped(*(tensor[:, :4] for tensor in batch.values()), *(x[:, :, :0] for x in keys_and_values(cache)))
         rest = {name: tensor[:, 4:] for name, tensor in batch.items()} | {"attention_mask": batch["attention_mask"]}
         second = wrapped(*rest.values(), *first[1:])
