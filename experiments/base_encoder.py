@@ -2,16 +2,17 @@
 
     python experiments/base_encoder.py teacher --data FOLDER --task rte mrpc --seed 1
     python experiments/base_encoder.py student --data FOLDER --task rte mrpc --seed 1 --arm moe dense
+    python experiments/base_encoder.py student --data FOLDER --seed 1 --arm moe dense --rate 0
     python experiments/base_encoder.py latency --data FOLDER --task mrpc --seed 1
     python experiments/base_encoder.py report
 
 FOLDER holds RTE, MRPC, CoLA, STS-B, SST-2, TREC and SICK as .tsv or .tsv.gz. Without --model the base is
 all-MiniLM-L6-v2; a base-size one is all-mpnet-base-v2 (--model FOLDER --name mpnet), which is on PyPI in five parts.
-A tenth of the training rows chooses between the learning rates of --rate, which all students try alike; the test part
-is labelled test rows where there are some, else the development rows, and chooses nothing. Every run is one file in
-experiments/base_encoder/runs: a run that is interrupted goes on from its last checkpoint in --work, one that is done
-is not made again, and several processes share the work. `split` and `join` take a folder with weights to another
-machine in parts of at most 60 MB, in bfloat16.
+A tenth of the training rows chooses between the learning rates of --rate, which all students try alike; with the rate 0
+a student is converted and not trained. The test part is labelled test rows where there are some, else the development
+rows, and chooses nothing. Every run is one file in experiments/base_encoder/runs: a run that is interrupted goes on
+from its last checkpoint in --work, one that is done is not made again, and several processes share the work. `split`
+and `join` take a folder with weights to another machine in parts of at most 60 MB, in bfloat16.
 """
 
 from __future__ import annotations

@@ -245,7 +245,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*-*.json"))]
         runs = [run for run in runs if "arm" in run]
         found = ([t for t in FILES if any(r["task"] == t for r in runs)], sorted({r["seed"] for r in runs}))
-        summary = Summary(runs, *wanted.get(name, found))
+        trained = [run for run in runs if run["rate"]]
+        summary = Summary(trained, *wanted.get(name, found))
         parts.append(f"## {name}")
         if not runs:
             tasks, seeds = wanted.get(name, ((), ()))
@@ -261,6 +262,12 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             f" {settings['epochs']} for students, in {settings['autocast']}."
         )
         parts.append("\n".join(accuracy_table(summary)))
+        untrained = Summary(
+            [run for run in runs if run["arm"] == TEACHER or not run["rate"]], summary.tasks, summary.seeds
+        )
+        if len(untrained.arms) > 1:
+            parts.append("Converted alone, without any training of the student:")
+            parts.append("\n".join(accuracy_table(untrained)))
         for device in ("cpu", "cuda"):
             files = {dtype: folder / f"latency-{device}-{dtype}.json" for dtype in DTYPES}
             latency = {dtype: json.loads(file.read_text()) for dtype, file in files.items() if file.exists()}

@@ -269,13 +269,23 @@ class Cell:
         return facts | self.judged(model)
 
     def make_student(self, arm: str, rate: float) -> None:
-        """Convert and distil; does nothing where that is done.
+        """Convert and distil, or with the rate 0 convert alone; does nothing where that is done.
 
         Raises:
             Timeout: another process is at it.
         """
         with self.place.lock(f"{self.name}-{self.seed}-{arm}-{rate}", wait=False):
-            self._once(arm, rate, lambda name: self._distilled(name, ARMS[arm], rate))
+            self._once(arm, rate, lambda name: (self._distilled if rate else self._untrained)(name, ARMS[arm], rate))
+
+    def _untrained(self, name: str, arm: Arm, rate: float) -> Result:
+        start = time.monotonic()
+        student = arm.make(self)
+        facts = {"steps": 0, "seconds": round(time.monotonic() - start, 1)}
+        return facts | self._of_teacher() | self.judged(student, arm.packs)
+
+    def _of_teacher(self) -> Result:
+        best = self.teacher_facts
+        return {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
 
     def _distilled(self, name: str, arm: Arm, rate: float) -> Result:
         student = arm.make(self)
@@ -288,9 +298,7 @@ class Cell:
             loss_weights=weights | dict(arm.weights), teacher_dropout=arm.dropout,
             teacher=self.teacher if arm.dropout else self.outputs(),
         )  # fmt: skip
-        best = self.teacher_facts
-        teacher = {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
-        return facts | teacher | {"held_out_before": before} | self.judged(student, arm.packs)
+        return facts | self._of_teacher() | {"held_out_before": before} | self.judged(student, arm.packs)
 
     def _once(self, arm: str, rate: float, make: Any) -> Result:
         file = self.place.runs / f"{self.name}-{self.seed}-{arm}-{rate}.json"
