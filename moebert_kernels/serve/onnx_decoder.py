@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -54,19 +55,20 @@ def example_of_decoder(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tenso
     Raises:
         UserError: the model keeps something else than keys and values of all earlier tokens.
     """
-    cache = DynamicCache()
-    with torch.no_grad():
-        earlier = {name: tensor[:, :3] for name, tensor in inputs.items()}
-        found = model(**earlier, past_key_values=cache, use_cache=True, return_dict=True)
-    kept = found.get("past_key_values") is cache and all(
-        type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
-    )
+    cache, kept = DynamicCache(), False
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        with torch.no_grad():
+            earlier = {name: tensor[:, :3] for name, tensor in inputs.items()}
+            found = model(**earlier, past_key_values=cache, use_cache=True, return_dict=True)
+        kept = found.get("past_key_values") is cache and all(
+            type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
+        )
     if not kept:
         raise UserError(
             f"model: expected a decoder that keeps keys and values of earlier tokens, got {type(model).__name__}"
         )
     behind = dict(inputs)
-    behind["attention_mask"] = torch.cat([earlier["attention_mask"], inputs["attention_mask"]], 1)
+    behind["attention_mask"] = torch.ones(len(inputs["input_ids"]), 3 + inputs["input_ids"].shape[1], dtype=torch.int64)
     if "position_ids" in behind:
         behind["position_ids"] = inputs["position_ids"] + 3
     names = [f"{PAST}{k}.{part}" for k in range(len(cache.layers)) for part in ("key", "value")]

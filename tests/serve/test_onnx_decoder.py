@@ -100,9 +100,19 @@ def test_what_is_exported(family, sizes):
 
 
 def test_a_decoder_that_keeps_something_else_is_refused():
-    model = made("gpt2", "dense", AutoModelForCausalLM)
     inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    model = made("gpt2", "dense", AutoModelForCausalLM)
     forward = model.forward
-    model.forward = lambda **given: forward(**given | {"use_cache": False})
-    with pytest.raises(UserError, match="expected a decoder that keeps keys and values of earlier tokens, got GPT2"):
-        example_of_decoder(model, inputs)
+
+    def without_cache(past_key_values=None, use_cache=None, **given):
+        return forward(**given, use_cache=False)
+
+    def of_states(input_ids, attention_mask):
+        raise AssertionError("it has no keys and values")
+
+    for other in (without_cache, of_states):
+        model.forward = other
+        with pytest.raises(
+            UserError, match="expected a decoder that keeps keys and values of earlier tokens, got GPT2"
+        ):
+            example_of_decoder(model, inputs)
