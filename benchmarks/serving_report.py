@@ -16,16 +16,18 @@ ROWS = {
     "dense bfloat16": "dense, bfloat16",
     "dense int8": "dense, int8, by `prepare`",
     "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
+    "dense int8 openvino": "dense, int8, OpenVINO",
     "ideal int8": "dense with a quarter of the neurons, int8",
     "moe float32 plain": "ours, float32",
     "moe bfloat16": "ours, bfloat16",
     "moe int8": "**ours, int8, by `prepare`**",
     "moe int8 onnx": "**ours, int8, exported to ONNX**",
+    "moe int8 openvino": "**ours, int8, exported to ONNX, in OpenVINO**",
 }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The block between the marks: times and speeds at every size."""
+    """The block between the marks: times and speeds at every size, and which of the rows were left out and why."""
     cases, environment = result["cases"], result["environment"]
     sizes = [f"B = {case['B']}, T = {case['T']}" for case in cases]
     lines = [
@@ -37,8 +39,11 @@ def table(result: dict[str, Any]) -> str:
         f"|---|{'---|' * len(sizes)}",
     ]
     for way, name in ROWS.items():
-        cells = [f"{case['ms'][way][1]:.1f} ms ({case['over'][way][1]:.2f})" for case in cases]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if way in cases[0]["ms"]:
+            cells = [f"{case['ms'][way][1]:.1f} ms ({case['over'][way][1]:.2f})" for case in cases]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if out := [f"{ROWS[way]} ({why})" for way, why in result.get("left_out", {}).items() if way in ROWS]:
+        lines += ["", f"Left out: {'; '.join(out)}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,8 @@
 """Ways to compute the same on a CPU, in turns in one process, with what each one's speed must be.
 
-Before anything is timed, each way's outputs are compared with the float32 model that it was made of. Ratios are medians
-over rounds, of the two times in the same round, with their quartiles.
+Before anything is timed, each way's outputs are compared with the float32 model that it was made of. A way that is too
+far from it is left out, and the result says so. Ratios are medians over rounds, of the two times in the same round,
+with their quartiles.
 """
 
 from __future__ import annotations
@@ -37,16 +38,15 @@ class Way(NamedTuple):
     run: Run
 
 
-def check(ways: Mapping[str, Way], inputs: tuple[Tensor, ...], counted: Tensor | None = None) -> dict[str, float]:
-    """The relative distance of each way from its source.
+def check(
+    ways: Mapping[str, Way], inputs: tuple[Tensor, ...], counted: Tensor | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The relative distance of each way from its source, and of those that are too far away, which are not timed, why.
 
     Args:
         counted: which rows of the outputs; None: all.
-
-    Raises:
-        SystemExit: one is too far away.
     """
-    distances = {}
+    distances, left_out = {}, {}
     for name, (source, run) in ways.items():
         want, got = (r(*inputs).float() for r in (ways[source].run, run))
         if counted is not None:
@@ -54,8 +54,8 @@ def check(ways: Mapping[str, Way], inputs: tuple[Tensor, ...], counted: Tensor |
         distances[name] = float((got - want).norm() / want.norm())
         allowed = next(bound for dtype, bound in ALLOWED.items() if dtype in name)
         if not distances[name] <= allowed:
-            raise SystemExit(f"{name}: expected a distance of at most {allowed} from {source}, got {distances[name]}")
-    return distances
+            left_out[name] = f"expected a distance of at most {allowed} from {source}, got {distances[name]:.3g}"
+    return distances, left_out
 
 
 def ratio(times: Mapping[str, list[float]], ours: str, over: str) -> tuple[float, float, float]:
@@ -89,8 +89,11 @@ def measured(
     return case
 
 
-def finished(result: dict[str, Any], name: str | None) -> int:
-    """Print what was missed, write the result as serving/`name`.json (None: nowhere); the exit status."""
+def finished(result: dict[str, Any], name: str | None, required: Sequence[tuple[str, str, Any]]) -> int:
+    """Print what was missed and left out, write the result as serving/`name`.json (None: nowhere); the exit status.
+
+    A way of ours in `required` that was left out is missed.
+    """
     target = Target.of("cpu")
     result["environment"] = environment(target) | {"load_average_after": load_average()}
     missed = [
@@ -99,7 +102,11 @@ def finished(result: dict[str, Any], name: str | None) -> int:
         for ours, over, least, (_, median, _) in case.get("required", ())
         if median < least
     ]
+    left_out = result["left_out"]
+    ours_out = [way for way in dict.fromkeys(ours for ours, *_ in required) if way in left_out]
+    missed += [f"{way}, which is left out" for way in ours_out]
     print(f"\n{len(missed)} requirements missed", *missed, sep="\n  ")
+    print(f"{len(left_out)} ways left out", *(f"{way}: {why}" for way, why in left_out.items()), sep="\n  ")
     if name is not None:
         file = results_folder(target) / "serving" / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def export(
     experts: str = "matrices",
     force: o.Force = False,
 ) -> None:
-    """Write an encoder, dense or MoE, as model.onnx, with its configuration and tokenizer beside it.
+    """Write an encoder or a causal language model, dense or MoE, as model.onnx, with its configuration and tokenizer.
 
     Args:
         format: onnx.
@@ -47,6 +47,8 @@ def export(
 
     def save(folder: Path) -> None:
         export_onnx(loaded, folder / "model.onnx", dtype=dtype, experts=experts)
+        if loaded.can_generate():
+            loaded.generation_config.save_pretrained(folder)
 
     write_files(output, save, identity, tokenizer, _plain(loaded.config))
     print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")

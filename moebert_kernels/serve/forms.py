@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from moebert_kernels.errors import MissingExtra, UserError, require_extra
 from moebert_kernels.serve.onnx import export_onnx, quantise_onnx
+from moebert_kernels.serve.onnx_decoder import PAST, PRESENT
 from moebert_kernels.serve.preparation import prepare
 
 FORMS = ("float32", "compiled", "packed", "bfloat16", "int8", "int8-token", "onnx", "onnx-int8")
@@ -22,7 +22,9 @@ _PREPARED = {"packed": "float32", "bfloat16": "bfloat16", "int8": "int8", "int8-
 
 
 class OnnxModel(nn.Module):
-    """An exported encoder in ONNX Runtime on a CPU, called as the model that it was made of.
+    """An exported model in ONNX Runtime on a CPU, called as the model that it was made of.
+
+    A decoder is called without earlier tokens.
 
     Args:
         path: of the file.
@@ -39,8 +41,8 @@ class OnnxModel(nn.Module):
         options.intra_op_num_threads = threads or torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.config = config
-        self.names = [entry.name for entry in self.session.get_inputs()]
-        self.outputs = [entry.name for entry in self.session.get_outputs()]
+        self.inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
+        self.outputs = [entry.name for entry in self.session.get_outputs() if not entry.name.startswith(PRESENT)]
         self.anything = nn.Parameter(torch.empty(0), requires_grad=False)  # where callers read the device
         self.eval()
 
@@ -51,9 +53,13 @@ class OnnxModel(nn.Module):
         given = {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            "position_ids": torch.arange(input_ids.shape[1]).expand(input_ids.shape),
             "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
         }
-        found = self.session.run(None, {name: given[name].numpy() for name in self.names})
+        for name, shape in self.inputs.items():
+            if name.startswith(PAST):
+                given[name] = torch.empty(len(input_ids), shape[1], 0, shape[3])
+        found = self.session.run(self.outputs, {name: given[name].numpy() for name in self.inputs})
         return ModelOutput(zip(self.outputs, map(torch.from_numpy, found), strict=True))
 
 
@@ -79,7 +85,7 @@ def forms_of(
             made = _made(model, name, tokens, folder)
             with torch.inference_mode():
                 made(**batch)
-        except (UserError, MissingExtra) as error:  # a decoder has no ONNX; ONNX Runtime is not installed
+        except (UserError, MissingExtra) as error:  # an encoder-decoder has no ONNX; ONNX Runtime is not installed
             made = str(error)
         except Exception as error:  # of a compiler or of ONNX Runtime: the others are compared all the same
             made = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -98,9 +104,7 @@ def _made(model: Any, name: str, tokens: int, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "model.onnx"
     if not file.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter
-            export_onnx(model, file)
+        export_onnx(model, file)
     if name == "onnx-int8":
         file = folder / "model8.onnx"
         quantise_onnx(folder / "model.onnx", file)

@@ -4,6 +4,7 @@ Each expert has matrices of its own, and gets its rows by NonZero and Gather and
 ONNX Runtime's quantiser finds ordinary products. Hash tables, gates and the padding mask are inside the graph.
 
 The other form has one operator of ONNX Runtime for all experts of a layer: `moebert_kernels.serve.onnx_operator`.
+Decoders get the keys and values of earlier tokens as inputs: `moebert_kernels.serve.onnx_decoder`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import copy
 import inspect
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +28,35 @@ from moebert_kernels.errors import UserError, require_extra
 from moebert_kernels.layers import MoEFeedForward, moe_layers
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.serve.modules import PackedModule
+from moebert_kernels.serve.onnx_decoder import PAST, PRESENT, CachedDecoder, example_of_decoder
 from moebert_kernels.serve.onnx_operator import OperatorExperts, check_operator
 
 OPSET = 20  # Gelu is an operator from here on
 EXPERTS = ("matrices", "operator")
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _FREE = torch.export.Dim.DYNAMIC
 _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output")
 
 
 def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts: str = "matrices") -> None:
-    """Write an encoder as an ONNX file whose batch and length are free.
+    """Write an encoder or a causal language model as an ONNX file whose batch and length are free.
 
     Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence);
-    outputs are the model's: `logits`, or `last_hidden_state` and what else there is. These are the
-    names by which other packages call exported models. The model is left as it was.
+    outputs are the model's: `logits`, or `last_hidden_state` and what else there is. A language model has
+    `position_ids` where it takes them, and the keys and values of P >= 0 earlier tokens: inputs
+    `past_key_values.0.key` and so on, (batch, heads, P, head size), and outputs `present.0.key` with those of all
+    P + sequence tokens; its `attention_mask` is (batch, P + sequence). These are the names by which other packages call
+    exported models. The model is left as it was.
 
     Args:
-        model: of transformers, dense or converted, not prepared; an encoder, with a head or without.
+        model: of transformers, dense or converted, not prepared; an encoder, with a head or without, or a causal
+            language model.
         path: of the file. Weights of more than 2 GB go beside it.
         dtype: "float32"; or "int8": then ONNX Runtime's dynamic quantisation has run over it, with weights per channel.
         experts: "matrices": standard operators alone, and padding costs nothing. "operator": one `com.microsoft.MoE`
             for the experts of a layer, of a converted model in float32; ONNX Runtime has it for CPUs and CUDA.
 
     Raises:
-        UserError: a model that is no encoder, is prepared, or routes by task; another dtype or form of the experts;
+        UserError: a model that is neither, is prepared, or routes by task; another dtype or form of the experts;
             "operator" with a dense model, int8, or an activation that the operator does not have.
         MissingExtra: a package of the extra `serve` is not installed.
     """
@@ -69,14 +76,17 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts
         return
     copied = copy.deepcopy(model).float().cpu().eval()
     inputs, outputs = _example(copied)
-    module = _Flat(
-        standard(copied, StandardExperts if experts == "matrices" else OperatorExperts), tuple(inputs), outputs
-    ).eval()
-    with torch.no_grad():
+    module: nn.Module = _Flat(copied, tuple(inputs), outputs)
+    if copied.can_generate():
+        module = CachedDecoder(copied, tuple(inputs))
+        inputs = example_of_decoder(copied, inputs)
+        outputs += tuple(name.replace(PAST, PRESENT) for name in inputs if name.startswith(PAST))
+    standard(copied, StandardExperts if experts == "matrices" else OperatorExperts)
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
+            module.eval(), tuple(inputs.values()), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=list(inputs), output_names=list(outputs),
-            dynamic_shapes=(tuple({0: _FREE, 1: _FREE} for _ in inputs),),
+            dynamic_shapes=(tuple({0: _FREE, 2 if name.startswith(PAST) else 1: _FREE} for name in inputs),),
         )  # fmt: skip
     program.save(path)
 
@@ -86,10 +96,19 @@ def quantise_onnx(source: str | Path, target: str | Path) -> None:
     require_extra("serve", "onnx", "onnxruntime")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it reports every tensor of integers as one that it cannot quantise
-    try:
+    with _quiet():
         quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, and without the quantiser's report of every tensor of integers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(level)
 
@@ -185,22 +204,26 @@ def _check(model: Any) -> None:
     kind, config = type(model).__name__, model.config
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise UserError("model: expected one that is not prepared: export the model, then quantise the file")
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False) or model.can_generate():
-        raise UserError(f"model: expected an encoder, got {kind}; engines for generation export decoders")
+    if config.is_encoder_decoder or (getattr(config, "is_decoder", False) and not model.can_generate()):
+        raise UserError(f"model: expected an encoder or a causal language model, got {kind}")
     if getattr(getattr(config, "quantization_config", None), "is_task_routed", False):
         raise UserError("model: expected one without routing by task, got one; merge it for a task first")
     if "input_ids" not in _parameters(model):
-        raise UserError(f"model: expected an encoder of texts, got {kind}")
+        raise UserError(f"model: expected an encoder of texts or a causal language model, got {kind}")
 
 
 def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Small inputs by name, and the names of the outputs."""
-    names = [name for name in _INPUTS if name in _parameters(model)]
-    if getattr(model.config, "type_vocab_size", 0) < 1 and "token_type_ids" in names:
-        names.remove("token_type_ids")
-    inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names}
+    names = ["input_ids", "attention_mask"]
+    if model.can_generate():
+        names.append("position_ids")
+    elif getattr(model.config, "type_vocab_size", 0) >= 1:
+        names.append("token_type_ids")
+    inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names if name in _parameters(model)}
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros(2, 6, dtype=torch.int64)
+    if "position_ids" in inputs:
+        inputs["position_ids"] = torch.arange(6).expand(2, 6).clone()
     with torch.no_grad():
         found = model(**inputs, return_dict=True)
     return inputs, tuple(name for name in _OUTPUTS if found.get(name) is not None)

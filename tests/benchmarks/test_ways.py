@@ -9,16 +9,20 @@ from benchmarks import privacy_filter, serving, ways
 from benchmarks.ways import Way, check, finished, measured
 
 
-def test_a_way_that_computes_something_else_is_refused():
+def test_a_way_that_computes_something_else_is_left_out():
     x = torch.randn(4, 8)
     made = {"plain float32": Way("plain float32", torch.relu), "other int8": Way("plain float32", torch.tanh)}
-    with pytest.raises(SystemExit, match=r"other int8: expected a distance of at most 0\.15 from plain float32, got 0"):
-        check(made, (x,))
+    distances, left_out = check(made, (x,))
+    assert list(left_out) == ["other int8"] and distances["plain float32"] == 0
+    assert left_out["other int8"].startswith("expected a distance of at most 0.15 from plain float32, got 0.")
+    made["other int8"] = Way("plain float32", lambda x: x * torch.nan)
+    assert "got nan" in check(made, (x,))[1]["other int8"]
     made["other int8"] = Way("plain float32", lambda x: torch.relu(x) * 1.1)
-    assert check(made, (x,))["other int8"] == pytest.approx(0.1)
+    distances, left_out = check(made, (x,))
+    assert distances["other int8"] == pytest.approx(0.1) and not left_out
     rows = torch.tensor([True, False, False, False])
     made["other int8"] = Way("plain float32", lambda x: torch.relu(x) + (1 - rows[:, None].float()))
-    assert check(made, (x,), rows)["other int8"] == 0
+    assert check(made, (x,), rows)[0]["other int8"] == 0
 
 
 def test_requirements_and_results(monkeypatch, tmp_path, capsys):
@@ -30,11 +34,13 @@ def test_requirements_and_results(monkeypatch, tmp_path, capsys):
     case = measured({"T": 3}, made, (torch.randn(2),), 3, "b", required)
     assert case["over"]["a"] == (2.0, 2.0, 2.5) and case["ms"]["b"][1] == 6
     assert [entry[:3] for entry in case["required"]] == [["a", "b", 2.0], ["b", "a", 1.0]]
-    assert finished({"cases": [case]}, "made-up") == 1
+    assert finished({"cases": [case], "left_out": {"b": "it is too far"}}, "made-up", required) == 1
     printed = capsys.readouterr().out
     assert "held   a over b: 2.00" in printed and "MISSED b over a: 0.50" in printed
-    assert "1 requirements missed\n  b over a at T=3" in printed
+    assert "2 requirements missed\n  b over a at T=3\n  b, which is left out\n" in printed
+    assert "1 ways left out\n  b: it is too far" in printed
     assert json.loads((tmp_path / "serving" / "made-up.json").read_text())["cases"][0]["rounds"] == 3
+    assert finished({"cases": [], "left_out": {"c": "it is not installed"}}, None, required) == 0
 
 
 def test_privacy_filter_runs(capsys):

@@ -41,7 +41,7 @@ def test_a_form_that_does_not_run_is_a_reason(tmp_path, monkeypatch):
     batch = make_inputs("t5")
     found = dict(forms_of(model, ("float32", "onnx", "int8"), batch, tmp_path / "x"))
     assert found["float32"] is model and found["int8"] == "ZeroDivisionError: division by zero"
-    assert found["onnx"].startswith("model: expected an encoder, got T5")
+    assert found["onnx"].startswith("model: expected an encoder or a causal language model, got T5")
     with pytest.raises(UserError, match=r"form: expected one of float32, compiled, .*, got 'int4'"):
         next(forms_of(model, ("int4",), batch, tmp_path))
 
