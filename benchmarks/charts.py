@@ -40,7 +40,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> dict[str, list[str]]:
 
 
 def overview(rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
-    """The feed-forward over tokens, and whole models at their baseline's pace: the README's picture."""
+    """The feed-forward over tokens, and whole models at their baseline's pace: the report's first picture."""
     series = [s for s in series_over_tokens(rows) if s.name == ("fused_moe_ffn", "forward")]
     models = [row for row in rows if row.what == "encoder" and row.speed(ours(row.case))][:4]
     if not series or not models:

@@ -96,6 +96,8 @@ def as_typed(message: str, options: Collection[str]) -> str:
         names = "|".join(name if "_" in name else f"{name}(?= ?>?=)" for name in options)
         wanted = re.sub(rf"(?<![\w./-])({names})(?![\w./-])", lambda match: _typed(match[1]), wanted)
     message = wanted + got + came
+    if "restart" not in options:
+        message = re.sub(r"resume=False (drops|replaces) it, ", "", message)
     for ours, typed in _ADVICE.items():
         message = message.replace(ours, typed)
     return message

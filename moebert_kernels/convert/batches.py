@@ -32,7 +32,7 @@ def reading(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     """
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
-        if ids is not None and ids.numel():
+        if ids is not None and ids.numel() and hasattr(model, "get_input_embeddings"):
             V, low, high = model.get_input_embeddings().weight.shape[0], int(ids.min()), int(ids.max())
             if low < 0 or high >= V:
                 raise UserError(
@@ -42,7 +42,7 @@ def reading(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         yield
     except (IndexError, RuntimeError) as error:
-        longest = longest_input(model.config)
+        longest = longest_input(getattr(model, "config", None))
         tokens = max((t.shape[-1] for name, t in batch.items() if name.endswith("input_ids") and t.ndim), default=0)
         if longest is None or tokens <= longest:
             raise

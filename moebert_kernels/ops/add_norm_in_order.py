@@ -118,7 +118,7 @@ def _backward(
         )
     if apart and grads[0] is grads[1]:  # outputs of a custom op are different tensors
         grads = (grads[0], grads[0].clone() if needs[1] else grads[0], *grads[2:])
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def _fake_forward(residual: Tensor, *_: Any) -> tuple[Tensor]:

@@ -101,6 +101,10 @@ def test_parameters_are_called_as_their_options():
         ("width: expected 1 to 32, got 99", "--expert-size: expected 1 to 32, got 99"),
         ("labels: expected a text_column_2, got none", "labels: expected a text_column_2, got none"),
         ("nothing of the kind", "nothing of the kind"),
+        (
+            "output_dir: expected a new folder, got out (resume=False drops it, another output_dir keeps it)",
+            "--output: expected a new folder, got out (another --output keeps it)",
+        ),
     ],
 )
 def test_messages_name_options_as_they_are_typed(message, wanted):

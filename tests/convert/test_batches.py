@@ -61,3 +61,21 @@ def test_other_errors_of_a_forward_stay_what_they_are():
 def test_a_name_is_no_model(model, message, read):
     with pytest.raises(UserError, match=f"model: {message}"):
         read(model, [batch()])
+
+
+def test_a_module_around_a_model_is_scored():
+    """It has no configuration and no embeddings of its own."""
+    model = make("bert", AutoModelForSequenceClassification)
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids, attention_mask=None, return_dict=True):
+            return self.inner(input_ids, attention_mask, return_dict=return_dict)
+
+    given = batch()
+    assert torch.equal(importance_scores(Around(), [given]), importance_scores(model, [given]))
+    with pytest.raises(IndexError):
+        importance_scores(Around(), [batch(largest=100)])
