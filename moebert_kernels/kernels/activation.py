@@ -11,7 +11,7 @@ last place is 4.9e-4 in float16 and 3.9e-3 in bfloat16. The derivative Phi(x) + 
 a is |x|, or 16 beyond, where the exponential is zero.
 
 Of every activation but relu2 the derivatives at the infinities are 1 and 0 (the identity's is 1), act(-inf) is 0 where
-act'(-inf) is, and NaN stays NaN: a factor x is held where the other one is exactly 0 or 1, at 16 or 128, since
+act'(-inf) is, and act(NaN) is NaN: a factor x is held where the other one is exactly 0 or 1, at 16 or 128, since
 infinity times zero is NaN. What float16 cannot hold of a pre-activation is kept for backward as an infinity.
 """
 

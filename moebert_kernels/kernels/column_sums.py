@@ -1,7 +1,7 @@
 """Sums over each expert's rows: bias gradients, and partial sums of other kernels added in order.
 
 Partial sums of all that one backward needs stand next to each other, (chunks, W) with W the columns of all sums: one
-launch adds them, and one more makes those of both biases.
+launch makes those of both biases, and one adds all of them.
 """
 
 from __future__ import annotations

@@ -292,6 +292,7 @@ def pick_config(
         dtype: of the operands.
     """
     asked = Pick(kind, precision_of(dtype), rows, num_experts, columns, depth, device)
-    if _noted is not None:
-        _noted.add(asked)
+    noted = _noted  # another thread may end its `warmup` meanwhile
+    if noted is not None:
+        noted.add(asked)
     return pick(asked)

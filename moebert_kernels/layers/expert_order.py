@@ -33,8 +33,9 @@ def set_expert_order(model: nn.Module, enabled: bool = True) -> int:
     forward has not grouped the tokens of a layer before, tokens keep their order.
 
     A layer takes part if its attention ends in `LayerNorm(dropout(dense(x)) + residual)`, if its feed-forward alone
-    reads that, and if it computed the same in both orders on random numbers here. Hooks on the attention and on its
-    `output` get the rows, in the shape of the tokens; a hook that returns another tensor is an error of the forward.
+    reads that, and if a trial on random numbers, made here, gives the same in both orders. Hooks on the attention and
+    on its `output` get the rows, in the shape of the tokens; a hook that returns another tensor is an error of the
+    forward.
 
     Args:
         model: converted, with hash routing; changed.
@@ -124,7 +125,12 @@ def _on_random_numbers(owner: Any) -> Tensor | None:
     try:
         with entered(call):
             y = owner(x.to(weight.dtype))
-    except (AttributeError, TypeError, ValueError):  # it needs other arguments, or changes what it hands on
+    except (
+        AttributeError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # it needs other arguments, or changes what it hands on
         return None
     finally:
         for module, mode in modes:

@@ -251,6 +251,8 @@ def check_maps(name: str, grouping: Grouping) -> None:
         if tensor.dtype != torch.int32 or tensor.device != offsets.device or tensor.ndim != 1:
             got = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
             raise ValueError(f"{name}.{field}: expected one dimension of int32 on {offsets.device}, got {got}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}.{field}: expected a contiguous tensor, got strides {tensor.stride()}")
     top_k, num_rows = grouping.top_k, rows.shape[0]
     if not isinstance(top_k, int) or top_k < 1 or num_rows % top_k or grouping.assignment_to_row.shape[0] != num_rows:
         got = f"{num_rows} and {grouping.assignment_to_row.shape[0]} rows, top_k={top_k!r}"

@@ -24,9 +24,9 @@ from moebert_kernels.ops._checks import transformed
 class Differentiable:
     """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args)`, which gives gradients or None.
 
-    Only the first output is differentiable; the others are saved for backward. `save(args, outputs)` returns the
-    tensors and the constants that `backward` takes after `dy`; `spread(grads)` puts the gradients into the places of
-    forward's arguments.
+    Only the first output is differentiable; the others are saved for backward, which takes dy, the first
+    `tensor_arguments` arguments, the other outputs, the other arguments and which of the `differentiable` arguments
+    need a gradient.
     """
 
     def __init__(

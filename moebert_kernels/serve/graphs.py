@@ -18,6 +18,7 @@ from moebert_kernels.graphs import captured
 from moebert_kernels.nn.context import argument_names, derived_class
 
 _DEVICE = "cuda"
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def use_cuda_graphs(model: Any, most: int = 32) -> Any:
@@ -25,12 +26,13 @@ def use_cuda_graphs(model: Any, most: int = 32) -> Any:
 
     The first forward with new shapes runs four times and is captured; the next ones copy their inputs and replay. Let
     the tokenizer pad to few lengths (`pad_to_multiple_of=64`). What cannot be captured runs as before, after one
-    warning with the reason: a forward that waits for the GPU, inputs that are neither tensors nor plain values (as a
-    key-value cache), and shapes beyond `most`. So do forwards with gradients and in training.
+    warning with the reason: a forward that waits for the GPU, inputs or outputs that are neither tensors nor plain
+    values (as a key-value cache), and shapes beyond `most`. So do forwards with gradients and in training. Threads that
+    call the model must share one CUDA stream.
 
     Args:
         model: of transformers, with all weights on the current GPU; changed, and returned. A graph reads the weights
-            where they are, so changes in place are seen, and `to`, `half` and loading must come before.
+            where they are: changes in place are seen, and what replaces weights (`to`, `half`) must come before.
         most: graphs that are kept. Each holds the memory that a forward takes.
 
     Raises:
@@ -61,7 +63,7 @@ def replaying_class(base: Any) -> type:
         run = functools.partial(base.forward, self)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return run(**inputs)
-        return self.cuda_graphs(run, inputs)
+        return self.cuda_graphs(run, inputs, getattr(self, "moe_task", None))
 
     return derived_class(replaying_class, base, (base,), {"forward": forward})
 
@@ -77,8 +79,9 @@ class Graphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.most,)
 
-    def __call__(self, run: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        key = _key(inputs)
+    def __call__(self, run: Callable[..., Any], inputs: Mapping[str, Any], task: int | None = None) -> Any:
+        """What `run` gives of the inputs. `task`: that of `set_task`, which a graph keeps."""
+        key = _key({**inputs, "moe_task": task})
         if key is None:
             self._warn("an input is neither a tensor nor a plain value")
             return run(**inputs)
@@ -105,6 +108,10 @@ class Graphs:
         except Exception as error:  # whatever a library raises when it may not wait for the device
             self._warn(str(error).partition("\n")[0] or type(error).__name__)
             return None
+        others = {type(x).__name__ for x in pytree.tree_leaves(outputs) if not isinstance(x, (Tensor, *_PLAIN))}
+        if others:  # a key-value cache: every replay would return, and write over, the same one
+            self._warn(f"an output is a {', '.join(sorted(others))}; for decoders pass use_cache=False")
+            return None
         return replay, own, outputs
 
     def _warn(self, reason: str) -> None:
@@ -118,7 +125,7 @@ def _key(inputs: Mapping[str, Any]) -> Hashable:
     for name, value in sorted(inputs.items()):
         if isinstance(value, Tensor):
             key.append((name, value.shape, value.dtype, value.device))
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, _PLAIN):
             key.append((name, type(value), value))
         else:
             return None

@@ -106,7 +106,8 @@ def bias_gradients(
 ) -> list[Tensor]:  # fmt: skip
     """db (E, N) = sum of weights * a over each expert's rows, of up to two summands; zero where it has none.
 
-    Two launches: the second also adds what other kernels left in the first columns of `begun`, for `others`.
+    Two launches: the second also adds what other kernels left in the first columns of `begun`, for `others`. `begun`
+    has the columns of `others` and of the summands, and no more.
     """
     summands = [summand._replace(a=_adjacent(summand.a)) for summand in summands]
     widths = [summand.a.shape[1] for summand in summands]

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils import _pytree as pytree
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config, set_task
 from moebert_kernels.serve import graphs, use_cuda_graphs
 from tests.layers import kinds
 
@@ -68,6 +70,30 @@ def test_weights_may_change_in_place(captures, models):
         model.classifier.weight.data.mul_(2)
     check(models, batch)
     assert captures == ["captured", "replayed", "replayed"]
+
+
+def test_each_task_has_a_graph(captures):
+    plain = kinds.model("split-bert-task")
+    model, batch = use_cuda_graphs(copy.deepcopy(plain)), kinds.batch("split-bert-task")
+    batch.pop("task_ids", None)
+    for task in list(moe_config(plain.config).tasks)[:2]:
+        set_task(plain, task)
+        set_task(model, task)
+        check((plain, model), batch)
+    assert captures.count("captured") == 2
+
+
+def test_a_cache_in_the_outputs_is_not_shared_by_replays(captures):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model, ids = use_cuda_graphs(GPT2LMHeadModel(GPT2Config(**sizes)).eval()), torch.arange(5)[None]
+    with torch.no_grad(), pytest.warns(UserWarning, match="pass use_cache=False"):
+        first = model(input_ids=ids)
+    with torch.no_grad():
+        model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
+        assert model(input_ids=ids).past_key_values.get_seq_length() == 5
+        batch = {"input_ids": ids, "use_cache": False}
+        assert torch.equal(model(**batch).logits, model(**batch).logits) and captures[-1] == "replayed"
 
 
 def test_gradients_and_training_run_as_before(captures, models):
