@@ -160,6 +160,9 @@ def malformed(grouping: Grouping) -> dict[str, Grouping]:
         "row_to_assignment: expected one dimension of int32": Grouping(offsets, to_token[None], to_row),
         "row_to_assignment: expected one dimension of int32 on cpu": Grouping(offsets, to_token.to("meta"), to_row),
         "assignment_to_row: expected the inverse of row_to_assignment": Grouping(offsets, to_token, to_row.flip(0)),
+        "assignment_to_row: expected a contiguous tensor": Grouping(
+            offsets, to_token, to_row.repeat_interleave(2)[::2]
+        ),
         " expected maps of T * top_k rows with an integer top_k >= 1, got 8 and 7": Grouping(
             offsets, to_token, to_row[1:]
         ),
