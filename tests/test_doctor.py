@@ -23,7 +23,7 @@ def report():
 
 
 def test_every_op_is_tested_and_agrees(report):
-    assert set(report["self_test"]) == set(moebert_kernels.__all__) - {"Grouping"}
+    assert set(report["self_test"]) == set(moebert_kernels.__all__) - {"Grouping", "warmup"}
     assert all(result["ok"] for result in report["self_test"].values()), report["self_test"]
     assert report["ok"]
 

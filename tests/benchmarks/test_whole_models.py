@@ -168,7 +168,7 @@ def test_importance_of_the_batch_instead_of_samples_is_refused(monkeypatch):
 
 
 def test_batches_have_the_lengths_of_texts():
-    full, padded, by_length = bench_encoder.cases(SMOKE)
+    full, padded, by_length, _ = bench_encoder.cases(SMOKE)
     assert full.parameters["tokens"] == full.parameters["B"] * full.parameters["T"]
     assert padded.parameters["tokens"] == sum(real_text.typical_batch("mnli", padded.parameters["B"]))
     texts = real_text.lengths("mnli", by_length.parameters["B"] * by_length.parameters["batches"])
