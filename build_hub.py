@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 PACKAGE = "moebert_kernels"
 FOLDERS = ("ops", "torch_backend", "triton_backend", "kernels")
-FILES = ("__init__", "backend", "native", "grouping", "activation", "dropout", "cpu")
+FILES = ("__init__", "backend", "native", "grouping", "activation", "dropout", "cpu", "warming")
 BUILD_TOML = """[general]
 name = "moebert-kernels"
 version = 0

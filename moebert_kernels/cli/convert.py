@@ -24,7 +24,7 @@ def convert(
     *,
     model: str | None = None,
     output: o.OutputFolder,
-    method: str = "moebert",
+    method: str | None = None,
     router: str | None = None,
     experts: str | None = None,
     importance: Path | None = None,
@@ -56,7 +56,8 @@ def convert(
         model: A dense model: a folder or a name on the Hub. Without it, --from-original.
         method: chosen: experts and routing fit the texts of --task and --data; labels are not used. moebert: experts by
             --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: the
-            --expert-size most important neurons, to compare with.
+            --expert-size most important neurons, to compare with. Default: chosen with --task or --data and without
+            --router, --experts and --importance, else moebert.
         router: hash-random, hash-balance, hash-chosen, gate-token, gate-sentence, switch, top2 or task. Default: the
             method's.
         experts: split (parts of the neurons), clustered (parts chosen by text), copy or mpo (the whole feed-forward).
@@ -101,7 +102,10 @@ def convert(
     of_mpo = {"sites": sites, "low_bonds": low_bonds}
     _check_unused("--model", from_original is not None,
                   fields | of_mpo | {"importance": importance, "expert_size": expert_size, "noise": noise,
-                                     "method": None if method == "moebert" else method})  # fmt: skip
+                                     "method": method})  # fmt: skip
+    if method is None:
+        by_text = bool(task or data) and router is None and experts is None and importance is None
+        method = "chosen" if by_text else "moebert"
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     _check_unused("--method moebert or mpoe", method == "dense",
@@ -191,6 +195,11 @@ def _converted(
         batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
         chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
         options["chosen"], reports = chosen, [choice.report for choice in chosen]
+        print(
+            "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of an expert's"
+            " size, of random tables, of the chosen tables, and if each token had its best expert. `least` and `load`"
+            " are the tokens of the emptiest and the fullest expert over an even share."
+        )
         print(report_table(reports))
         print(report_chart(reports))
     convert_to_moe(model, config, importance=scores, **options)

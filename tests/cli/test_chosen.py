@@ -102,7 +102,9 @@ def test_texts_without_labels_choose(base, data, tmp_path):
     lines = (data / "train.tsv").read_text().splitlines()
     at = lines[0].split("\t").index("text")
     table.write_text("\n".join(line.split("\t")[at] for line in lines) + "\n")
-    words = ("convert", "--model", base, "--method", "chosen", *SIZE, "--task", "custom", "--data", table)
+    words = ("convert", "--model", base, *SIZE, "--task", "custom", "--data", table)  # the method by default
     assert "chosen" in done(*words, "--output", tmp_path / "moe")
-    line = refused("convert", "--model", base, "--data", table, "--output", tmp_path / "other")
+    line = refused(
+        "convert", "--model", base, "--data", table, "--router", "hash-random", "--output", tmp_path / "other"
+    )
     assert line.startswith("data: it is used only with --method chosen, --router hash-balance or task; leave it out")

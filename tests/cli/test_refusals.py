@@ -183,7 +183,7 @@ def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
         (("--router", "round"), "router: expected one of hash-random, hash-balance, hash-chosen, gate-token, "),
         (("--experts", "dense"), "experts: expected one of split, clustered, copy, mpo, got 'dense'"),
         (("--norm", "both"), "norm: expected one of expert, layer, got 'both'"),
-        (("--task", "sst2"), "task: it is used only with --method chosen, "),
+        (("--task", "sst2", "--router", "hash-random"), "task: it is used only with --method chosen, "),
         (("--router", "switch", "--hash-tables", "a"), "hash-tables: it is used only with --router hash-"),
         (("--method", "moe"), "method: expected one of moebert, chosen, mpoe, dense, got 'moe'"),
         (("--method", "dense", "--num-experts", 4), "num-experts: it is used only with --method moebert or "),
