@@ -20,8 +20,8 @@ from moebert_kernels.cli.train import distill, finetune
 
 app = typer.Typer(
     help="Turn a Transformer's feed-forward layers into a Mixture-of-Experts that is faster, and distil it so that it"
-    " stays accurate: finetune, importance, convert, distill, eval. An interrupted command goes on when it is run"
-    " again.",
+    " stays accurate: finetune, importance, convert, distill, eval, quantize. An interrupted command goes on when it"
+    " is run again.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
