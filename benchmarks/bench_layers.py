@@ -140,6 +140,7 @@ def _two_norms(direction: str, T: int, target: Target) -> Case:
         build=lambda: _both_orders(direction, T, target, **shape),
         baseline="moebert_kernels",
         cost=norm + expert,
+        requires=(Requirement(IN_ORDER, "moebert_kernels", 1.1),) if target.on_gpu and not target.smoke else (),
     )
 
 

@@ -275,9 +275,11 @@ class Cell:
             Timeout: another process is at it.
         """
         with self.place.lock(f"{self.name}-{self.seed}-{arm}-{rate}", wait=False):
-            self._once(arm, rate, lambda name: (self._distilled if rate else self._untrained)(name, ARMS[arm], rate))
+            self._once(
+                arm, rate, lambda name: self._distilled(name, ARMS[arm], rate) if rate else self._untrained(ARMS[arm])
+            )
 
-    def _untrained(self, name: str, arm: Arm, rate: float) -> Result:
+    def _untrained(self, arm: Arm) -> Result:
         start = time.monotonic()
         student = arm.make(self)
         facts = {"steps": 0, "seconds": round(time.monotonic() - start, 1)}

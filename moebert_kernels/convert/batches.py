@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moebert_kernels.errors import UserError
@@ -41,6 +42,8 @@ def reading(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
                 )
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (IndexError, RuntimeError) as error:
         longest = longest_input(getattr(model, "config", None))
         tokens = max((t.shape[-1] for name, t in batch.items() if name.endswith("input_ids") and t.ndim), default=0)

@@ -92,7 +92,7 @@ def ordered_class(base: Any) -> type:
             return norm(self.dropout(added) + input_tensor)
         rows = add_norm_in_order(
             input_tensor, added, norm.weight, norm.bias, grouping, eps=norm.eps,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout_p=self.dropout.p if self.dropout.training else 0.0,
         )  # fmt: skip
         tokens.in_order[:] = [(rows, grouping)]
         return rows
