@@ -281,7 +281,8 @@ def find_module(name: str) -> bool:
 def test_names_of_the_package_in_documents_exist():
     offenders = []
     for path in DOCS:
-        for span in spans_of(path.read_text()):
+        text = path.read_text()
+        for span in (*spans_of(text), *re.findall(r"^::: (.+)", text, re.MULTILINE)):  # the latter: an API page's
             for dotted in re.findall(rf"\b{PACKAGE}(?:\.\w+)+", span):
                 if not dotted.endswith((".egg", "._C")) and not resolves(dotted):
                     offenders.append(f"{name_of(path)} names {dotted}, which does not exist")
