@@ -115,13 +115,15 @@ class Place:
         file = self.runs / "settings.json"
         wanted = asdict(self.settings) | {"model": kind_of_model(self.base)}
         self.runs.mkdir(parents=True, exist_ok=True)
-        found = json.loads(file.read_text()) if file.exists() else wanted
+        with self.lock("settings"):
+            if not file.exists():
+                write_text(file, json.dumps(wanted, indent=1) + "\n")
+            found = json.loads(file.read_text())
         other = [
             f"{name} ({found.get(name)}, now {value})" for name, value in wanted.items() if found.get(name) != value
         ]
         if other:
             raise UserError(f"output: expected runs of the same settings, got {self.runs} of other {', '.join(other)}")
-        write_text(file, json.dumps(wanted, indent=1) + "\n")
 
     @property
     def runs(self) -> Path:
