@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -251,7 +250,6 @@ def _texts(
     label_column: str, max_length: int | None,
 ) -> Any:  # fmt: skip
     """The tokens of the training split."""
-    from moebert_kernels.data.tasks import TaskData
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
     if tasks is None or len(tasks) != 1:
@@ -260,11 +258,7 @@ def _texts(
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
     config, wanted = load_config(model), inputs.make_task(tasks[0], text_column, label_column, False)
-    if wanted.name == "custom":  # no label is read, so there may be none, as in running text
-        rows = inputs.load_data(replace(wanted, kind="lm"), data, "train").train
-        loaded = TaskData(wanted, {"train": rows.add_column("label", [0] * len(rows))})
-    else:
-        loaded = inputs.load_data(wanted, data, "train")
+    loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
     tokenizer = load_tokenizer(model)
     length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
     return inputs.tokenized(loaded, "train", tokenizer, length, None, config)

@@ -121,6 +121,14 @@ def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str
     return loaded
 
 
+def unlabelled(task: Task, data: list[str] | None) -> TaskData:
+    """The texts that --data names, of which no label is read, so that there may be none, as in running text."""
+    from moebert_kernels.data.tasks import TaskData
+
+    rows = load_data(replace(task, kind="lm"), data, "train").train
+    return TaskData(task, {"train": rows.add_column("label", [0] * len(rows))})
+
+
 def say(text: str) -> None:
     """Tell a person something that is not the command's result."""
     print(text, file=sys.stderr, flush=True)

@@ -22,12 +22,15 @@ class PreparedConfig(QuantizationConfigMixin):
 
     Args:
         dtype, tokens: as for `prepare`.
+        token_scales: names of the products of an int8 model whose inputs get a scale for each token; None: it was not
+            calibrated. A linear layer has its own name, the first product of the fourth expert its module's with w1.3.
         moe: the fields of the `MoEConfig` of a converted model; None: a dense one.
         format_version: of the checkpoint's keys.
     """
 
     dtype: str
     tokens: int = 128
+    token_scales: list[str] | None = None
     moe: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     quant_method: str = METHOD  # type: ignore[assignment]
@@ -37,6 +40,12 @@ class PreparedConfig(QuantizationConfigMixin):
             raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise UserError(f"tokens: expected an integer of at least 1, got {self.tokens!r}")
+        names = self.token_scales
+        if names is not None:
+            if self.dtype != "int8":
+                raise UserError(f"token_scales: expected them with dtype 'int8' alone, got {self.dtype!r}")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise UserError(f"token_scales: expected a list of names, got {names!r}")
         if self.moe is not None:
             MoEConfig.from_dict(self.moe)
         if self.format_version != FORMAT_VERSION:

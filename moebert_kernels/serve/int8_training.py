@@ -20,7 +20,7 @@ from moebert_kernels.nn.context import derived_class
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
-from moebert_kernels.serve.packed import DTYPES, SMALLEST, is_int8, quantised
+from moebert_kernels.serve.packed import DTYPES, is_int8, quantised, rounded_activation
 from moebert_kernels.serve.preparation import check, packable
 
 
@@ -96,22 +96,6 @@ def rounded_weight(weight: Tensor) -> Tensor:
         q, scale = quantised(weight.reshape(-1, weight.shape[-1]))
         change = (q * scale[:, None]).view(weight.shape).to(weight.dtype) - weight
     return weight + change
-
-
-def rounded_activation(x: Tensor, dtype: str) -> Tensor:
-    """On 8 bits between the smallest and the largest number, of all or of each row; the gradient is that of x."""
-    if not x.numel():
-        return x
-    with torch.no_grad():
-        values = x.float()
-        largest = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) if dtype == "int8-token" else None
-        values = values if largest is None else values / largest
-        low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=SMALLEST)
-        zero = (-low / scale).round()
-        rounded = ((values / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
-        change = (rounded if largest is None else rounded * largest).to(x.dtype) - x
-    return x + change
 
 
 @functools.cache

@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.nn.context import current
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
-from moebert_kernels.serve.packed import DTYPES, Packed, Weights, converted, input_dtype, is_int8, pack
+from moebert_kernels.serve.packed import (
+    DTYPES,
+    Packed,
+    Weights,
+    converted,
+    input_dtype,
+    is_int8,
+    pack,
+    with_token_scales,
+)
 from moebert_kernels.torch_backend.activation import activate
 
 # Experts whose pre-activations are no more than these numbers together get one activation: 1 MiB, for the cache.
@@ -29,6 +39,14 @@ class PackedModule(nn.Module):
     """What can be packed: `names` of its buffers and `pack`; `tensors` gives the buffers back."""
 
     dtype: str  # one of DTYPES
+    token_scales: frozenset[str] = frozenset()  # those of `products` that get them in an int8 model
+
+    def products(self) -> dict[str, Packed]:
+        """The linear layers inside, once they are packed, by names that are this module's own."""
+        return {}
+
+    def _pack(self, product: str, engine: str, weights: Sequence[Tensor | None]) -> Packed:
+        return pack(with_token_scales(engine) if product in self.token_scales else engine, *weights)
 
     def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
         """Of every kind of linear layer inside: shape (N, K), whether of experts, and the layers."""
@@ -62,6 +80,16 @@ class PackedModule(nn.Module):
         raise UserError("load_state_dict: expected a model that is not prepared; load the weights, then prepare it")
 
 
+def products_of(model: nn.Module) -> dict[str, Packed]:
+    """The linear layers of all packed modules by name: a module's own, with w1.3 behind it for its fourth expert's."""
+    return {
+        f"{prefix}.{name}".removesuffix("."): packed
+        for prefix, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for name, packed in module.products().items()
+    }
+
+
 class PackedLinear(PackedModule):
     """nn.Linear with a packed weight; inputs and outputs have the model's dtype.
 
@@ -88,9 +116,12 @@ class PackedLinear(PackedModule):
         engine = engines((self.out_features, self.in_features), False)
         weights = self._weights()
         self._take()
-        self._packed = pack(engine, *weights)
+        self._packed = self._pack("", engine, weights)
         # models ask for their layers' shape and dtype
         self.weight = torch.empty(self.out_features, self.in_features, dtype=self._packed.dtype, device="meta")
+
+    def products(self) -> dict[str, Packed]:
+        return {} if self._packed is None else {"": self._packed}
 
     def _weights(self) -> Weights:
         return Weights(*(self._buffers.get(name) for name in Weights._fields))
@@ -130,6 +161,7 @@ class PackedExperts(PackedModule):
         self.activation = activation
         self.adds_residual = tensors.get("norm_weight") is not None
         self.eps = eps
+        self.clears_padding = is_int8(dtype)
         w1, w2 = tensors["w1"], tensors["w2"]
         assert w1 is not None and w2 is not None
         self.num_experts = w1.shape[0]
@@ -169,11 +201,16 @@ class PackedExperts(PackedModule):
     def pack(self, engines: Engines) -> None:
         for name, packed in (("1", self._first), ("2", self._second)):
             engine = engines(self._shapes[f"w{name}"], True)
-            packed.extend(pack(engine, *(_own(t) for t in weights)) for weights in self._linears(name))
+            for e, weights in enumerate(self._linears(name)):
+                packed.append(self._pack(f"w{name}.{e}", engine, [_own(t) for t in weights]))
         taken = self._take()
         if self.adds_residual:
             rows = zip(taken["norm_weight"], taken["norm_bias"], strict=True)
             self._norms = [(weight.float(), bias.float()) for weight, bias in rows]
+
+    def products(self) -> dict[str, Packed]:
+        both = (("w1", self._first), ("w2", self._second))
+        return {f"{name}.{e}": layer for name, packed in both for e, layer in enumerate(packed)}
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -210,9 +247,7 @@ class PackedExperts(PackedModule):
         if skips:  # behind the routed rows stand the skipped ones, also in the permutation
             skipped = tokens[routed:]
             outputs.append(
-                flat.index_select(0, skipped)
-                if self.adds_residual
-                else outputs[0].new_zeros(len(skipped), flat.shape[1])
+                self._passed(flat, skipped) if self.adds_residual else outputs[0].new_zeros(len(skipped), flat.shape[1])
             )
         # one read of each row: `index_copy_` and `index_put_` take four times as long
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -220,6 +255,18 @@ class PackedExperts(PackedModule):
         if top_k > 1:
             y = y.view(-1, top_k, y.shape[1]).sum(1)
         return y.view(x.shape)
+
+    def _passed(self, flat: Tensor, skipped: Tensor) -> Tensor:
+        """x of skipped tokens; in int8 0 of those that are padding, whose x no norm has made small.
+
+        Else it would decide the scale of attention's next inputs.
+        """
+        rows, tokens = flat.index_select(0, skipped), current().tokens
+        mask = None if tokens is None else tokens.token_mask
+        if mask is not None and self.clears_padding:
+            mask = mask[:, -(len(flat) // len(mask)) :].reshape(-1).index_select(0, skipped)
+            rows.masked_fill_((mask == 0).unsqueeze(1), 0)
+        return rows
 
     def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
         """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them.

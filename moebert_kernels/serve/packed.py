@@ -29,7 +29,7 @@ ENGINES = {
     "bfloat16": ("plain", "onednn"),
     "float32": ("plain", "onednn"),
 }
-_TOKEN = "-token"
+_TOKEN = "-token"  # at the end of the names of engines that give each token a scale
 # names of the activations that oneDNN applies to a tile while it is in registers
 _FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
 _SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
@@ -102,8 +102,10 @@ class _Int8(Packed):
 
         def linear_of_tokens(x: Tensor) -> Tensor:
             # two passes in vectors: `vector_norm` and `aminmax` of rows are 15 times as slow
+            x = x.detach()  # `out` refuses what has a gradient
             largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).clamp_(min=SMALLEST)
-            return torch.addcmul(late_bias, _linear_dynamic(x / largest, packed, reduced), largest)
+            y = _linear_dynamic(x / largest, packed, reduced)
+            return torch.addcmul(late_bias, y, largest, out=y)
 
         self.linear = linear if late_bias is None else linear_of_tokens
 
@@ -163,6 +165,27 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+def rounded_activation(x: Tensor, dtype: str) -> Tensor:
+    """On 8 bits between the smallest and the largest number, of all or of each row; the gradient is that of x."""
+    if not x.numel():
+        return x
+    with torch.no_grad():
+        values = x.float()
+        largest = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) if dtype == "int8-token" else None
+        values = values if largest is None else values / largest
+        low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=SMALLEST)
+        zero = (-low / scale).round()
+        rounded = ((values / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+        change = (rounded if largest is None else rounded * largest).to(x.dtype) - x
+    return x + change
+
+
+def with_token_scales(engine: str) -> str:
+    """The engine of "int8-token" that has the library of this one of "int8"."""
+    return engine + _TOKEN
 
 
 def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:

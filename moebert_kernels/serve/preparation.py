@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from moebert_kernels.integrations.transformers import is_experts
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.nn.context import derived_class
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
+from moebert_kernels.serve.calibration import products_needing_token_scales
 from moebert_kernels.serve.config import PreparedConfig
-from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule
+from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule, products_of
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
@@ -26,13 +28,16 @@ FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a f
 _SAMPLES = 12  # layers of one shape that engines are compared on
 
 
-def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
+def prepare(
+    model: Any, dtype: str = "int8", *, tokens: int = 128, batches: Iterable[Mapping[str, Any]] | None = None
+) -> Any:
     """Make a model one for inference on a CPU: its weights get the form in which this machine multiplies fastest.
 
     Linear layers and experts are packed for a library that torch has, the fastest one of a short measurement.
     "int8": weights are symmetric with a scale for each output, activations are quantised in each call with one scale,
     sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "int8-token": the
     same with a scale for each token, slower, and much closer for models in which few tokens have very large values.
+    Such a model may lose much of its score in "int8" without `batches`, by which the layers that need it are found.
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 
@@ -41,21 +46,47 @@ def prepare(model: Any, dtype: str = "int8", *, tokens: int = 128) -> Any:
         dtype: "int8", "int8-token", "bfloat16" or "float32".
         tokens: of a typical call, all of its sequences together: engines are compared at that number of rows, or at as
             many as an expert gets of it.
+        batches: with "int8": mappings of tensors with `input_ids` and, where there is padding, `attention_mask`, as
+            large as those that will be served; labels are not needed, and 2,048 tokens are read at most. Layers, and
+            experts' products, whose outputs one scale for a call makes too inexact get a scale for each token (see
+            `products_needing_token_scales`); the others stay as fast as they are. A copy of the model is in memory
+            meanwhile.
 
     Raises:
-        UserError: not a model of transformers on a CPU in floating point, or one that is prepared already.
+        UserError: not a model of transformers on a CPU in floating point, or one that is prepared already; batches with
+            another dtype, or that the model cannot read.
     """
     check(model, dtype, tokens)
+    if batches is not None and dtype != "int8":
+        raise UserError(f"batches: expected them with dtype 'int8' alone, which they calibrate, got {dtype!r}")
     warn_if_slow(dtype)
     moe = moe_of(model)
     if "_original_forward" in vars(model):  # accelerate leaves a training's autocast, and engines choose their dtypes
         del model.forward, model._original_forward
+    scales = None if batches is None else _calibrated(model, batches)
     model.eval().requires_grad_(False)
+    _replace(model, dtype)
+    config = PreparedConfig(dtype=dtype, tokens=tokens, token_scales=scales, moe=None if moe is None else moe.to_dict())
+    finish(model, config)
+    return model
+
+
+def _replace(model: Any, dtype: str) -> None:
     if not replace_modules(model, dtype):
         raise UserError(f"model: expected linear layers with at least {FEWEST_OUTPUTS} outputs, found none")
     cast(model, input_dtype(dtype))
-    finish(model, PreparedConfig(dtype=dtype, tokens=tokens, moe=None if moe is None else moe.to_dict()))
-    return model
+
+
+def _calibrated(model: Any, batches: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The products that need token scales; a copy of the model is what runs, so that an error leaves it as it was."""
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    _replace(copied, "float32")
+    for module in copied.modules():
+        if isinstance(module, PackedModule):
+            module.pack(lambda *_: "plain")
+        if isinstance(module, PackedExperts):
+            module.clears_padding = True  # as in int8
+    return products_needing_token_scales(copied, batches)
 
 
 def check(model: Any, dtype: str, tokens: int, *, any_device: bool = False) -> None:
@@ -157,9 +188,14 @@ def finish(model: Any, config: PreparedConfig) -> None:
             join_tables(routers)
     choices = choose_engines(model, config)
     engines = {(choice.shape, experts): choice.engine for experts, choice in choices}
-    for module in model.modules():
+    scales = config.token_scales or []
+    for prefix, module in model.named_modules():
         if isinstance(module, PackedModule):
+            own = (name.removeprefix(prefix) for name in scales if f"{name}.".startswith(f"{prefix}."))
+            module.token_scales = frozenset(name.removeprefix(".") for name in own)
             module.pack(lambda shape, experts: engines[shape, experts])
+    if unknown := sorted(set(scales) - products_of(model).keys()):
+        raise UserError(f"token_scales: expected names of this model's products, got {unknown[0]!r}")
     object.__setattr__(model, "prepared", config)
     object.__setattr__(model, "prepared_choices", choices)
     kind: Any = type(model)
@@ -183,13 +219,29 @@ def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool,
 
 
 def describe(model: Any) -> str:
-    """One line for each kind of linear layer of a prepared model: shape, engine, and what was measured."""
+    """One line for each kind of linear layer of a prepared model: shape, engine, and what was measured.
+
+    Of a calibrated one a last line names the products that have a scale for each token.
+    """
     lines = []
     for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
         times = ", ".join(f"{name} {us:.0f} us" for name, us in best_us.items()) or "the only one"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
+    scales = model.prepared.token_scales
+    if scales is not None:
+        names = f": {', '.join(_grouped(scales))}" if scales else ""
+        lines.append(f"a scale for each token in {len(scales)} of {len(products_of(model))} products{names}")
     return "\n".join(lines)
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Names of products, those of a layer's experts as one: experts.w1[0 3]."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        head, _, number = name.rpartition(".")
+        groups.setdefault(head if number.isdecimal() else name, []).append(number)
+    return [f"{head}[{' '.join(numbers)}]" if numbers[0].isdecimal() else head for head, numbers in groups.items()]
 
 
 @functools.cache

@@ -22,6 +22,30 @@ def test_quantize(student, data, tmp_path):
     assert "validation (64 examples)" in done("eval", "--model", tmp_path / "int8", *TABLE, "--data", data)
 
 
+def test_quantize_calibrates_by_texts_with_and_without_labels(base, data, student, tmp_path):
+    def scales(name):
+        return AutoModel.from_pretrained(tmp_path / name).prepared.token_scales
+
+    words = ("quantize", "--model", student, "--data", data)
+    assert "a scale for each token in " in done(*words, *TABLE, "--output", tmp_path / "task")
+    assert "a scale for each token" not in done(*words, *TABLE, "--no-calibrate", "--output", tmp_path / "off")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "the film was good\n" * 9)
+    output = done("quantize", "--model", base, "--data", texts, "--output", tmp_path / "texts")
+    assert "a scale for each token in " in output and "as it was" not in output
+    assert isinstance(scales("task"), list) and isinstance(scales("texts"), list) and scales("off") is None
+
+
+def test_quantize_refuses_what_cannot_calibrate(base, data, tmp_path):
+    words = ("quantize", "--model", base, "--output", tmp_path / "x")
+    assert "calibrate: expected texts (--task, or --data FILE), got none" in refused(*words, "--calibrate")
+    both = ("--dtype", "int8-token", "--data", data)
+    assert "calibrate: expected it with --dtype int8 alone, got --dtype int8-token" in refused(
+        *words, *both, "--calibrate"
+    )
+    assert "data: expected --task too, since without it texts only calibrate int8" in refused(*words, *both)
+
+
 def test_quantize_refusals(moe, base, tmp_path):
     assert "expected one of int8, int8-token, bfloat16, float32, got 'int4'" in refused(
         "quantize", "--model", base, "--dtype", "int4", "--output", tmp_path / "x"

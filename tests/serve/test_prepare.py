@@ -250,6 +250,9 @@ def test_a_missing_tensor_is_named(folder):
     ({"tokens": "many"}, "tokens: expected an integer of at least 1, got 'many'"),
     ({"format_version": 9}, "format_version: expected 1, got 9"),
     ({"speed": 3}, "speed: expected a field of PreparedConfig"),
+    ({"token_scales": ["pooler"]}, "token_scales: expected names of this model's products, got 'pooler'"),
+    ({"token_scales": "all"}, "token_scales: expected a list of names, got 'all'"),
+    ({"dtype": "int8-token", "token_scales": []}, "token_scales: expected them with dtype 'int8' alone, got"),
     ({"moe": {"router": "oracle"}}, "router: expected one of"),
 ])  # fmt: skip
 def test_a_wrong_configuration_is_named(folder, change, message):

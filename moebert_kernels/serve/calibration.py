@@ -1,0 +1,103 @@
+"""Which products of an int8 model need a scale for each token: measured with the float model on a little text.
+
+With one scale for all rows of a call, a token whose values are many times the others' leaves these few of the 255
+steps. Some products of a model have such tokens; the others need no more than the one scale, which is faster.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.convert.batches import reading
+from moebert_kernels.errors import UserError
+from moebert_kernels.serve.modules import products_of
+from moebert_kernels.serve.packed import Packed, rounded_activation
+
+# Of a product's output, relative, for the median token (docs/experiments.md, 2026-11-29).
+MOST_ERROR = 0.05
+MOST_TOKENS = 2048  # of the text
+_LABELS = ("labels", "start_positions", "end_positions")  # nothing that a product sees depends on them
+
+
+def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of the products whose outputs one scale for all rows of a call makes too inexact.
+
+    The error of a token is |W round(x) - W x| / |W x|, with x rounded as a call of int8 does it. Named is a product
+    whose median over the tokens is above `MOST_ERROR`, if a scale for each token at least halves it; and one that the
+    text does not reach. Padding counts where it decides the scale, and nowhere else. What the weights' rounding does is
+    left out, since no scale of x changes it.
+
+    Args:
+        model: with packed modules in float32, in the engine "plain"; it is used up.
+        batches: as for `prepare`; reading ends at `MOST_TOKENS`.
+
+    Raises:
+        UserError: batches that are none, or that the model cannot read.
+    """
+    products, recorders = products_of(model), {}
+    mask: list[Any] = [None]
+    for name, packed in products.items():
+        recorders[name] = _Recorder(packed, mask)
+        packed.linear = recorders[name]
+    accepted = set(inspect.signature(model.forward).parameters)
+    if not getattr(model.config, "is_encoder_decoder", False):  # which make a decoder's inputs of their labels
+        accepted -= set(_LABELS)
+    if not isinstance(batches, Iterable):
+        raise UserError(f"batches: expected a list of mappings with input_ids, got {type(batches).__name__}")
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+        for batch in batches:
+            if not isinstance(batch, Mapping):
+                raise UserError(
+                    f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
+                )
+            given = {name: value for name, value in batch.items() if name in accepted and isinstance(value, Tensor)}
+            if not given:
+                raise UserError(f"batches: expected tensors that the model takes, got {', '.join(batch) or 'none'}")
+            mask[0] = given.get("attention_mask")
+            with reading(model, given):
+                model(**given)
+            if max(recorder.count for recorder in recorders.values()) >= MOST_TOKENS:
+                break
+    if not any(recorder.count for recorder in recorders.values()):
+        raise UserError("batches: expected text to calibrate by, got no tokens")
+    return [name for name, recorder in recorders.items() if recorder.needs_token_scales()]
+
+
+class _Recorder:
+    """The linear layer of a product, which keeps the errors of its rows, padding excepted."""
+
+    def __init__(self, packed: Packed, mask: list[Any]) -> None:
+        self.linear: Callable[[Tensor], Tensor] = packed.linear
+        self.bias, self.mask = packed.weights().bias, mask
+        self.errors: list[Tensor] = []
+        self.errors_of_tokens: list[Tensor] = []
+        self.count = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        size = (y if self.bias is None else y - self.bias).norm(dim=-1)
+        mask = self.mask[0]
+        is_text = size > 0
+        if mask is not None and mask.shape == size.shape:
+            is_text &= mask != 0
+
+        def errors(dtype: str) -> Tensor:
+            return ((self.linear(rounded_activation(x, dtype)) - y).norm(dim=-1) / size)[is_text]
+
+        found = errors("int8")
+        self.errors.append(found)
+        self.count += len(found)
+        if len(found) and found.median() > MOST_ERROR:
+            self.errors_of_tokens.append(errors("int8-token"))
+        return y
+
+    def needs_token_scales(self) -> bool:
+        if not self.count:
+            return True
+        error = torch.cat(self.errors).median()
+        return bool(error > MOST_ERROR and 2 * torch.cat(self.errors_of_tokens).median() <= error)
