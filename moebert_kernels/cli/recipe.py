@@ -116,9 +116,8 @@ def train_by_recipe(
     keep_lengths(tokenizer, loaded.task.name, **lengths)
     print_recipe(recipe, lengths)
     train, evaluator = reader.split("train"), reader.evaluator("validation")
-    outputs_of = {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": reader.max_length}
-    facts = {"task": loaded.task.name, "doc_stride": reader.doc_stride, "hold_out": hold_out, **outputs_of}
-    facts |= row_facts(reader.data, ("train", "validation"))
+    facts = {"task": loaded.task.name, "hold_out": hold_out, "tokens of the tokenizer": tokenizer_digest(tokenizer)}
+    facts |= lengths | row_facts(reader.data, ("train", "validation"))
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -134,7 +133,6 @@ def train_by_recipe(
         best_metric=loaded.task.main_metric,
         greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        outputs_of=outputs_of,
         identity=facts,
         resume=resume,
     )
