@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
@@ -20,6 +20,7 @@ _SIZES, _COPIES, _TEXTS, _MORE = "Sizes", "With --experts mpo or copy", "Texts a
 
 
 def convert(
+    ctx: typer.Context,
     *,
     model: str | None = None,
     output: o.OutputFolder,
@@ -87,8 +88,6 @@ def convert(
             each layer. Default: --router makes them.
         from_original: A checkpoint of the original MoEBERT code, in place of --model. Default: none.
     """
-    from moebert_kernels.distill.identity import file_digest, model_files
-
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -126,15 +125,7 @@ def convert(
     texts = None
     if config is not None and (counted or config.needs_text):
         texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
-    identity: dict[str, Any] = {
-        "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
-        "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
-        "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
-        "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-        "training texts": texts and texts.fingerprint,
-        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
-        "file of hash tables": file_digest(hash_tables),
-    }  # fmt: skip
+    identity = call_of(ctx, texts=texts and texts.fingerprint)
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
@@ -257,8 +248,7 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    config, wanted = load_config(model), inputs.make_task(tasks[0], text_column, label_column, False)
+    wanted = inputs.Table(data, text_column, label_column).make_task(tasks[0])
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
-    tokenizer = load_tokenizer(model)
-    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
-    return inputs.tokenized(loaded, "train", tokenizer, length, None, config)
+    reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)
+    return reader.split("train")

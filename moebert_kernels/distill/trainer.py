@@ -139,6 +139,8 @@ class MoETrainer(Trainer):
         if isinstance(source, TeacherCache) and self.args.teacher_dropout:
             raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         objective.check(self.student, source.info)
+        if isinstance(source, TeacherCache) and "example_id" in (getattr(self.train_dataset, "column_names", 0) or ()):
+            source.check(self.train_dataset["example_id"][:])
         objective.build(self.student, source.info, self.args.seed)
         if objective.maps is not None and self.is_fsdp_enabled:
             raise UserError("project: expected False under FSDP, which does not know the maps, got True")
