@@ -19,7 +19,7 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.context import derived_class
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
 from moebert_kernels.ops.expert_gemm import expert_gemm
-from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, is_padding
 from moebert_kernels.serve.packed import DTYPES, is_int8, quantised, rounded_activation
 from moebert_kernels.serve.preparation import check, packable
 
@@ -137,7 +137,11 @@ def rounded_experts_class(base: Any) -> Any:
         if p is not None:
             y = y * p.reshape(-1, 1)
         skipped = grouping.assignment_to_row >= grouping.offsets[-1]
-        y = torch.where(skipped[:, None], flat.to(y.dtype) if self.adds_residual else y.new_zeros(()), y)
+        passed = y.new_zeros(())
+        if self.adds_residual:
+            padding = is_padding(len(flat))
+            passed = (flat if padding is None else flat.masked_fill(padding.to(x.device)[:, None], 0)).to(y.dtype)
+        y = torch.where(skipped[:, None], passed, y)
         if grouping.top_k > 1:
             y = y.view(-1, grouping.top_k, y.shape[1]).sum(1)
         return y.view(x.shape)

@@ -261,11 +261,9 @@ class PackedExperts(PackedModule):
 
         Else it would decide the scale of attention's next inputs.
         """
-        rows, tokens = flat.index_select(0, skipped), current().tokens
-        mask = None if tokens is None else tokens.token_mask
-        if mask is not None and self.clears_padding:
-            mask = mask[:, -(len(flat) // len(mask)) :].reshape(-1).index_select(0, skipped)
-            rows.masked_fill_((mask == 0).unsqueeze(1), 0)
+        rows, padding = flat.index_select(0, skipped), is_padding(len(flat)) if self.clears_padding else None
+        if padding is not None:
+            rows.masked_fill_(padding.index_select(0, skipped).unsqueeze(1), 0)
         return rows
 
     def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
@@ -359,6 +357,13 @@ class PackedEmbedding(PackedModule):
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype=int8"
+
+
+def is_padding(count: int) -> Tensor | None:
+    """(count,) bool of the tokens of the forward that runs; None: nothing says which are padding."""
+    tokens = current().tokens
+    mask = None if tokens is None else tokens.token_mask
+    return None if mask is None else mask[:, -(count // len(mask)) :].reshape(-1) == 0
 
 
 def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
