@@ -74,11 +74,6 @@ class Stage:
         """Whether there is a term to train for."""
         return self.needs_teacher or bool(self.weights.get(TASK, 1.0))
 
-    @property
-    def is_lean(self) -> bool:
-        """Whether logits and sentence vectors are all that is needed of a teacher."""
-        return self.objective == MICROBERT and not {"embedding", "hidden", "relation"} & set(self.terms)
-
 
 def _terms() -> tuple[str, ...]:
     from moebert_kernels.distill.microbert import TERMS

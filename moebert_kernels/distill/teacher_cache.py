@@ -62,6 +62,9 @@ class TeacherCache:
         UserError: there is no cache in `folder`, or it is damaged.
     """
 
+    info: TeacherInfo
+    _places: dict[int, _Place]
+
     def __init__(self, folder: str | Path):
         self.folder, self._places = Path(folder), {}
         shards = sorted(self.folder.glob(_SHARDS))
@@ -139,7 +142,7 @@ class TeacherCache:
             UserError: an example is not in the cache, or is there with other token ids.
         """
         ids, device = batch["example_id"].tolist(), batch["input_ids"].device
-        self.check(ids)
+        self._check(ids)
         self._missing(batch)
         places, mask = [self._places[i] for i in ids], _mask(batch)
         where = mask.flatten().nonzero().squeeze(1)
@@ -164,8 +167,12 @@ class TeacherCache:
             kept = dict(zip(self.info.layers, padded("hidden").unbind(2), strict=True))
         return TeacherOutputs(tuple(kept.get(layer) for layer in range(self.info.num_layers + 1)), **outputs)
 
-    def check(self, ids: Iterable[int]) -> None:
-        """Raise UserError unless these examples are there."""
+    def check_rows(self, data: Any) -> None:
+        """Raise UserError unless all rows of a data set that names its examples are there."""
+        if "example_id" in (getattr(data, "column_names", None) or ()):
+            self._check(data["example_id"][:])
+
+    def _check(self, ids: Iterable[int]) -> None:
         unknown = next((example_id for example_id in ids if example_id not in self._places), None)
         if unknown is not None:
             raise UserError(
