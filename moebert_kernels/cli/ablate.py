@@ -53,7 +53,7 @@ def ablate(
     """
     from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.files import once, write_text
-    from moebert_kernels.distill.identity import changed, described, model_files, row_facts
+    from moebert_kernels.distill.identity import check_same, model_files, row_facts
     from moebert_kernels.distill.recipe import flat
     from moebert_kernels.study.ablation import ARMS, DEFAULT_ARMS, draw, repeated_arms, summary, table
 
@@ -92,12 +92,11 @@ def ablate(
     for name, loaded in data_of.items():
         identity |= row_facts(loaded, of=name)
     claim(output, "ablate")
-    changes = changed(once(output / "identity.json", lambda: identity), identity)
-    if changes:
-        raise UserError(
-            f"output: expected a new folder, or one of the same recipe, models and data, got {output} with results of"
-            f" other {described(changes)} (use another --output)"
-        )
+    check_same(
+        once(output / "identity.json", lambda: identity), identity,
+        f"output: expected a new folder, or one of the same recipe, models and data, got {output} with results of",
+        " (use another --output)",
+    )  # fmt: skip
 
     length = chosen.common("max_length")
     records, references = [], {}

@@ -93,7 +93,7 @@ def train_by_recipe(
     import torch
 
     from moebert_kernels.data import extra
-    from moebert_kernels.distill.identity import check_vocabularies, tokenizer_digest
+    from moebert_kernels.distill.identity import check_vocabularies
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
 
@@ -114,7 +114,7 @@ def train_by_recipe(
     reader = inputs.Reader(loaded, student.config, tokenizer, *given)
     print_recipe(recipe, {"max_length": reader.max_length, "doc_stride": reader.doc_stride})
     train, evaluator, facts = prepared(reader)
-    facts |= {"task": loaded.task.name, "hold_out": hold_out, "tokens of the tokenizer": tokenizer_digest(tokenizer)}
+    facts |= {"task": loaded.task.name, "hold_out": hold_out}
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -141,13 +141,11 @@ def prepared(reader: inputs.Reader, of: str = "") -> tuple[Any, Any, dict[str, A
 
     The tokenizer is told how the texts are cut. `of` stands before the facts of one of several tasks.
     """
-    from moebert_kernels.distill.identity import row_facts
     from moebert_kernels.distill.loading import keep_lengths
 
     task, lengths = reader.data.task.name, {"max_length": reader.max_length, "doc_stride": reader.doc_stride}
     keep_lengths(reader.tokenizer, task, **lengths)
-    facts: dict[str, Any] = {f"{name} of {of}" if of else name: length for name, length in lengths.items()}
-    facts |= row_facts(reader.data, ("train", "validation"), of)
+    facts = {f"{name} of {of}" if of else name: length for name, length in lengths.items()}
     return reader.split("train"), reader.evaluator("validation"), facts
 
 

@@ -44,7 +44,6 @@ def finetune_tasks(
     name: str, tasks: Sequence[str], texts: inputs.Texts, output: Path, recipe: Any, temperature: float, resume: bool
 ) -> None:
     """Train one task-routed model on several tasks, judged by the mean of their main metrics."""
-    from moebert_kernels.distill.identity import tokenizer_digest
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvaluator, load_report
     from moebert_kernels.distill.run import train_stages
@@ -60,10 +59,7 @@ def finetune_tasks(
         )
     for task_name in known:
         moe.task_id(task_name)  # which refuses others
-    facts: dict[str, Any] = {
-        "task": list(tasks), "hold_out": texts.hold_out, "task_temperature": temperature,
-        "tokens of the tokenizer": tokenizer_digest(tokenizer),
-    }  # fmt: skip
+    facts: dict[str, Any] = {"task": list(tasks), "hold_out": texts.hold_out, "task_temperature": temperature}
     max_length = recipe.common("max_length")
     print_recipe(recipe, {"max_length": max_length})
     splits: dict[str, Any] = {}

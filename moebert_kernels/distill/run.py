@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import StopCallback
-from moebert_kernels.distill.files import recover_folder, write_folder, write_tensors, write_text
-from moebert_kernels.distill.identity import check_run
+from moebert_kernels.distill.files import check_writable, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.multi_task import JoinedTasks
@@ -165,12 +166,7 @@ def prepare_folder(folder: Path) -> None:
     Raises:
         UserError: it cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: expected a folder that can be written, got {folder} ({error.strerror})") from None
+    check_writable("output_dir", folder)
     for name in ("best", "final"):
         recover_folder(folder / name)
 
@@ -240,8 +236,9 @@ class _Run:
             trainer = self.trainer()
             trainer.create_optimizer()  # which looks at the routers
         finally:
-            if is_new and self.folder.exists():
-                self.folder.rmdir()  # made by transformers
+            if is_new:  # made by transformers
+                with suppress(OSError):
+                    self.folder.rmdir()
         if isinstance(trainer.teacher, TeacherCache):
             self.teacher = trainer.teacher
             self.settings.pop("teacher_outputs", None)
@@ -250,7 +247,12 @@ class _Run:
         saved = self._saved()
         finished = saved.get("result") is not None
         if finished or (saved and last_whole_checkpoint(self.folder) is not None):
-            check_run(self.folder, finished, saved["identity"], self.identity)
+            kind = "a finished" if finished else "an unfinished"
+            check_same(
+                saved["identity"], self.identity,
+                f"output_dir: expected a new folder or one of the same run, got {self.folder} with {kind} run of",
+                " (resume=False replaces it, another output_dir keeps it)",
+            )  # fmt: skip
 
     def _saved(self) -> dict[str, Any]:
         file = self.folder / RUN

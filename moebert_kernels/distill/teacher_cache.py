@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.files import size_and_crc32, write_tensors
-from moebert_kernels.distill.identity import changed, described
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.objectives import at_least_float32
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
@@ -196,12 +196,8 @@ class TeacherCache:
                 continue
             found, self.info = self.info, wanted
             then, now = ({_WORDS.get(k, k): v for k, v in asdict(info).items()} for info in (found, wanted))
-            changes = changed(json.loads(json.dumps(then)), now)
-            if changes:
-                raise UserError(
-                    f"teacher cache: expected an empty folder or one with the same outputs, got {self.folder} with"
-                    f" those of other {described(changes)} (use another folder)"
-                )
+            place = f"an empty folder or one with the same outputs, got {self.folder} with those of"
+            check_same(json.loads(json.dumps(then)), now, f"teacher cache: expected {place}", " (use another folder)")
 
     def _open(self, file: Path) -> str | None:
         """Take up a shard, memory-mapped; or what is wrong with it."""

@@ -80,8 +80,8 @@ def test_other_validation_rows_are_another_run(kind, state, base, teacher, moe, 
     else:
         done(*words, *files(train, dev))
     for other in ("other", "labels"):
-        refusal(refused(*words, *files(train, small / f"{other}.tsv")), "validation rows")
-    refusal(refused(*words, *files(small / "other.tsv", dev)), "training rows")
+        refusal(refused(*words, *files(train, small / f"{other}.tsv")), "validation data")
+    refusal(refused(*words, *files(small / "other.tsv", dev)), "training data")
     shutil.copy(dev, tmp_path / "moved.tsv")  # the same rows elsewhere are the same run
     assert "best on validation by accuracy" in done(*words, *files(train, tmp_path / "moved.tsv"))
     assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--force")
@@ -120,7 +120,7 @@ def test_several_tasks_are_told_apart(base, tmp_path):
     file = tasks / "stsb/dev.tsv"
     rows = file.read_text()
     file.write_text(rows.replace("2.5", "1.0", 1))
-    refusal(refused(*words, *SHORT), "stsb validation rows")
+    refusal(refused(*words, *SHORT), "validation data")
     file.write_text(rows)
     assert "best on validation by the mean" in done(*words, *SHORT)
 
