@@ -49,23 +49,31 @@ def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any
         accepted -= set(_LABELS)
     if not isinstance(batches, Iterable):
         raise UserError(f"batches: expected a list of mappings with input_ids, got {type(batches).__name__}")
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise UserError(
-                    f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
-                )
-            given = {name: value for name, value in batch.items() if name in accepted and isinstance(value, Tensor)}
-            if not given:
-                raise UserError(f"batches: expected tensors that the model takes, got {', '.join(batch) or 'none'}")
-            mask[0] = given.get("attention_mask")
-            with reading(model, given):
-                model(**given)
-            if max(recorder.count for recorder in recorders.values()) >= MOST_TOKENS:
-                break
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise UserError(f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}")
+        given = {name: value for name, value in batch.items() if name in accepted and isinstance(value, Tensor)}
+        if not given:
+            raise UserError(f"batches: expected tensors that the model takes, got {', '.join(batch) or 'none'}")
+        mask[0] = given.get("attention_mask")
+        _run(model, given)
+        if max(recorder.count for recorder in recorders.values()) >= MOST_TOKENS:
+            break
     if not any(recorder.count for recorder in recorders.values()):
         raise UserError("batches: expected text to calibrate by, got no tokens")
     return [name for name, recorder in recorders.items() if recorder.needs_token_scales()]
+
+
+def _run(model: Any, batch: dict[str, Tensor]) -> None:
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False), reading(model, batch):
+            model(**batch)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        got = ", ".join(f"{name} {tuple(value.shape)} {value.dtype}" for name, value in batch.items())
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"batches: expected what the model's forward takes, got {got} ({reason})") from error
 
 
 class _Recorder:

@@ -173,6 +173,7 @@ def test_padding_counts_where_it_decides_the_scale_alone(dense):
     ({"batches": []}, "batches: expected text to calibrate by, got no tokens"),
     ({"batches": [{"text": ["a"]}]}, "batches: expected tensors that the model takes, got text"),
     ({"batches": [{"input_ids": INPUTS["input_ids"] + 90}]}, "batches: expected input_ids from 0 to 99"),
+    ({"batches": [{"input_ids": torch.ones(1, 9)}]}, r"forward takes, got input_ids \(1, 9\) torch.float32 \("),
     ({"batches": [{"input_ids": torch.ones(1, 65, dtype=torch.int64)}]}, "batches: expected texts of at most 64"),
 ])  # fmt: skip
 def test_refusals_leave_the_model_as_it_was(options, message):
@@ -182,6 +183,11 @@ def test_refusals_leave_the_model_as_it_was(options, message):
         prepare(model, **options)
     assert torch.equal(run(model, INPUTS), expected) and not products_of(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_decoder_needs_its_inputs():
+    with pytest.raises(UserError, match=r"forward takes, got input_ids \(1, 9\) torch.int64 \("):
+        prepare(make("t5"), batches=[{"input_ids": torch.ones(1, 9, dtype=torch.int64)}])
 
 
 def test_padding_of_a_converted_model_decides_no_scale_behind_the_experts():
