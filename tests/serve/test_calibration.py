@@ -13,8 +13,8 @@ from moebert_kernels.serve import calibration as module
 from moebert_kernels.serve import describe, prepare
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import available
-from tests.convert.families import make, make_inputs
-from tests.serve.test_prepare import distance, made, run, valid
+from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs
+from tests.serve.test_prepare import CLOSE, distance, made, run, valid
 from tests.serve.test_transformers_experts import IDS, hidden, tiny
 
 INPUTS = make_inputs("bert")
@@ -146,9 +146,16 @@ def test_experts_of_transformers(family, tmp_path):
     assert torch.equal(hidden(AutoModel.from_pretrained(tmp_path, attn_implementation="eager")), hidden(calibrated))
 
 
-@pytest.mark.parametrize("family", ["t5", "vit", "gpt2"])
-def test_other_models(family):
-    assert prepare(make(family), batches=[make_inputs(family)]).prepared.token_scales == []
+@pytest.mark.parametrize("family", [family for family in ONE_OF_EACH_SHAPE if family != "bert"])
+def test_every_shape_of_model(family):
+    inputs = make_inputs(family)
+    for kind in ("dense",) if family in IMAGES else ("dense", "hash"):
+        model = made(family, kind)
+        calibrated = prepare(copy.deepcopy(model), batches=[inputs])
+        tokens = [valid(family, run(one, inputs), inputs) for one in (calibrated, model)]
+        assert distance(*tokens) < CLOSE["int8"], kind
+        names = calibrated.prepared.token_scales
+        assert names == [] if kind == "dense" else set(names) < products_of(calibrated).keys()
 
 
 def test_reading_ends_and_labels_are_not_needed(dense, monkeypatch):
