@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import warnings
 
 import datasets
@@ -138,6 +139,15 @@ def test_reads_binary_tables_and_saved_data_sets(name, write, tmp_path):
         assert data.task.label_names == ("bad", "good") and data.train["label"] == [1, 0]
         assert data.train["text"] == ["a film", "a book"] and data.train["example_id"] == [0, 1]
     assert ("validation" in load_task(task, folder).splits) == (name == "saved splits")
+
+
+def test_a_file_that_is_replaced_is_read_anew(tmp_path):
+    """Also where it keeps its date, as files out of archives do."""
+    file, task = tmp_path / "train.parquet", custom_task(("text",))
+    for text in ("one", "two"):
+        Dataset.from_dict({"text": [text, "b"], "label": ["x", "y"]}).to_parquet(file)
+        os.utime(file, (0, 0))
+        assert load_task(task, file).train["text"] == [text, "b"]
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.arrow", "state.json"])
