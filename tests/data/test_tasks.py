@@ -82,6 +82,8 @@ def test_test_files_without_labels_are_no_split(tmp_path):
     (tmp_path / "dev.tsv").write_text(FILES["sst2"][0])
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfine\n")
     assert list(load_task("sst2", tmp_path).splits) == ["validation"]
+    alone = {"test": tmp_path / "test.tsv"}
+    assert load_task("sst2", alone).splits == load_task(custom_task(["sentence"]), alone).splits == {}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
