@@ -50,10 +50,15 @@ class StepGraphs:
             theirs: what a teacher's cache gives for the micro-batch, or None.
 
         Raises:
-            UserError: the step cannot be captured.
+            UserError: the step cannot be captured, or the micro-batch has more than tensors and plain values.
         """
         leaves = {str(number): leaf for number, leaf in enumerate(pytree.tree_leaves((inputs, theirs)))}
-        key = (state, tuple(inputs), graphs.input_key(leaves))
+        shapes = graphs.input_key(leaves)
+        if shapes is None:
+            kinds = {type(leaf).__name__ for leaf in leaves.values() if not isinstance(leaf, (Tensor, *graphs.PLAIN))}
+            got = ", ".join(sorted(kinds))
+            raise UserError(f"cuda_graphs: expected batches of tensors and plain values, got {got}")
+        key = (state, tuple(inputs), shapes)
         ready = self._ready.get(key)
         if ready is not None:
             return self._replayed(ready, inputs, share, theirs)
@@ -71,8 +76,6 @@ class StepGraphs:
         device = self._parameters[0].device
         own_share = torch.tensor(share, dtype=torch.float32, device=device)
         try:
-            if key[-1] is None:  # type: ignore[index]
-                raise TypeError("an input is neither a tensor nor a plain value")
             results, written = self._rehearsed(lambda: run(own[0], own_share, own[1]))
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
@@ -95,10 +98,8 @@ class StepGraphs:
         results = graphs.rehearsed(call)
         written = [parameter for parameter in self._parameters if parameter.grad is not None]
         for parameter, old in zip(self._parameters, before, strict=True):
-            new = parameter.grad
-            parameter.grad = old if new is None or old is None else old.add_(new)
-            if new is not None and old is None:
-                parameter.grad = new
+            if old is not None:
+                parameter.grad = old if parameter.grad is None else old.add_(parameter.grad)
         for parameter in written:
             if parameter.grad is not None:
                 self._gradients.setdefault(parameter, parameter.grad)

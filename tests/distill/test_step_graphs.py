@@ -141,6 +141,12 @@ def test_what_a_graph_cannot_hold_is_refused(options, message, tmp_path, capture
         trainer(tmp_path, **{"cuda_graphs": True, "pad_to_multiple_of": 10, **options})
 
 
+def test_batches_are_tensors(captures):
+    graphs = step_graphs.StepGraphs(torch.nn.Linear(1, 1).parameters())
+    with pytest.raises(UserError, match="cuda_graphs: expected batches of tensors and plain values, got object"):
+        graphs(lambda *_: None, None, {"input_ids": torch.ones(1), "other": object()}, 1.0, None)
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
