@@ -43,7 +43,7 @@ def texts(folder):
 
 RUNS = {  # a model and options; 18 sequences are four batches of 4 and one of 2
     "hashes": lambda folder: (routed(0.2), layerwise()),
-    "balance of windows": lambda folder: (routed(0.2, **GATED), layerwise(gradient_accumulation_steps=4)),
+    "balance of windows": lambda folder: (routed(0.2, **GATED), layerwise(gradient_accumulation_steps=3)),
     "bfloat16": lambda folder: (routed(0.2, **GATED), layerwise(bf16=True)),
     "kept outputs": lambda folder: (routed(), layerwise(teacher_outputs=str(folder / "kept"))),
     "maps and relations": lambda folder: (
