@@ -108,9 +108,8 @@ class MoETrainer(Trainer):
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None
         if self.args.gradient_mask is not None:
-            self._mask = GradientMaskCallback(
-                GradientMask(model, **{"seed": self.args.seed, **self.args.gradient_mask})
-            )
+            mask = GradientMask(model, **{"seed": self.args.seed, **self.args.gradient_mask})
+            self._mask = GradientMaskCallback(mask)
             self.add_callback(self._mask)
         self.teacher = None if objective is None else self._prepared_teacher()
         if self.args.early_stopping_patience is not None:
@@ -146,9 +145,13 @@ class MoETrainer(Trainer):
                 source = LiveTeacher(
                     source, self.args.device, dropout=self.args.teacher_dropout, autocast=self.accelerator.autocast
                 )
+        elif (folder := self.args.teacher_outputs) is not None:
+            raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
         if isinstance(source, TeacherCache) and self.args.teacher_dropout:
             raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         objective.check(self.student, source.info)
+        if isinstance(source, TeacherCache):
+            source.check_rows(self.train_dataset)
         objective.build(self.student, source.info, self.args.seed)
         if objective.maps is not None and self.is_fsdp_enabled:
             raise UserError("project: expected False under FSDP, which does not know the maps, got True")
@@ -193,7 +196,6 @@ class MoETrainer(Trainer):
         count = self._window.counts[-len(self._batches)]
         if len(self._batches) == len(self._window.counts):
             self._begin_window()
-        last = len(self._batches) == 1
         share = count / self._window.total
         part = self._balance is not None and 0 < share < 1
         if self._graphs is None:
@@ -205,7 +207,7 @@ class MoETrainer(Trainer):
             loss, values = self._graphs(partial(self._step, model, part), state, inputs, share, theirs)
         self._losses.add(self._names, values, count)
         self._batches = self._batches[1:]
-        if last:
+        if not self._batches:
             self._end_window()
         return loss
 
@@ -305,9 +307,9 @@ class MoETrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        if isinstance(self.objective, EmbeddingObjective):
-            return loss.detach(), self.objective.embed(outputs, dict(inputs)).detach(), None
-        return loss.detach(), outputs.logits.detach(), None
+        embeds = isinstance(self.objective, EmbeddingObjective)
+        predicted = self.objective.embed(outputs, dict(inputs)) if embeds else outputs.logits
+        return loss.detach(), predicted.detach(), None
 
     def create_optimizer(self, model: Any = None) -> Any:
         made = self.optimizer is None
