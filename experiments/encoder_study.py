@@ -236,8 +236,7 @@ class Cell:
             warmup_steps=0.06, per_device_train_batch_size=self.settings.batch, report_to="none", disable_tqdm=True,
             per_device_eval_batch_size=self.settings.batch, train_sampling_strategy="group_by_length",
             bf16=self.settings.autocast == "bfloat16", use_cpu=self.place.device == "cpu", save_strategy="steps",
-            save_steps=0.25, save_total_limit=1, logging_steps=50, dataloader_pin_memory=self.place.device != "cpu",
-            **options,
+            save_steps=0.25, save_total_limit=1, logging_steps=50, **options,
         )  # fmt: skip
         make = collator(self.data.task, self.tokenizer)
         return MoETrainer(model, args, train_dataset=self.columns["train"], data_collator=make, teacher=teacher)

@@ -11,10 +11,10 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import already_written, check_model_output, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, about
 
 METHODS = ("moebert", "chosen", "mpoe", "dense")
 _SIZES, _COPIES, _TEXTS, _MORE = "Sizes", "With --experts mpo or copy", "Texts and tasks", "More"
@@ -123,19 +123,22 @@ def convert(
     inputs.check_models(model=model)
     if model is not None:
         inputs.check_dense(model)
-    counted = config is not None and config.router == "hash-balance" and hash_tables is None
-    texts = None
-    if config is not None and (counted or config.needs_text):
-        texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
+    with about("from-original", "model"):
+        files = model_files(model or from_original)
     identity: dict[str, Any] = {
         "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
         "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
         "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
         "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-        "training texts": texts and texts.fingerprint,
-        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
+        "files of the model": files, "file of importance": file_digest(importance),
         "file of hash tables": file_digest(hash_tables),
     }  # fmt: skip
+    check_model_output(output, identity, force, model, from_original)  # before any text is read
+    counted = config is not None and config.router == "hash-balance" and hash_tables is None
+    texts = None
+    if config is not None and (counted or config.needs_text):
+        texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
+    identity["training texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
@@ -193,6 +196,8 @@ def _converted(
         options["token_counts"] = count_tokens(texts.columns["input_ids"], model.config.get_text_config().vocab_size)
     if config.needs_text:
         batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
+        for batch in batches:
+            batch.pop("labels", None)  # of running text, which a classifier would take for its own
         chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
         options["chosen"], reports = chosen, [choice.report for choice in chosen]
         print(
@@ -246,6 +251,14 @@ def _tokenizer(name: Any) -> Any:
         return None
 
 
+def _is_running_text(data: list[str] | None) -> bool:
+    """Whether --data names text files, of which each is one document; as a row of a table its end would be cut."""
+    from moebert_kernels.data.files import split_name
+
+    places = [Path(entry.rpartition("=")[2]) for entry in data or ()]
+    return any(split_name(file)[1] == ".txt" for place in places for file in (place, *place.glob("train.*")))
+
+
 def _texts(
     model: str, router: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
     label_column: str, max_length: int | None,
@@ -259,7 +272,8 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    config, wanted = load_config(model), inputs.make_task(tasks[0], text_column, label_column, False)
+    name = "lm" if tasks[0] == "custom" and _is_running_text(data) else tasks[0]
+    config, wanted = load_config(model), inputs.make_task(name, text_column, label_column, False)
     if wanted.name == "custom":  # no label is read, so there may be none, as in running text
         rows = inputs.load_data(replace(wanted, kind="lm"), data, "train").train
         loaded = TaskData(wanted, {"train": rows.add_column("label", [0] * len(rows))})

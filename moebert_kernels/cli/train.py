@@ -10,7 +10,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import check_run
-from moebert_kernels.cli.recipe import arguments, recipe_of, train_by_recipe
+from moebert_kernels.cli.recipe import arguments, check_settings, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
@@ -46,6 +46,7 @@ def finetune(
     """
     check_run(output, "finetune", restart, force, model)
     inputs.check_models(model=model)
+    inputs.check_trainable(model)
     settings = _preset(ctx, task[0] if len(task) == 1 else "", config)
     if len(task) > 1:
         known_tasks(task)
@@ -55,11 +56,13 @@ def finetune(
         )  # fmt: skip
         recipe = recipe_of(ctx, config, settings)
         length = recipe.common("max_length")
+        check_settings(output, recipe, not restart, task=task, hold_out=hold_out)
         finetune_tasks(model, task, data, hold_out, output, recipe, task_temperature, length, not restart)
         return
     if task_temperature != 1.0:
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
     recipe = recipe_of(ctx, config, settings)
+    check_settings(output, recipe, not restart, task=task[0], hold_out=hold_out)
     loaded = inputs.load_data(inputs.make_task(task[0], text_column, label_column, regression), data, "train", hold_out)
     result, _ = train_by_recipe(
         "finetune", recipe, model, None, loaded, output, hold_out=hold_out, resume=not restart
@@ -100,6 +103,7 @@ def distill(
 
     check_run(output, "distill", restart, force, model, teacher)
     inputs.check_models(model=model, teacher=teacher)
+    inputs.check_trainable(model)
     settings = None
     if config is None:
         if teacher is None:
@@ -115,6 +119,7 @@ def distill(
                 "objective": "tokens" if by_token else "layerwise", "loss_weights": dict.fromkeys(terms, weight),
             }  # fmt: skip
     recipe = recipe_of(ctx, config, settings)
+    check_settings(output, recipe, not restart, task=task, hold_out=hold_out)
     wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
     result, _ = train_by_recipe(
         "distill", recipe, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output,

@@ -200,7 +200,9 @@ def read_text(file: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"data: expected a file, got {file}, which does not exist") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"data: expected UTF-8 text, got other bytes in {file} at position {error.start}") from None
+        raise UserError(
+            f"data: expected UTF-8 text, got other bytes in {file} at position {error.start}; save it as UTF-8"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data: expected a whole gzip file, got {file} ({error})") from None
     except OSError as error:
@@ -259,6 +261,8 @@ def _table_rows(file: Path, lines: Lines, columns: Sequence[str] | None) -> tupl
         for number, fields in lines:
             if header is None:
                 header = [name.strip() for name in fields]
+                if is_csv and len(header) == 1 and ";" in header[0]:
+                    raise UserError(f"data: expected commas between the columns of {file}, got semicolons")
                 continue
             width = len(header)
             if len(fields) > width and not any(map(str.strip, fields[width:])):
@@ -279,8 +283,10 @@ def _table_rows(file: Path, lines: Lines, columns: Sequence[str] | None) -> tupl
     return rows, header or []
 
 
-def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, str]:
-    """Which of the found columns is each wanted one; the wanted names are tried in order.
+def require_columns(
+    found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str, hint: str = ""
+) -> dict[str, str]:
+    """Which of the found columns is each wanted one; the wanted names are tried in order. `hint` ends the error.
 
     Raises:
         UserError: none of the names of a wanted column is there, or the first that is there is so twice.
@@ -291,7 +297,9 @@ def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], w
         match = next((name for name in names if name in found), None)
         if match is None:
             names_text = " or ".join(dict.fromkeys(names))
-            raise UserError(f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}")
+            raise UserError(
+                f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}{hint}"
+            )
         if found.count(match) > 1:
             raise UserError(f"data: expected one column {match} in {where}, got {found.count(match)}")
         chosen[ours] = match

@@ -231,13 +231,9 @@ def load_task(
     else:
         tables = {}
         for split, file in files.items():
-            rows, where = _read(task, file), str(file)
-            labelled = not rows or not task.has_label or task.label_column in rows[0]
-            if split != "test" or labelled:  # GLUE's own test files have no labels
-                tables[split] = (rows, where)
-            if not labelled and split != "test":
-                names = dict.fromkeys((task.file_columns.get("label", task.label_column), task.label_column))
-                raise UserError(f"data: expected a column {' or '.join(names)} in {file}, got {', '.join(rows[0])}")
+            rows = _read(task, file, needs_label=task.has_label and split != "test")
+            if not rows or not task.has_label or task.label_column in rows[0]:  # GLUE's own test files have no labels
+                tables[split] = (rows, str(file))
     if task.kind == "classification" and not task.label_names:
         rows, where = tables.get("train") or next(iter(tables.values()))
         classes = class_names(task.label_column, [row[task.label_column] for row in rows], where)
@@ -268,7 +264,7 @@ def _local_files(data: Any, file_split: str) -> dict[str, Path] | None:
     raise UserError(f"data: expected a file or a folder, got {data}, which does not exist")
 
 
-def _read(task: Task, file: Path) -> list[Row]:
+def _read(task: Task, file: Path, needs_label: bool) -> list[Row]:
     """Rows of a file under the task's column names; `label` is missing where the file has none."""
     if not file.exists():
         raise UserError(f"data: expected a file, got {file}, which does not exist")
@@ -287,10 +283,11 @@ def _read(task: Task, file: Path) -> list[Row]:
     rows, found = read_rows(file, columns)
     if not rows:
         return _no_rows(file)
-    chosen = require_columns(found, wanted, str(file))
-    label = next((n for n in (task.file_columns.get("label"), task.label_column) if n and n in found), None)
-    if label is not None:
-        chosen |= require_columns(found, {task.label_column: (label,)}, str(file))
+    hint = "; --{0}-column, or custom_task, names another" if task.name == "custom" else ""
+    chosen = require_columns(found, wanted, str(file), hint.format("text"))
+    labels = (task.file_columns.get("label", task.label_column), task.label_column)
+    if needs_label or not set(labels).isdisjoint(found):
+        chosen |= require_columns(found, {task.label_column: labels}, str(file), hint.format("label"))
     for number, row in enumerate(rows, 1):
         missing = [theirs for theirs in chosen.values() if theirs not in row]
         if missing:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.errors import UserError
@@ -108,7 +109,7 @@ class _Parser(HfArgumentParser):
         try:
             return parent._get_value(action, text)
         except argparse.ArgumentError:
-            wanted = "true or false" if action.nargs == "?" else "another value"
+            wanted = "true or false" if action.type is string_to_bool else "another value"
             raise ValueError(_WORDS.get(action.type, wanted)) from None
 
 
