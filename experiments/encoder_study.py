@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,22 @@ REDRAWN = 200  # times the test examples, for a score's error
 Result = dict[str, Any]
 
 
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all runs of a model have in common."""
 
-    length: int = 128
-    batch: int = 32
-    teacher_epochs: int = 3
-    epochs: int = 3
-    rows: int = 10000  # for training, at most
-    choosing: int = 12000  # tokens of the training text that choose experts
-    scored: int = 1000  # rows whose labels rank neurons
-    weight: float = 1.0  # of the layer-wise term and of the predictions'
+    length: int = _setting(128, "tokens of a text at most")
+    batch: int = _setting(32, "sequences at once")
+    teacher_epochs: int = _setting(3, "epochs of fine-tuning")
+    epochs: int = _setting(3, "epochs of distillation")
+    rows: int = _setting(10000, "training rows at most, of which a tenth is then held out")
+    choosing: int = _setting(12000, "tokens of the training text that choose experts")
+    scored: int = _setting(1000, "rows whose labels rank neurons")
+    weight: float = _setting(1.0, "weight of the layer-wise term and of the predictions' term")
     autocast: str = "float32"
 
 
@@ -258,6 +262,11 @@ class Cell:
                 return
             tried = [self._once(TEACHER, rate, lambda name, rate=rate: self._fine_tuned(name, rate)) for rate in rates]
             best = max(tried, key=lambda result: result["held_out"])
+            if not (self.folder / f"teacher-{best['rate']}").exists():  # the results of another machine, for one
+                raise UserError(
+                    f"work: expected the weights of the teachers that {self.place.runs} has results of, got none in"
+                    f" {self.folder} (copy them, or take another --output)"
+                )
             write_text(self.folder / "teacher.json", json.dumps(best))
 
     def _fine_tuned(self, name: str, rate: float) -> Result:
@@ -365,7 +374,7 @@ def without_dropout(model: Any) -> None:
 
 
 def run_students(cells: Iterable[Cell], arms: Iterable[str], rates: Iterable[float]) -> None:
-    """Every arm of every cell; what another process is at comes last, and is waited for by nobody."""
+    """Every arm of every cell; what another process is at is left to it."""
     for cell in cells:
         for arm in arms:
             for rate in rates:

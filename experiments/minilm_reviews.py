@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock  # comes with torch
+
 from moebert_kernels.bench.tables import millions, percent
 from moebert_kernels.demo.data import base_model, cache_folder, movie_reviews
 from moebert_kernels.demo.report import difference, label_of, write_report
@@ -177,7 +179,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
 
-    base, data = base_model(), movie_reviews(arguments.work / "data", cache_folder())
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with FileLock(arguments.work / "data.lock"):
+        base, data = base_model(), movie_reviews(arguments.work / "data", cache_folder())
     studies = {seed: Study(arguments.work / f"seed-{seed}", base, data, FULL, seed) for seed in arguments.seeds}
     if not arguments.report:
         for study in studies.values():

@@ -196,8 +196,6 @@ def _converted(
         options["token_counts"] = count_tokens(texts.columns["input_ids"], model.config.get_text_config().vocab_size)
     if config.needs_text:
         batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
-        for batch in batches:
-            batch.pop("labels", None)  # of running text, which a classifier would take for its own
         chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
         options["chosen"], reports = chosen, [choice.report for choice in chosen]
         print(

@@ -92,11 +92,11 @@ class MoETrainingArguments(TrainingArguments):
             raise UserError(f"num_train_epochs: expected a number above 0, got {self.num_train_epochs!r}")
         if self.max_steps == 0:
             raise UserError("max_steps: expected a number above 0, or -1 for that of num_train_epochs, got 0")
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        accelerator = _accelerator()
         if self.bf16 and accelerator is None:
             self.use_cpu = True  # without which transformers refuses bfloat16 on a CPU
         if self.dataloader_pin_memory is None:
-            self.dataloader_pin_memory = not (self.use_cpu or accelerator is None or accelerator.type == "mps")
+            self.dataloader_pin_memory = not self.use_cpu and accelerator not in (None, "mps")
         super().__post_init__()
         if self.shared_fold and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
@@ -113,6 +113,12 @@ class MoETrainingArguments(TrainingArguments):
         """The weights that were given."""
         weights: Any = self.loss_weights
         return dict(weights or {})
+
+
+def _accelerator() -> str | None:
+    """The type of the device that is not the CPU, if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
 
 
 def check_weights(weights: Any) -> None:

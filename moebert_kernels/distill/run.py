@@ -211,7 +211,7 @@ def check_folder(folder: Path, stage: Stage, facts: Mapping[str, Any]) -> None:
     finished = saved.get("result") is not None
     if finished or (saved and last_whole_checkpoint(folder) is not None):
         made = (*OF_DATA, "objective")  # of which the run notes what they became
-        known = {name: value for name, value in _facts(stage).items() if name not in made} | facts
+        known = {name: value for name, value in _facts(stage).items() if name not in made} | dict(facts)
         check_run(folder, finished, {name: saved["identity"].get(name) for name in known}, known)
 
 

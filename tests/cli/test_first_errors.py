@@ -94,8 +94,6 @@ def test_the_option_at_fault_is_named(base, teacher, moe, data, tmp_path):
     assert line.startswith("hash-tables: expected a pickle of plain lists and numbers, got ")
     line = refused("convert", "--from-original", tmp_path / "none", *out)
     assert line.startswith("from-original: expected a folder or a model's name on the Hub, got ")
-    line = refused("student", "--model", teacher, "--layers", 9, *out)
-    assert line == "layers: expected 1 to 2 student layers, as many as the teacher has, got 9"
 
 
 def test_a_prepared_model_is_not_trained(teacher, moe, data, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,10 @@ def test_other_settings_are_refused(study, capsys):
     with pytest.raises(SystemExit):
         study("teacher", "--task", "stsb", "--dtype", "bf16")
     assert "autocast (float32, now bfloat16)" in capsys.readouterr().err
+    shutil.rmtree(study.folder / "work/tiny/stsb-1")  # as on another machine, where the results are
+    with pytest.raises(SystemExit):
+        study("teacher", "--task", "stsb")
+    assert "work: expected the weights of the teachers that" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -140,7 +145,6 @@ def test_what_another_process_is_at_is_left_to_it(modules, tmp_path, capsys):
     made = []
     cell = study.Cell(place, "rte", 1)
     cell._distilled = lambda name, arm, rate: made.append(name) or {"held_out": 0.5, "scores": {}, "seconds": 1}
-    (tmp_path / "work/tiny/locks").mkdir(parents=True)
     with FileLock(tmp_path / "work/tiny/locks/rte-1-moe-0.1"):
         study.run_students([cell], ["moe", "dense"], [0.1])
     assert made == ["dense-0.1"]
