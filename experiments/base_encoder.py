@@ -40,7 +40,17 @@ WANTED = {
     "minilm": (tuple(FILES), (1, 2, 3)),
     "mpnet": (FOUR, (1, 2)),
     "minilm-2500": ((*FOUR, "trec"), (1, 2, 3)),
-    "mpnet-2500": (("trec",), (1,)),
+    "mpnet-2500": ((*FOUR, "trec"), (1, 2)),
+}
+HELP = {
+    "length": "tokens of a text at most",
+    "batch": "sequences at once",
+    "teacher_epochs": "epochs of fine-tuning",
+    "epochs": "epochs of distillation",
+    "rows": "training rows at most, of which a tenth is then held out",
+    "choosing": "tokens of the training text that choose experts",
+    "scored": "rows whose labels rank neurons",
+    "weight": "weight of the layer-wise term and of the predictions' term",
 }
 TEACHER_RATES, STUDENT_RATES = (1e-4,), (2e-4,)
 
@@ -68,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         for entry in fields(Settings):
             if entry.name != "autocast":
                 kind = type(entry.default)
-                text = f"{entry.metadata['help']}; default: {entry.default}"
+                text = f"{HELP[entry.name]}; default: {entry.default}"
                 options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default, help=text)
     options = stages.add_parser("report")
     options.add_argument("--output", type=Path, default=HERE)

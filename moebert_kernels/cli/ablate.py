@@ -159,12 +159,9 @@ def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:
 def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict[str, Any]:
     """Predictions on the test split, if the data has one, else on validation, and their main metric."""
     from moebert_kernels.data.metrics import compute_metrics
-    from moebert_kernels.distill.evaluation import Evaluator
 
     split = "test" if "test" in loaded.splits else "validation"
-    loaded = inputs.labels_as_in(loaded, model.config)
-    length, _ = inputs.lengths_for(model.config, loaded.task, tokenizer, length)
-    evaluator = Evaluator(inputs.tokenized(loaded, split, tokenizer, length, None, model.config), progress=True)
+    evaluator = inputs.Reader(loaded, model.config, tokenizer, length).evaluator(split)
     predictions, references = evaluator.predict(model), evaluator.references
     score = compute_metrics(loaded.task, predictions, references)[loaded.task.main_metric]
     return {"score": score, "split": split, "predictions": predictions, "references": references}

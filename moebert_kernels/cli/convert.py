@@ -11,16 +11,17 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, check_model_output, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, check_model_output, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
-from moebert_kernels.errors import UserError, about
+from moebert_kernels.errors import UserError
 
 METHODS = ("moebert", "chosen", "mpoe", "dense")
 _SIZES, _COPIES, _TEXTS, _MORE = "Sizes", "With --experts mpo or copy", "Texts and tasks", "More"
 
 
 def convert(
+    ctx: typer.Context,
     *,
     model: str | None = None,
     output: o.OutputFolder,
@@ -88,8 +89,6 @@ def convert(
             each layer. Default: --router makes them.
         from_original: A checkpoint of the original MoEBERT code, in place of --model. Default: none.
     """
-    from moebert_kernels.distill.identity import file_digest, model_files
-
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -123,22 +122,13 @@ def convert(
     inputs.check_models(model=model)
     if model is not None:
         inputs.check_dense(model)
-    with about("from-original", "model"):
-        files = model_files(model or from_original)
-    identity: dict[str, Any] = {
-        "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
-        "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
-        "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
-        "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-        "files of the model": files, "file of importance": file_digest(importance),
-        "file of hash tables": file_digest(hash_tables),
-    }  # fmt: skip
+    identity = call_of(ctx)
     check_model_output(output, identity, force, model, from_original)  # before any text is read
     counted = config is not None and config.router == "hash-balance" and hash_tables is None
     texts = None
     if config is not None and (counted or config.needs_text):
         texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
-    identity["training texts"] = texts and texts.fingerprint
+    identity["texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
@@ -271,12 +261,11 @@ def _texts(
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
     name = "lm" if tasks[0] == "custom" and _is_running_text(data) else tasks[0]
-    config, wanted = load_config(model), inputs.make_task(name, text_column, label_column, False)
+    wanted = inputs.Table(data, text_column, label_column).make_task(name)
     if wanted.name == "custom":  # no label is read, so there may be none, as in running text
         rows = inputs.load_data(replace(wanted, kind="lm"), data, "train").train
         loaded = TaskData(wanted, {"train": rows.add_column("label", [0] * len(rows))})
     else:
         loaded = inputs.load_data(wanted, data, "train")
-    tokenizer = load_tokenizer(model)
-    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
-    return inputs.tokenized(loaded, "train", tokenizer, length, None, config)
+    reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)
+    return reader.split("train")

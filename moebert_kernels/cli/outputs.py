@@ -21,6 +21,7 @@ from moebert_kernels.errors import UserError
 
 NOTE = "moebert.json"
 _MODELS = ("convert", "merge", "student", "quantize", "export")  # these replace a folder whole
+_READ = ("model", "init", "from_original", "importance", "hash_tables")  # options that name what they make it of
 
 
 def check_writable(folder: Path) -> None:
@@ -80,6 +81,19 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) and isinstance(note.get("command"), str) else None
 
 
+def call_of(ctx: Any, **facts: Any) -> dict[str, Any]:
+    """What decides what a command makes, JSON-able: its options, the files that they name, and further facts."""
+    from moebert_kernels.distill.identity import model_files
+
+    given = {name: value for name, value in ctx.params.items() if name not in ("output", "force")}
+    for name in _READ:
+        if given.get(name) is not None:
+            path = Path(given[name])
+            given[name] = str(path)
+            facts[f"files of {name}"] = model_files(path) if path.exists() else None
+    return json.loads(json.dumps({"command": ctx.command.name, **given, **facts}, default=str))
+
+
 def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
     """Whether an earlier call of the same `identity`, as far as that is known, wrote the model in `folder`.
 
@@ -92,7 +106,7 @@ def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *
         return False
     files = note.pop("files", [])
     if not force:
-        if {name: note.get(name) for name in identity} == json.loads(json.dumps(identity)):
+        if {name: note.get(name) for name in identity} == identity:
             return True
         raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
     others = sorted({path.name for path in folder.iterdir()} - {NOTE, *files})
@@ -163,21 +177,6 @@ def drop_parts(folder: Path) -> None:
     folder = folder.absolute()
     for parts in folder.parent.glob(f".{glob.escape(folder.name)}.parts-????????"):
         shutil.rmtree(parts, ignore_errors=True)
-
-
-def check_run(folder: Path, command: str, restart: bool, force: bool, *models: str | Path | None) -> None:
-    """Raise UserError unless `command` may train in `folder`.
-
-    `restart` drops an unfinished run, and a finished one, with its model, only with `force`.
-    """
-    if force and not restart:
-        raise UserError("force: expected it together with --restart, got it alone")
-    check_output(folder, command, *models)
-    if restart and not force and is_finished(folder):
-        raise UserError(
-            f"output: expected an unfinished run to drop, got {folder} with a finished model; --restart --force"
-            " replaces it, another --output keeps it"
-        )
 
 
 def claim(folder: Path, command: str) -> None:

@@ -102,7 +102,6 @@ def train_by_recipe(
     import torch
 
     from moebert_kernels.data import extra
-    from moebert_kernels.distill.evaluation import Evaluator
     from moebert_kernels.distill.identity import check_vocabularies, row_facts, tokenizer_digest
     from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
@@ -112,7 +111,6 @@ def train_by_recipe(
     seed = recipe.common("seed")
     torch.manual_seed(DEFAULTS["seed"] if seed is None else seed)  # a new head's weights come from torch's generator
     student = load_model(model, loaded.task, new_head=new_head)
-    loaded = inputs.labels_as_in(loaded, student.config)
     guide = None
     if recipe.needs_teacher:
         if teacher is None:
@@ -122,15 +120,13 @@ def train_by_recipe(
         if any(stage.objective == "layerwise" for stage in recipe.active):
             _check_student(student, guide, model)
     given = (recipe.common("max_length"), recipe.common("doc_stride"))
-    length, stride = inputs.lengths_for(student.config, loaded.task, tokenizer, *given)
-    keep_lengths(tokenizer, loaded.task.name, length, stride)
-    print_recipe(recipe, {"max_length": length, "doc_stride": stride})
-    train, validation = (
-        inputs.tokenized(loaded, split, tokenizer, length, stride, student.config) for split in ("train", "validation")
-    )
-    outputs_of = {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length}
-    facts = {"task": loaded.task.name, "doc_stride": stride, "hold_out": hold_out, **outputs_of}
-    facts |= row_facts(loaded, ("train", "validation"))
+    reader = inputs.Reader(loaded, student.config, tokenizer, *given)
+    lengths = {"max_length": reader.max_length, "doc_stride": reader.doc_stride}
+    keep_lengths(tokenizer, loaded.task.name, **lengths)
+    print_recipe(recipe, lengths)
+    train, evaluator = reader.split("train"), reader.evaluator("validation")
+    facts = {"task": loaded.task.name, "hold_out": hold_out, "tokens of the tokenizer": tokenizer_digest(tokenizer)}
+    facts |= lengths | row_facts(reader.data, ("train", "validation"))
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -142,11 +138,10 @@ def train_by_recipe(
         recipe,
         train,
         output_dir=output,
-        evaluate=Evaluator(validation, progress=True),
+        evaluate=evaluator,
         best_metric=loaded.task.main_metric,
         greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        outputs_of=outputs_of,
         identity=facts,
         resume=resume,
     )

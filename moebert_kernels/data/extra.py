@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebert_kernels.data.files import split_name
-from moebert_kernels.data.split import TokenizedSplit, quiet_datasets
+from moebert_kernels.data.files import quiet_datasets, split_name
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import Task, load_task
 from moebert_kernels.errors import UserError, about
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from moebert_kernels.data.columns import WINDOW, collator, tokenized
+from moebert_kernels.data.files import quiet_datasets
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -123,17 +123,3 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self._split.collate, self._groups)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Without the bars of `datasets`."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

@@ -60,10 +60,10 @@ def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: 
     """Raise UserError if the run whose output `folder` is has other facts than a present one."""
     changes = changed(saved, identity)
     if changes:
-        kind, does = ("a finished", "replaces") if finished else ("an unfinished", "drops")
+        kind = "a finished" if finished else "an unfinished"
         raise UserError(
             f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
-            f" {described(changes)} (resume=False {does} it, another output_dir keeps it)"
+            f" {described(changes)} (resume=False replaces it, another output_dir keeps it)"
         )
 
 
@@ -103,27 +103,23 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     )
 
 
-def file_digest(path: Path | None) -> list[int] | None:
-    """Size and CRC-32 of a file; None where there is none."""
+def files_of(folder: Path) -> dict[str, list[int]]:
+    """Sizes and CRC-32 of a folder's files by name."""
     from moebert_kernels.distill.files import size_and_crc32
 
-    return size_and_crc32(path) if path is not None and path.is_file() else None
+    return {file.name: size_and_crc32(file) for file in sorted(folder.glob("*")) if file.is_file()}
 
 
-def files_of(folder: Path) -> dict[str, list[int] | None]:
-    """Sizes and CRC-32 of a folder's files by name."""
-    return {file.name: file_digest(file) for file in sorted(folder.glob("*")) if file.is_file()}
-
-
-def model_files(name: str | Path) -> dict[str, list[int] | None]:
+def model_files(name: str | Path) -> dict[str, list[int]]:
     """Sizes and CRC-32 of the files that a local model is loaded from; none for a name on the Hub.
 
     Raises:
         UserError: no such model.
     """
+    from moebert_kernels.distill.files import size_and_crc32
     from moebert_kernels.distill.loading import resolve_model
 
     path = Path(name)
     if path.is_file():
-        return {path.name: file_digest(path)}
+        return {path.name: size_and_crc32(path)}
     return {file: digest for file, digest in files_of(Path(resolve_model(name))).items() if file.endswith(_MODEL_FILES)}

@@ -76,7 +76,6 @@ def train_stages(
     best_metric: str | None = None,
     greater_is_better: bool = True,
     teacher: nn.Module | TeacherCache | None = None,
-    outputs_of: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> RunResult:
@@ -94,7 +93,6 @@ def train_stages(
         evaluate: gives metrics by name. Its `fingerprint`, if it has one, names the data that it judges on.
         best_metric: the metric that chooses the checkpoint to keep, of equals the later.
         teacher: of the same task, or its kept outputs; None for recipes that need none.
-        outputs_of: facts of how texts became token ids, for `TeacherCache.build`.
         identity: further JSON-able facts (a task's name, a file) that must agree when the run goes on.
         resume: False starts again, dropping the runs in the folder and their models.
 
@@ -114,7 +112,7 @@ def train_stages(
         if isinstance(model, nn.Module):
             check_reach(name, model.config, longest)
     objectives = [_objective(stage, student, teacher) for stage in stages]
-    source = _kept(recipe, objectives, student, teacher, train, outputs_of)
+    source = _kept(recipe, objectives, student, teacher, train)
     facts = {"training data": train.fingerprint, "validation data": getattr(evaluate, "fingerprint", None)}
     facts |= {"model weights": model_fingerprint(student), **(identity or {})}
     runs = []
@@ -162,10 +160,7 @@ def _trained_maps(objective: MicroBertObjective, folder: Path) -> dict[tuple[int
     return objective.named_maps(load_file(file))
 
 
-def _kept(
-    recipe: Recipe, objectives: Sequence[Objective | None], student: Any, teacher: Any, train: Any,
-    outputs_of: Mapping[str, Any] | None,
-) -> Any:  # fmt: skip
+def _kept(recipe: Recipe, objectives: Sequence[Objective | None], student: Any, teacher: Any, train: Any) -> Any:
     """The teacher, or its outputs in the folder of `teacher_outputs`, which every objective accepts."""
     folder = recipe.common("teacher_outputs") if recipe.needs_teacher else None
     if folder is None:
@@ -185,7 +180,7 @@ def _kept(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TeacherCache.build(
         teacher.to(device), train.batches(recipe.active[0].settings.get("per_device_train_batch_size") or 8), folder,
-        layers=layers, pooled=pooled, dtype=dtype, inputs=outputs_of, device=device,
+        layers=layers, pooled=pooled, dtype=dtype, device=device,
     )  # fmt: skip
 
 

@@ -139,6 +139,8 @@ class MoETrainer(Trainer):
         if isinstance(source, TeacherCache) and self.args.teacher_dropout:
             raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         objective.check(self.student, source.info)
+        if isinstance(source, TeacherCache) and "example_id" in (getattr(self.train_dataset, "column_names", 0) or ()):
+            source.check(self.train_dataset["example_id"][:])
         objective.build(self.student, source.info, self.args.seed)
         if objective.maps is not None and self.is_fsdp_enabled:
             raise UserError("project: expected False under FSDP, which does not know the maps, got True")
@@ -152,15 +154,12 @@ class MoETrainer(Trainer):
         last = teacher_info(teacher).num_layers
         pairs: Any = getattr(self.objective, "pairs", lambda *_: {})
         layers = {last, *pairs(self.student.config.num_hidden_layers, last).values()}
+        folder = self.args.teacher_outputs
         return TeacherCache.build(
-            teacher,
-            in_order(self),
-            self.args.teacher_outputs,
-            layers=sorted(layers),
+            teacher, in_order(self), folder, layers=sorted(layers),
             pooled=isinstance(self.objective, EmbeddingObjective) and self.objective.layer_map == {},
-            dtype=self.args.teacher_outputs_dtype,
-            device=self.args.device,
-        )
+            dtype=self.args.teacher_outputs_dtype, device=self.args.device,
+        )  # fmt: skip
 
     # What `Trainer` asks of its subclasses
 

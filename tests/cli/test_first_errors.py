@@ -28,7 +28,7 @@ def test_an_output_in_use_is_refused_before_any_data_is_read(teacher, moe, stude
         words = (command, *models, *TABLE, *missing, "--output", folder, *TRAINING)
         assert refused(*words, "--seed", 5) == (
             f"output: expected a new folder or one of the same run, got {folder} with a finished run of other seed (it"
-            " was 0 and is 5 now) (--restart --force replaces it, another --output keeps it)"
+            " was 0 and is 5 now) (--force replaces it, another --output keeps it)"
         )
         assert "of other hold_out (it was not given and is 0.1 now)" in refused(*words, "--hold-out", 0.1)
         assert refused(*words).startswith("data: ")  # nothing that is known without data differs
@@ -43,6 +43,7 @@ def test_an_output_in_use_is_refused_before_any_data_is_read(teacher, moe, stude
         ("a.tsv", "text\tlabel\ncafé\thappy\n".encode("latin-1"), (), "UTF-8 text, got other bytes in {} at position "
          "14; save it as UTF-8"),
         ("a.tsv", "", (), "rows in {}, got none"),
+        ("a.jsonl", '{"text": "a", "label": "b"}\n\n{"text"', (), "JSON in {}, line 3, got something else"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_as_wanted(name, content, words, line, base, tmp_path):
@@ -88,12 +89,9 @@ def test_the_option_at_fault_is_named(base, teacher, moe, data, tmp_path):
     assert line == f"teacher: expected a checkpoint fine-tuned on custom, got {base} (no classifier.bias)"
     line = refused(*words, "--teacher", teacher, "--extra-text", tmp_path / "none.tsv")
     assert line == f"extra-text: expected a file, got {tmp_path / 'none.tsv'}, which does not exist"
-    out = ("--output", tmp_path / "out")
     tables = file(tmp_path, "tables.pkl", b"junk")
-    line = refused("convert", "--model", teacher, "--hash-tables", tables, *out)
+    line = refused("convert", "--model", teacher, "--hash-tables", tables, "--output", tmp_path / "out")
     assert line.startswith("hash-tables: expected a pickle of plain lists and numbers, got ")
-    line = refused("convert", "--from-original", tmp_path / "none", *out)
-    assert line.startswith("from-original: expected a folder or a model's name on the Hub, got ")
 
 
 def test_a_prepared_model_is_not_trained(teacher, moe, data, tmp_path):

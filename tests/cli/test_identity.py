@@ -64,7 +64,7 @@ def command(kind, base, teacher, moe):
 
 def refusal(line, what):
     """The line names what differs and both ways out, and nothing that only a program understands."""
-    assert what in line and "--restart" in line and "another --output" in line, line
+    assert what in line and "--force" in line and "another --output" in line, line
     assert not any(len(word) >= 16 and not set(word) - set("0123456789abcdef") for word in line.split())
 
 
@@ -83,7 +83,7 @@ def test_other_validation_rows_are_another_run(kind, state, base, teacher, moe, 
     refusal(refused(*words, *files(small / "other.tsv", dev)), "training rows")
     shutil.copy(dev, tmp_path / "moved.tsv")  # the same rows elsewhere are the same run
     assert "best on validation by accuracy" in done(*words, *files(train, tmp_path / "moved.tsv"))
-    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--restart", "--force")
+    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--force")
 
 
 def test_options_that_decide_the_result_are_said(base, teacher, moe, small, tmp_path):

@@ -148,7 +148,7 @@ def test_an_expert_size_that_cannot_be_filled(teacher, importance, tmp_path):
     words = ("--importance", importance, "--expert-size", 30, "--num-shared-neurons", 4, "--output", tmp_path / "out")
     assert refused("convert", "--model", teacher, *words).startswith(
         "expert-size: expected at most 11 for 4 experts with 4 shared of the dense layer's 32 neurons (or"
-        " --num-shared-neurons >= "
+        " num_shared_neurons >= "
     )
 
 
@@ -171,15 +171,15 @@ def test_from_original_wants_a_checkpoint_of_the_original(teacher, tmp_path):
     ("words", "line"),
     [
         (("--method", "mpoe", "--importance", "a"), "importance: it is used only with --experts split; leave it out "),
-        (("--method", "mpoe", "--expert-size", 7), "expert-size: expected none with --experts='mpo', got 7"),
-        (("--experts", "copy", "--num-shared-neurons", 0), "num-shared-neurons: expected none with --experts='copy', "),
+        (("--method", "mpoe", "--expert-size", 7), "expert-size: expected none with experts='mpo', got 7"),
+        (("--experts", "copy", "--num-shared-neurons", 0), "num-shared-neurons: expected none with experts='copy', "),
         (("--method", "mpoe", "--experts", "copy", "--sites", 3), "sites: it is used only with --experts mpo; "),
         (("--sites", 3), "sites: it is used only with --experts mpo; leave it out (got 3)"),
-        (("--max-bond", 2), "max-bond: expected none with --experts='split', got 2"),
+        (("--max-bond", 2), "max-bond: expected none with experts='split', got 2"),
         (("--noise", 0.5), "noise: it is used only with --experts copy or mpo; leave it out (got 0.5)"),
         (("--low-bonds",), "low-bonds: it is used only with --experts mpo; leave it out (got True)"),
-        (("--load-balance", 0.1), "load-balance: expected none with --router='hash-random', got 0.1"),
-        (("--top-k", 2), "top-k: expected none with --router='hash-random', got 2"),
+        (("--load-balance", 0.1), "load-balance: expected none with router='hash-random', got 0.1"),
+        (("--top-k", 2), "top-k: expected none with router='hash-random', got 2"),
         (("--router", "round"), "router: expected one of hash-random, hash-balance, hash-chosen, gate-token, "),
         (("--experts", "dense"), "experts: expected one of split, clustered, copy, mpo, got 'dense'"),
         (("--norm", "both"), "norm: expected one of expert, layer, got 'both'"),
@@ -241,7 +241,7 @@ def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
     words = ("--model", base, *TABLE, "--data", data, "--output", teacher, *TRAINING)
     assert refused("finetune", *words, "--seed", 5) == (
         f"output: expected a new folder or one of the same run, got {teacher} with a finished run of other seed (it was"
-        " 0 and is 5 now) (--restart --force replaces it, another --output keeps it)"
+        " 0 and is 5 now) (--force replaces it, another --output keeps it)"
     )
 
 

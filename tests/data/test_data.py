@@ -63,7 +63,7 @@ REFUSED = {
     "null in JSON": ("x.json", '[{"text": "a", "kind": null}]', TASK, "a label in .*x.json, row 1, got None"),
     "no label in a row": (
         "x.jsonl", lines({"text": "a", "kind": "x"}, {"text": "b"}), TASK,
-        "data: expected a column kind in each row of .*x.jsonl, got none in row 2",
+        "kind: expected a label in .*x.jsonl, row 2, got None",
     ),
     "no label of a known task": ("x.tsv", "sentence\tlabel\na\t1\nb\t\n", "sst2", "label: expected one .*row 2, got"),
     "scores as classes": (

@@ -77,6 +77,7 @@ def test_teacher_student_report(study):
     record = json.loads((out / f"runs/tiny/cola-1-moe-{RATE}.json").read_text())
     assert set(record["scores"]) == {"float32", "int8"}
     assert record["metric"] == "matthews" and record["steps"] == 4 and record["error"] >= 0
+    assert -1 <= record["agreement"] <= 1
     assert record["active_parameters"] < record["total_parameters"]
     assert not list((study.folder / "work").rglob("checkpoint-*"))
 
@@ -181,7 +182,7 @@ def test_summary(modules, tmp_path):
     assert summary.common == ["rte", "cola"]
     assert summary.mean("moe") == (pytest.approx(78.0), pytest.approx(3 / 2**0.5))
     assert summary.kept("moe") == pytest.approx(97.5)
-    mean, p, pairs = summary.difference("dense")
+    mean, p, pairs = summary.difference("dense", lambda run: run["scores"]["float32"])
     assert mean == pytest.approx(4.0) and pairs == 3 and p == pytest.approx(0.0742, abs=1e-4)
     assert summary.mean("balanced") is None
     missing = summary.missing()
