@@ -56,9 +56,9 @@ def convert(
     Args:
         model: A dense model: a folder or a name on the Hub. Without it, --from-original.
         method: chosen: experts and routing fit the texts of --task and --data; labels are not used. moebert: experts by
-            --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: the
-            --expert-size most important neurons, to compare with. Default: chosen with --task or --data and without
-            --router, --experts and --importance, else moebert.
+            --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: a dense model of
+            the same FLOPs, to compare with: the --expert-size most important neurons. Default: chosen with --task or
+            --data and without --router, --experts and --importance, else moebert.
         router: hash-random, hash-balance, hash-chosen, gate-token, gate-sentence, switch, top2 or task. Default: the
             method's.
         experts: split (parts of the neurons), clustered (parts chosen by text), copy or mpo (the whole feed-forward).
@@ -189,8 +189,8 @@ def _converted(
         chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
         options["chosen"], reports = chosen, [choice.report for choice in chosen]
         print(
-            "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of an expert's"
-            " size, of random tables, of the chosen tables, and if each token had its best expert. `least` and `load`"
+            "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of the same"
+            " FLOPs, of random tables, of the chosen tables, and if each token had its best expert. `least` and `load`"
             " are the tokens of the emptiest and the fullest expert over an even share."
         )
         print(report_table(reports))

@@ -175,7 +175,8 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         layers.append(layer)
     set_config(model, config)
     install_routing(model, [site.name for site in sites])
-    model.__class__ = carded_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = carded_class(kind)
     return layers
 
 

@@ -186,7 +186,7 @@ def test_summary(modules, tmp_path):
     assert mean == pytest.approx(4.0) and pairs == 3 and p == pytest.approx(0.0742, abs=1e-4)
     assert summary.mean("balanced") is None
     missing = summary.missing()
-    assert "- dense of 1/4, corrected: cola (seed 2)" in missing
+    assert "- dense of the same FLOPs, 1/4: cola (seed 2)" in missing
     assert "- MoEBERT's experts, balanced tables: rte (seed 2), cola" in missing
     assert "- MPOE: everything" in missing
     assert "missing" in report.cell_text(summary, "balanced", "cola")
