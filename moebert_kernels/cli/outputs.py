@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,16 +23,6 @@ _MODELS = ("convert", "merge", "student", "quantize", "export")  # these replace
 _READ = ("model", "init", "from_original", "importance", "hash_tables")  # options that name what they make it of
 
 
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written into `folder`, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output: expected a folder that can be written, got {folder} ({error.strerror})") from None
-
-
 def check_output(folder: Path, command: str, *models: str | Path | None) -> dict[str, Any] | None:
     """The note of the call that wrote `folder`, or None where there is no such folder, or nothing in it.
 
@@ -44,12 +33,14 @@ def check_output(folder: Path, command: str, *models: str | Path | None) -> dict
     Raises:
         UserError: a file, a folder that cannot be written, that of one of the models, or one with other things.
     """
+    from moebert_kernels.distill.files import check_writable
+
     if folder.is_file():
         raise UserError(f"output: expected a folder, got the file {folder}")
     for model in models:
         if model is not None and _holds(folder.resolve(), Path(model)):
             raise UserError(f"output: expected another folder than that of a model which is read, got {folder}")
-    check_writable(folder if folder.exists() else folder.absolute().parent)
+    check_writable("output", folder if folder.exists() else folder.absolute().parent)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     note = read_note(folder)
@@ -198,7 +189,9 @@ def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str)
     """Raise UserError unless a command may write `file`: there is none, or `is_ours` knows it as an earlier result."""
     if file.is_dir():
         raise UserError(f"output: expected a file, such as {example}, got the folder {file}")
-    check_writable(file.absolute().parent)
+    from moebert_kernels.distill.files import check_writable
+
+    check_writable("output", file.absolute().parent)
     if file.exists() and not is_ours(file):
         raise UserError(f"output: expected a new file, got {file}, which moebert did not write")
 

@@ -102,8 +102,8 @@ def train_by_recipe(
     import torch
 
     from moebert_kernels.data import extra
-    from moebert_kernels.distill.identity import check_vocabularies, row_facts, tokenizer_digest
-    from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
+    from moebert_kernels.distill.identity import check_vocabularies
+    from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
 
     loaded.split("train"), loaded.split("validation")
@@ -121,12 +121,9 @@ def train_by_recipe(
             _check_student(student, guide, model)
     given = (recipe.common("max_length"), recipe.common("doc_stride"))
     reader = inputs.Reader(loaded, student.config, tokenizer, *given)
-    lengths = {"max_length": reader.max_length, "doc_stride": reader.doc_stride}
-    keep_lengths(tokenizer, loaded.task.name, **lengths)
-    print_recipe(recipe, lengths)
-    train, evaluator = reader.split("train"), reader.evaluator("validation")
-    facts = {"task": loaded.task.name, "hold_out": hold_out, "tokens of the tokenizer": tokenizer_digest(tokenizer)}
-    facts |= lengths | row_facts(reader.data, ("train", "validation"))
+    print_recipe(recipe, {"max_length": reader.max_length, "doc_stride": reader.doc_stride})
+    train, evaluator, facts = prepared(reader)
+    facts |= {"task": loaded.task.name, "hold_out": hold_out}
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -146,6 +143,19 @@ def train_by_recipe(
         resume=resume,
     )
     return result, student
+
+
+def prepared(reader: inputs.Reader, of: str = "") -> tuple[Any, Any, dict[str, Any]]:
+    """The training data, what judges on the validation data, and the facts that a run on them must keep to.
+
+    The tokenizer is told how the texts are cut. `of` stands before the facts of one of several tasks.
+    """
+    from moebert_kernels.distill.loading import keep_lengths
+
+    task, lengths = reader.data.task.name, {"max_length": reader.max_length, "doc_stride": reader.doc_stride}
+    keep_lengths(reader.tokenizer, task, **lengths)
+    facts = {f"{name} of {of}" if of else name: length for name, length in lengths.items()}
+    return reader.split("train"), reader.evaluator("validation"), facts
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:

@@ -38,7 +38,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function, eval_str=True)
     text, _, described = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
     taken = signature.parameters.values()
-    groups = {one.name: one.annotation for one in taken if dataclasses.is_dataclass(one.annotation)}
+    groups: dict[str, Any] = {one.name: one.annotation for one in taken if dataclasses.is_dataclass(one.annotation)}
     found = [option.replace(kind=option.KEYWORD_ONLY) for one in taken for option in _fields(one)]
     options = {one.name for one in found if one.name != "ctx"}
 

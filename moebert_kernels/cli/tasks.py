@@ -8,7 +8,7 @@ from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.recipe import print_recipe
+from moebert_kernels.cli.recipe import prepared, print_recipe
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
@@ -44,8 +44,7 @@ def finetune_tasks(
     name: str, tasks: Sequence[str], texts: inputs.Texts, output: Path, recipe: Any, temperature: float, resume: bool
 ) -> None:
     """Train one task-routed model on several tasks, judged by the mean of their main metrics."""
-    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
-    from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvaluator, load_report
     from moebert_kernels.distill.run import train_stages
     from moebert_kernels.layers import moe_config
@@ -60,10 +59,7 @@ def finetune_tasks(
         )
     for task_name in known:
         moe.task_id(task_name)  # which refuses others
-    facts: dict[str, Any] = {
-        "task": list(tasks), "hold_out": texts.hold_out, "task_temperature": temperature,
-        "tokens of the tokenizer": tokenizer_digest(tokenizer),
-    }  # fmt: skip
+    facts: dict[str, Any] = {"task": list(tasks), "hold_out": texts.hold_out, "task_temperature": temperature}
     max_length = recipe.common("max_length")
     print_recipe(recipe, {"max_length": max_length})
     splits: dict[str, Any] = {}
@@ -71,10 +67,8 @@ def finetune_tasks(
     for task_name, task in known.items():
         loaded = inputs.load_data(task, files.get(task_name), "train", texts.hold_out)
         reader = inputs.Reader(loaded, student.config, tokenizer, max_length)
-        keep_lengths(tokenizer, task_name, reader.max_length)
-        facts[f"max_length of {task_name}"] = reader.max_length
-        facts |= row_facts(reader.data, ("train", "validation"), task_name)
-        splits[task_name], evaluators[task_name] = reader.split("train"), reader.evaluator("validation")
+        splits[task_name], evaluators[task_name], of_task = prepared(reader, task_name)
+        facts |= of_task
     main = {task_name: task.main_metric for task_name, task in known.items()}
     claim(output, "finetune")
     result = train_stages(

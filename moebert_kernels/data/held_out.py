@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moebert_kernels.data.files import quiet_datasets
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.errors import UserError
 
@@ -50,7 +51,7 @@ def hold_out(data: TaskData, way: str) -> TaskData:
                 f"{several if data.task.kind == 'classification' else ''}"
             )
         held, train = (numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
-        return TaskData(data.task, {"train": train, "validation": held, **_others(data)})
+        return TaskData(data.task, data.splits | {"train": train, "validation": held})
     if "test" in data.splits:
         raise UserError("hold-out: expected data without a test split, got one")
     validation = data.validation
@@ -88,15 +89,10 @@ def _drawn(data: TaskData, share: float) -> np.ndarray:
     return chosen
 
 
-def _others(data: TaskData) -> dict[str, Dataset]:
-    return {name: rows for name, rows in data.splits.items() if name != "train"}
-
-
 def numbered(rows: Dataset) -> Dataset:
     """Rows with `example_id` from 0 on."""
-    from datasets import Dataset
-
-    return Dataset.from_dict(rows.to_dict() | {"example_id": list(range(len(rows)))})
+    with quiet_datasets():
+        return rows.remove_columns("example_id").add_column("example_id", list(range(len(rows))))
 
 
 def _divided(rows: Dataset, count: int, name: str) -> tuple[Dataset, Dataset]:

@@ -75,7 +75,13 @@ class Task:
 def _glue(name: str, text: str, metrics: str, labels: str = "", **options: Any) -> Task:
     kind: Kind = "classification" if labels else "regression"
     return Task(
-        name, kind, tuple(text.split()), tuple(metrics.split()), tuple(labels.split()), ("glue", name), **options
+        name,
+        kind,
+        tuple(text.split()),
+        tuple(metrics.split()),
+        tuple(labels.split()),
+        ("nyu-mll/glue", name),
+        **options,
     )
 
 
@@ -100,12 +106,11 @@ TASKS: dict[str, Task] = {
         _glue("qnli", "question sentence", "accuracy", _ENTAILMENT),
         _glue("rte", _PAIR, "accuracy", _ENTAILMENT),
         _glue("wnli", _PAIR, "accuracy", "not_entailment entailment"),
-        Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad",)),
-        Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad_v2",)),
+        Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("rajpurkar/squad",)),
+        Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("rajpurkar/squad_v2",)),
         Task("lm", "lm", ("text",), ("perplexity", "loss")),
     )
 }  # fmt: skip
-_HUB_REPOSITORIES = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 _HUB_SPLITS = {"validation_matched": "validation", "test_matched": "test"}
 
 
@@ -265,8 +270,7 @@ def _sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Colu
 
         if path is None and not task.hub:
             raise UserError(f"data: expected a file, a folder or a dataset's name for task {task.name}, got none")
-        name = task.hub if path is None else (str(data),)
-        repository = (_HUB_REPOSITORIES.get(name[0], name[0]), *name[1:])
+        repository = task.hub if path is None else (str(data),)
         where = f"dataset {'/'.join(repository)}"
         with reading(f"a local path or a reachable {where}"):
             loaded = load_dataset(*repository)

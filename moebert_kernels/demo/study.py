@@ -24,12 +24,11 @@ from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.files import once
-from moebert_kernels.distill.identity import changed, described, model_files, row_facts
+from moebert_kernels.distill.identity import check_same, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.recipe import Recipe as Stages
 from moebert_kernels.distill.recipe import Stage
 from moebert_kernels.distill.run import train_stages
-from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 
 if TYPE_CHECKING:
@@ -77,12 +76,11 @@ class Study:
         self._data = data
         rows = row_facts(TaskData(REVIEWS, self._splits))
         wanted = asdict(recipe) | {"seed": seed, "files of the model": model_files(base_model), **rows}
-        changes = changed(once(folder / "recipe.json", lambda: wanted), wanted)
-        if changes:
-            raise UserError(
-                f"output: expected a new folder or one of this recipe, seed and data, got {folder} with results of"
-                f" other {described(changes)} (use another --output)"
-            )
+        check_same(
+            once(folder / "recipe.json", lambda: wanted), wanted,
+            f"output: expected a new folder or one of this recipe, seed and data, got {folder} with results of",
+            " (use another --output)",
+        )  # fmt: skip
 
     def teacher(self) -> Result:
         """Fine-tune the pretrained model; see `student` for the result."""

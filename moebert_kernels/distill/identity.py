@@ -7,7 +7,7 @@ words (`validation rows`) is a digest of something large, which says nothing to 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,37 +56,24 @@ def _value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError if the run whose output `folder` is has other facts than a present one."""
-    changes = changed(saved, identity)
-    if changes:
-        kind = "a finished" if finished else "an unfinished"
-        raise UserError(
-            f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
-            f" {described(changes)} (resume=False replaces it, another output_dir keeps it)"
-        )
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], wanted: str, way_out: str = "") -> None:
+    """Raise UserError, which says what was `wanted`, what differs and the `way_out`, unless the facts are the same."""
+    if changes := changed(saved, identity):
+        raise UserError(f"{wanted} other {described(changes)}{way_out}")
 
 
-def row_facts(data: TaskData, splits: Sequence[str] | None = None, of: str = "") -> dict[str, str]:
+def row_facts(data: TaskData, of: str = "") -> dict[str, str]:
     """ "training rows", "validation rows" and so on: digests of texts and labels, the classes by name.
 
-    Args:
-        splits: of these splits. None: of all.
-        of: a word before each name, for data of several tasks.
+    `of` stands before each name, for data of several tasks.
     """
     task, facts = data.task, {}
-    for split in data.splits if splits is None else splits:
+    for split, rows in data.splits.items():
         digest = sha256(repr((task.kind, task.label_names)).encode())
-        for part in data.split(split).iter(1000):
+        for part in rows.iter(1000):
             digest.update(repr(sorted(part.items())).encode())
         facts[f"{of} {SPLIT_WORDS.get(split, split)} rows".strip()] = digest.hexdigest()[:16]
     return facts
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that name the tokens that a tokenizer knows, and its kind."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

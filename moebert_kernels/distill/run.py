@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,8 +26,8 @@ from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import StopCallback
-from moebert_kernels.distill.files import recover_folder, write_folder, write_tensors, write_text
-from moebert_kernels.distill.identity import check_run
+from moebert_kernels.distill.files import check_writable, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.multi_task import JoinedTasks
@@ -37,7 +37,7 @@ from moebert_kernels.distill.recipe import MICROBERT, Recipe, Stage, flat
 from moebert_kernels.distill.run_state import last_whole_checkpoint
 from moebert_kernels.distill.settings import OF_DATA
 from moebert_kernels.distill.task_trainer import TaskTrainer
-from moebert_kernels.distill.teacher import TeacherInfo, check_one_head, teacher_info
+from moebert_kernels.distill.teacher import check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
@@ -82,8 +82,7 @@ def train_stages(
     """Train `student`; an interrupted call, made again, goes on where it was, and ends with bitwise the same weights.
 
     What does not fit in any of the stages is found before the first one trains. A map of the same two states as in an
-    earlier stage goes on from there. The teacher's outputs are kept, if they are, once for all stages: sentence vectors
-    alone where no stage needs more.
+    earlier stage goes on from there. Each of several stages keeps the teacher's outputs, if it does, in its own folder.
 
     Args:
         student: a transformers model for the task; holds the weights of the result's `model_dir` at the end.
@@ -112,7 +111,6 @@ def train_stages(
         if isinstance(model, nn.Module):
             check_reach(name, model.config, longest)
     objectives = [_objective(stage, student, teacher) for stage in stages]
-    source = _kept(recipe, objectives, student, teacher, train)
     facts = {"training data": train.fingerprint, "validation data": getattr(evaluate, "fingerprint", None)}
     facts |= {"model weights": model_fingerprint(student), **(identity or {})}
     runs = []
@@ -121,10 +119,12 @@ def train_stages(
         judging: dict[str, Any] = {}
         if last:
             judging = {"evaluate": evaluate, "best_metric": best_metric, "greater": greater_is_better}
+        if (kept := stage.settings.get("teacher_outputs")) is not None and len(stages) > 1:
+            stage = replace(stage, settings={**stage.settings, "teacher_outputs": str(Path(kept) / stage.name)})
         runs.append(
             _Run(
                 student, stage, train, output_dir if last else output_dir / stage.name, objective,
-                None if objective is None else source, facts, **judging,
+                None if objective is None else teacher, facts, **judging,
             )
         )  # fmt: skip
     if runs[-1].writes:
@@ -160,42 +160,13 @@ def _trained_maps(objective: MicroBertObjective, folder: Path) -> dict[tuple[int
     return objective.named_maps(load_file(file))
 
 
-def _kept(recipe: Recipe, objectives: Sequence[Objective | None], student: Any, teacher: Any, train: Any) -> Any:
-    """The teacher, or its outputs in the folder of `teacher_outputs`, which every objective accepts."""
-    folder = recipe.common("teacher_outputs") if recipe.needs_teacher else None
-    if folder is None:
-        return teacher
-    if not isinstance(teacher, nn.Module):
-        raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
-    dtype = recipe.common("teacher_outputs_dtype")
-    some: list[Any] = [objective for objective in objectives if objective is not None]
-    both: list[Any] = [student, teacher]
-    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in both)
-    pairs: list[Any] = [getattr(objective, "pairs", lambda *_: {})(ours, theirs) for objective in some]
-    layers = sorted({layer for pair in pairs for layer in pair.values()}) or [theirs]
-    pooled = all(stage.is_lean for stage in recipe.active if stage.needs_teacher)
-    info: TeacherInfo = replace(teacher_info(teacher, layers), stored_as=dtype or "as it computes", pooled=pooled)
-    for objective in some:
-        objective.check(student, info)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TeacherCache.build(
-        teacher.to(device), train.batches(recipe.active[0].settings.get("per_device_train_batch_size") or 8), folder,
-        layers=layers, pooled=pooled, dtype=dtype, device=device,
-    )  # fmt: skip
-
-
 def prepare_folder(folder: Path) -> None:
     """Make `folder`, and put right what an interruption left in it.
 
     Raises:
         UserError: it cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: expected a folder that can be written, got {folder} ({error.strerror})") from None
+    check_writable("output_dir", folder)
     for name in ("best", "final"):
         recover_folder(folder / name)
 
@@ -203,11 +174,22 @@ def prepare_folder(folder: Path) -> None:
 def check_folder(folder: Path, stage: Stage, facts: Mapping[str, Any]) -> None:
     """Raise UserError for a folder with a run of other settings, or of other `facts`: of what is known without data."""
     saved = _saved(folder)
+    made = (*OF_DATA, "objective")  # of which the run notes what they became
+    known = {name: value for name, value in _facts(stage).items() if name not in made} | dict(facts)
+    if saved:
+        saved["identity"] = {name: saved["identity"].get(name) for name in known}
+    _check_same_run(folder, saved, known)
+
+
+def _check_same_run(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     finished = saved.get("result") is not None
     if finished or (saved and last_whole_checkpoint(folder) is not None):
-        made = (*OF_DATA, "objective")  # of which the run notes what they became
-        known = {name: value for name, value in _facts(stage).items() if name not in made} | dict(facts)
-        check_run(folder, finished, {name: saved["identity"].get(name) for name in known}, known)
+        kind = "a finished" if finished else "an unfinished"
+        check_same(
+            saved["identity"], identity,
+            f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of",
+            " (resume=False replaces it, another output_dir keeps it)",
+        )  # fmt: skip
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -230,8 +212,8 @@ class _Run:
         self.student, self.train_data, self.folder = student, train, folder
         self.objective, self.teacher, self.evaluate = objective, teacher, evaluate
         settings = {name: value for name, value in stage.settings.items() if name not in OF_DATA}
-        for name in ("teacher_outputs", "teacher_outputs_dtype", "objective", "objective_options"):
-            settings.pop(name, None)  # these are made
+        for name in ("objective", "objective_options", *["teacher_outputs"] * (objective is None)):
+            settings.pop(name, None)  # the objective is made
         self.settings = {**DEFAULTS, **settings, "loss_weights": stage.weights}
         if train.pad_to is not None:
             self.settings["train_sampling_strategy"] = settings.get("train_sampling_strategy", "random")
@@ -287,14 +269,15 @@ class _Run:
                 raise
             raise UserError(f"report_to: expected trackers that are installed, got others ({error})") from error
         finally:
-            if is_new and self.folder.exists():
-                self.folder.rmdir()  # made by transformers
+            if is_new:  # made by transformers
+                with suppress(OSError):
+                    self.folder.rmdir()
+        if isinstance(trainer.teacher, TeacherCache):
+            self.teacher = trainer.teacher
+            self.settings.pop("teacher_outputs", None)
         facts = trainer._identity() | {"processes": trainer.args.world_size}
         self.identity |= json.loads(json.dumps(facts, default=str))
-        saved = _saved(self.folder)
-        finished = saved.get("result") is not None
-        if finished or (saved and last_whole_checkpoint(self.folder) is not None):
-            check_run(self.folder, finished, saved["identity"], self.identity)
+        _check_same_run(self.folder, _saved(self.folder), self.identity)
 
     def _check_metric(self) -> None:
         """Raise UserError for a metric that no evaluation will give; a function that names none gives any."""

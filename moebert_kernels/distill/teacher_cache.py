@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.files import size_and_crc32, write_tensors
-from moebert_kernels.distill.identity import changed, described
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.objectives import at_least_float32
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
@@ -61,6 +61,9 @@ class TeacherCache:
     Raises:
         UserError: there is no cache in `folder`, or it is damaged.
     """
+
+    info: TeacherInfo
+    _places: dict[int, _Place]
 
     def __init__(self, folder: str | Path):
         self.folder, self._places = Path(folder), {}
@@ -139,7 +142,7 @@ class TeacherCache:
             UserError: an example is not in the cache, or is there with other token ids.
         """
         ids, device = batch["example_id"].tolist(), batch["input_ids"].device
-        self.check(ids)
+        self._check(ids)
         self._missing(batch)
         places, mask = [self._places[i] for i in ids], _mask(batch)
         where = mask.flatten().nonzero().squeeze(1)
@@ -164,8 +167,12 @@ class TeacherCache:
             kept = dict(zip(self.info.layers, padded("hidden").unbind(2), strict=True))
         return TeacherOutputs(tuple(kept.get(layer) for layer in range(self.info.num_layers + 1)), **outputs)
 
-    def check(self, ids: Iterable[int]) -> None:
-        """Raise UserError unless these examples are there."""
+    def check_rows(self, data: Any) -> None:
+        """Raise UserError unless all rows of a data set that names its examples are there."""
+        if "example_id" in (getattr(data, "column_names", None) or ()):
+            self._check(data["example_id"][:])
+
+    def _check(self, ids: Iterable[int]) -> None:
         unknown = next((example_id for example_id in ids if example_id not in self._places), None)
         if unknown is not None:
             raise UserError(
@@ -189,12 +196,8 @@ class TeacherCache:
                 continue
             found, self.info = self.info, wanted
             then, now = ({_WORDS.get(k, k): v for k, v in asdict(info).items()} for info in (found, wanted))
-            changes = changed(json.loads(json.dumps(then)), now)
-            if changes:
-                raise UserError(
-                    f"teacher cache: expected an empty folder or one with the same outputs, got {self.folder} with"
-                    f" those of other {described(changes)} (use another folder)"
-                )
+            place = f"an empty folder or one with the same outputs, got {self.folder} with those of"
+            check_same(json.loads(json.dumps(then)), now, f"teacher cache: expected {place}", " (use another folder)")
 
     def _open(self, file: Path) -> str | None:
         """Take up a shard, memory-mapped; or what is wrong with it."""

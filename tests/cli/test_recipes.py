@@ -124,8 +124,8 @@ def test_refuses_another_vocabulary(small, teacher, data, tmp_path):
 def test_recipes_of_the_package_and_of_ones_own(tmp_path):
     assert recipe_names() == ["finetune", "kd", "microbert", "microbert-lean", "microbert-two-stage"]
     full, lean = load_recipe("microbert").stages[0], load_recipe("microbert-lean").stages[0]
-    assert full.terms == ("embedding", "hidden", "alignment", "soft", "adversarial") and not full.is_lean
-    assert lean.terms == ("alignment", "soft") and lean.is_lean
+    assert full.terms == ("embedding", "hidden", "alignment", "soft", "adversarial")
+    assert lean.terms == ("alignment", "soft")
     assert [stage.name for stage in load_recipe("microbert-two-stage").active] == ["features", "predictions"]
     assert not load_recipe("finetune").needs_teacher
     nothing = {f"loss_weights.{term}": "0" for term in ("alignment", "hidden", "embedding")}

@@ -70,6 +70,7 @@ def test_help_has_an_example(name):
     known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
     known |= {f"--{argument}" for argument in names()}
     assert {word for word in example.split() if word.startswith("--")} <= known
+    assert printed_by(name, "--help")
 
 
 def test_parameters_are_called_as_their_options():
