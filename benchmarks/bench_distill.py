@@ -1,6 +1,6 @@
 """One distillation step: student and teacher forward, layer-wise loss, backward, clipping, AdamW; tokens per second.
 
-The MoE student against the dense model as its own student, and against a dense student of an expert's width. The step
+The MoE student against the dense model as its own student, and against a dense one of the same FLOPs. The step
 is made of the pieces of `moebert_kernels.distill.MoETrainer`, without its log and its checkpoints. Dropout is on where
 the step is timed; losses and gradients are checked without it, from the same weights.
 """

@@ -97,7 +97,7 @@ def _speed_lines(ax: Any, rows: Sequence[Row]) -> None:
         tokens, medians = [t for t, _ in points], [speed["median"] for _, speed in points]
         style = {"color": colours[name], "linewidth": 2.2 if name == ours(rows[0].case) else 1.3}
         if name == "ideal":
-            ax.plot(tokens, medians, linestyle="--", label="ideal: same FLOPs, no routing", **style)
+            ax.plot(tokens, medians, linestyle="--", label="dense of the same FLOPs", **style)
             continue
         ax.plot(tokens, medians, marker="o", markersize=3, label=name, **style)
         ax.fill_between(tokens, [s["q1"] for _, s in points], [s["q3"] for _, s in points], color=colours[name],

@@ -42,6 +42,16 @@ WANTED = {
     "minilm-2500": ((*FOUR, "trec"), (1, 2, 3)),
     "mpnet-2500": ((*FOUR, "trec"), (1, 2)),
 }
+HELP = {
+    "length": "tokens of a text at most",
+    "batch": "sequences at once",
+    "teacher_epochs": "epochs of fine-tuning",
+    "epochs": "epochs of distillation",
+    "rows": "training rows at most, of which a tenth is then held out",
+    "choosing": "tokens of the training text that choose experts",
+    "scored": "rows whose labels rank neurons",
+    "weight": "weight of the layer-wise term and of the predictions' term",
+}
 TEACHER_RATES, STUDENT_RATES = (1e-4,), (2e-4,)
 
 
@@ -50,23 +60,26 @@ def parser() -> argparse.ArgumentParser:
     stages = made.add_subparsers(dest="stage", required=True)
     for stage in ("teacher", "student", "latency"):
         options = stages.add_parser(stage)
-        options.add_argument("--data", type=Path, required=True)
+        options.add_argument("--data", type=Path, required=True, help="the folder with all tasks")
         options.add_argument("--model", type=Path, help="a folder of transformers; default: all-MiniLM-L6-v2")
-        options.add_argument("--name", default="minilm", help="of the model, in the results")
-        options.add_argument("--task", nargs="+", choices=tuple(FILES), default=list(FILES))
-        options.add_argument("--seed", nargs="+", type=int, default=[1])
-        options.add_argument("--work", type=Path, default=Path("base-encoder-work"))
-        options.add_argument("--output", type=Path, default=HERE)
+        options.add_argument("--name", default="minilm", help="of the model and its settings, in the results")
+        one = stage == "latency"  # whose models differ in their weights alone from one task to another
+        tasks = {"nargs": 1, "required": True} if one else {"nargs": "+", "default": list(FILES)}
+        options.add_argument("--task", choices=tuple(FILES), help="default: all, but for latency", **tasks)
+        options.add_argument("--seed", nargs=1 if one else "+", type=int, default=[1], help="default: 1")
+        options.add_argument("--work", type=Path, default=Path("base-encoder-work"), help="models and caches; large")
+        options.add_argument("--output", type=Path, default=HERE, help="runs, tables and charts")
         options.add_argument("--device", default="cpu", help="cpu or cuda")
         options.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="in training, by autocast")
         if stage != "teacher":
-            options.add_argument("--arm", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+            options.add_argument("--arm", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
         rates = TEACHER_RATES if stage == "teacher" else STUDENT_RATES
         options.add_argument("--rate", nargs="+", type=float, default=list(rates), help="learning rates to try")
         for entry in fields(Settings):
             if entry.name != "autocast":
                 kind = type(entry.default)
-                options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default)
+                text = f"{HELP[entry.name]}; default: {entry.default}"
+                options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default, help=text)
     options = stages.add_parser("report")
     options.add_argument("--output", type=Path, default=HERE)
     for stage, first, second in (("split", "folder", "parts"), ("join", "parts", "folder")):
@@ -85,7 +98,7 @@ def place_of(args: argparse.Namespace) -> Place:
 
 def run(args: argparse.Namespace) -> None:
     if args.stage == "report":
-        print(report(args.output, WANTED if args.output == HERE else {}))
+        print(report(args.output, WANTED if args.output.resolve() == HERE else {}))
         return
     if args.stage == "split":
         print(f"{split_folder(args.folder, args.parts)} parts of at most {PART_MB} MB in {args.parts}")

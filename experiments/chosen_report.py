@@ -65,7 +65,7 @@ def number(row: dict[str, Any]) -> int:
 
 
 def distil_table(name: str, found: dict[str, Any]) -> str:
-    """Means over the seeds that are done, and differences to the dense student, paired."""
+    """Means over the seeds that are done, and differences to the dense model of the same FLOPs, paired."""
     seeds = [of_seed for seed, of_seed in found.items() if seed != "teacher" and all(arm in of_seed for arm in ARMS)]
     tasks = list(found["teacher"])
     teacher = ", ".join(f"{task} {value:.1f}" for task, value in found["teacher"].items())

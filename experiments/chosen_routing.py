@@ -10,7 +10,7 @@ judged layer by layer on text of each kind that chose nothing. `distil`: student
 without labels, for the same steps, and the chosen one once more for half of them; loss, also on text that trained
 nobody, and the correlation of the embeddings' cosines with people's scores on STS-B and SICK. `speed`: CPU time of the
 students on real text, in turns. The data is that of GLUE and SICK, gzipped. `errors` and `distil` go on where they were
-interrupted. chosen_report.py writes table.md and a chart for each model.
+interrupted, one process for each file of results. chosen_report.py writes table.md and a chart for each model.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from moebert_kernels.convert import (
     judge_experts,
     report_table,
 )
+from moebert_kernels.distill.files import write_text
 from moebert_kernels.layers import MoEConfig, moe_layers
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
@@ -124,8 +125,7 @@ def errors(args: argparse.Namespace) -> None:
         own = [asdict(choice.report) for choice in choices]
         note = "" if args.tokens == CHOOSING else f", {args.tokens:,} tokens"
         found[kind] = {"note": note, "seconds": seconds, "choice": own, "judged": judged}
-        HERE.mkdir(exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 def students(teacher: Any, tokenizer: Any, texts: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -235,6 +235,23 @@ def distilled(
     }
 
 
+def settings_of(args: argparse.Namespace, arm: str) -> dict[str, Any]:
+    """What the results of one arm depend on, besides the seed."""
+    steps = args.steps // (2 if arm == HALF else 1)
+    return {"steps": steps, "batch": args.batch, "rate": args.rate, "tokens": args.tokens}
+
+
+def check_settings(file: Path, found: dict[str, Any], args: argparse.Namespace) -> None:
+    """Stop before results of other settings are put beside those of a file; older ones know their steps alone."""
+    for seed, arms in found.items():
+        for arm, result in arms.items() if seed != "teacher" else ():
+            other = {name: result[name] for name, one in settings_of(args, arm).items() if result.get(name, one) != one}
+            if other:
+                raise SystemExit(
+                    f"name: expected results of the same settings in {file}, got seed {seed}, {arm}: {other}"
+                )
+
+
 def distil(args: argparse.Namespace) -> None:
     """Write distil-NAME.json: seed -> arm -> losses by sixths of the steps, correlations before and after."""
     tokenizer, teacher = AutoTokenizer.from_pretrained(args.model), AutoModel.from_pretrained(args.model).eval()
@@ -243,6 +260,7 @@ def distil(args: argparse.Namespace) -> None:
     file = HERE / f"distil-{args.name}.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found.setdefault("teacher", correlations(teacher, tokenizer, args.data))
+    check_settings(file, found, args)
     for seed in args.seeds:
         done = found.setdefault(str(seed), {})
         if all(arm in done for arm in args.arms):
@@ -254,12 +272,11 @@ def distil(args: argparse.Namespace) -> None:
         batches = [batch for part in parts for batch in by_length(part, args.batch, seed)]
         targets = Targets(teacher, tokenizer, batches, args.work / args.name / f"targets-{args.steps}-{seed}")
         for arm in [arm for arm in args.arms if arm not in done]:
-            start, steps = time.time(), args.steps // (2 if arm == HALF else 1)
+            start, steps = time.time(), settings_of(args, arm)["steps"]
             done[arm] = distilled(made.pop(arm), tokenizer, targets, steps, args)
-            done[arm]["seconds"] = time.time() - start
+            done[arm] |= {"seconds": time.time() - start, **settings_of(args, arm)}
             print(seed, arm, json.dumps(done[arm]), flush=True)
-            HERE.mkdir(exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -297,22 +314,22 @@ def speed(args: argparse.Namespace) -> None:
         }  # fmt: skip
         found[kind] = {"ratios": ratios, "fullest expert": loads, "rounds": args.rounds, "tokens": args.tokens}
         print(kind, json.dumps(found[kind]), flush=True)
-    (HERE / f"speed-{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_text(HERE / f"speed-{args.name}.json", json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("errors", "distil", "speed"))
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--name")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--model", type=Path, required=True, help="a folder of transformers")
+    parser.add_argument("--name", required=True, help="of the model, in the results")
+    parser.add_argument("--data", type=Path, required=True, help="the folder with all data sets")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="choices and the teacher's outputs; large")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, HALF), default=(*ARMS, HALF))
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=CHOOSING, help="that choose")
+    parser.add_argument("--tokens", type=int, default=CHOOSING, help="how many choose experts")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--rate", type=float, default=1e-4)
     args = parser.parse_args()

@@ -48,7 +48,8 @@ def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str] = DTY
             else:
                 model.eval().to(getattr(torch, dtype))
             models[arm] = model
-        result = {"environment": environment(Target.of(cell.place.device)), "shapes": {}}
+        where = environment(Target.of(cell.place.device))
+        result = {"environment": where, "task": cell.name, "seed": cell.seed, "shapes": {}}
         for B, T in SHAPES:
             result["shapes"][f"{B}x{T}"] = in_turns(models, real_text(cell, B, T), ROUNDS[B, T])
         write_text(cell.place.runs / f"latency-{cell.place.device}-{dtype}.json", json.dumps(result, indent=1) + "\n")

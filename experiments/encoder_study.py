@@ -47,16 +47,16 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a model have in common."""
+    """What all runs of a model have in common; see HELP in base_encoder.py."""
 
     length: int = 128
     batch: int = 32
     teacher_epochs: int = 3
     epochs: int = 3
-    rows: int = 10000  # for training, at most
-    choosing: int = 12000  # tokens of the training text that choose experts
-    scored: int = 1000  # rows whose labels rank neurons
-    weight: float = 1.0  # of the layer-wise term and of the predictions'
+    rows: int = 10000
+    choosing: int = 12000
+    scored: int = 1000
+    weight: float = 1.0
     autocast: str = "float32"
 
 
@@ -236,8 +236,7 @@ class Cell:
             warmup_steps=0.06, per_device_train_batch_size=self.settings.batch, report_to="none", disable_tqdm=True,
             per_device_eval_batch_size=self.settings.batch, train_sampling_strategy="group_by_length",
             bf16=self.settings.autocast == "bfloat16", use_cpu=self.place.device == "cpu", save_strategy="steps",
-            save_steps=0.25, save_total_limit=1, logging_steps=50, dataloader_pin_memory=self.place.device != "cpu",
-            **options,
+            save_steps=0.25, save_total_limit=1, logging_steps=50, **options,
         )  # fmt: skip
         make = collator(self.data.task, self.tokenizer)
         return MoETrainer(model, args, train_dataset=self.columns["train"], data_collator=make, teacher=teacher)
@@ -259,6 +258,11 @@ class Cell:
                 return
             tried = [self._once(TEACHER, rate, lambda name, rate=rate: self._fine_tuned(name, rate)) for rate in rates]
             best = max(tried, key=lambda result: result["held_out"])
+            if not (self.folder / f"teacher-{best['rate']}").exists():  # the results of another machine, for one
+                raise UserError(
+                    f"work: expected the weights of the teachers that {self.place.runs} has results of, got none in"
+                    f" {self.folder} (copy them, or take another --output)"
+                )
             write_text(self.folder / "teacher.json", json.dumps(best))
 
     def _fine_tuned(self, name: str, rate: float) -> Result:
@@ -386,7 +390,7 @@ def without_dropout(model: Any) -> None:
 
 
 def run_students(cells: Iterable[Cell], arms: Iterable[str], rates: Iterable[float]) -> None:
-    """Every arm of every cell; what another process is at comes last, and is waited for by nobody."""
+    """Every arm of every cell; what another process is at is left to it."""
     for cell in cells:
         for arm in arms:
             for rate in rates:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock  # comes with torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -154,13 +155,15 @@ class Study:
     def run(self, name: str) -> None:
         """Train and test an arm (or "base"), and the base model before it, unless they are done."""
         place = name if name == "base" else f"seed-{self.seed}-{name}"
-        file = self.runs / f"{place}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            changes = changed(found["recipe"] | found.get("texts", {}), asdict(self.recipe) | self.texts)
-            if changes:
-                raise SystemExit(f"output: expected a new folder, got {file} of a run with other {described(changes)}")
-            return
+        (self.work / "locks").mkdir(parents=True, exist_ok=True)
+        with FileLock(self.work / "locks" / place):
+            file = self.runs / f"{place}.json"
+            if file.exists():
+                read_run(file, self.recipe, self.texts)
+            else:
+                write_text(file, json.dumps(self._made(name, place)) + "\n")
+
+    def _made(self, name: str, place: str) -> Result:
         recipe = self.recipe
         if name == "base":
             torch.manual_seed(BASE_SEED)
@@ -180,8 +183,7 @@ class Study:
             "warmup_steps": 0.05, "seed": seed, "eval_strategy": "steps", "eval_steps": max(1, steps // evaluations),
             **({"gradient_mask": {"probability": arm.masked}} if arm.masked else {}),
         }  # fmt: skip
-        outcome = {"name": name, "seed": seed, **self._train(place, model, told, steps)}
-        write_text(file, json.dumps(outcome) + "\n")
+        return {"name": name, "seed": seed, **self._train(place, model, told, steps)}
 
     def _train(self, place: str, model: Any, settings: dict[str, Any], steps: int) -> dict[str, Any]:
         """Train with early stopping, and test what validation chose."""
@@ -206,6 +208,16 @@ class Study:
             "recipe": asdict(self.recipe),
             "texts": self.texts,
         }
+
+
+def read_run(file: Path, recipe: Recipe, texts: Mapping[str, str], strict: bool = True) -> Result:
+    """A result, of this recipe and these texts; unless `strict` also one that does not know its texts."""
+    found = json.loads(file.read_text())
+    wanted = asdict(recipe) | (dict(texts) if strict or "texts" in found else {})
+    changes = changed(found["recipe"] | found.get("texts", {}), wanted)
+    if changes:
+        raise SystemExit(f"output: expected a new folder, got {file} of a run with other {described(changes)}")
+    return found
 
 
 @contextmanager
@@ -365,7 +377,8 @@ def main() -> None:
 
 def report(runs: Path, output: Path, recipe: Recipe, splits: Mapping[str, TokenizedSplit]) -> None:
     """Write the table and the chart of the arms that are done for every seed that was begun, if there are any."""
-    done = [json.loads(file.read_text()) for file in sorted(runs.glob("*.json"))]
+    texts = {f"{name} text": part.fingerprint for name, part in splits.items()}
+    done = [read_run(file, recipe, texts, strict=False) for file in sorted(runs.glob("*.json"))]
     seeds = sorted({run["seed"] for run in done if run["name"] != "base"})
     results = {name: [run for run in done if run["name"] == name] for name in NAMES}
     results = {name: found for name, found in results.items() if len(found) == (1 if name == "base" else len(seeds))}

@@ -22,6 +22,7 @@ from torch import Tensor
 import moebert_kernels
 from moebert_kernels import backend, cpu, native, reference
 from moebert_kernels.accuracy import error_and_bound
+from moebert_kernels.doctor_text import render
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
@@ -92,25 +93,6 @@ def _result(test: Callable[[torch.device], str], device: torch.device) -> dict[s
         return {"ok": False, "message": f"{type(error).__name__}: {_first_line(error)}"}
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as text for a terminal."""
-    lines = []
-    for title in ("versions", "machine", "triton", "native"):
-        lines += [title, *_table(report[title])]
-    lines += ["backend of each op"]
-    backends = report["backends"]
-    if isinstance(backends, str):
-        lines += _table(backends)
-    else:
-        lines += _table({op: f"{choice['backend']:8} {choice['reason']}" for op, choice in backends.items()})
-    for title, name in ((f"self-test, {TOKENS} tokens against the reference", "self_test"), ("CUDA", "cuda_self_test")):
-        if results := report[name]:
-            verdicts = {test: f"{'ok' if r['ok'] else 'FAILED':8} {r['message']}" for test, r in results.items()}
-            lines += [title, *_table(verdicts)]
-    lines += ["every op agrees with its reference" if report["ok"] else "AN OP DISAGREES WITH ITS REFERENCE"]
-    return "\n".join(lines)
-
-
 def run(as_json: bool = False) -> int:
     """Print the report; the exit status is 1 if an op disagrees with its reference."""
     report = collect()
@@ -129,23 +111,6 @@ def _probe(function: Callable[..., Any], *args: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _table(values: Any) -> list[str]:
-    if not isinstance(values, dict):
-        return [f"  {values}"]
-    width = max(len(name) for name in values)
-    return [f"  {name:{width}}  {_text(value)}" for name, value in values.items()]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return "; ".join(str(item) for item in value) or "none"
-    if isinstance(value, dict):
-        return "; ".join(f"{name}: {_text(item)}" for name, item in value.items()) or "none"
-    return str(value)
 
 
 def _cpu_name() -> str:
@@ -168,13 +133,8 @@ def _serving() -> dict[str, Any]:
 
 
 def _gpus() -> list[str]:
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        gpus.append(
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
-        )
-    return gpus
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB" for of in found]
 
 
 def _triton() -> dict[str, Any]:
@@ -182,7 +142,7 @@ def _triton() -> dict[str, Any]:
         return {"usable": False, "reason": "not installed", "interpreter": False}
     interpreter = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpreter:
-        return {"usable": False, "reason": "no CUDA device; TRITON_INTERPRET=1 would interpret", "interpreter": False}
+        return {"usable": False, "reason": "there is no GPU", "interpreter": False}
     return {"usable": True, "reason": "interpreted on the CPU" if interpreter else "GPU", "interpreter": interpreter}
 
 

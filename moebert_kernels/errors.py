@@ -1,6 +1,8 @@
 """The errors that a person meets: wrong input, and a package that is not installed."""
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -8,6 +10,18 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+@contextmanager
+def about(name: str, *instead_of: str) -> Iterator[None]:
+    """Call the value that a UserError of the block is about by `name`, as a person gave it, where it is another's."""
+    try:
+        yield
+    except UserError as error:
+        called, _, rest = str(error).partition(": ")
+        if called not in instead_of:
+            raise
+        raise UserError(f"{name}: {rest}") from error
 
 
 class MissingExtra(ImportError):

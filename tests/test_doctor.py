@@ -11,6 +11,7 @@ import moebert_kernels
 from moebert_kernels import backend, doctor, native, reference
 from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn
 from moebert_kernels.cuda_backend import group_tokens as cuda_groups
+from moebert_kernels.doctor_text import render
 from moebert_kernels.torch_backend import group_tokens as by_sorting
 from moebert_kernels.torch_backend import hash_route as by_table
 from tests.helpers import ROOT
@@ -43,8 +44,57 @@ def test_text_and_json_hold_the_same(report, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == report
     assert doctor.run() == 0
     text = capsys.readouterr().out
-    for word in (*backend.OPS, report["versions"]["torch"], report["native"]["reason"], "every op agrees"):
+    for word in (
+        *backend.OPS,
+        report["versions"]["torch"],
+        report["native"]["reason"],
+        "Every op runs here and agrees",
+    ):
         assert word in text
+
+
+def meant(report, **changes):
+    """The sentences at the end of a report that differs in these parts."""
+    return render(report | changes).partition("what this means\n  ")[2].split("\n  ")
+
+
+def test_the_end_says_what_matters_and_what_to_do(report):
+    cpu = {
+        **report["machine"],
+        "gpus": [],
+        "serving on the cpu": {"int8 instructions": True, "bfloat16 instructions": True},
+    }
+    good, text = meant(report, machine=cpu), render(report | {"machine": cpu})
+    assert good[:2] == [
+        "Every op runs here and agrees with its reference.",
+        "There is no GPU that torch can use, so the ops run on the CPU. Nothing is missing for that.",
+    ]
+    assert "plain torch, since Triton's and CUDA's kernels need a GPU" in text and "needs a CUDA device" not in text
+    slow = {**cpu, "serving on the cpu": {"int8 instructions": False, "bfloat16 instructions": True}}
+    assert "This CPU has no instructions for int8: a model that is prepared in it gains less time." in meant(
+        report, machine=slow
+    )
+    gpu = {**cpu, "gpus": ["H100, sm_90, 80 GiB"]}
+    by_triton = meant(report, machine=gpu, triton={"usable": True, "reason": "GPU", "interpreter": False})
+    assert by_triton[1] == "The ops run on the GPU, in Triton's kernels. The CUDA kernels are optional."
+    for broken in ("RuntimeError: no driver", {"usable": False, "reason": "not installed", "interpreter": False}):
+        assert "Triton's kernels do not run, for the reason above" in meant(report, machine=gpu, triton=broken)[1]
+    bare = report["versions"] | {"transformers": "not installed", "datasets": "not installed"}
+    assert meant(report, versions=bare)[-1] == (
+        "The ops alone are installed: converting and training need transformers, datasets; pip install"
+        " 'moebert_kernels[train]'"
+    )
+
+
+def test_a_failed_op_is_named_at_the_end(report):
+    tests = {**report["self_test"], "expert_gemm": {"ok": False, "message": "wrong"}}
+    assert meant(report, self_test=tests, ok=False)[0] == (
+        "AN OP FAILED (expert_gemm): do not trust it, and report it with `moebert doctor --json`."
+    )
+    probes = {name: "RuntimeError: broken" for name in ("machine", "triton", "native", "backends")}
+    assert render(
+        report | probes | {"machine": {**report["machine"], "gpus": "broken", "serving on the cpu": "broken"}}
+    )
 
 
 def test_wrong_op_is_found_by_name(monkeypatch, capsys):
@@ -128,7 +178,7 @@ def test_a_crash_and_a_bad_probe_do_not_end_the_report(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "RuntimeError: no kernel image" in text
     assert "second line" not in text
-    assert "AN OP DISAGREES WITH ITS REFERENCE" in text
+    assert "AN OP FAILED (group_tokens" in text
 
 
 def test_bad_preference_is_reported(monkeypatch):

@@ -1,5 +1,6 @@
 """What the experiments make of their results, on made-up ones and on tiny ones."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -45,6 +46,21 @@ def test_tables_of_chosen_routing():
     )
 
 
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    routing = experiment("chosen_routing")
+    args = argparse.Namespace(steps=300, batch=16, rate=1e-4, tokens=24000)
+    committed = json.loads((routing.HERE / "distil-minilm.json").read_text())
+    routing.check_settings(tmp_path, committed, args)
+    args.steps = 200
+    with pytest.raises(SystemExit, match=r"seed 0, \w+: \{'steps': 300\}"):
+        routing.check_settings(tmp_path, committed, args)
+    found = {"0": {routing.HALF: routing.settings_of(args, routing.HALF)}}
+    assert found["0"][routing.HALF]["steps"] == 100
+    args.rate = 1e-3
+    with pytest.raises(SystemExit, match=r"\{'rate': 0.0001\}"):
+        routing.check_settings(tmp_path, found, args)
+
+
 @pytest.fixture(scope="module")
 def wikitext_mpoe():
     return experiment("wikitext_mpoe")
@@ -86,6 +102,8 @@ def test_wikitext_mpoe_at_tiny_size(wikitext_mpoe, tmp_path, monkeypatch, capsys
         file.write("one more line \n")
     with pytest.raises(SystemExit, match=r"base.json of a run with other test text"):
         run()
+    with pytest.raises(SystemExit, match=r"base.json of a run with other test text"):
+        run("--report")
 
 
 def test_wikitext_mpoe_divides_the_text(wikitext_mpoe, tmp_path):

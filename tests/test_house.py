@@ -31,7 +31,7 @@ LAYERS = (
     ("convert",),
     ("serve", "data", "bench"),
     ("distill",),
-    ("study",),
+    ("study", "doctor_text"),
     ("demo", "doctor"),
     ("cli",),
     ("__main__",),

@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, check_model_output, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
@@ -55,9 +55,9 @@ def convert(
     Args:
         model: A dense model: a folder or a name on the Hub. Without it, --from-original.
         method: chosen: experts and routing fit the texts of --task and --data; labels are not used. moebert: experts by
-            --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: the
-            --expert-size most important neurons, to compare with. Default: chosen with --task or --data and without
-            --router, --experts and --importance, else moebert.
+            --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: a dense model of
+            the same FLOPs, to compare with: the --expert-size most important neurons. Default: chosen with --task or
+            --data and without --router, --experts and --importance, else moebert.
         router: hash-random, hash-balance, hash-chosen, gate-token, gate-sentence, switch, top2 or task. Default: the
             method's.
         experts: split (parts of the neurons), clustered (parts chosen by text), copy or mpo (the whole feed-forward).
@@ -121,11 +121,13 @@ def convert(
     inputs.check_models(model=model)
     if model is not None:
         inputs.check_dense(model)
+    identity = call_of(ctx)
+    check_model_output(output, identity, force, model, from_original)  # before any text is read
     counted = config is not None and config.router == "hash-balance" and hash_tables is None
     texts = None
     if config is not None and (counted or config.needs_text):
         texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
-    identity = call_of(ctx, texts=texts and texts.fingerprint)
+    identity["texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
@@ -195,8 +197,8 @@ def _converted(
             chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
             options["chosen"], reports = chosen, [choice.report for choice in chosen]
             print(
-                "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of an"
-                " expert's size, of random tables, of the chosen tables, and if each token had its best expert."
+                "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of the"
+                " same FLOPs, of random tables, of the chosen tables, and if each token had its best expert."
                 " `least` and `load` are the tokens of the emptiest and the fullest expert over an even share."
             )
             print(report_table(reports))
@@ -225,6 +227,14 @@ def _tokenizer(name: Any) -> Any:
         return None
 
 
+def _is_running_text(data: list[str] | None) -> bool:
+    """Whether --data names text files, of which each is one document; as a row of a table its end would be cut."""
+    from moebert_kernels.data.files import split_name
+
+    places = [Path(entry.rpartition("=")[2]) for entry in data or ()]
+    return any(split_name(file)[1] == ".txt" for place in places for file in (place, *place.glob("train.*")))
+
+
 def _texts(
     model: str, router: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
     label_column: str, max_length: int | None,
@@ -237,7 +247,8 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    wanted = inputs.Table(data, text_column, label_column).make_task(tasks[0])
+    name = "lm" if tasks[0] == "custom" and _is_running_text(data) else tasks[0]
+    wanted = inputs.Table(data, text_column, label_column).make_task(name)
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
     reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)
     return reader.split("train")

@@ -10,7 +10,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import already_written, call_of, write_model
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, about
 
 
 def merge(
@@ -83,7 +83,8 @@ def student(
             raise UserError(f"init: expected a model with the teacher's vocabulary, got {init} with another")
         if shape or sizes:
             wanted = replace(_shape(shape, given.config), **sizes)
-    made = make_student(teacher, wanted, given, layers=teacher_layer, seed=seed)
+    with about("layers", "layer_map"):
+        made = make_student(teacher, wanted, given, layers=teacher_layer, seed=seed)
     M, N = made.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = layer_map(M, N) if teacher_layer is None else dict(enumerate(teacher_layer, 1))
     print(f"{sum(p.numel() for p in made.parameters()):,} parameters; {describe_layer_map(pairs)}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import is_finished, read_note
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, about
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +65,23 @@ def _check_model(option: str, name: str) -> None:
 
 
 def check_dense(name: str) -> None:
-    """Raise UserError for a model with experts."""
+    """Raise UserError for a model with experts, or for a prepared one."""
     from moebert_kernels.distill.loading import is_moe, load_config
 
+    check_trainable(name)
     if is_moe(load_config(name)):
         raise UserError(f"model: expected a dense checkpoint, got {name}, which is a MoE already")
+
+
+def check_trainable(name: str) -> None:
+    """Raise UserError for a prepared model, which is for inference alone."""
+    from moebert_kernels.distill.loading import is_prepared, load_config
+
+    if is_prepared(load_config(name)):
+        raise UserError(
+            f"model: expected one that can be trained, got {name}, which moebert quantize made for inference; take the"
+            " model that it was made of"
+        )
 
 
 def _is_run(folder: Path) -> bool:
@@ -191,7 +203,8 @@ def read_tables(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"hash-tables: expected a file, got {path}, which does not exist")
     if path.suffix == ".pkl":
-        return read_plain_pickle(path)
+        with about("hash-tables", path.name):
+            return read_plain_pickle(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -85,8 +85,8 @@ def call_of(ctx: Any, **facts: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"command": ctx.command.name, **given, **facts}, default=str))
 
 
-def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
-    """Whether an earlier call of the same `identity`, which names its command, wrote the model in `folder`; says so.
+def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
+    """Whether an earlier call of the same `identity`, as far as that is known, wrote the model in `folder`.
 
     Raises:
         UserError: as `check_output`; the folder holds another model. `force` allows to replace that, and never files
@@ -97,8 +97,7 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
         return False
     files = note.pop("files", [])
     if not force:
-        if note == identity:
-            print(f"{folder} is there already")
+        if {name: note.get(name) for name in identity} == identity:
             return True
         raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
     others = sorted({path.name for path in folder.iterdir()} - {NOTE, *files})
@@ -107,6 +106,14 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
             f"output: expected a folder with a model alone, got {folder}, which holds {others[0]} beside it"
         )
     return False
+
+
+def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
+    """As `check_model_output`, for all of the identity; says so."""
+    is_there = check_model_output(folder, identity, force, *models)
+    if is_there:
+        print(f"{folder} is there already")
+    return is_there
 
 
 def write_model(

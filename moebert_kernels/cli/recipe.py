@@ -11,7 +11,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
 from moebert_kernels.cli.running import print_settings
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, about
 
 if TYPE_CHECKING:
     from moebert_kernels.data.tasks import Task
@@ -56,6 +56,14 @@ def arguments(words: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def check_settings(output: Path, recipe: Recipe, resume: bool, **facts: Any) -> None:
+    """Refuse an `output` with a run of other settings before any data is read; see `train_stages` for the rest."""
+    from moebert_kernels.distill.run import check_folder
+
+    if resume:
+        check_folder(output, recipe.active[-1], facts)
+
+
 def print_recipe(recipe: Recipe, lengths: Mapping[str, Any]) -> None:
     """Print what each stage does, as it would be typed."""
     from moebert_kernels.distill.run import DEFAULTS
@@ -77,12 +85,13 @@ def load_teacher(name: str, task: Task) -> Any:
     from moebert_kernels.distill.loading import check_labels, load_as_saved, load_config, load_model
     from moebert_kernels.layers import moe_config
 
-    moe = moe_config(load_config(name))
-    if moe is not None and moe.is_task_routed:
-        teacher = merge(load_as_saved(name), task.name)
-        check_labels(task, teacher.config)
-        return teacher
-    return load_model(name, task)
+    with about("teacher", "model"):
+        moe = moe_config(load_config(name))
+        if moe is not None and moe.is_task_routed:
+            teacher = merge(load_as_saved(name), task.name)
+            check_labels(task, teacher.config)
+            return teacher
+        return load_model(name, task)
 
 
 def train_by_recipe(

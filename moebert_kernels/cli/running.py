@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 import inspect
 import re
@@ -53,17 +54,30 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                 _fail(as_typed(" ".join(str(error).split()), options), 2)
             except MissingExtra as error:
                 _fail(" ".join(str(error).split()), 2)
-            except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
-                _fail(f"{where}{error.strerror or ' '.join(str(error).split())}", 2)
             except KeyboardInterrupt:
                 _fail("interrupted; the same command goes on from here", 130)
+            except Exception as error:
+                if _is_of_a_full_disk(error):
+                    reason = " ".join(str(error).split())
+                    _fail(f"expected space to write the result, got none ({reason}); free some and run it again", 2)
+                if not isinstance(error, OSError):
+                    raise
+                where = f"{error.filename}: " if error.filename else ""
+                _fail(f"{where}{error.strerror or ' '.join(str(error).split())}", 2)
 
     helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
     documented = [_with_help(one, helps[one.name]) if one.name in helps else one for one in found]
     run.__signature__ = signature.replace(parameters=documented)  # type: ignore[attr-defined]  # typer reads it
     run.__doc__ = text
     return run
+
+
+def _is_of_a_full_disk(error: Exception) -> bool:
+    """Also as safetensors and torch's zip files report it, which tell no error number."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    kind, text = type(error).__name__, str(error)
+    return (kind == "SafetensorError" and "I/O error" in text) or "inline_container.cc" in text
 
 
 def _fields(parameter: inspect.Parameter) -> list[inspect.Parameter]:

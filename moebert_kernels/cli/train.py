@@ -10,7 +10,7 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import check_output
-from moebert_kernels.cli.recipe import arguments, recipe_of, train_by_recipe
+from moebert_kernels.cli.recipe import arguments, check_settings, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
@@ -39,6 +39,7 @@ def finetune(
     """
     check_output(output, "finetune", model)
     inputs.check_models(model=model)
+    inputs.check_trainable(model)
     settings = _preset(ctx, task[0] if len(task) == 1 else "", config)
     if len(task) > 1:
         known_tasks(task)
@@ -46,11 +47,14 @@ def finetune(
             text_column=texts.text_column, label_column=None if texts.label_column == "label" else texts.label_column,
             regression=texts.regression or None, doc_stride=texts.doc_stride,
         )  # fmt: skip
-        finetune_tasks(model, task, texts, output, recipe_of(ctx, config, settings), task_temperature, not force)
+        recipe = recipe_of(ctx, config, settings)
+        check_settings(output, recipe, not force, task=task, hold_out=texts.hold_out)
+        finetune_tasks(model, task, texts, output, recipe, task_temperature, not force)
         return
     if task_temperature != 1.0:
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
     recipe = recipe_of(ctx, config, settings)
+    check_settings(output, recipe, not force, task=task[0], hold_out=texts.hold_out)
     loaded = texts.load(task[0])
     result, _ = train_by_recipe(
         "finetune", recipe, model, None, loaded, output, hold_out=texts.hold_out, resume=not force
@@ -84,6 +88,7 @@ def distill(
 
     check_output(output, "distill", model, teacher)
     inputs.check_models(model=model, teacher=teacher)
+    inputs.check_trainable(model)
     settings = None
     if config is None:
         if teacher is None:
@@ -99,6 +104,7 @@ def distill(
                 "objective": "tokens" if by_token else "layerwise", "loss_weights": dict.fromkeys(terms, weight),
             }  # fmt: skip
     recipe = recipe_of(ctx, config, settings)
+    check_settings(output, recipe, not force, task=task, hold_out=texts.hold_out)
     loaded = texts.load(task, model=teacher)
     result, _ = train_by_recipe(
         "distill", recipe, model, teacher, loaded, output, new_head=config is not None, extra_text=extra_text,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,21 +25,53 @@ def longest_input(config: Any) -> int | None:
     return positions
 
 
+def tensors_of(batches: Iterable[Mapping[str, Any]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each batch, without gradients, on a device.
+
+    Raises:
+        UserError: one batch in place of several, or one that is no mapping or has no tensors.
+    """
+    if isinstance(batches, Mapping):
+        raise UserError("batches: expected several in an iterable, got a single one; put it in a list")
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise UserError(f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}")
+        found = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        if not found:
+            got = ", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items()) or "an empty one"
+            raise UserError(
+                f"batches: expected tensors in each, got {got}; call the tokenizer with padding=True and"
+                " return_tensors='pt'"
+            )
+        yield found
+
+
 @contextmanager
 def reading(model: Any, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Around a forward of the model: raise a UserError for token ids outside its vocabulary or texts that are too long.
+    """Around a forward of the model: raise a UserError for a batch that it cannot read.
 
-    Rotary positions reach beyond the configuration's, so the length is looked at only where the forward has failed.
+    Token ids may be of another shape or kind of numbers, outside the vocabulary, or more than the model has positions
+    for; the mask may be of another shape. Rotary positions reach beyond the configuration's, so the length is looked at
+    only where the forward has failed.
     """
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
-        if ids is not None and ids.numel() and hasattr(model, "get_input_embeddings"):
+        if ids is not None and (ids.ndim < 2 or not ids.numel() or ids.is_floating_point()):
+            raise UserError(
+                f"batches: expected {name} as whole numbers (B, T), at least one, got {tuple(ids.shape)} of {ids.dtype}"
+            )
+        if ids is not None and hasattr(model, "get_input_embeddings"):
             V, low, high = model.get_input_embeddings().weight.shape[0], int(ids.min()), int(ids.max())
             if low < 0 or high >= V:
                 raise UserError(
                     f"batches: expected {name} from 0 to {V - 1}, the model's vocabulary, got {low} to {high}; use the "
                     "model's own tokenizer"
                 )
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and mask is not None and mask.ndim == 2 and mask.shape != ids.shape:
+        raise UserError(
+            f"batches: expected an attention_mask of the input_ids' shape {tuple(ids.shape)}, got {tuple(mask.shape)}"
+        )
     try:
         yield
     except torch.OutOfMemoryError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import zlib
@@ -13,6 +14,7 @@ import transformers
 from torch import nn
 
 from moebert_kernels.layers import MoEConfig, moe_config, moe_layers
+from moebert_kernels.nn.context import derived_class
 
 NAME = "README.md"
 _MARK = re.compile(r"\n<!-- written by moebert_kernels ([0-9a-f]{8}) -->\n\Z")
@@ -26,6 +28,20 @@ _AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModel",
 )
+
+
+@functools.cache
+def carded_class(base: Any) -> type:
+    """The class of a converted model whose `save_pretrained` writes its card too; where it is prepared, none."""
+
+    @functools.wraps(base.save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
+        saved = base.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and moe_config(self.config) is not None:
+            write_card(self, save_directory)
+        return saved
+
+    return derived_class(carded_class, base, (base,), {"save_pretrained": save_pretrained})
 
 
 def save_with_card(model: Any, folder: str | os.PathLike[str], *card: Any, **options: Any) -> None:

@@ -34,6 +34,8 @@ def dense_student(
 ) -> Any:  # fmt: skip
     """Return a dense model of the same class whose feed-forwards keep their `width` most important neurons.
 
+    With an expert's width it is the dense model of the same FLOPs, to compare a mixture with.
+
     Args:
         model: any dense model that `find_sites` knows; not changed.
         importance: (L, D) scores. None: a random ranking by `seed`, with a warning.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.convert.batches import reading
+from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.convert.sample_loss import LABEL_KEYS, sample_loss
 from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.errors import UserError
@@ -66,8 +66,7 @@ def importance_scores(
 
     seen = 0
     with frozen_eval(model), torch.autocast(device.type, enabled=False):
-        for batch in batches:
-            tensors = {name: value.detach().to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        for tensors in tensors_of(batches, device):
             scores = _batch_scores(model, sites, tensors, accepted)
             if not torch.isfinite(scores).all():
                 raise UserError(f"model: expected finite gradients, got nan or inf in batch {seen}")
@@ -77,7 +76,7 @@ def importance_scores(
                 samples = next(iter(tensors.values())).shape[0]
                 on_batch(samples, totals)
     if seen == 0 and start is None:
-        raise UserError("batches: expected at least one batch, got none")
+        raise UserError("batches: expected at least one, got none; an iterator that was read before is empty")
     return totals.to(torch.float32)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.card import carded_class
 from moebert_kernels.convert.chosen import choose_experts
 from moebert_kernels.convert.chosen_site import SiteChoice
 from moebert_kernels.convert.dense import head_name
@@ -174,6 +175,8 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         layers.append(layer)
     set_config(model, config)
     install_routing(model, [site.name for site in sites])
+    kind: Any = type(model)
+    model.__class__ = carded_class(kind)
     return layers
 
 

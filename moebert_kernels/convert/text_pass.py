@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from moebert_kernels.convert.batches import reading
+from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.convert.importance import frozen_eval
+from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.convert.sites import Site
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.routing import stack_of
@@ -140,37 +141,36 @@ def read_text(
     """
     recorders = [_Recorder(model, site, most) for site in sites]
     device = sites[0].weights().w1.device
-    accepted = set(inspect.signature(model.forward).parameters)
+    accepted = set(inspect.signature(model.forward).parameters) - set(() if with_gradient else LABEL_KEYS)
     bar = tqdm(total=most, desc="reading text", unit=" tokens", disable=not progress, leave=False)
     with ExitStack() as stack, torch.no_grad(), torch.autocast(device.type, enabled=False), bar:
         stack.enter_context(frozen_eval(model))
         for recorder in recorders:
             for hook in recorder.hooks():
                 stack.callback(hook.remove)
-        for batch in batches:
-            if not isinstance(batch, Mapping):
-                raise UserError(
-                    f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}"
-                )
-            tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        for tensors in tensors_of(batches, device):
             given = {name: value for name, value in tensors.items() if name in accepted}
             with reading(model, given), torch.set_grad_enabled(with_gradient):
                 output = model(**given)
             if with_gradient:
-                _keep_gradients(recorders, output)
+                _keep_gradients(recorders, output, given)
             least = min(recorder.count for recorder in recorders)
             bar.update(min(least, most) - bar.n)
             if least >= most:
                 break
     if any(recorder.count == 0 for recorder in recorders):
-        raise UserError("batches: expected text to choose experts by, got no tokens")
+        raise UserError(
+            "batches: expected text to choose experts by, got no tokens; padding is none, and an iterator that was read"
+            " before is empty"
+        )
     return [recorder.text() for recorder in recorders]
 
 
-def _keep_gradients(recorders: list[_Recorder], output: Any) -> None:
+def _keep_gradients(recorders: list[_Recorder], output: Any, batch: Mapping[str, Tensor]) -> None:
     loss = getattr(output, "loss", None)
     if loss is None:
-        raise UserError("batches: expected labels, and a model with a head that gives a loss, got none")
+        got = f"a model that takes {', '.join(batch)} of them and gives none"
+        raise UserError(f"batches: expected labels, and a model with a head that gives a loss, got {got}")
     gradients = torch.autograd.grad(loss, [recorder.output for recorder in recorders], allow_unused=True)
     for recorder, gradient in zip(recorders, gradients, strict=True):
         recorder.keep_gradient(gradient)

@@ -10,7 +10,7 @@ from moebert_kernels.data.files import quiet_datasets, split_name
 from moebert_kernels.data.held_out import numbered
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import Task, load_task
-from moebert_kernels.errors import UserError
+from moebert_kernels.errors import UserError, about
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +25,8 @@ def extra_text(task: Task, file: Path) -> Dataset:
     if split_name(file)[1] == ".txt" or file.is_dir():
         columns = ", ".join(task.text_columns)
         raise UserError(f"extra-text: expected a tsv, csv or jsonl file with {columns}, got {file}")
-    return load_task(replace(task, kind="lm"), {"train": file}).train  # running text has no labels either
+    with about("extra-text", "data"):
+        return load_task(replace(task, kind="lm"), {"train": file}).train  # running text has no labels either
 
 
 def with_extra_text(train: TokenizedSplit, extra: Dataset) -> TokenizedSplit:

@@ -172,20 +172,31 @@ def read_text(file: Path) -> str:
     except FileNotFoundError:
         raise UserError(f"data: expected a file, got {file}, which does not exist") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"data: expected UTF-8 text, got other bytes in {file} at position {error.start}") from None
+        raise UserError(
+            f"data: expected UTF-8 text, got other bytes in {file} at position {error.start}; save it as UTF-8"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"data: expected a whole gzip file, got {file} ({error})") from None
     except OSError as error:
         raise UserError(f"data: expected a readable file, got {file} ({error.strerror or error})") from None
 
 
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"data: expected JSON in {where}, got something else ({error})") from None
+
+
 def _json_columns(text: str, file: Path) -> Columns:
     """A list of rows, a row in each line, or SQuAD's nested articles; None where a row does not have a column."""
+    lines = enumerate(text.split("\n"), 1)
     by_line = split_name(file)[1] == ".jsonl"
-    try:
-        content = [json.loads(line) for line in text.split("\n") if line.strip()] if by_line else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"data: expected JSON in {file}, got something else ({error})") from None
+    content = (
+        [_json(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+        if by_line
+        else _json(text, str(file))
+    )
     try:
         rows = content["data"] if isinstance(content, dict) else content
         if rows and "paragraphs" in rows[0]:
@@ -231,6 +242,8 @@ def _separated(
     else:
         lines = lines[1:]
     width = len(header)
+    if is_csv and width == 1 and ";" in header[0]:
+        raise UserError(f"data: expected commas between the columns of {file}, got semicolons")
     twice = next((name for name, count in Counter(header).items() if name and count > 1), None)
     if twice is not None:
         raise UserError(f"data: expected one column {twice} in {file}, got {header.count(twice)}")
@@ -251,8 +264,10 @@ def _separated(
     return dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(header, ())
 
 
-def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, str]:
-    """Which of the found columns is each wanted one; the wanted names are tried in order.
+def require_columns(
+    found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str, hint: str = ""
+) -> dict[str, str]:
+    """Which of the found columns is each wanted one; the wanted names are tried in order. `hint` ends the error.
 
     Raises:
         UserError: none of the names of a wanted column is there.
@@ -263,6 +278,8 @@ def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], w
         match = next((name for name in names if name in found), None)
         if match is None:
             names_text = " or ".join(dict.fromkeys(names))
-            raise UserError(f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}")
+            raise UserError(
+                f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}{hint}"
+            )
         chosen[ours] = match
     return chosen

@@ -45,7 +45,11 @@ def hold_out(data: TaskData, way: str) -> TaskData:
             raise UserError(f"hold-out: expected {', '.join(WAYS)} for data with a validation split, got {way}")
         chosen = _drawn(data, share)
         if not 0 < chosen.sum() < len(chosen):
-            raise UserError(f"hold-out: expected enough training rows for both splits, got {len(chosen)}")
+            several = f" of {len(set(data.train['label']))} classes, of which one row each is not held out"
+            raise UserError(
+                f"hold-out: expected enough training rows for both splits, got {len(chosen)}"
+                f"{several if data.task.kind == 'classification' else ''}"
+            )
         held, train = (numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
         return TaskData(data.task, data.splits | {"train": train, "validation": held})
     if "test" in data.splits:

@@ -228,12 +228,15 @@ def load_task(
     task = get_task(task) if isinstance(task, str) else task
     tables: dict[str, tuple[Columns, str]] = {}
     for split, columns, where in _sources(task, data, file_split):
-        chosen = require_columns(columns, _wanted(task), where)
+        if not any(len(values) for values in columns.values()):
+            raise UserError(f"data: expected rows in {where}, got none")
+        hint = "; --{0}-column, or custom_task, names another" if task.name == "custom" else ""
+        chosen = require_columns(columns, _wanted(task), where, hint.format("text"))
         if task.has_label:
             names = (task.file_columns.get("label", task.label_column), task.label_column)
             if split == "test" and not set(names) & {*columns}:
                 continue  # GLUE's own test files have no labels
-            chosen |= require_columns(columns, {"label": names}, where)
+            chosen |= require_columns(columns, {"label": names}, where, hint.format("label"))
         tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
     if task.kind == "classification" and not task.label_names and tables:
         columns, where = tables.get("train") or next(iter(tables.values()))
@@ -346,8 +349,6 @@ def _dataset(task: Task, given: Columns, where: str) -> Dataset:
 
     columns = {name: list(values) for name, values in given.items()}
     rows = len(columns[task.text_columns[0]])
-    if not rows:
-        raise UserError(f"data: expected rows in {where}, got none")
     for name in task.text_columns:
         for number, text in enumerate(columns[name], 1):
             if not isinstance(text, str):

@@ -11,7 +11,7 @@ from moebert_kernels.bench.tables import aligned, millions, percent
 from moebert_kernels.distill.files import write_text
 
 Result = Mapping[str, Any]
-LABELS = {"teacher": "teacher (dense)", "moe": "MoE student", "dense": "dense student"}
+LABELS = {"teacher": "teacher (dense)", "moe": "MoE student", "dense": "dense of the same FLOPs"}
 
 
 def label_of(name: str) -> str:

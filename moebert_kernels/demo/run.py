@@ -1,4 +1,4 @@
-"""`moebert demo`: a dense teacher, a MoE student and a dense student of the same FLOPs, trained and compared."""
+"""`moebert demo`: a dense teacher, a MoE student and a dense one of the same FLOPs, trained and compared."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run_demo(
         f"MoE student: 4 experts of {EXPERT_SIZE}, chosen by the text; {recipe.distill_epochs} epochs of distillation",
     )
     moe = study.student("moe", EXPERT_SIZE)
-    step("3/4", f"dense student of the same FLOPs: {EXPERT_SIZE} neurons, the same text and distillation")
+    step("3/4", f"dense model of the same FLOPs: {EXPERT_SIZE} neurons, the same text and distillation")
     dense = study.student("dense", EXPERT_SIZE)
     study.finish()
     step("4/4", "timing, in turns")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from moebert_kernels.errors import UserError
@@ -13,7 +14,7 @@ from moebert_kernels.errors import UserError
 _LEAST = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "label_smoothing_factor": 0,
     "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "save_total_limit": 1, "early_stopping_patience": 1, "router_learning_rate": 0, "pad_to_multiple_of": 1,
+    "save_total_limit": 1, "early_stopping_patience": 1, "router_learning_rate": 0, "pad_to_multiple_of": 1, "seed": 0,
 }  # fmt: skip
 OBJECTIVES = ("layerwise", "tokens", "microbert", "embedding")
 
@@ -82,6 +83,10 @@ class MoETrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations without a new best, where `metric_for_best_model` is set."},
     )
+    # transformers pins always, and torch then warns on a machine without an accelerator
+    dataloader_pin_memory: bool | None = field(
+        default=None, metadata={"help": "Keep batches in pinned memory. None: where they go to an accelerator."}
+    )
     # Terms that are not finite stop the run by name; transformers would hide them from the log.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not finite out of the log."}
@@ -94,6 +99,13 @@ class MoETrainingArguments(TrainingArguments):
                 raise UserError(f"{name}: expected a number of at least {least}, got {value!r}")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             raise UserError(f"num_train_epochs: expected a number above 0, got {self.num_train_epochs!r}")
+        if self.max_steps == 0:
+            raise UserError("max_steps: expected a number above 0, or -1 for that of num_train_epochs, got 0")
+        accelerator = _accelerator()
+        if self.bf16 and accelerator is None:
+            self.use_cpu = True  # without which transformers refuses bfloat16 on a CPU
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = not self.use_cpu and accelerator not in (None, "mps")
         super().__post_init__()
         if self.shared_fold and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
@@ -108,6 +120,12 @@ class MoETrainingArguments(TrainingArguments):
         """The weights that were given."""
         weights: Any = self.loss_weights
         return dict(weights or {})
+
+
+def _accelerator() -> str | None:
+    """The type of the device that is not the CPU, if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
 
 
 def check_weights(weights: Any) -> None:

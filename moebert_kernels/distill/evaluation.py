@@ -20,10 +20,16 @@ from moebert_kernels.distill.teacher import LABEL_KEYS, forward_keys
 UNREAD_SCORE = 0.0  # of an answer that is no number; their share is reported as "unread"
 _SCORE = re.compile(r"[-+]?\d+(\.\d+)?")
 _SCORE_TOKENS = 12  # generated at most
+_METRICS = {
+    "lm": ("perplexity", "loss"), "qa": ("f1", "exact_match", "f1_answerable", "f1_no_answer", "exact_match_answerable",
+                                         "exact_match_no_answer"),
+}  # fmt: skip
 
 
 class Evaluator:
-    """Judges models on one split; calling it with a model gives the task's metrics. `fingerprint` names the split.
+    """Judges models on one split; calling it with a model gives the task's metrics, which may be `metric_names`.
+
+    `fingerprint` names the split.
 
     Text-to-text models answer classes by scoring: the class whose target has the highest probability given the row,
     end-of-sequence token included. That is what exact decoding restricted to valid answers gives. Scores have no list
@@ -38,6 +44,9 @@ class Evaluator:
     def __init__(self, split: TokenizedSplit, batch_size: int | None = None, progress: bool = False) -> None:
         self.split, self.task, self.progress = split, split.task, progress
         self.batch_size = batch_size or (16 if split.task.kind == "lm" else 64)
+        self.metric_names = _METRICS.get(split.task.kind, split.task.metrics)
+        if split.text_to_text and split.task.kind == "regression":
+            self.metric_names = (*self.metric_names, "unread")
         rows, self.references = split.rows, []
         contexts: list[str] = []
         if split.task.kind == "qa":

@@ -7,7 +7,8 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,23 @@ def check_writable(name: str, folder: Path) -> None:
         raise UserError(f"{name}: expected a folder that can be written, got {folder} ({error.strerror})") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in a folder that is made if missing."""
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """The name of a file, in a folder that is made if missing, that takes the place of `path` at the end, or goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # what is there may be why the disk is full
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in a folder that is made if missing."""
+    with _partial(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:
@@ -57,10 +69,8 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all, in a folder that is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
-    os.replace(temporary, path)
+    with _partial(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -72,7 +82,11 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     temporary, previous = path.with_name(f".{path.name}.partial"), path.with_name(f"{path.name}.previous")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for file in temporary.rglob("*"):
         if file.is_file():
             with file.open("rb+") as handle:

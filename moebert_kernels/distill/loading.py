@@ -30,6 +30,7 @@ from moebert_kernels.convert.batches import longest_input
 from moebert_kernels.data.tasks import Task, label_order
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
+from moebert_kernels.serve.config import METHOD as PREPARED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,6 +143,12 @@ def load_config(name: str | Path) -> Any:
 def is_moe(config: Any) -> bool:
     """Whether a model of this configuration has experts."""
     return moe_config(config) is not None
+
+
+def is_prepared(config: Any) -> bool:
+    """Whether a model of this configuration was made for inference by `moebert_kernels.serve.prepare`."""
+    found = getattr(config, "quantization_config", None)
+    return getattr(found, "quant_method", found.get("quant_method") if isinstance(found, dict) else None) == PREPARED
 
 
 def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:

@@ -93,6 +93,8 @@ class MultiTaskEvaluator:
 
     def __init__(self, evaluators: Mapping[str, Callable[[nn.Module], Metrics]], main_metrics: Mapping[str, str]):
         self.evaluators, self.main_metrics = dict(evaluators), dict(main_metrics)
+        known = {name: getattr(evaluate, "metric_names", ()) for name, evaluate in self.evaluators.items()}
+        self.metric_names = (MEAN, *(f"{name}.{metric}" for name, metrics in known.items() for metric in metrics))
         parts = {name: getattr(evaluate, "fingerprint", None) for name, evaluate in self.evaluators.items()}
         self.fingerprint = sha256(repr((parts, self.main_metrics)).encode()).hexdigest()[:32]
 

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0, "logging_steps": 10, "train_sampling_strategy": "group_by_length", "save_total_limit": 2,
     "per_device_eval_batch_size": 64, "restore_callback_states_from_checkpoint": True,
 }  # fmt: skip
+_MISFIT = "expected training arguments that fit each other and this machine, got others"
 # These change how often and where a run reports and saves, not where it ends; it may go on under other values.
 _FREE = ("save_steps", "save_total_limit", "logging_steps", "logging_strategy", "logging_first_step", "report_to",
          "run_name", "project", "disable_tqdm", "teacher_outputs", "per_device_eval_batch_size",
@@ -171,6 +171,37 @@ def prepare_folder(folder: Path) -> None:
         recover_folder(folder / name)
 
 
+def check_folder(folder: Path, stage: Stage, facts: Mapping[str, Any]) -> None:
+    """Raise UserError for a folder with a run of other settings, or of other `facts`: of what is known without data."""
+    saved = _saved(folder)
+    made = (*OF_DATA, "objective")  # of which the run notes what they became
+    known = {name: value for name, value in _facts(stage).items() if name not in made} | dict(facts)
+    if saved:
+        saved["identity"] = {name: saved["identity"].get(name) for name in known}
+    _check_same_run(folder, saved, known)
+
+
+def _check_same_run(folder: Path, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    finished = saved.get("result") is not None
+    if finished or (saved and last_whole_checkpoint(folder) is not None):
+        kind = "a finished" if finished else "an unfinished"
+        check_same(
+            saved["identity"], identity,
+            f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of",
+            " (resume=False replaces it, another output_dir keeps it)",
+        )  # fmt: skip
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    file = folder / RUN
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _facts(stage: Stage) -> dict[str, Any]:
+    settings = {name: value for name, value in stage.settings.items() if name not in _FREE}
+    return {"stage": stage.name, "seed": DEFAULTS["seed"], **flat(settings)}
+
+
 class _Run:
     """One stage in its folder."""
 
@@ -183,8 +214,7 @@ class _Run:
         settings = {name: value for name, value in stage.settings.items() if name not in OF_DATA}
         for name in ("objective", "objective_options", *["teacher_outputs"] * (objective is None)):
             settings.pop(name, None)  # the objective is made
-        pinned = {"dataloader_pin_memory": torch.cuda.is_available()}
-        self.settings = {**DEFAULTS, **pinned, **settings, "loss_weights": stage.weights}
+        self.settings = {**DEFAULTS, **settings, "loss_weights": stage.weights}
         if train.pad_to is not None:
             self.settings["train_sampling_strategy"] = settings.get("train_sampling_strategy", "random")
         strategy = self.settings.get("eval_strategy") or ("steps" if "eval_steps" in settings else "epoch")
@@ -196,24 +226,18 @@ class _Run:
                 "load_best_model_at_end": True, "metric_for_best_model": best_metric, "greater_is_better": greater,
             }  # fmt: skip
             self.settings = {**given, **self.settings, "eval_strategy": strategy}
-        self.identity = json.loads(json.dumps({**self._facts(stage), **identity}, default=str))
+        self.identity = json.loads(json.dumps({**_facts(stage), **identity}, default=str))
         processes = self._arguments()
         self.writes, self._wait = processes.should_save, processes.distributed_state.wait_for_everyone
-
-    def _facts(self, stage: Stage) -> dict[str, Any]:
-        settings = {name: value for name, value in stage.settings.items() if name not in _FREE}
-        return {"stage": stage.name, "seed": DEFAULTS["seed"], **flat(settings)}
 
     def _arguments(self) -> MoETrainingArguments:
         try:
             return MoETrainingArguments(str(self.folder), **self.settings)
         except UserError:
             raise
-        except (ValueError, TypeError) as error:  # transformers'
+        except (ImportError, ValueError, TypeError) as error:  # transformers'
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"settings: expected training arguments that fit each other, got others ({reason})"
-            ) from None
+            raise UserError(f"settings: {_MISFIT} ({reason})") from None
 
     def trainer(self) -> TaskTrainer:
         return TaskTrainer(
@@ -230,11 +254,20 @@ class _Run:
             (self.folder / RUN).unlink(missing_ok=True)
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             raise UserError("model: expected at least one parameter that requires a gradient, got none")
+        self._check_metric()
         self._wait()
         is_new = self.writes and not self.folder.exists()
         try:
             trainer = self.trainer()
             trainer.create_optimizer()  # which looks at the routers
+        except UserError:
+            raise
+        except (ImportError, ValueError) as error:  # of what the settings ask for, as of an optimizer or a tracker
+            raise UserError(f"settings: {_MISFIT} ({' '.join(str(error).split())})") from error
+        except RuntimeError as error:
+            if "to be installed" not in str(error):
+                raise
+            raise UserError(f"report_to: expected trackers that are installed, got others ({error})") from error
         finally:
             if is_new:  # made by transformers
                 with suppress(OSError):
@@ -244,22 +277,17 @@ class _Run:
             self.settings.pop("teacher_outputs", None)
         facts = trainer._identity() | {"processes": trainer.args.world_size}
         self.identity |= json.loads(json.dumps(facts, default=str))
-        saved = self._saved()
-        finished = saved.get("result") is not None
-        if finished or (saved and last_whole_checkpoint(self.folder) is not None):
-            kind = "a finished" if finished else "an unfinished"
-            check_same(
-                saved["identity"], self.identity,
-                f"output_dir: expected a new folder or one of the same run, got {self.folder} with {kind} run of",
-                " (resume=False replaces it, another output_dir keeps it)",
-            )  # fmt: skip
+        _check_same_run(self.folder, _saved(self.folder), self.identity)
 
-    def _saved(self) -> dict[str, Any]:
-        file = self.folder / RUN
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    def _check_metric(self) -> None:
+        """Raise UserError for a metric that no evaluation will give; a function that names none gives any."""
+        wanted = str(self.settings.get("metric_for_best_model") or "").removeprefix("eval_")
+        names = getattr(self.evaluate, "metric_names", ())
+        if wanted and names and wanted not in names:
+            raise UserError(f"metric_for_best_model: expected one of {', '.join(names)}, got {wanted!r}")
 
     def train(self) -> RunResult:
-        saved = self._saved()
+        saved = _saved(self.folder)
         if saved.get("result") is not None:
             result = RunResult(**saved["result"] | {"model_dir": self.folder / saved["result"]["model_dir"]})
             self._load(result.model_dir)
@@ -278,7 +306,7 @@ class _Run:
             print(self.objective.summary(layers, trainer.teacher.info.num_layers), file=sys.stderr)
         stop = StopCallback(None if trainer.args.world_size == 1 else trainer._sum)
         trainer.add_callback(stop)
-        with stop:
+        with stop, quiet_transformers():
             trainer.train(resume_from_checkpoint=True)
         return self._finish(trainer)
 

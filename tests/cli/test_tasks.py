@@ -192,7 +192,7 @@ def test_refusals_of_merge_and_student(teacher, moe, trained, base, data, tmp_pa
     assert line("student", teacher, "--shape", "5l").startswith(
         "shape: expected one of 4l-312, 6l-384, 6l-768, 3l-384, got"
     )
-    assert line("student", teacher, "--layers", 3).startswith("layer_map: expected 1 to 2 student layers, as many as")
+    assert line("student", teacher, "--layers", 3).startswith("layers: expected 1 to 2 student layers, as many as")
     assert line("student", moe).startswith("model: expected a dense model, got BertForSequenceClassification with")
     other = write_base(tmp_path / "other")
     vocab = other / "tokenizer.json"

@@ -39,6 +39,35 @@ def test_what_a_model_cannot_read(family, given, message, read):
         read(model, [batch(**given)])
 
 
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (batch(), "expected several in an iterable, got a single one; put it in a list"),
+        ([(1, 2)], "expected mappings with input_ids, tokenized texts, got tuple"),
+        (
+            [{"input_ids": [[5]], "labels": [0]}],
+            r"expected tensors in each, got input_ids \(list\), labels \(list\); call",
+        ),
+        ([{}], "expected tensors in each, got an empty one"),
+        ([batch() | {"input_ids": torch.tensor([5, 6])}], r"expected input_ids as whole .*, got \(2,\) of torch.int64"),
+        ([batch() | {"input_ids": torch.ones(2, 8)}], r"expected input_ids as whole .* got \(2, 8\) of torch.float32"),
+        ([{"input_ids": torch.ones(2, 0).long()}], r"\(B, T\), at least one, got \(2, 0\)"),
+        ([batch() | {"attention_mask": torch.ones(2, 5)}], r"of the input_ids' shape \(2, 8\), got \(2, 5\)"),
+        ([], "got no|got none.* an iterator that was read before is empty"),
+    ],
+)
+def test_what_is_no_batch_of_tokens(batches, message, read):
+    with pytest.raises(UserError, match=f"batches: .*{message}"):
+        read(make("bert", AutoModelForSequenceClassification), batches)
+
+
+def test_labels_are_not_read_where_no_loss_is_wanted():
+    """Running text has some for each token, which a classifier would refuse."""
+    model = make("bert", AutoModelForSequenceClassification)
+    assert choose_experts(model, [batch(largest=80) | {"labels": torch.zeros(2, 8, dtype=torch.long)}])
+
+
 def test_rotary_positions_reach_beyond_the_configuration():
     model = make("modernbert")
     assert len(read_text(model, find_sites(model), [batch(70)], 10)) == 2

@@ -1,10 +1,14 @@
 """The model card: code that runs, numbers that are right, and nothing of a person's lost."""
 
+import copy
+import pickle
+
 import pytest
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.convert.card import card, parameter_counts, save_with_card, write_card
 from moebert_kernels.layers import MoEConfig
+from moebert_kernels.serve import prepare
 from tests.convert import mpoe_models
 from tests.convert.models import dense_model, moe_model
 
@@ -66,6 +70,25 @@ def test_parameters_that_a_token_meets():
     expert = 12 * 16 + 12 + 16 * 12 + 16  # the norm is the layer's
     assert total - active == 2 * 2 * expert
     assert len(set(parameter_counts(MODELS["dense"]()).values())) == 1
+
+
+def test_a_plain_save_writes_the_card(tmp_path):
+    """And of a loaded model too; not of a prepared one, which the code of the card would not load."""
+    model = moe_model()
+    model.save_pretrained(tmp_path / "moe")
+    text = (tmp_path / "moe/README.md").read_text()
+    assert text.startswith(card(model))
+    loaded = type(model).from_pretrained(tmp_path / "moe")
+    for kind in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded), loaded):
+        kind.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again/README.md").read_text() == text
+        (tmp_path / "again/README.md").unlink()
+    model.save_pretrained(tmp_path / "again", is_main_process=False)
+    prepare(loaded, "float32").save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again/README.md").exists()
+    (tmp_path / "moe/README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "moe")
+    assert (tmp_path / "moe/README.md").read_text() == "mine"
 
 
 def test_scores_are_those_that_are_known():

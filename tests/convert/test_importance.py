@@ -169,7 +169,7 @@ def test_rejects_labels(change, message):
 
 
 def test_rejects_models_and_batches():
-    with pytest.raises(UserError, match="batches: expected at least one batch, got none"):
+    with pytest.raises(UserError, match="batches: expected at least one, got none; an iterator"):
         importance_scores(dense_model("bert-cls"), [])
     with pytest.raises(UserError, match="model: expected a task head"):
         importance_scores(dense_model("bert"), [inputs() | {"labels": torch.zeros(4)}])

@@ -48,7 +48,7 @@ def test_same_logits_after_reload(tmp_path, name, router):
     model = moe_model(name, router=router, dense={"pad_token_id": 1})
     model.save_pretrained(tmp_path)
     files = sorted(os.listdir(tmp_path))
-    assert files == ["config.json", "model.safetensors"]
+    assert files == ["README.md", "config.json", "model.safetensors"]
     torch.manual_seed(99)  # a table drawn again would be another one
     again = AUTO.get(name.split("-")[-1], AutoModel).from_pretrained(tmp_path)
     assert isinstance(again, CLASSES[name][1]) and not again.training

@@ -57,7 +57,7 @@ def test_demo(tiny_demo, tmp_path, capsys):
     run.run_demo(tmp_path / "demo", quick=True)
 
     printed = capsys.readouterr().out
-    for words in ("teacher (dense)", "MoE student, 384", "dense student, 384", "report.json", "chart.png"):
+    for words in ("teacher (dense)", "MoE student, 384", "dense of the same FLOPs, 384", "report.json", "chart.png"):
         assert words in printed
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert (tmp_path / "demo" / "chart.png").read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.distill import arguments
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
@@ -253,3 +254,20 @@ def test_arguments_name_the_objective(tmp_path):
     )
     assert run.objective.layer_map == {2: 2}
     assert run.train().global_step == 12
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "pinned"),
+    [(None, {}, False), ("cuda", {}, True), ("cuda", {"use_cpu": True}, False), ("mps", {}, False)],
+)
+def test_batches_are_pinned_where_they_go_to_an_accelerator(device, options, pinned, monkeypatch):
+    """Elsewhere torch warns of it; a value that is given stays."""
+    monkeypatch.setattr(arguments, "_accelerator", lambda: device)
+    assert MoETrainingArguments("run", **options).dataloader_pin_memory is pinned
+    assert MoETrainingArguments("run", dataloader_pin_memory=False, **options).dataloader_pin_memory is False
+
+
+def test_bfloat16_trains_on_a_cpu(monkeypatch):
+    """Which transformers refuses unless `use_cpu` is given."""
+    monkeypatch.setattr(arguments, "_accelerator", lambda: None)
+    assert MoETrainingArguments("run", bf16=True).use_cpu and not MoETrainingArguments("run").use_cpu

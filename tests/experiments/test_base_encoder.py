@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,6 +115,10 @@ def test_other_settings_are_refused(study, capsys):
     with pytest.raises(SystemExit):
         study("teacher", "--task", "stsb", "--dtype", "bf16")
     assert "autocast (float32, now bfloat16)" in capsys.readouterr().err
+    shutil.rmtree(study.folder / "work/tiny/stsb-1")  # as on another machine, where the results are
+    with pytest.raises(SystemExit):
+        study("teacher", "--task", "stsb")
+    assert "work: expected the weights of the teachers that" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -141,7 +146,6 @@ def test_what_another_process_is_at_is_left_to_it(modules, tmp_path, capsys):
     made = []
     cell = study.Cell(place, "rte", 1)
     cell._distilled = lambda name, arm, rate: made.append(name) or {"held_out": 0.5, "scores": {}, "seconds": 1}
-    (tmp_path / "work/tiny/locks").mkdir(parents=True, exist_ok=True)
     with FileLock(tmp_path / "work/tiny/locks/rte-1-moe-0.1"):
         study.run_students([cell], ["moe", "dense"], [0.1])
     assert made == ["dense-0.1"]
@@ -182,7 +186,7 @@ def test_summary(modules, tmp_path):
     assert mean == pytest.approx(4.0) and pairs == 3 and p == pytest.approx(0.0742, abs=1e-4)
     assert summary.mean("balanced") is None
     missing = summary.missing()
-    assert "- dense of 1/4, corrected: cola (seed 2)" in missing
+    assert "- dense of the same FLOPs, 1/4: cola (seed 2)" in missing
     assert "- MoEBERT's experts, balanced tables: rte (seed 2), cola" in missing
     assert "- MPOE: everything" in missing
     assert "missing" in report.cell_text(summary, "balanced", "cola")
