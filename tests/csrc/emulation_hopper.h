@@ -145,6 +145,22 @@ inline void land(const CUtensorMap& map, const std::vector<Block*>& targets, siz
   }
 }
 
+// Eight bytes into the same place of another block of the cluster, late, and their arrival on its barrier.
+inline void send(const void* shared, const uint64_t* barrier, int rank, uint64_t bytes) {
+  Machine& machine = Machine::instance();
+  const size_t target = offset_in_shared(shared), full = offset_in_shared(barrier);
+  auto& blocks = machine.block().cluster->blocks;
+  if (target % 8 != 0 || static_cast<size_t>(rank) >= blocks.size()) fail("bytes sent unaligned or out of the cluster");
+  Block* block = blocks[static_cast<size_t>(rank)];
+  ++block->copies_in_flight;
+  machine.later(24, [=] {
+    if (block->live_threads == 0) fail("bytes sent to a block that has ended");
+    std::memcpy(block->shared + target, &bytes, 8);
+    hopper(*block).barriers[full].complete(8);
+    --block->copies_in_flight;
+  });
+}
+
 inline void load_box(const CUtensorMap* map, unsigned ranks, const uint64_t* full, const void* shared, int k, int row,
                      int expert) {
   Machine& machine = Machine::instance();
@@ -232,6 +248,14 @@ inline void wait(uint64_t* barrier, uint32_t parity) {
   while ((state.phase & 1) == parity) emulation::Machine::instance().wait(&state.phase, state.phase);
 }
 
+inline void wait_for_cluster(uint64_t* barrier, uint32_t parity) { wait(barrier, parity); }
+
+inline void send(float2* shared, uint64_t* barrier, int rank, float2 value) {
+  emulation::send(shared, barrier, rank, emulation::to_bits(value));
+}
+
+inline float2 received(const float2* shared) { return *shared; }
+
 inline void sync_named(int threads, int name) {
   emulation::Machine& machine = emulation::Machine::instance();
   machine.arrive(emulation::hopper(machine.block()).named[name], static_cast<unsigned>(threads));
@@ -251,6 +275,10 @@ inline void load_box(const CUtensorMap* map, uint64_t* full, void* shared, int k
 inline void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared, int k, int row,
                          int expert) {
   emulation::load_box(map, ranks, full, shared, k, row, expert);
+}
+
+inline void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared, int k, int row) {
+  emulation::load_box(map, ranks, full, shared, k, row, 0);
 }
 
 struct alignas(16) Bytes16 {
