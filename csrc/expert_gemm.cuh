@@ -251,13 +251,14 @@ __device__ __forceinline__ void in_turns(typename Traits::Scheduler& scheduler, 
     has_tile = scheduler.next(tile);
   }
   while (has_tile) {
-    ExpertTile skipped;
-    const bool other_has_tile = scheduler.next(skipped);
-    const int other_steps = other_has_tile && skipped.expert < num_experts ? steps : 0;
     hopper::sync_named(256, group);
+    bool other_has_tile = false;
     compute([&] {
-      if (other_has_tile) hopper::arrive_named(256, 1 - group);
-      slot.advance(other_steps);
+      ExpertTile skipped;  // found here, while the last product goes on: until then it would take registers
+      other_has_tile = scheduler.next(skipped);
+      if (!other_has_tile) return;
+      hopper::arrive_named(256, 1 - group);
+      if (skipped.expert < num_experts) slot.advance(steps);
     });
     has_tile = other_has_tile && scheduler.next(tile);
   }

@@ -177,21 +177,33 @@ __device__ __forceinline__ void normalise_tile(const NormEpilogue<T>& params, co
     }
   }
 
-  const float2 moments = exchange_rows(part);
+  {
+    const float2 moments = exchange_rows(part);
+#pragma unroll
+    for (int m = 0; m < kHalves; ++m) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        const float scale = of_row(moments.y, m, v), shift = -scale * of_row(moments.x, m, v);
+#pragma unroll
+        for (int j = 0; j < kBlockN / 8; ++j) {
+          acc(j, v, m, 0) = fmaf(acc(j, v, m, 0), scale, shift);
+          acc(j, v, m, 1) = fmaf(acc(j, v, m, 1), scale, shift);
+        }
+      }
+    }
+  }
   const float weight = params.weights == nullptr ? 1.0f : static_cast<float>(params.weights[max(target, 0)]);
 #pragma unroll
   for (int m = 0; m < kHalves; ++m) {
     T* to[2];
     bool stored[2];
-    float weights[2], scales[2], shifts[2];
+    float weights[2];
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       const int to_token = of_row(target, m, v);
       stored[v] = to_token >= 0;
       to[v] = params.y + static_cast<int64_t>(to_token) * params.columns + (column0 + 8 * quad_lane);
       weights[v] = of_row(weight, m, v);
-      scales[v] = of_row(moments.y, m, v);
-      shifts[v] = -scales[v] * of_row(moments.x, m, v);
     }
 #pragma unroll
     for (int block = 0; block < kBlocks; ++block) {
@@ -202,10 +214,9 @@ __device__ __forceinline__ void normalise_tile(const NormEpilogue<T>& params, co
         const float2 gain = pair_of(params.norm_weight, 4 * block + j), bias = pair_of(params.norm_bias, 4 * block + j);
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const float first = fmaf(acc(4 * block + j, v, m, 0), scales[v], shifts[v]);
-          const float second = fmaf(acc(4 * block + j, v, m, 1), scales[v], shifts[v]);
-          words[v][j] = Half2<T>::pack(weights[v] * fmaf(first, gain.x, bias.x),
-                                       weights[v] * fmaf(second, gain.y, bias.y));
+          const float first = fmaf(acc(4 * block + j, v, m, 0), gain.x, bias.x);
+          const float second = fmaf(acc(4 * block + j, v, m, 1), gain.y, bias.y);
+          words[v][j] = Half2<T>::pack(weights[v] * first, weights[v] * second);
         }
       }
 #pragma unroll
