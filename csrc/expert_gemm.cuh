@@ -240,26 +240,24 @@ __device__ __forceinline__ void compute_tile(const Params& params, typename Trai
 }
 
 // Two consumer groups in turns: of the tiles of a CTA group 0 takes the first, third, ... Each is put into `tile` for
-// `compute(after_products)`, which has no more use for `slot` then.
+// `compute(after_products)`.
 template <class Traits, class Compute>
 __device__ __forceinline__ void in_turns(typename Traits::Scheduler& scheduler, int num_experts, int group, int steps,
                                          typename Traits::Slot& slot, ExpertTile& tile, const Compute& compute) {
-  bool has_tile = scheduler.next(tile);
+  ExpertTile skipped;
+  bool has_tile = scheduler.next(tile), is_first = group == 0;
   if (group == 1 && has_tile) {
-    hopper::arrive_named(256, 0);  // nobody is before the first tile
     if (tile.expert < num_experts) slot.advance(steps);
     has_tile = scheduler.next(tile);
   }
   while (has_tile) {
-    hopper::sync_named(256, group);
-    bool other_has_tile = false;
+    const bool other_has_tile = scheduler.next(skipped);
+    if (!is_first) hopper::sync_named(256, group);
+    is_first = false;
     compute([&] {
-      ExpertTile skipped;  // found here, while the last product goes on: until then it would take registers
-      other_has_tile = scheduler.next(skipped);
-      if (!other_has_tile) return;
-      hopper::arrive_named(256, 1 - group);
-      if (skipped.expert < num_experts) slot.advance(steps);
+      if (other_has_tile) hopper::arrive_named(256, 1 - group);
     });
+    if (other_has_tile && skipped.expert < num_experts) slot.advance(steps);
     has_tile = other_has_tile && scheduler.next(tile);
   }
 }

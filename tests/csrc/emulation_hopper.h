@@ -351,6 +351,7 @@ struct Product {
   template <int kPending>
   static void wait(Accumulators& acc) {
     finish(acc, kPending);
+    emulation::meet(0xffffffffu, 0);  // a warp waits together
   }
 
   static float& at(Accumulators& acc, int j, int v, int m, int c) { return acc.value[m][j][v][c]; }
