@@ -298,18 +298,19 @@ def _cuda_test(op: str, form: str, tokens: int, hidden: int = HIDDEN) -> Callabl
     """One of the two layers on so many tokens in bfloat16, after a check that this form is the first that applies."""
 
     def test(device: torch.device) -> str:
-        ids, of_expert = _expert_ids(device, tokens), (EXPERTS, hidden)
-        shapes = ((tokens, hidden), (EXPERTS, INTERMEDIATE, hidden), (EXPERTS, INTERMEDIATE), (*of_expert, INTERMEDIATE))
+        from moebert_kernels.cuda_backend import expert_gemm, expert_gemm_norm, tiny_ffn  # these need Triton
+
+        count = max(tokens, expert_gemm_norm.LEAST_TOKENS if form == NORM_FORM else 0)
+        ids, of_expert, first = _expert_ids(device, count), (EXPERTS, hidden), (EXPERTS, INTERMEDIATE, hidden)
+        shapes = ((count, hidden), first, first[:2], (*of_expert, INTERMEDIATE))
         norm = (of_expert, of_expert) if op == ADD_NORM else ()
 
         def call(x: Tensor, *rest: Tensor) -> Tensor:
-            from moebert_kernels.cuda_backend import expert_gemm, expert_gemm_norm, tiny_ffn  # these need Triton
-
             with backend.use_backend("cuda", strict=True, without=() if form == NORM_FORM else (NORM_FORM,)):
                 asked = {"tiny_ffn": tiny_ffn.applies(x, 1, rest[0]), NORM_FORM: expert_gemm_norm.applies(x, rest[2]),
                          "expert_gemm": expert_gemm.applies(x, rest[0])}  # fmt: skip
                 if form != next((name for name, applies in asked.items() if applies), None):
-                    raise AssertionError(f"{form} is not what takes {tokens} tokens")
+                    raise AssertionError(f"{form} is not what takes {count} tokens")
                 return getattr(moebert_kernels, op)(x, ids, *rest)
 
         def naive(x: Tensor, *rest: Tensor) -> Tensor:
@@ -386,7 +387,8 @@ _CUDA_SELF_TESTS = {
     (ADD_NORM, "tiny_ffn"): _cuda_test(ADD_NORM, "tiny_ffn", TOKENS),
     ("expert_gemm", "expert_gemm"): _test_cuda_expert_gemm,
     ("fused_moe_ffn", "expert_gemm"): _cuda_test("fused_moe_ffn", "expert_gemm", MANY_TOKENS),
-    (ADD_NORM, NORM_FORM): _cuda_test(ADD_NORM, NORM_FORM, MANY_TOKENS, hidden=736),  # a row: four CTAs, the last ragged
+    # Four CTAs hold a row, the last one a part of its columns.
+    (ADD_NORM, NORM_FORM): _cuda_test(ADD_NORM, NORM_FORM, MANY_TOKENS, hidden=736),
     (ADD_NORM, "expert_gemm"): _cuda_test(ADD_NORM, "expert_gemm", MANY_TOKENS),
 }
 

@@ -72,6 +72,7 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setattr(native, "module", lambda: kernels)
     monkeypatch.setattr(tiny_ffn, "add_norm", add_norm)
+    monkeypatch.setattr(expert_gemm_norm, "LEAST_TOKENS", doctor.MANY_TOKENS)
     for form in (expert_gemm, expert_gemm_norm):
         monkeypatch.setattr(form, "stream_of", lambda tensor: 0)
     monkeypatch.setattr(cuda_groups, "forward", forward)

@@ -12,14 +12,16 @@ from moebert_kernels.cuda_backend import expert_gemm
 from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 
+LEAST_TOKENS = 8192  # fewer take longer than the GEMM and the pass, by the estimate in docs/design/0010
 _BLOCK = 32  # columns that lie in one CTA's tile or in none
 
 
 def applies(x: Tensor, w: Tensor) -> bool:
-    """Whether x's GPU has the kernel and it can add FFN rows times w (E, H, I) to x (T, H) of the same dtype."""
+    """Whether x's GPU has the kernel, it can multiply by w (E, H, I) and add x (T, H), and T is enough for a gain."""
     return (
         backend.form_allowed("expert_gemm_norm")
         and x.dtype == w.dtype
+        and x.shape[0] >= LEAST_TOKENS
         and w.shape[1] % _BLOCK == 0
         and backend.kernel_unavailable("expert_gemm_norm", x.device, x.dtype) is None
         and w.shape[1] <= native.module().expert_gemm_norm_max_columns
@@ -51,6 +53,7 @@ def expert_gemm_norm(
         return
     x, bias = expert_gemm.in_pieces(x), None if bias is None else expert_gemm.aligned(bias)
     norm_weight, norm_bias = expert_gemm.aligned(norm_weight), expert_gemm.aligned(norm_bias)
+    weights = None if weights is None else expert_gemm.aligned(weights)  # copies live until the launch
     num_experts, columns, depth = w.shape
     w_expert_stride, w_row_stride = expert_gemm.strides(w)
     native.module().expert_gemm_norm(
@@ -64,7 +67,7 @@ def expert_gemm_norm(
         x_row_stride=x.stride(0),
         norm_weight=norm_weight.data_ptr(),
         norm_bias=norm_bias.data_ptr(),
-        weights=pointer(None if weights is None else expert_gemm.aligned(weights)),
+        weights=pointer(weights),
         y=y.data_ptr(),
         offsets=grouping.offsets.data_ptr(),
         row_to_assignment=grouping.row_to_assignment.data_ptr(),

@@ -1,7 +1,7 @@
 """The MoEBERT expert. Each form is asked whether it applies, the best one first:
 
 1. `tiny_ffn`: few tokens in inference, two launches for everything, also straight from expert ids;
-2. Hopper's expert GEMM, and a second one that adds the residual and normalises whole rows, in inference and in any order;
+2. Hopper's expert GEMM, and one that adds the residual and normalises whole rows, in inference and in any order;
 3. Hopper's expert GEMM, twice, then Triton's pass that un-permutes, adds the residual and normalises;
 4. Triton's kernels, which take everything and run every backward.
 """

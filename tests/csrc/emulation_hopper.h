@@ -248,7 +248,10 @@ inline void wait(uint64_t* barrier, uint32_t parity) {
   while ((state.phase & 1) == parity) emulation::Machine::instance().wait(&state.phase, state.phase);
 }
 
-inline void wait_for_cluster(uint64_t* barrier, uint32_t parity) { wait(barrier, parity); }
+inline void wait_for_cluster(uint64_t* barrier, uint32_t parity) {
+  wait(barrier, parity);
+  emulation::Machine::instance().warp_stands_still_sometimes();
+}
 
 inline void send(float2* shared, uint64_t* barrier, int rank, float2 value) {
   emulation::send(shared, barrier, rank, emulation::to_bits(value));

@@ -20,6 +20,7 @@ HOPPER = tuple(name for name in UNGATED if name != "relu2")
 def stand_in(monkeypatch):
     found = StandIn()
     monkeypatch.setattr(native, "module", lambda: found)
+    monkeypatch.setattr(expert_gemm_norm, "LEAST_TOKENS", 12)
     for form in (expert_gemm, expert_gemm_norm):
         monkeypatch.setattr(form, "stream_of", lambda tensor: 0)
     reasons = {"expert_gemm": None, "expert_gemm_norm": None}
@@ -131,11 +132,12 @@ def test_the_moebert_expert_normalises_in_its_second_launch(stand_in, in_order, 
 
 
 @pytest.mark.parametrize(
-    "why", ["training", "dropout", "float32", "odd_columns", "wide", "left_out", "two_experts", "swiglu"]
+    "why", ["few_tokens", "training", "dropout", "float32", "odd_columns", "wide", "left_out", "two_experts", "swiglu"]
 )
 def test_what_the_normalising_gemm_cannot_take_runs_without_it(stand_in, why):
     hidden = {"odd_columns": 72, "wide": 1056}.get(why, NORMED)
-    x, w1, b1, w2, b2, p = ffn_arguments(12, hidden, 40, torch.bfloat16)
+    tokens = 11 if why == "few_tokens" else 12
+    x, w1, b1, w2, b2, p = ffn_arguments(tokens, hidden, 40, torch.bfloat16)
     x = x.float() if why == "float32" else x
     norm = [torch.ones(E, hidden, dtype=x.dtype), torch.zeros(E, hidden, dtype=x.dtype)]
     drop, seed = (0.25, torch.tensor(5)) if why == "dropout" else (0.0, None)
@@ -146,7 +148,7 @@ def test_what_the_normalising_gemm_cannot_take_runs_without_it(stand_in, why):
         w1, b1 = w1.repeat(1, 2, 1), b1.repeat(1, 2)
     with backend.use_backend("triton", without=("expert_gemm_norm",) if why == "left_out" else ()):
         y, *_ = cuda_add_norm.forward(
-            x, grouping_of(12), w1, b1, w2, b2, *norm, p.to(x.dtype), 1e-5, "swiglu" if why == "swiglu" else "gelu",
+            x, grouping_of(tokens), w1, b1, w2, b2, *norm, p.to(x.dtype), 1e-5, "swiglu" if why == "swiglu" else "gelu",
             drop, 0.0, seed, why == "training",
         )  # fmt: skip
     assert stand_in.normed == [] and torch.isfinite(y).all()
@@ -264,8 +266,12 @@ def test_values_on_hopper(block_n, cluster, tokens, columns, depth, gather, scat
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("block_n, cluster", [(0, 0), (128, 1), (192, 1), (128, 2), (192, 2), (128, 4), (192, 4), (128, 8)])
-@pytest.mark.parametrize("tokens, depth", [(1, 8), (1000, 768), (9001, 1016)], ids=["small-one", "large", "large-ragged"])
+@pytest.mark.parametrize(
+    "block_n, cluster", [(0, 0), (128, 1), (192, 1), (128, 2), (192, 2), (128, 4), (192, 4), (128, 8)]
+)
+@pytest.mark.parametrize(
+    "tokens, depth", [(1, 8), (1000, 768), (9001, 1016)], ids=["small-one", "large-even", "large-ragged"]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_normalised_values_on_hopper(block_n, cluster, tokens, depth, dtype):
     for columns in {block_n * cluster or 768, 32 * max(1, (block_n * cluster or 1024) // 40)}:
@@ -275,7 +281,8 @@ def test_normalised_values_on_hopper(block_n, cluster, tokens, depth, dtype):
 def check_normalised(block_n, cluster, tokens, columns, depth, dtype):
     grouping = grouping_of(tokens, device="cuda")
     h, w = torch.randn(tokens, depth), torch.randn(E, columns, depth) * depth**-0.5
-    tensors = (h, w, torch.randn(E, columns), torch.randn(tokens, columns), torch.rand(E, columns), torch.rand(E, columns))
+    bias, gain, shift = torch.randn(3, E, columns)
+    tensors = (h, w, bias, torch.randn(tokens, columns), gain, shift)
     h, w, bias, x, gain, shift = (tensor.to("cuda", dtype) for tensor in tensors)
     rows_of_x, row = x[grouping.row_to_assignment.long()], grouping.assignment_to_row.long()
     routed = row < grouping.offsets[-1]
