@@ -231,13 +231,21 @@ inline void init_barrier(uint64_t* barrier, int arrivals) {
 inline void publish_barriers() {}
 inline void arrive(uint64_t* barrier) { emulation::barrier_of(barrier).arrive(0); }
 
+// At another block it is late, as all that goes there.
 inline void arrive_at(uint64_t* barrier, int rank) {
-  auto& blocks = emulation::Machine::instance().block().cluster->blocks;
+  emulation::Machine& machine = emulation::Machine::instance();
+  auto& blocks = machine.block().cluster->blocks;
   if (static_cast<size_t>(rank) >= blocks.size()) emulation::fail("an arrival outside the cluster");
   const size_t offset = emulation::offset_in_shared(barrier);
-  emulation::Block& block = *blocks[static_cast<size_t>(rank)];
-  if (block.live_threads == 0) emulation::fail("an arrival at a block that has ended");
-  emulation::hopper(block).barriers[offset].arrive(0);
+  emulation::Block* block = blocks[static_cast<size_t>(rank)];
+  ++block->copies_in_flight;
+  const auto happen = [=] {
+    if (block->live_threads == 0) emulation::fail("an arrival at a block that has ended");
+    emulation::hopper(*block).barriers[offset].arrive(0);
+    --block->copies_in_flight;
+  };
+  if (block == &machine.block()) return happen();
+  machine.later(24, happen);
 }
 
 inline void arrive_and_expect(uint64_t* barrier, uint32_t bytes) { emulation::barrier_of(barrier).arrive(bytes); }
