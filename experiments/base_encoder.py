@@ -40,7 +40,7 @@ WANTED = {
     "minilm": (tuple(FILES), (1, 2, 3)),
     "mpnet": (FOUR, (1, 2)),
     "minilm-2500": ((*FOUR, "trec"), (1, 2, 3)),
-    "mpnet-2500": (("trec",), (1,)),
+    "mpnet-2500": ((*FOUR, "trec"), (1, 2)),
 }
 TEACHER_RATES, STUDENT_RATES = (1e-4,), (2e-4,)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +86,20 @@ class Summary:
             shares.append(statistics.mean(ours / theirs for ours, theirs in pairs))
         return 100 * statistics.mean(shares)
 
-    def difference(self, arm: str) -> tuple[float, float | None, int] | None:
+    def agreement(self, arm: str) -> float | None:
+        """The mean over the tasks of the agreement with the teacher, in %; None where a task is missing."""
+        found = [[run["agreement"] for run in self.of(arm, task) if "agreement" in run] for task in self.common]
+        return 100 * statistics.mean(map(statistics.mean, found)) if found and all(found) else None
+
+    def difference(self, arm: str, of: Callable[[Run], float | None]) -> tuple[float, float | None, int] | None:
         """BASELINE minus the arm in points, p of the paired t-test over tasks and seeds, and the number of pairs."""
         places = [(task, seed) for task in self.tasks for seed in self.seeds]
-        pairs = [
-            100 * (self.cells[BASELINE, *place]["scores"]["float32"] - self.cells[arm, *place]["scores"]["float32"])
+        both = [
+            (of(self.cells[BASELINE, *place]), of(self.cells[arm, *place]))
             for place in places
             if (BASELINE, *place) in self.cells and (arm, *place) in self.cells
         ]
+        pairs = [100 * (ours - theirs) for ours, theirs in both if ours is not None and theirs is not None]
         if not pairs or arm == BASELINE:
             return None
         varies = len(pairs) > 1 and max(pairs) > min(pairs)
@@ -138,20 +144,27 @@ def cell_text(summary: Summary, arm: str, task: str) -> str:
 
 def accuracy_table(summary: Summary) -> list[str]:
     heads = " | ".join(f"{task} {task_named(task).main_metric}" for task in summary.tasks)
+    ahead = "chosen MoE minus this, points | p"
     lines = [
-        f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | chosen MoE minus this, points | p |",
-        "|---" * (len(summary.tasks) + 5) + "|",
+        f"| | {heads} | mean of {', '.join(summary.common) or 'no task'} | kept | {ahead} | agreement | {ahead} |",
+        "|---" * (len(summary.tasks) + 8) + "|",
     ]
     for arm in summary.arms:
-        mean, change = summary.mean(arm), summary.difference(arm)
+        mean = summary.mean(arm)
         cells = [cell_text(summary, arm, task) for task in summary.tasks]
         cells += ["missing" if mean is None else f"{mean[0]:.1f} ± {mean[1]:.1f}"]
         cells += ["" if arm == TEACHER else shown(summary.kept(arm))]
-        cells += ["", ""] if change is None else [
-            f"{change[0]:+.2f} (n = {change[2]})", "" if change[1] is None else f"{change[1]:.3f}"
-        ]  # fmt: skip
+        cells += difference_cells(summary.difference(arm, lambda run: run["scores"]["float32"]))
+        cells += ["" if arm == TEACHER else shown(summary.agreement(arm))]
+        cells += difference_cells(summary.difference(arm, lambda run: run.get("agreement")))
         lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
     return lines
+
+
+def difference_cells(change: tuple[float, float | None, int] | None) -> list[str]:
+    if change is None:
+        return ["", ""]
+    return [f"{change[0]:+.2f} (n = {change[2]})", "" if change[1] is None else f"{change[1]:.3f}"]
 
 
 def dtype_table(summary: Summary, latency: Mapping[str, Any], device: str) -> list[str]:
@@ -259,7 +272,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}. "
             f"At most {settings['rows']:,} training rows, of which a tenth is held out;"
             f" {settings['teacher_epochs']} epochs for the teacher,"
-            f" {settings['epochs']} for students, in {settings['autocast']}."
+            f" {settings['epochs']} for students, in {settings['autocast']}. Agreement is the task's metric with the"
+            " teacher's answers for labels."
         )
         parts.append("\n".join(accuracy_table(summary)))
         untrained = Summary(

@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -268,7 +268,7 @@ class Cell:
         model = self._loaded(self.place.base, **options)
         facts = self._trained(model, f"{name}-run", rate, self.settings.teacher_epochs)
         model.save_pretrained(self.folder / name)
-        return facts | self.judged(model)
+        return facts | self.judged(model, student=False)
 
     def make_student(self, arm: str, rate: float) -> None:
         """Convert and distil, or with the rate 0 convert alone; does nothing where that is done.
@@ -339,7 +339,17 @@ class Cell:
         answers = self.answers(model, split) if answers is None else answers
         return compute_metrics(task, answers[rows], np.asarray(self.columns[split]["labels"])[rows])[task.main_metric]
 
-    def judged(self, model: Any, packs: bool = True) -> Result:
+    def teacher_answers(self) -> np.ndarray:
+        """On the test rows."""
+        with self.place.lock(f"{self.name}-{self.seed}-answers"):
+            return once_array(self.folder / "teacher-answers.npy", lambda: self.answers(self.teacher, "test"))
+
+    def agreement(self, answers: np.ndarray) -> float:
+        """What the metric says of a student with its teacher's answers for labels: fidelity, without labels' noise."""
+        task = replace(self.data.task, metrics=(self.data.task.main_metric,))
+        return compute_metrics(task, answers, self.teacher_answers())[task.main_metric]
+
+    def judged(self, model: Any, packs: bool = True, student: bool = True) -> Result:
         """Scores on the held-out rows and, in each dtype, on the test rows; the first one's error over examples."""
         model.eval()
         answers = self.answers(model, "test")
@@ -348,13 +358,23 @@ class Cell:
         for dtype in DTYPES[1:] if packs else ():
             prepared = prepare(copy.deepcopy(model).cpu(), dtype)
             scores[dtype] = self.score(prepared, "test")
-        return {
+        agreement = {"agreement": self.agreement(answers)} if student else {}
+        return agreement | {
             "metric": self.data.task.main_metric,
             "held_out": self.score(model, "validation"),
             "scores": scores,
             "error": float(np.std([self.score(model, "test", answers, rows) for rows in draws])),
             **parameter_counts(model),
         }
+
+
+def once_array(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in this file, which is made where there is none."""
+    if not file.exists():
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, make())
+        partial.replace(file)
+    return np.load(file)
 
 
 def without_dropout(model: Any) -> None:

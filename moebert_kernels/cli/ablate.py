@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,8 @@ def ablate(
     """
     from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.files import once, write_text
-    from moebert_kernels.distill.identity import changed, described
+    from moebert_kernels.distill.identity import check_same, model_files, row_facts
+    from moebert_kernels.distill.recipe import flat
     from moebert_kernels.study.ablation import ARMS, DEFAULT_ARMS, draw, repeated_arms, summary, table
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
@@ -84,15 +85,18 @@ def ablate(
         )
     arms = [name for name in arms if name not in repeated]
     data_of = {name: inputs.load_data(known, files.get(name), "train", hold_out) for name, known in tasks.items()}
-    by_task = {"student": students, "teacher": teachers, "dense teacher": dense}
-    identity = {"config": config, "hold_out": hold_out} | _facts(chosen, by_task, data_of)
+    identity: dict[str, Any] = {"config": config, "hold_out": hold_out, "model": students, "teacher": teachers}
+    identity |= {"dense_teacher": dense} | {f"files of {name}": model_files(name) for name in models}
+    for stage in chosen.stages:
+        identity |= {f"{stage.name}.{name}": one for name, one in flat(stage.settings).items()}
+    for name, loaded in data_of.items():
+        identity |= row_facts(loaded, of=name)
     claim(output, "ablate")
-    changes = changed(once(output / "identity.json", lambda: identity), identity)
-    if changes:
-        raise UserError(
-            f"output: expected a new folder, or one of the same recipe, models and data, got {output} with results of"
-            f" other {described(changes)} (use another --output)"
-        )
+    check_same(
+        once(output / "identity.json", lambda: identity), identity,
+        f"output: expected a new folder, or one of the same recipe, models and data, got {output} with results of",
+        " (use another --output)",
+    )  # fmt: skip
 
     length = chosen.common("max_length")
     records, references = [], {}
@@ -113,25 +117,6 @@ def ablate(
     write_text(output / "table.md", table(report))
     draw(report, output / "chart.png", f"Students by {config}, {seeds} seeds")
     print(table(report))
-
-
-def _facts(recipe: Recipe, models: Mapping[str, Mapping[str, str]], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the results of a comparison depend on."""
-    from moebert_kernels.convert import model_fingerprint
-    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
-    from moebert_kernels.distill.recipe import flat
-
-    names = sorted({name for by_task in models.values() for name in by_task.values()})
-    weights = {name: model_fingerprint(load_as_saved(name)) for name in names}
-    tokens = {name: tokenizer_digest(load_tokenizer(name)) for name in names}
-    facts = {f"{stage.name}.{name}": one for stage in recipe.stages for name, one in flat(stage.settings).items()}
-    for kind, by_task in models.items():
-        facts |= {f"{kind} weights for {task}": weights[name] for task, name in by_task.items()}
-        facts |= {f"{kind} tokenizer for {task}": tokens[name] for task, name in by_task.items()}
-    for task, loaded in data.items():
-        facts |= row_facts(loaded, of=task)
-    return facts
 
 
 def _run(
@@ -159,12 +144,9 @@ def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:
 def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict[str, Any]:
     """Predictions on the test split, if the data has one, else on validation, and their main metric."""
     from moebert_kernels.data.metrics import compute_metrics
-    from moebert_kernels.distill.evaluation import Evaluator
 
     split = "test" if "test" in loaded.splits else "validation"
-    loaded = inputs.labels_as_in(loaded, model.config)
-    length, _ = inputs.lengths_for(model.config, loaded.task, tokenizer, length)
-    evaluator = Evaluator(inputs.tokenized(loaded, split, tokenizer, length, None, model.config), progress=True)
+    evaluator = inputs.Reader(loaded, model.config, tokenizer, length).evaluator(split)
     predictions, references = evaluator.predict(model), evaluator.references
     score = compute_metrics(loaded.task, predictions, references)[loaded.task.main_metric]
     return {"score": score, "split": split, "predictions": predictions, "references": references}

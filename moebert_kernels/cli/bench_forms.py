@@ -34,24 +34,19 @@ def check_forms(forms: list[str], task: str | None, dtype: str | None, chart: Pa
 
 def run_forms(
     paths: dict[str, str], forms: tuple[str, ...], rounds: int,
-    batches: Callable[[Sequence[Any]], list[tuple[Any, Any]]],
-    task: str | None, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str,
+    batches: Callable[[Sequence[Any]], list[tuple[Any, Any]]], loaded: Any, split: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Load the models, time and score them; what goes into the result beside the environment."""
     from moebert_kernels.bench.benchmark import sizes_of
-    from moebert_kernels.cli.quantize import evaluation
     from moebert_kernels.demo.forms import compare_forms
     from moebert_kernels.distill.loading import load_encoder, load_model, load_tokenizer
 
     score = None
-    if task is None:
+    if loaded is None:
         models = {name: load_encoder(path) for name, path in paths.items()}
     else:
-        wanted = inputs.make_task(task, text_column, label_column, False, paths["model"])
-        loaded = inputs.load_data(wanted, data, split)
         models = {name: load_model(path, loaded.task) for name, path in paths.items()}
-        first = models["model"]
-        score = evaluation(first.config, loaded, split, load_tokenizer(paths["model"]), None, None)
+        score = inputs.Reader(loaded, models["model"].config, load_tokenizer(paths["model"])).evaluator(split)
     sizes = {name: {"path": paths[name]} | sizes_of(model) for name, model in models.items()}
     result = compare_forms(models, forms, batches(list(models.values())), rounds, score)
     return {"rounds": rounds, "models": sizes} | result

@@ -11,7 +11,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, drop_parts, parts_of, write_model
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
@@ -21,6 +21,7 @@ _SIZES, _COPIES, _TEXTS, _MORE = "Sizes", "With --experts mpo or copy", "Texts a
 
 
 def convert(
+    ctx: typer.Context,
     *,
     model: str | None = None,
     output: o.OutputFolder,
@@ -88,8 +89,6 @@ def convert(
             each layer. Default: --router makes them.
         from_original: A checkpoint of the original MoEBERT code, in place of --model. Default: none.
     """
-    from moebert_kernels.distill.identity import file_digest, model_files
-
     if (model is None) == (from_original is None):
         raise UserError(
             f"model: expected either --model or --from-original, got {'neither' if model is None else 'both'}"
@@ -127,31 +126,24 @@ def convert(
     texts = None
     if config is not None and (counted or config.needs_text):
         texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
-    identity: dict[str, Any] = {
-        "command": "convert", "model": model and str(Path(model)), "importance": importance and str(importance),
-        "task": task, "data": data, "seed": seed, "method": method, "config": config and config.to_dict(),
-        "expert_size": expert_size, "sites": sites, "low_bonds": low_bonds, "noise": noise,
-        "from_original": from_original and str(from_original), "hash_tables": hash_tables and str(hash_tables),
-        "training texts": texts and texts.fingerprint,
-        "files of the model": model_files(model or from_original), "file of importance": file_digest(importance),
-        "file of hash tables": file_digest(hash_tables),
-    }  # fmt: skip
+    identity = call_of(ctx, texts=texts and texts.fingerprint)
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)
     reports: list[Any] = []
     if from_original is not None:
-        converted, tokenizer = _import_original(from_original, tables, seed)
-    elif config is None:
-        converted, tokenizer = _dense_student(model, importance, expert_size, seed)
+        from moebert_kernels.convert import from_original as imported
+
+        converted = imported(from_original, hash_tables=tables, seed=seed)
+        say_sizes(converted)
     else:
         options = {
             "seed": seed, "tables": tables, "num_sites": sites or 5, "force": bool(low_bonds), "noise": noise or 0.0,
         }  # fmt: skip
         parts = parts_of(output, identity)
-        converted, tokenizer = _converted(model, config, importance, texts, parts, options)
-        reports = [choice.report for choice in options.get("chosen", ())]
-    write_model(output, converted, tokenizer, identity, reports)
+        converted, reports = _converted(model, config, expert_size, importance, texts, parts, options)
+    folder = from_original and (from_original if from_original.is_dir() else from_original.parent)
+    write_model(output, converted, _tokenizer(model or folder), identity, reports)
     drop_parts(output)
 
 
@@ -172,52 +164,48 @@ def _config(method: str, tasks: list[str], data: list[str] | None, fields: dict[
 
 
 def _converted(
-    name: Any, config: Any, importance: Path | None, texts: Any, parts: Path, options: dict[str, Any]
-) -> tuple[Any, Any]:
-    """The converted model and its tokenizer; what was chosen so far is kept in `parts`."""
+    name: Any, config: Any, width: int | None, importance: Path | None, texts: Any, parts: Path, options: dict[str, Any]
+) -> tuple[Any, list[Any]]:
+    """The converted model, or without a `config` the dense student, and reports of what was chosen.
+
+    What was chosen so far is kept in `parts`.
+    """
     from moebert_kernels.convert import (
         choose_experts,
         convert_to_moe,
         count_tokens,
+        dense_student,
         load_importance,
         report_chart,
         report_table,
     )
     from moebert_kernels.distill.loading import load_as_saved, load_classifier
 
-    tokenizer = _tokenizer(name)
-    model = load_as_saved(name) if config.task_labels is None else load_classifier(name, options["seed"])
+    has_heads, seed = config is not None and config.task_labels is not None, options["seed"]
+    model = load_classifier(name, seed) if has_heads else load_as_saved(name)
     scores = None if importance is None else load_importance(importance, model).scores
-    before = sizes(model)
-    if config.router == "hash-balance" and texts is not None:
-        options["token_counts"] = count_tokens(texts.columns["input_ids"], model.config.get_text_config().vocab_size)
-    if config.needs_text:
-        batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
-        chosen = choose_experts(model, batches, config, seed=options["seed"], folder=parts, progress=True)
-        options["chosen"], reports = chosen, [choice.report for choice in chosen]
-        print(
-            "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of an expert's"
-            " size, of random tables, of the chosen tables, and if each token had its best expert. `least` and `load`"
-            " are the tokens of the emptiest and the fullest expert over an even share."
-        )
-        print(report_table(reports))
-        print(report_chart(reports))
-    convert_to_moe(model, config, importance=scores, **options)
+    before, reports = sizes(model), []
+    if config is None:
+        model = dense_student(model, scores, width, seed)
+    else:
+        if config.router == "hash-balance" and texts is not None:
+            vocabulary = model.config.get_text_config().vocab_size
+            options["token_counts"] = count_tokens(texts.columns["input_ids"], vocabulary)
+        if config.needs_text:
+            batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
+            chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
+            options["chosen"], reports = chosen, [choice.report for choice in chosen]
+            print(
+                "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of an"
+                " expert's size, of random tables, of the chosen tables, and if each token had its best expert."
+                " `least` and `load` are the tokens of the emptiest and the fullest expert over an even share."
+            )
+            print(report_table(reports))
+            print(report_chart(reports))
+        convert_to_moe(model, config, importance=scores, **options)
     say_sizes(model, before)
     say_kept(scores, model)
-    return model, tokenizer
-
-
-def _dense_student(name: Any, importance: Path | None, width: int | None, seed: int) -> tuple[Any, Any]:
-    from moebert_kernels.convert import dense_student, load_importance
-    from moebert_kernels.distill.loading import load_as_saved
-
-    model, tokenizer = load_as_saved(name), _tokenizer(name)
-    scores = None if importance is None else load_importance(importance, model).scores
-    student = dense_student(model, scores, width, seed)
-    say_sizes(student, sizes(model))
-    say_kept(scores, student)
-    return student, tokenizer
+    return model, reports
 
 
 def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
@@ -225,14 +213,6 @@ def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
         if unused and value is not None:
             got = str(value) if isinstance(value, Path) else value
             raise UserError(f"{name.replace('_', '-')}: it is used only with {where}; leave it out (got {got!r})")
-
-
-def _import_original(checkpoint: Path, tables: Any, seed: int) -> tuple[Any, Any]:
-    from moebert_kernels.convert import from_original
-
-    converted = from_original(checkpoint, hash_tables=tables, seed=seed)
-    say_sizes(converted)
-    return converted, _tokenizer(checkpoint if checkpoint.is_dir() else checkpoint.parent)
 
 
 def _tokenizer(name: Any) -> Any:
@@ -259,12 +239,11 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    config, wanted = load_config(model), inputs.make_task(tasks[0], text_column, label_column, False)
+    wanted = inputs.Table(data, text_column, label_column).make_task(tasks[0])
     if wanted.name == "custom":  # no label is read, so there may be none, as in running text
         rows = inputs.load_data(replace(wanted, kind="lm"), data, "train").train
         loaded = TaskData(wanted, {"train": rows.add_column("label", [0] * len(rows))})
     else:
         loaded = inputs.load_data(wanted, data, "train")
-    tokenizer = load_tokenizer(model)
-    length, _ = inputs.lengths_for(config, loaded.task, tokenizer, max_length)
-    return inputs.tokenized(loaded, "train", tokenizer, length, None, config)
+    reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)
+    return reader.split("train")

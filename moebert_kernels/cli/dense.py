@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, write_model
 from moebert_kernels.errors import UserError
 
 
-def merge(model: o.ModelName, output: o.OutputFolder, task: str | None = None, force: o.Force = False) -> None:
+def merge(
+    ctx: typer.Context, model: o.ModelName, output: o.OutputFolder, task: str | None = None, force: o.Force = False
+) -> None:
     """Turn a task-routed MoE into the dense model that it is for one task: transformers alone can serve it.
 
     Args:
         task: One of the model's tasks. Default: none, for a model with one expert.
     """
     from moebert_kernels.convert import merge as merged
-    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
 
     inputs.check_models(model=model)
-    identity = {
-        "command": "merge", "model": str(Path(model)), "task": task, "files of the model": model_files(model),
-    }  # fmt: skip
+    identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
     tokenizer = load_tokenizer(model)
@@ -33,6 +33,7 @@ def merge(model: o.ModelName, output: o.OutputFolder, task: str | None = None, f
 
 
 def student(
+    ctx: typer.Context,
     model: str,
     output: o.OutputFolder,
     task: str | None = None,
@@ -60,16 +61,10 @@ def student(
         teacher_layer: With --init layers: which of them, once for each, counted from 1. Default: every k-th.
     """
     from moebert_kernels.convert import describe_layer_map, layer_map, make_student
-    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
 
     inputs.check_models(model=model, init=None if init in ("layers", "random") else init)
-    identity = {
-        "command": "student", "model": str(Path(model)), "task": task, "shape": shape, "layers": layers,
-        "hidden_size": hidden_size, "intermediate_size": intermediate_size, "heads": heads, "init": init,
-        "teacher_layer": teacher_layer, "seed": seed, "files of the model": model_files(model),
-        "files of init": model_files(init) if init not in ("layers", "random") else None,
-    }  # fmt: skip
+    identity = call_of(ctx)
     if already_written(output, identity, force, model, init):
         return
     teacher, tokenizer = _dense_teacher(load_as_saved(model), task), load_tokenizer(model)

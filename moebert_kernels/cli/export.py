@@ -6,15 +6,18 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, write_files
+from moebert_kernels.cli.outputs import already_written, call_of, write_files
 from moebert_kernels.errors import UserError
 
 FORMATS = ("onnx",)
 
 
 def export(
+    ctx: typer.Context,
     model: o.ModelName,
     output: o.OutputFolder,
     format: str = "onnx",
@@ -30,17 +33,13 @@ def export(
         experts: matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for each
             layer, in float32.
     """
-    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.serve import export_onnx
 
     if format not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     inputs.check_models(model=model)
-    identity = {
-        "command": "export", "model": str(Path(model)), "format": format, "dtype": dtype,
-        "experts": experts, "files of the model": model_files(model),
-    }  # fmt: skip
+    identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
     loaded, tokenizer = load_as_saved(model), load_tokenizer(model)

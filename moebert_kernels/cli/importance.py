@@ -15,16 +15,10 @@ def importance(
     model: o.ModelName,
     task: o.TaskName,
     output: o.OutputFile,
-    data: o.Data = None,
+    texts: inputs.Texts,
     seed: o.Seed = 0,
     split: str = "train",
     max_examples: o.AtLeastOne = None,
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    hold_out: o.HoldOut = None,
-    max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = None,
     batch_size: o.Number = 32,
     force: o.Force = False,
 ) -> None:
@@ -36,7 +30,6 @@ def importance(
         batch_size: Sequences at once.
     """
     from moebert_kernels.convert.sites import common_width, find_sites
-    from moebert_kernels.data.tasks import TaskData
     from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.scoring import score_split
 
@@ -44,32 +37,27 @@ def importance(
     split = inputs.split_called(split)
     inputs.check_models(model=model)
     inputs.check_dense(model)
-    wanted = inputs.make_task(task, text_column, label_column, regression, model)
-    loaded = inputs.load_data(wanted, data, split, hold_out)
+    loaded = texts.load(task, split, model)
     teacher = load_model(model, loaded.task)
     common_width(find_sites(teacher))  # which refuses others
-    loaded = inputs.labels_as_in(loaded, teacher.config)
-    tokenizer = load_tokenizer(model)
-    length, doc_stride = inputs.lengths_for(teacher.config, loaded.task, tokenizer, max_length, doc_stride)
-    rows = _joined([loaded.split(name) for name in inputs.splits_named(loaded, split)])
+    reader = texts.read(loaded, teacher.config, load_tokenizer(model))
+    rows = _joined([reader.data.split(name) for name in inputs.splits_named(loaded, split)])
     if max_examples is not None and max_examples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_examples))
-    features = inputs.tokenized(
-        TaskData(loaded.task, {split: rows}), split, tokenizer, length, doc_stride, teacher.config
-    )
+    features = reader.split(split, rows)
     facts = {
-        "split": split, "task": loaded.task.name, "max_length": length, "doc_stride": doc_stride,
-        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": hold_out,
+        "split": split, "task": task, "max_length": reader.max_length, "doc_stride": reader.doc_stride,
+        "max_examples": max_examples, "seed": seed if max_examples else None, "hold_out": texts.hold_out,
     }  # fmt: skip
     if output.exists() and not force:
         check_same_scores(output, teacher, facts, features)
         say_scores(output)
         print(f"{output} is there already")
         return
-    read = ", ".join(str(Path(one)) for one in data or ()) or f"the Hub's {loaded.task.name}"
+    read = ", ".join(str(Path(one)) for one in texts.data or ()) or f"the Hub's {task}"
     score_split(
-        teacher.to(inputs.device()), features, output, batch_size=batch_size, data=read, split=split,
-        task=loaded.task.name, call=facts,
+        teacher.to(inputs.device()), features, output, batch_size=batch_size, data=read, split=split, task=task,
+        call=facts,
     )  # fmt: skip
     say_scores(output)
     print(f"saved in {output}")

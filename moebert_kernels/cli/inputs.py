@@ -1,15 +1,15 @@
-"""From a command's options to a task, its data, a model and features."""
+"""From a command's options to a task, its data, a model and tokens."""
 
 from __future__ import annotations
 
 import json
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebert_kernels.cli.options import preset_for
+from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import is_finished, read_note
 from moebert_kernels.errors import UserError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from moebert_kernels.data.split import TokenizedSplit
     from moebert_kernels.data.tasks import Task, TaskData
+    from moebert_kernels.distill.evaluation import Evaluator
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
 _SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -76,27 +77,51 @@ def _is_run(folder: Path) -> bool:
     return (folder / "run.json").exists() or (note is not None and note["command"] in ("finetune", "distill"))
 
 
-def make_task(
-    name: str, text_columns: list[str] | None, label_column: str, regression: bool, model: str | None = None
-) -> Task:
-    """The task that the options describe; classes of a custom one are those of `model`, if it names them."""
-    from moebert_kernels.data.tasks import custom_task, get_task
-    from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
+@dataclass(frozen=True)
+class Table:
+    """Options of commands that read the data of a task."""
 
-    if name == "lm" and text_columns:
-        if len(text_columns) > 1:
-            raise UserError(f"text-column: expected one with --task lm, got {len(text_columns)}")
-        return replace(get_task(name), text_columns=tuple(text_columns))
-    if name != "custom":
-        if text_columns:
-            raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
-        return get_task(name)
-    names: list[str] = []
-    if model is not None and not regression:
-        names = label_names(load_config(model), name)
-        if is_unnamed(names):
-            names = []
-    return custom_task(text_columns or ["text"], label_column, regression=regression, label_names=names)
+    data: o.Data = None
+    text_column: o.TextColumns = None
+    label_column: o.LabelColumn = "label"
+    regression: o.Regression = False
+    hold_out: o.HoldOut = None
+
+    def make_task(self, name: str, model: str | None = None) -> Task:
+        """The task that the options describe; classes of a custom one are those of `model`, if it names them."""
+        from moebert_kernels.data.tasks import custom_task, get_task
+        from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
+
+        columns = self.text_column
+        if name == "lm" and columns:
+            if len(columns) > 1:
+                raise UserError(f"text-column: expected one with --task lm, got {len(columns)}")
+            return replace(get_task(name), text_columns=tuple(columns))
+        if name != "custom":
+            if columns:
+                raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
+            return get_task(name)
+        names: list[str] = []
+        if model is not None and not self.regression:
+            names = label_names(load_config(model), name)
+            if is_unnamed(names):
+                names = []
+        return custom_task(columns or ["text"], self.label_column, regression=self.regression, label_names=names)
+
+    def load(self, task: str, split: str = "train", model: str | None = None) -> TaskData:
+        """The data of a task; a single file is `split`."""
+        return load_data(self.make_task(task, model), self.data, split, self.hold_out)
+
+
+@dataclass(frozen=True)
+class Texts(Table):
+    """Options of commands that give a model the texts of a task."""
+
+    max_length: o.MaxLength = None
+    doc_stride: o.DocStride = None
+
+    def read(self, loaded: TaskData, config: Any, tokenizer: Any) -> Reader:
+        return Reader(loaded, config, tokenizer, self.max_length, self.doc_stride)
 
 
 def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str | None = None) -> TaskData:
@@ -179,41 +204,74 @@ def split_called(name: str) -> str:
     return _SPLIT_NAMES[name]
 
 
-def labels_as_in(data: TaskData, config: Any) -> TaskData:
-    """The data with classes numbered as the model numbers them."""
-    from moebert_kernels.data.split import quiet_datasets
-    from moebert_kernels.distill.loading import check_labels, label_names
+class Reader:
+    """The data of a task as a model of some configuration reads it.
 
-    check_labels(data.task, config)
-    if data.task.kind != "classification":
-        return data
-    with quiet_datasets():
-        return data.with_label_order(label_names(config, data.task.name))
-
-
-def lengths_for(
-    config: Any, task: Task, tokenizer: Any, max_length: int | None, doc_stride: int | None = None
-) -> tuple[int, int | None]:
-    """The length to cut texts at and the stride of their windows: those asked for, else those of the model's training.
-
-    Without either, the length is the preset's as far as the model reaches. What is asked for and was not so in training
-    is printed.
+    Args:
+        loaded: its data; classes are numbered anew as the model numbers them.
+        config: of the model.
+        tokenizer: its tokenizer.
+        max_length, doc_stride: the length to cut texts at and the stride of their windows. None: those of the model's
+            training, else the preset's length as far as the model reaches. What is given and was not so in training is
+            printed.
+        labels: False leaves the labels alone, which nothing reads.
 
     Raises:
-        UserError: longer than the model has positions for.
+        UserError: other classes than the model's, a length that it has no positions for, or a tokenizer with ids that
+            it has no embedding for.
     """
-    from moebert_kernels.convert.batches import longest_input
-    from moebert_kernels.distill.loading import trained_lengths
 
-    trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
-    for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
-        if wanted is not None and trained.get(name, wanted) != wanted:
-            say(f"--{name.replace('_', '-')} {wanted}: the model was trained with {trained[name]}")
-    if max_length is not None and positions is not None and max_length > positions:
-        raise UserError(f"max-length: expected at most {positions}, the model's positions, got {max_length}")
-    longest = max_length or trained.get("max_length") or preset_for(task.name)["max_length"]
-    stride = trained.get("doc_stride") if doc_stride is None else doc_stride
-    return longest if positions is None else min(longest, positions), stride
+    def __init__(
+        self, loaded: TaskData, config: Any, tokenizer: Any, max_length: int | None = None,
+        doc_stride: int | None = None, labels: bool = True,
+    ) -> None:  # fmt: skip
+        from moebert_kernels.convert.batches import longest_input
+        from moebert_kernels.data.files import quiet_datasets
+        from moebert_kernels.distill.loading import check_labels, label_names, trained_lengths
+
+        task = loaded.task
+        if labels:
+            check_labels(task, config)
+            if task.kind == "classification":
+                with quiet_datasets():
+                    loaded = loaded.with_label_order(label_names(config, task.name))
+        self.data, self.config, self.tokenizer = loaded, config, tokenizer
+        trained, positions = trained_lengths(tokenizer, task.name), longest_input(config)
+        for name, wanted in (("max_length", max_length), ("doc_stride", doc_stride)):
+            if wanted is not None and trained.get(name, wanted) != wanted:
+                say(f"--{name.replace('_', '-')} {wanted}: the model was trained with {trained[name]}")
+        if max_length is not None and positions is not None and max_length > positions:
+            raise UserError(f"max-length: expected at most {positions}, the model's positions, got {max_length}")
+        longest = max_length or trained.get("max_length") or o.preset_for(task.name)["max_length"]
+        self.max_length: int = longest if positions is None else min(longest, positions)
+        self.doc_stride = trained.get("doc_stride") if doc_stride is None else doc_stride
+        most = config.get_text_config().vocab_size
+        if len(tokenizer) > most:
+            raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
+
+    def split(self, name: str, rows: Any = None) -> TokenizedSplit:
+        """A split, or these `rows` of it; says how many of its texts are cut."""
+        from moebert_kernels.data.split import TokenizedSplit
+        from moebert_kernels.data.summary import cut_texts
+        from moebert_kernels.layers import moe_config
+
+        # the published recipe pads everything to the full length, and routes the padding
+        pads = getattr(moe_config(self.config), "route_padding", False)
+        texts = TokenizedSplit(
+            self.data.split(name) if rows is None else rows, self.data.task, self.tokenizer,
+            max_length=self.max_length, doc_stride=self.doc_stride, text_to_text=self.config.is_encoder_decoder,
+            pad_to=self.max_length if pads else None,
+        )  # fmt: skip
+        cut = cut_texts(name, texts)
+        if cut is not None:
+            say(f"{self.data.task.name}: {cut}")
+        return texts
+
+    def evaluator(self, split: str, batch_size: int | None = None) -> Evaluator:
+        """What judges a model on a split."""
+        from moebert_kernels.distill.evaluation import Evaluator
+
+        return Evaluator(self.split(split), batch_size, progress=True)
 
 
 def device() -> torch.device:
@@ -221,33 +279,6 @@ def device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tokenized(
-    data: TaskData, split: str, tokenizer: Any, max_length: int, doc_stride: int | None, model_config: Any
-) -> TokenizedSplit:
-    """A split as a model of this configuration reads it; says how many of its texts are cut.
-
-    Raises:
-        UserError: the tokenizer has ids that the model has no embedding for.
-    """
-    from moebert_kernels.data.split import TokenizedSplit
-    from moebert_kernels.data.summary import cut_texts
-    from moebert_kernels.layers import moe_config
-
-    most = model_config.get_text_config().vocab_size
-    if len(tokenizer) > most:
-        raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
-    # the published recipe pads everything to the full length, and routes the padding
-    pads = getattr(moe_config(model_config), "route_padding", False)
-    texts = TokenizedSplit(
-        data.split(split), data.task, tokenizer, max_length=max_length, doc_stride=doc_stride,
-        text_to_text=model_config.is_encoder_decoder, pad_to=max_length if pads else None,
-    )  # fmt: skip
-    cut = cut_texts(split, texts)
-    if cut is not None:
-        say(f"{data.task.name}: {cut}")
-    return texts
 
 
 def splits_named(data: TaskData, split: str) -> list[str]:

@@ -22,37 +22,28 @@ if TYPE_CHECKING:
 def evaluate(
     model: o.ModelName,
     task: o.TaskName,
-    data: o.Data = None,
+    texts: inputs.Texts,
     output: o.OptionalOutputFile = None,
     seed: o.Seed = 0,
     split: o.Split = "validation",
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = None,
     batch_size: o.EvaluationBatchSize = None,
-    hold_out: o.HoldOut = None,
 ) -> None:
     """Evaluate a model, dense or MoE, with the task's metrics. Nothing in it is random."""
-    from moebert_kernels.distill.evaluation import Evaluator
     from moebert_kernels.distill.loading import load_model, load_tokenizer
 
     if output is not None:
         check_output_file(output, is_result("splits"), "result.json")
     split = inputs.split_called(split)
     inputs.check_models(model=model)
-    wanted = inputs.make_task(task, text_column, label_column, regression, model)
-    loaded = inputs.load_data(wanted, data, split, hold_out)
-    judged, tokenizer = load_model(model, loaded.task).to(inputs.device()), load_tokenizer(model)
-    loaded = inputs.labels_as_in(loaded, judged.config)
-    length, doc_stride = inputs.lengths_for(judged.config, loaded.task, tokenizer, max_length, doc_stride)
-    result: dict[str, Any] = {"model": str(model), "task": loaded.task.name, "splits": {}}
+    loaded = texts.load(task, split, model)
+    judged = load_model(model, loaded.task).to(inputs.device())
+    reader = texts.read(loaded, judged.config, load_tokenizer(model))
+    result: dict[str, Any] = {"model": model, "task": task, "splits": {}}
     for name in inputs.splits_named(loaded, split):
-        features = inputs.tokenized(loaded, name, tokenizer, length, doc_stride, judged.config)
-        metrics = Evaluator(features, batch_size, progress=True)(judged)
-        result["splits"][name] = metrics | {"examples": len(features)}
-        print_metrics(metrics, f"{name} ({len(features)} examples)")
+        evaluator = reader.evaluator(name, batch_size)
+        metrics, examples = evaluator(judged), len(evaluator.split)
+        result["splits"][name] = metrics | {"examples": examples}
+        print_metrics(metrics, f"{name} ({examples} examples)")
     if output is not None:
         _write_json(output, result)
 
@@ -60,15 +51,13 @@ def evaluate(
 def bench(
     model: o.ModelName,
     against: str,
+    table: inputs.Table,
     task: o.OptionalTaskName = None,
-    data: o.Data = None,
     output: o.OptionalOutputFile = None,
     seed: o.Seed = 0,
     batch_size: Annotated[list[int] | None, typer.Option(min=1)] = None,
     length: Annotated[list[int] | None, typer.Option(min=1)] = None,
     split: o.Split = "validation",
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
     dtype: str | None = None,
     rounds: o.Number = 21,
     form: list[str] | None = None,
@@ -111,16 +100,15 @@ def bench(
     if broken:
         raise UserError(f"{broken[0]}: expected to agree with its reference, got something else; see moebert doctor")
     paths = {"model": model, "against": against}
+    loaded = None if task is None else table.load(task, split, model)
 
     def batches_of(models: Iterable[Any]) -> list[tuple[Any, Any]]:
-        if task is None:
+        if loaded is None:
             return _random_batches(models, batch_size or [8], length or [128], seed)
-        return _task_batches(
-            model, task, data, split, text_column, label_column, batch_size or [8], length or [None]
-        )  # fmt: skip
+        return _task_batches(model, loaded, split, batch_size or [8], length or [None])
 
     if forms:
-        found = run_forms(paths, forms, rounds, batches_of, task, data, split, text_column, label_column)
+        found = run_forms(paths, forms, rounds, batches_of, loaded, split)
         result: dict[str, Any] = {"environment": environment(device, wanted), **found}
         print(forms_table(result))
         if chart is not None:
@@ -181,33 +169,22 @@ def _random_batches(
 
 
 def _task_batches(
-    model: str, task: str, data: list[str] | None, split: str, text_column: list[str] | None, label_column: str,
-    batch_sizes: list[int], lengths: Sequence[int | None],
-) -> list[tuple[Any, Any]]:  # fmt: skip
+    model: str, loaded: TaskData, split: str, batch_sizes: list[int], lengths: Sequence[int | None]
+) -> list[tuple[Any, Any]]:
     """Ids and mask of the split's first texts, padded as in evaluation."""
     from moebert_kernels.distill.loading import load_config, load_tokenizer
 
-    loaded = inputs.load_data(inputs.make_task(task, text_column, label_column, False), data, split)
-    config, tokenizer = load_config(model), load_tokenizer(model)
+    config, tokenizer, rows = load_config(model), load_tokenizer(model), loaded.split(split)
+    rows = rows.select(range(min(max(batch_sizes), len(rows))))
     batches = []
     for length in lengths:
-        at_most, _ = inputs.lengths_for(config, loaded.task, tokenizer, length)
-        features = inputs.tokenized(
-            _first_rows(loaded, split, max(batch_sizes)), split, tokenizer, at_most, None, config
-        )
+        features = inputs.Reader(loaded, config, tokenizer, length, labels=False).split(split, rows)
         for B in batch_sizes:
             if len(features) < B:
                 raise UserError(f"batch-size: expected at most {len(features)}, the rows of {split}, got {B}")
             batch = features.collate(range(B))
             batches.append((batch["input_ids"], batch["attention_mask"]))
     return batches
-
-
-def _first_rows(data: TaskData, split: str, count: int) -> TaskData:
-    from moebert_kernels.data.tasks import TaskData
-
-    rows = data.split(split)
-    return TaskData(data.task, {split: rows.select(range(min(count, len(rows))))})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-TRAINING = "Training"
 _TABLE = "A table of your own (--task custom)"
 _TASK = (
     "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli of GLUE; squad or squad_v2; lm for running text and a"
@@ -150,22 +149,10 @@ EvaluationBatchSize = Annotated[
     int | None, typer.Option(min=1, help="Sequences at once. Default: 64, with --task lm 16.")
 ]
 Split = Annotated[str, typer.Option(help="train, validation or test.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the earlier result that --output holds.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call left in --output.")]
 
 Config = Annotated[
     str | None,
     typer.Option(help=f"{_CONFIG} Default: by task, see below; distill follows the teacher layer by layer."),
 ]
 AblationConfig = Annotated[str, typer.Option(help=_CONFIG)]
-
-Restart = Annotated[
-    bool,
-    typer.Option(
-        "--restart", rich_help_panel=TRAINING,
-        help="Drop the unfinished run in --output instead of going on with it. A finished one only with --force.",
-    ),
-]  # fmt: skip
-ForceRestart = Annotated[
-    bool,
-    typer.Option("--force", help="With --restart: replace a finished run and its model too.", rich_help_panel=TRAINING),
-]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,16 +20,7 @@ from moebert_kernels.errors import UserError
 
 NOTE = "moebert.json"
 _MODELS = ("convert", "merge", "student", "quantize", "export")  # these replace a folder whole
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UserError unless files can be written into `folder`, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output: expected a folder that can be written, got {folder} ({error.strerror})") from None
+_READ = ("model", "init", "from_original", "importance", "hash_tables")  # options that name what they make it of
 
 
 def check_output(folder: Path, command: str, *models: str | Path | None) -> dict[str, Any] | None:
@@ -43,12 +33,14 @@ def check_output(folder: Path, command: str, *models: str | Path | None) -> dict
     Raises:
         UserError: a file, a folder that cannot be written, that of one of the models, or one with other things.
     """
+    from moebert_kernels.distill.files import check_writable
+
     if folder.is_file():
         raise UserError(f"output: expected a folder, got the file {folder}")
     for model in models:
         if model is not None and _holds(folder.resolve(), Path(model)):
             raise UserError(f"output: expected another folder than that of a model which is read, got {folder}")
-    check_writable(folder if folder.exists() else folder.absolute().parent)
+    check_writable("output", folder if folder.exists() else folder.absolute().parent)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     note = read_note(folder)
@@ -80,6 +72,19 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note if isinstance(note, dict) and isinstance(note.get("command"), str) else None
 
 
+def call_of(ctx: Any, **facts: Any) -> dict[str, Any]:
+    """What decides what a command makes, JSON-able: its options, the files that they name, and further facts."""
+    from moebert_kernels.distill.identity import model_files
+
+    given = {name: value for name, value in ctx.params.items() if name not in ("output", "force")}
+    for name in _READ:
+        if given.get(name) is not None:
+            path = Path(given[name])
+            given[name] = str(path)
+            facts[f"files of {name}"] = model_files(path) if path.exists() else None
+    return json.loads(json.dumps({"command": ctx.command.name, **given, **facts}, default=str))
+
+
 def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
     """Whether an earlier call of the same `identity`, which names its command, wrote the model in `folder`; says so.
 
@@ -92,7 +97,7 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
         return False
     files = note.pop("files", [])
     if not force:
-        if note == json.loads(json.dumps(identity)):
+        if note == identity:
             print(f"{folder} is there already")
             return True
         raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
@@ -158,21 +163,6 @@ def drop_parts(folder: Path) -> None:
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def check_run(folder: Path, command: str, restart: bool, force: bool, *models: str | Path | None) -> None:
-    """Raise UserError unless `command` may train in `folder`.
-
-    `restart` drops an unfinished run, and a finished one, with its model, only with `force`.
-    """
-    if force and not restart:
-        raise UserError("force: expected it together with --restart, got it alone")
-    check_output(folder, command, *models)
-    if restart and not force and is_finished(folder):
-        raise UserError(
-            f"output: expected an unfinished run to drop, got {folder} with a finished model; --restart --force"
-            " replaces it, another --output keeps it"
-        )
-
-
 def claim(folder: Path, command: str) -> None:
     """Note in the folder of a training run, which `check_output` has allowed, which command writes it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +182,9 @@ def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str)
     """Raise UserError unless a command may write `file`: there is none, or `is_ours` knows it as an earlier result."""
     if file.is_dir():
         raise UserError(f"output: expected a file, such as {example}, got the folder {file}")
-    check_writable(file.absolute().parent)
+    from moebert_kernels.distill.files import check_writable
+
+    check_writable("output", file.absolute().parent)
     if file.exists() and not is_ours(file):
         raise UserError(f"output: expected a new file, got {file}, which moebert did not write")
 

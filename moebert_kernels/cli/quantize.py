@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, write_files
+from moebert_kernels.cli.outputs import already_written, call_of, write_files
+from moebert_kernels.cli.running import print_metrics
 
 
 def quantize(
+    ctx: typer.Context,
     model: o.ModelName,
     output: o.OutputFolder,
+    texts: inputs.Texts,
     dtype: str = "int8",
     tokens: o.Number = 128,
     task: o.OptionalTaskName = None,
-    data: o.Data = None,
     split: o.Split = "validation",
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    max_length: o.MaxLength = None,
     batch_size: o.EvaluationBatchSize = None,
     force: o.Force = False,
 ) -> None:
@@ -36,60 +35,36 @@ def quantize(
         dtype: int8, int8-token (a scale for each token), bfloat16 or float32.
         tokens: Of a typical call, all sequences together: engines are compared at it.
     """
-    from moebert_kernels.distill.identity import model_files
     from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
     from moebert_kernels.serve import describe, prepare
 
     inputs.check_models(model=model)
-    identity = {
-        "command": "quantize", "model": str(Path(model)), "dtype": dtype, "tokens": tokens,
-        "files of the model": model_files(model),
-    }  # fmt: skip
+    identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
     tokenizer = load_tokenizer(model)
-    scores: Callable[[Any], str] | None = None
+    evaluate: Callable[[Any], Any] | None = None
     if task is None:
         source = load_as_saved(model)
     else:
-        wanted = inputs.make_task(task, text_column, label_column, regression, model)
-        loaded = inputs.load_data(wanted, data, inputs.split_called(split))
+        split = inputs.split_called(split)
+        loaded = texts.load(task, split, model)
         source = load_model(model, loaded.task)
-        scores = _scores(source.config, loaded, split, tokenizer, max_length, batch_size)
-        print(f"as it was: {scores(source)}")
+        evaluate = texts.read(loaded, source.config, tokenizer).evaluator(split, batch_size)
+        _say_scores("as it was", evaluate, source)
     before = _mib(source)
     prepared = prepare(source.eval(), dtype, tokens=tokens)
     print(describe(prepared))
-    if scores is not None:
-        print(f"{dtype}: {scores(prepared)}")
+    if evaluate is not None:
+        _say_scores(dtype, evaluate, prepared)
     write_files(output, prepared.save_pretrained, identity, tokenizer)
     print(f"{before:,.0f} MiB of weights became {_mib(prepared):,.0f} MiB; saved in {output}")
 
 
-def _scores(
-    config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
-) -> Callable[[Any], str]:
-    """A function that evaluates a model on a split and gives its metrics as text."""
-    evaluate = evaluation(config, loaded, split, tokenizer, max_length, batch_size)
-
-    def scores(model: Any) -> str:
-        start = time.perf_counter()
-        metrics = evaluate(model)
-        seconds = time.perf_counter() - start
-        return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()) + f", in {seconds:.1f} s"
-
-    return scores
-
-
-def evaluation(
-    config: Any, loaded: Any, split: str, tokenizer: Any, max_length: int | None, batch_size: int | None
-) -> Callable[[Any], Any]:
-    """A function that gives the metrics of a model of this configuration on a split."""
-    from moebert_kernels.distill.evaluation import Evaluator
-
-    name = inputs.splits_named(loaded := inputs.labels_as_in(loaded, config), inputs.split_called(split))[0]
-    length, stride = inputs.lengths_for(config, loaded.task, tokenizer, max_length, None)
-    return Evaluator(inputs.tokenized(loaded, name, tokenizer, length, stride, config), batch_size, progress=True)
+def _say_scores(name: str, evaluate: Callable[[Any], Any], model: Any) -> None:
+    start = time.perf_counter()
+    metrics = evaluate(model)
+    print_metrics(metrics, f"{name}, in {time.perf_counter() - start:.1f} s")
 
 
 def _mib(model: Any) -> float:

@@ -93,9 +93,8 @@ def train_by_recipe(
     import torch
 
     from moebert_kernels.data import extra
-    from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.identity import check_vocabularies, row_facts, tokenizer_digest
-    from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
+    from moebert_kernels.distill.identity import check_vocabularies
+    from moebert_kernels.distill.loading import load_model, load_tokenizer
     from moebert_kernels.distill.run import DEFAULTS, train_stages
 
     loaded.split("train"), loaded.split("validation")
@@ -103,7 +102,6 @@ def train_by_recipe(
     seed = recipe.common("seed")
     torch.manual_seed(DEFAULTS["seed"] if seed is None else seed)  # a new head's weights come from torch's generator
     student = load_model(model, loaded.task, new_head=new_head)
-    loaded = inputs.labels_as_in(loaded, student.config)
     guide = None
     if recipe.needs_teacher:
         if teacher is None:
@@ -113,15 +111,10 @@ def train_by_recipe(
         if any(stage.objective == "layerwise" for stage in recipe.active):
             _check_student(student, guide, model)
     given = (recipe.common("max_length"), recipe.common("doc_stride"))
-    length, stride = inputs.lengths_for(student.config, loaded.task, tokenizer, *given)
-    keep_lengths(tokenizer, loaded.task.name, length, stride)
-    print_recipe(recipe, {"max_length": length, "doc_stride": stride})
-    train, validation = (
-        inputs.tokenized(loaded, split, tokenizer, length, stride, student.config) for split in ("train", "validation")
-    )
-    outputs_of = {"tokens of the tokenizer": tokenizer_digest(tokenizer), "max_length": length}
-    facts = {"task": loaded.task.name, "doc_stride": stride, "hold_out": hold_out, **outputs_of}
-    facts |= row_facts(loaded, ("train", "validation"))
+    reader = inputs.Reader(loaded, student.config, tokenizer, *given)
+    print_recipe(recipe, {"max_length": reader.max_length, "doc_stride": reader.doc_stride})
+    train, evaluator, facts = prepared(reader)
+    facts |= {"task": loaded.task.name, "hold_out": hold_out}
     if extra_text is not None:
         if guide is None:
             raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
@@ -133,15 +126,27 @@ def train_by_recipe(
         recipe,
         train,
         output_dir=output,
-        evaluate=Evaluator(validation, progress=True),
+        evaluate=evaluator,
         best_metric=loaded.task.main_metric,
         greater_is_better=loaded.task.greater_is_better,
         teacher=guide,
-        outputs_of=outputs_of,
         identity=facts,
         resume=resume,
     )
     return result, student
+
+
+def prepared(reader: inputs.Reader, of: str = "") -> tuple[Any, Any, dict[str, Any]]:
+    """The training data, what judges on the validation data, and the facts that a run on them must keep to.
+
+    The tokenizer is told how the texts are cut. `of` stands before the facts of one of several tasks.
+    """
+    from moebert_kernels.distill.loading import keep_lengths
+
+    task, lengths = reader.data.task.name, {"max_length": reader.max_length, "doc_stride": reader.doc_stride}
+    keep_lengths(reader.tokenizer, task, **lengths)
+    facts = {f"{name} of {of}" if of else name: length for name, length in lengths.items()}
+    return reader.split("train"), reader.evaluator("validation"), facts
 
 
 def _check_student(student: Any, teacher: Any, name: str) -> None:

@@ -7,13 +7,14 @@ interrupted.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -22,31 +23,32 @@ from moebert_kernels.errors import MissingExtra, UserError
 # what the package calls a value, where a command's option for it has another name
 _OPTION_OF = {
     "text_columns": "text_column", "output_dir": "output", "tables": "hash_tables", "width": "expert_size",
-    "num_hidden_layers": "layers", "num_attention_heads": "heads", "gradient_mask.probability": "gradient_mask",
-    "objective.preset": "preset",
+    "num_hidden_layers": "layers", "num_attention_heads": "heads",
 }  # fmt: skip
-# what the package advises, as it is typed
-_ADVICE = {
-    "resume=False drops": "--restart drops", "resume=False replaces": "--restart --force replaces",
-    "another output_dir": "another --output",
-}  # fmt: skip
+_ADVICE = {"resume=False": "--force", "another output_dir": "another --output"}  # as it is typed
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function as a command: what a user did wrong is one line on standard error, without a traceback.
 
-    The help texts of its options stand in its docstring, behind "Args:", or in the options' types.
+    The help texts of its options stand in its docstring, behind "Args:", or in the options' types. A parameter whose
+    type is a dataclass stands for its fields, each of which is an option.
     """
     signature = inspect.signature(function, eval_str=True)
     text, _, described = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
-    options = {name for name in signature.parameters if name != "ctx"}
+    taken = signature.parameters.values()
+    groups: dict[str, Any] = {one.name: one.annotation for one in taken if dataclasses.is_dataclass(one.annotation)}
+    found = [option.replace(kind=option.KEYWORD_ONLY) for one in taken for option in _fields(one)]
+    options = {one.name for one in found if one.name != "ctx"}
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(**given: Any) -> Any:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
         with warnings.catch_warnings():
             warnings.showwarning = _one_line_warning
             try:
-                return function(*args, **kwargs)
+                return function(**given)
             except UserError as error:
                 _fail(as_typed(" ".join(str(error).split()), options), 2)
             except MissingExtra as error:
@@ -58,11 +60,22 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                 _fail("interrupted; the same command goes on from here", 130)
 
     helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
-    found = signature.parameters.values()
     documented = [_with_help(one, helps[one.name]) if one.name in helps else one for one in found]
     run.__signature__ = signature.replace(parameters=documented)  # type: ignore[attr-defined]  # typer reads it
     run.__doc__ = text
     return run
+
+
+def _fields(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """The options that a parameter stands for."""
+    kind: Any = parameter.annotation
+    if not dataclasses.is_dataclass(kind):
+        return [parameter]
+    types: Any = get_type_hints(kind, include_extras=True)
+    return [
+        parameter.replace(name=field.name, default=field.default, annotation=types[field.name])
+        for field in dataclasses.fields(kind)
+    ]
 
 
 def _with_help(parameter: inspect.Parameter, text: str) -> inspect.Parameter:
@@ -80,35 +93,17 @@ def _fail(message: str, status: int) -> None:
 
 
 def as_typed(message: str, options: Collection[str]) -> str:
-    """A message with the names of a command's options as they stand on the command line: --batch-size for batch_size.
+    """A message "name: expected .., got .." of a value that one of a command's options gives, with the option's name.
 
     Args:
-        message: "name: expected .., got ..". What came is the user's and stays as it is.
         options: parameter names of the command.
     """
-    name, colon, rest = message.partition(": ")
-    option = _option(name, options)
-    if colon and option is not None:
-        message = f"{option}: {rest}"
-    wanted, got, came = message.rpartition(", got ") if ", got " in message else (message, "", "")
-    if options:
-        # a word may be a word: it is an option where it has a value, or could be nothing else
-        names = "|".join(name if "_" in name else f"{name}(?= ?>?=)" for name in options)
-        wanted = re.sub(rf"(?<![\w./-])({names})(?![\w./-])", lambda match: _typed(match[1]), wanted)
-    message = wanted + got + came
-    if "restart" not in options:
-        message = re.sub(r"resume=False (drops|replaces) it, ", "", message)
+    name, _, rest = message.partition(": ")
+    option = _OPTION_OF.get(name, name).replace("-", "_")
+    message = f"{_typed(option)}: {rest}" if option in options else message
     for ours, typed in _ADVICE.items():
         message = message.replace(ours, typed)
     return message
-
-
-def _option(name: str, options: Collection[str]) -> str | None:
-    """The option that a value of this name is given by, as it is typed."""
-    for candidate in (name.replace("-", "_"), _OPTION_OF.get(name)):
-        if candidate in options:
-            return _typed(candidate)
-    return None
 
 
 def _typed(name: str) -> str:

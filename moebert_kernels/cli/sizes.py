@@ -38,17 +38,14 @@ def holds_scores(file: Path) -> bool:
 def check_same_scores(path: Path, model: Any, facts: dict[str, Any], features: Any) -> None:
     """Raise UserError unless the file holds the scores that were asked for."""
     from moebert_kernels.convert import load_importance, model_fingerprint
-    from moebert_kernels.distill.identity import changed, described
+    from moebert_kernels.distill.identity import check_same
 
     found = load_importance(path).metadata
     saved = json.loads(found.get("call", "{}"))
     saved |= {"model weights": found.get("fingerprint"), "texts and labels": found.get("features")}
     texts = features.fingerprint
-    changes = changed(saved, {**facts, "model weights": model_fingerprint(model), "texts and labels": texts})
-    if changes:
-        raise UserError(
-            f"output: expected a new file, got {path} with scores of other {described(changes)} (--force replaces it)"
-        )
+    facts = {**facts, "model weights": model_fingerprint(model), "texts and labels": texts}
+    check_same(saved, facts, f"output: expected a new file, got {path} with scores of", " (--force replaces it)")
 
 
 def say_scores(file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.recipe import print_recipe
+from moebert_kernels.cli.recipe import prepared, print_recipe
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
@@ -41,18 +41,15 @@ def refuse_for_tasks(**options: Any) -> None:
 
 
 def finetune_tasks(
-    name: str, tasks: Sequence[str], data: Sequence[str] | None, hold_out: str | None, output: Path, recipe: Any,
-    temperature: float, max_length: int | None, resume: bool,
-) -> None:  # fmt: skip
+    name: str, tasks: Sequence[str], texts: inputs.Texts, output: Path, recipe: Any, temperature: float, resume: bool
+) -> None:
     """Train one task-routed model on several tasks, judged by the mean of their main metrics."""
-    from moebert_kernels.distill.evaluation import Evaluator
-    from moebert_kernels.distill.identity import row_facts, tokenizer_digest
-    from moebert_kernels.distill.loading import keep_lengths, load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvaluator, load_report
     from moebert_kernels.distill.run import train_stages
     from moebert_kernels.layers import moe_config
 
-    known, files = known_tasks(tasks), data_by_task(data, tasks)
+    known, files = known_tasks(tasks), data_by_task(texts.data, tasks)
     student, tokenizer = load_as_saved(name), load_tokenizer(name)
     moe = moe_config(student.config)
     if moe is None or moe.task_labels is None:
@@ -62,25 +59,16 @@ def finetune_tasks(
         )
     for task_name in known:
         moe.task_id(task_name)  # which refuses others
-    facts: dict[str, Any] = {
-        "task": list(tasks), "hold_out": hold_out, "task_temperature": temperature,
-        "tokens of the tokenizer": tokenizer_digest(tokenizer),
-    }  # fmt: skip
+    facts: dict[str, Any] = {"task": list(tasks), "hold_out": texts.hold_out, "task_temperature": temperature}
+    max_length = recipe.common("max_length")
     print_recipe(recipe, {"max_length": max_length})
     splits: dict[str, Any] = {}
     evaluators: dict[str, Any] = {}
     for task_name, task in known.items():
-        loaded = inputs.load_data(task, files.get(task_name), "train", hold_out)
-        loaded = inputs.labels_as_in(loaded, student.config)
-        length, _ = inputs.lengths_for(student.config, task, tokenizer, max_length)
-        keep_lengths(tokenizer, task_name, length)
-        facts[f"max_length of {task_name}"] = length
-        facts |= row_facts(loaded, ("train", "validation"), task_name)
-        splits[task_name], validation = (
-            inputs.tokenized(loaded, split, tokenizer, length, None, student.config)
-            for split in ("train", "validation")
-        )
-        evaluators[task_name] = Evaluator(validation, progress=True)
+        loaded = inputs.load_data(task, files.get(task_name), "train", texts.hold_out)
+        reader = inputs.Reader(loaded, student.config, tokenizer, max_length)
+        splits[task_name], evaluators[task_name], of_task = prepared(reader, task_name)
+        facts |= of_task
     main = {task_name: task.main_metric for task_name, task in known.items()}
     claim(output, "finetune")
     result = train_stages(

@@ -9,7 +9,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import check_run
+from moebert_kernels.cli.outputs import check_output
 from moebert_kernels.cli.recipe import arguments, recipe_of, train_by_recipe
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
@@ -24,18 +24,11 @@ def finetune(
     model: o.ModelName,
     task: o.TaskNames,
     output: o.OutputFolder,
+    texts: inputs.Texts,
     config: o.Config = None,
-    data: o.Data = None,
     seed: o.Seed = 0,
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    hold_out: o.HoldOut = None,
-    max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = None,
-    task_temperature: Annotated[float, typer.Option(min=1.0, rich_help_panel=o.TRAINING)] = 1.0,
-    restart: o.Restart = False,
-    force: o.ForceRestart = False,
+    task_temperature: Annotated[float, typer.Option(min=1.0)] = 1.0,
+    force: o.Force = False,
 ) -> None:
     """Fine-tune a pretrained model on a task, or on several: the teacher. Writes OUTPUT/best, judged on validation.
 
@@ -44,25 +37,23 @@ def finetune(
     Args:
         task_temperature: Of several tasks: 1 draws them in proportion to their data, more draws small ones more often.
     """
-    check_run(output, "finetune", restart, force, model)
+    check_output(output, "finetune", model)
     inputs.check_models(model=model)
     settings = _preset(ctx, task[0] if len(task) == 1 else "", config)
     if len(task) > 1:
         known_tasks(task)
         refuse_for_tasks(
-            text_column=text_column, label_column=None if label_column == "label" else label_column,
-            regression=regression or None, doc_stride=doc_stride,
+            text_column=texts.text_column, label_column=None if texts.label_column == "label" else texts.label_column,
+            regression=texts.regression or None, doc_stride=texts.doc_stride,
         )  # fmt: skip
-        recipe = recipe_of(ctx, config, settings)
-        length = recipe.common("max_length")
-        finetune_tasks(model, task, data, hold_out, output, recipe, task_temperature, length, not restart)
+        finetune_tasks(model, task, texts, output, recipe_of(ctx, config, settings), task_temperature, not force)
         return
     if task_temperature != 1.0:
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
     recipe = recipe_of(ctx, config, settings)
-    loaded = inputs.load_data(inputs.make_task(task[0], text_column, label_column, regression), data, "train", hold_out)
+    loaded = texts.load(task[0])
     result, _ = train_by_recipe(
-        "finetune", recipe, model, None, loaded, output, hold_out=hold_out, resume=not restart
+        "finetune", recipe, model, None, loaded, output, hold_out=texts.hold_out, resume=not force
     )  # fmt: skip
     say_result(result, loaded.task.main_metric)
 
@@ -72,19 +63,12 @@ def distill(
     model: o.ModelName,
     task: o.TaskName,
     output: o.OutputFolder,
+    texts: inputs.Texts,
     teacher: str | None = None,
     config: o.Config = None,
     extra_text: Path | None = None,
-    data: o.Data = None,
     seed: o.Seed = 0,
-    text_column: o.TextColumns = None,
-    label_column: o.LabelColumn = "label",
-    regression: o.Regression = False,
-    hold_out: o.HoldOut = None,
-    max_length: o.MaxLength = None,
-    doc_stride: o.DocStride = None,
-    restart: o.Restart = False,
-    force: o.ForceRestart = False,
+    force: o.Force = False,
 ) -> None:
     """Train a converted MoE model to follow its teacher layer by layer, or a small dense student as a --config says.
     Writes OUTPUT/best.
@@ -98,7 +82,7 @@ def distill(
     """
     from moebert_kernels.distill.loading import is_moe, load_config
 
-    check_run(output, "distill", restart, force, model, teacher)
+    check_output(output, "distill", model, teacher)
     inputs.check_models(model=model, teacher=teacher)
     settings = None
     if config is None:
@@ -115,12 +99,12 @@ def distill(
                 "objective": "tokens" if by_token else "layerwise", "loss_weights": dict.fromkeys(terms, weight),
             }  # fmt: skip
     recipe = recipe_of(ctx, config, settings)
-    wanted = inputs.make_task(task, text_column, label_column, regression, teacher)
+    loaded = texts.load(task, model=teacher)
     result, _ = train_by_recipe(
-        "distill", recipe, model, teacher, inputs.load_data(wanted, data, "train", hold_out), output,
-        new_head=config is not None, extra_text=extra_text, hold_out=hold_out, resume=not restart,
+        "distill", recipe, model, teacher, loaded, output, new_head=config is not None, extra_text=extra_text,
+        hold_out=texts.hold_out, resume=not force,
     )  # fmt: skip
-    say_result(result, wanted.main_metric)
+    say_result(result, loaded.task.main_metric)
 
 
 def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]:

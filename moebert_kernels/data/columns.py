@@ -12,7 +12,6 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
-    DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -95,11 +94,6 @@ def collator(
     if pad_to is not None:
         return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=pad_to)
     return DataCollatorWithPadding(tokenizer)
-
-
-def masked_collator(tokenizer: PreTrainedTokenizerBase, probability: float = 0.15) -> Any:
-    """For masked language models: the tokens to predict are drawn for each batch."""
-    return DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability)
 
 
 class _LanguageModelCollator(DataCollatorForTokenClassification):

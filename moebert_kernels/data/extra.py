@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moebert_kernels.data.files import split_name
-from moebert_kernels.data.split import TokenizedSplit, quiet_datasets
+from moebert_kernels.data.files import quiet_datasets, split_name
+from moebert_kernels.data.held_out import numbered
+from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import Task, load_task
 from moebert_kernels.errors import UserError
 
@@ -33,8 +34,7 @@ def with_extra_text(train: TokenizedSplit, extra: Dataset) -> TokenizedSplit:
 
     with quiet_datasets():
         extra = extra.add_column("label", [0] * len(extra)).cast(train.rows.features)
-        rows = concatenate_datasets([train.rows, extra]).remove_columns("example_id")
-        rows = rows.add_column("example_id", list(range(len(rows))))
+        rows = numbered(concatenate_datasets([train.rows, extra]))
     joined = TokenizedSplit(rows, train.task, train.tokenizer, max_length=train.max_length, pad_to=train.pad_to)
     joined.columns = joined.columns.add_column("labelled", [row < len(train) for row in range(len(joined))])
     return joined

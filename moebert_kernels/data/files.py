@@ -1,9 +1,9 @@
-"""Rows of local data files: csv, tsv, jsonl and SQuAD's json, plain or gzipped, parquet, arrow; found by their names.
+"""Columns of local tables: csv, tsv, jsonl and SQuAD's json, plain or gzipped, parquet, arrow; found by their names.
 
-A reader gives plain dicts and does not know about tasks. GLUE's tsv files have no quoting: a tab always separates and a
-quotation mark is text. csv files are quoted as Python's csv module reads them, strictly: a quotation mark that is never
-closed would swallow the rows behind it. A csv row that does not have the header's number of fields is an error, since
-its text was cut at a comma; of tsv files, in which GLUE has damaged lines, a few are left out with a warning.
+GLUE's tsv files have no quoting: a tab always separates and a quotation mark is text. csv files are quoted as Python's
+csv module reads them, strictly: a quotation mark that is never closed would swallow the rows behind it. A csv row that
+does not have the header's number of fields is an error, since its text was cut at a comma; of tsv files, in which GLUE
+has damaged lines, a few are left out with a warning.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import io
 import json
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from moebert_kernels.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Row = dict[str, Any]
+Columns = Mapping[str, Sequence[Any]]
 
 TABLES = (".parquet", ".arrow")
 FORMATS = (".tsv", ".csv", ".txt", ".jsonl", ".json", *TABLES)
@@ -37,8 +37,6 @@ SPLIT_STEMS = {
     "test": ("test_labeled", "test"),
 }
 _FEW_MALFORMED = 0.01  # of a tsv file; a larger share of lines with other columns means another format, not damage
-
-Lines = Iterator[tuple[int, list[str]]]  # the number of each line, from 1, and its fields
 
 
 def split_name(file: Path) -> tuple[str, str]:
@@ -81,11 +79,16 @@ def _is_of_another_split(name: str, split: str) -> bool:
     return split == "validation" and "mismatched" in name
 
 
-def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Row], list[str]]:
-    """Rows of a file, and the columns that it names itself.
+def read_columns(
+    file: Path,
+    is_header: Callable[[Sequence[str]], bool] = lambda names: True,
+    without_header: Mapping[int, Sequence[str]] | None = None,
+) -> Columns:
+    """The columns of a table by name. Classes that the file numbers are given by their names, None for those without.
 
     Args:
-        columns: names of the columns of a tsv or csv file that has no header line. None: its first line is the header.
+        is_header: whether these fields of the first line of a tsv or csv file name its columns.
+        without_header: number of fields -> names, "" where they are not used, for files whose first line does not.
 
     Raises:
         UserError: the file is missing, not a known format, damaged, or not text; a csv row has other columns than the
@@ -94,91 +97,49 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> tuple[list[Ro
     _, suffix = split_name(file)
     if suffix not in FORMATS:
         raise UserError(f"data: expected one of {', '.join(FORMATS)} (or with .gz), got {file}")
-    if suffix in TABLES:
-        data = _table(file, suffix)
-        return named_rows(data), list(data.column_names)
+    if suffix in TABLES and file.exists():
+        from datasets import load_dataset
+
+        with reading(f"a whole {suffix[1:]} file in {file}"):
+            return named_columns(load_dataset(suffix[1:], data_files=str(file), split="train"))
     text = read_text(file)
-    if suffix == ".jsonl":
-        rows = [
-            _json(line, f"{file}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        ]
-    elif suffix == ".json":
-        rows = _json_rows(_json(text, str(file)), file)
-    else:
-        return _table_rows(file, _lines(text, "," if suffix == ".csv" else "\t"), columns)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"data: expected an object of columns in {file}, row {number}, got {type(row).__name__}")
-    return rows, sorted({name for row in rows for name in row})
+    if suffix in (".json", ".jsonl"):
+        return _json_columns(text, file)
+    return _separated(text, file, is_header, without_header or {})
 
 
-def _table(file: Path, suffix: str) -> Dataset:
-    import pyarrow
-    from datasets import Dataset
-    from pyarrow import ipc, parquet
-
+@contextmanager
+def reading(wanted: str) -> Iterator[None]:
+    """What `datasets` raises, of many kinds, as one line that says what was `wanted`; without its bars."""
     try:
-        if suffix == ".parquet":
-            table = parquet.read_table(file)
-        else:
-            source = pyarrow.memory_map(str(file))
-            try:
-                table = ipc.open_stream(source).read_all()  # as `datasets` writes them
-            except pyarrow.ArrowInvalid:
-                source.seek(0)
-                table = ipc.open_file(source).read_all()  # as feather does
-        return Dataset(table)
-    except FileNotFoundError:
-        raise UserError(f"data: expected a file, got {file}, which does not exist") from None
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data: expected a whole {suffix[1:]} file, got {file} ({reason})") from None
+        with quiet_datasets():
+            yield
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or repr(error)
+        raise UserError(f"data: expected {wanted}, got {reason}"[:400]) from None
 
 
-def named_rows(data: Dataset) -> list[Row]:
-    """The rows of a data set; classes that it numbers are given by their names, None for those without one."""
-    names = {column: feature.names for column, feature in data.features.items() if hasattr(feature, "names")}
-    rows = [dict(row) for row in data]
-    for row in rows:
-        for column, of_class in names.items():
-            number = row[column]
-            row[column] = None if number is None or number < 0 else of_class[number]
-    return rows
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Without the bars of `datasets`."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-
-def saved_splits(folder: Path) -> dict[str, Dataset] | None:
-    """The splits of a folder that `datasets`' `save_to_disk` wrote, "train" where it is one; None of another folder.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    from datasets import Dataset, load_from_disk
-
-    if not any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
-        return None
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
-        loaded = load_from_disk(str(folder))
-    except Exception as error:  # datasets raises many kinds
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UserError(f"data: expected a whole saved data set, got {folder} ({reason})"[:400]) from None
-    return {"train": loaded} if isinstance(loaded, Dataset) else dict(loaded)
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
-def peek(file: Path, count: int = 20) -> list[list[str]]:
-    """The fields of a tsv or csv file's first lines; [] for other formats, and where `read_rows` would raise."""
-    _, suffix = split_name(file)
-    if suffix not in (".tsv", ".csv", ".txt"):
-        return []
-    try:
-        with _opened(file) as lines:
-            text = "".join(islice(lines, count))
-    except (EOFError, zlib.error, UnicodeDecodeError, OSError):
-        return []
-    first = _lines(text, "," if suffix == ".csv" else "\t")
-    found = []
-    with suppress(csv.Error):  # the last of these lines may end inside quotation marks
-        found += [fields for _, fields in first]
-    return found
+def named_columns(data: Dataset) -> Columns:
+    """The columns of a data set; classes that it numbers are given by their names, None for those without one."""
+    columns: dict[str, Sequence[Any]] = {name: data[name] for name in data.column_names}
+    for name, feature in data.features.items():
+        if (of_class := getattr(feature, "names", None)) is not None:
+            columns[name] = [None if n is None or n < 0 else of_class[n] for n in columns[name]]
+    return columns
 
 
 def _opened(file: Path) -> io.TextIOBase:
@@ -207,83 +168,83 @@ def read_text(file: Path) -> str:
         raise UserError(f"data: expected a readable file, got {file} ({error.strerror or error})") from None
 
 
-def _json(text: str, where: str) -> Any:
+def _json_columns(text: str, file: Path) -> Columns:
+    """A list of rows, a row in each line, or SQuAD's nested articles; None where a row does not have a column."""
+    by_line = split_name(file)[1] == ".jsonl"
     try:
-        return json.loads(text)
+        content = [json.loads(line) for line in text.split("\n") if line.strip()] if by_line else json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"data: expected JSON in {where}, got something else ({error})") from None
-
-
-def _json_rows(content: Any, file: Path) -> list[Row]:
-    """SQuAD's nested articles as flat rows, or a plain list of rows."""
-    if isinstance(content, list):
-        return content
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise UserError(f'data: expected a list of rows or SQuAD\'s {{"data": [...]}} in {file}, got neither')
-    if content["data"] and "paragraphs" not in content["data"][0]:
-        return content["data"]
+        raise UserError(f"data: expected JSON in {file}, got something else ({error})") from None
     try:
-        return [
-            {
-                "id": question["id"],
-                "context": paragraph["context"],
-                "question": question["question"],
-                "answers": {
-                    "text": [answer["text"] for answer in question["answers"]],
-                    "answer_start": [answer["answer_start"] for answer in question["answers"]],
-                },
-            }
-            for article in content["data"]
-            for paragraph in article["paragraphs"]
-            for question in paragraph["qas"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"data: expected SQuAD's articles, paragraphs and qas in {file}, got none of {error}") from None
+        rows = content["data"] if isinstance(content, dict) else content
+        if rows and "paragraphs" in rows[0]:
+            rows = [
+                {
+                    "context": paragraph["context"],
+                    "question": question["question"],
+                    "answers": {
+                        key: [answer[key] for answer in question["answers"]] for key in ("text", "answer_start")
+                    },
+                }
+                for article in rows
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+            ]
+        names = sorted(set().union(*(row.keys() for row in rows)))
+        return {name: [row.get(name) for row in rows] for name in names}
+    except (AttributeError, KeyError, TypeError) as error:
+        wanted = 'a list of rows or SQuAD\'s {"data": [...]}'
+        raise UserError(f"data: expected {wanted} in {file}, got neither ({error})") from None
 
 
-def _lines(text: str, separator: str) -> Lines:
-    if separator == ",":
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        return ((reader.line_num, fields) for fields in reader if fields)
-    lines = enumerate(text.split("\n"), 1)
-    return ((number, line.rstrip("\r").split(separator)) for number, line in lines if line.strip("\r"))
-
-
-def _table_rows(file: Path, lines: Lines, columns: Sequence[str] | None) -> tuple[list[Row], list[str]]:
-    is_csv = split_name(file)[1] == ".csv"
-    header = None if columns is None else list(columns)
-    rows: list[Row] = []
-    malformed: list[tuple[int, int]] = []
-    number = 0
+def _separated(
+    text: str, file: Path, is_header: Callable[[Sequence[str]], bool], without_header: Mapping[int, Sequence[str]]
+) -> Columns:
+    is_csv, number = split_name(file)[1] == ".csv", 0
+    lines: list[tuple[int, list[str]]] = []
     try:
-        for number, fields in lines:
-            if header is None:
-                header = [name.strip() for name in fields]
-                continue
-            width = len(header)
-            if len(fields) > width and not any(map(str.strip, fields[width:])):
-                fields = fields[:width]  # a spreadsheet's empty columns
-            if len(fields) != width:
-                malformed.append((number, len(fields)))
-            else:
-                rows.append(dict(zip(header, fields, strict=True)))
+        if is_csv:
+            reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+            for fields in reader:
+                number = reader.line_num
+                lines += [(number, fields)] * bool(fields)
+        else:
+            split = ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1))
+            lines = [(number, line.split("\t")) for number, line in split if line]
     except csv.Error as error:
         raise UserError(f"data: expected quoted csv in {file}, got {error} at line {number + 1} or behind it") from None
+    header = [name.strip() for name in lines[0][1]] if lines else []
+    width = Counter(len(fields) for _, fields in lines[:20]).most_common(1)[0][0] if lines else 0
+    if not is_header(header) and width in without_header:  # one line may be damaged, the first one too
+        header = list(without_header[width])
+    else:
+        lines = lines[1:]
+    width = len(header)
+    twice = next((name for name, count in Counter(header).items() if name and count > 1), None)
+    if twice is not None:
+        raise UserError(f"data: expected one column {twice} in {file}, got {header.count(twice)}")
+    rows, malformed = [], []
+    for number, fields in lines:
+        fits = len(fields) == width or (len(fields) > width and not any(map(str.strip, fields[width:])))
+        if fits:  # or has a spreadsheet's empty columns
+            rows.append(fields[:width])
+        else:
+            malformed.append((number, len(fields)))
     if malformed:
         number, count = malformed[0]
         where = f"line {number} with {count}" + f" and {len(malformed) - 1} more" * (len(malformed) > 1)
         if is_csv or len(malformed) > max(1, _FEW_MALFORMED * len(rows)):
             quoting = "; a text with a comma stands in double quotes" if is_csv else ""
-            raise UserError(f"data: expected {len(header or ())} columns in each line of {file}, got {where}{quoting}")
-        warnings.warn(f"{file}: left out lines without {len(header or ())} columns: {where}", stacklevel=2)
-    return rows, header or []
+            raise UserError(f"data: expected {width} columns in each line of {file}, got {where}{quoting}")
+        warnings.warn(f"{file}: left out lines without {width} columns: {where}", stacklevel=2)
+    return dict(zip(header, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(header, ())
 
 
 def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], where: str) -> dict[str, str]:
     """Which of the found columns is each wanted one; the wanted names are tried in order.
 
     Raises:
-        UserError: none of the names of a wanted column is there, or the first that is there is so twice.
+        UserError: none of the names of a wanted column is there.
     """
     found = list(found)
     chosen = {}
@@ -292,7 +253,5 @@ def require_columns(found: Iterable[str], wanted: Mapping[str, Sequence[str]], w
         if match is None:
             names_text = " or ".join(dict.fromkeys(names))
             raise UserError(f"data: expected a column {names_text} in {where}, got {', '.join(found) or 'no columns'}")
-        if found.count(match) > 1:
-            raise UserError(f"data: expected one column {match} in {where}, got {found.count(match)}")
         chosen[ours] = match
     return chosen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moebert_kernels.data.files import quiet_datasets
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.errors import UserError
 
@@ -46,7 +47,7 @@ def hold_out(data: TaskData, way: str) -> TaskData:
         if not 0 < chosen.sum() < len(chosen):
             raise UserError(f"hold-out: expected enough training rows for both splits, got {len(chosen)}")
         held, train = (numbered(data.train.select(np.flatnonzero(rows).tolist())) for rows in (chosen, ~chosen))
-        return TaskData(data.task, {"train": train, "validation": held, **_others(data)})
+        return TaskData(data.task, data.splits | {"train": train, "validation": held})
     if "test" in data.splits:
         raise UserError("hold-out: expected data without a test split, got one")
     validation = data.validation
@@ -84,15 +85,10 @@ def _drawn(data: TaskData, share: float) -> np.ndarray:
     return chosen
 
 
-def _others(data: TaskData) -> dict[str, Dataset]:
-    return {name: rows for name, rows in data.splits.items() if name != "train"}
-
-
 def numbered(rows: Dataset) -> Dataset:
     """Rows with `example_id` from 0 on."""
-    from datasets import Dataset
-
-    return Dataset.from_dict(rows.to_dict() | {"example_id": list(range(len(rows)))})
+    with quiet_datasets():
+        return rows.remove_columns("example_id").add_column("example_id", list(range(len(rows))))
 
 
 def _divided(rows: Dataset, count: int, name: str) -> tuple[Dataset, Dataset]:

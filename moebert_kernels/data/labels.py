@@ -31,7 +31,7 @@ def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ..
         if name is None:
             raise UserError(f"{column}: expected a label in {where}, row {row}, got {value!r}")
         rows.setdefault(name, row)
-    numbers = {name: number for name in rows if (number := _number(name)) is not None}
+    numbers = {name: number for name in rows if (number := score_of(name)) is not None}
     score = next((name for name, number in numbers.items() if number != int(number)), None)
     if score is not None and len(numbers) == len(rows):
         raise UserError(
@@ -46,14 +46,6 @@ def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ..
         if other != name:
             warnings.warn(f"{column}: {other!r} and {name!r} are two classes in {where}", stacklevel=2)
     return tuple(sorted(rows, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name)))
-
-
-def _number(name: str) -> float | None:
-    try:
-        number = float(name)
-    except ValueError:
-        return None
-    return number if abs(number) < float("inf") else None
 
 
 def score_of(value: Any) -> float | None:

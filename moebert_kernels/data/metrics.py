@@ -115,7 +115,6 @@ def answers_from_spans(
     contexts: Sequence[str],
     *,
     may_have_no_answer: bool,
-    no_answer_threshold: float = 0.0,
 ) -> list[str]:
     """The best span of each context over all its windows.
 
@@ -123,7 +122,7 @@ def answers_from_spans(
         windows: of all contexts; `start_logits` and `end_logits` belong to them, each (tokens,).
         contexts: the text of each row.
         may_have_no_answer: the rule of v2: "" where the score of the first position, the lowest over the windows, is
-            ahead of the best span's by more than `no_answer_threshold`.
+            ahead of the best span's.
 
     Returns:
         an answer for each context, "" for none.
@@ -139,7 +138,7 @@ def answers_from_spans(
     answers = []
     for row in range(len(contexts)):
         score, text = best.get(row, (-float("inf"), ""))
-        if may_have_no_answer and nothing.get(row, float("inf")) - score > no_answer_threshold:
+        if may_have_no_answer and nothing.get(row, float("inf")) > score:
             text = ""
         answers.append(text)
     return answers

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from moebert_kernels.data.columns import WINDOW, collator, tokenized
+from moebert_kernels.data.files import quiet_datasets
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
 
@@ -89,51 +91,18 @@ class TokenizedSplit:
         """A batch of these texts: (B, T) int64 ids and mask, labels, and of rows with labels their `example_id`."""
         return dict(self.collator([self.model_columns[int(index)] for index in indices]))
 
-    def batches(self, size: int) -> Batches:
+    def batches(self, size: int) -> Any:
         """All texts in batches, the longest first: memory runs out at the start or not at all."""
-        return Batches(self, self.by_length(size))
+        rows: Any = range(len(self))
+        groups: Any = self.by_length(size)
+        seeded = torch.Generator()  # a loader draws a seed that it has no use for
+        return DataLoader(rows, batch_sampler=groups, collate_fn=self.collate, generator=seeded)
 
     def by_length(self, size: int) -> list[np.ndarray]:
         """The texts of each of these batches."""
         order = np.argsort(-self.lengths, kind="stable")
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def cut(self) -> list[int]:
-        """The whole lengths of the texts that were cut."""
-        if self.task.kind in ("qa", "lm"):
-            return []
-        full = np.flatnonzero(self.lengths >= self.max_length).tolist()
-        if not full:
-            return []
-        with quiet_datasets():
-            whole = tokenized(
-                self.rows.select(full), self.task, self.tokenizer, max_length=10**6, text_to_text=self.text_to_text
-            )
-        return [length for length in whole["length"] if length > self.max_length]
-
-
-class Batches:
-    """Batches of a split, which have a number."""
-
-    def __init__(self, split: TokenizedSplit, groups: Sequence[np.ndarray]) -> None:
-        self._split, self._groups = split, groups
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self._split.collate, self._groups)
-
-
-@contextmanager
-def quiet_datasets() -> Iterator[None]:
-    """Without the bars of `datasets`."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
+    def cut(self) -> int:
+        """How many texts were cut, or just fit."""
+        return 0 if self.task.kind in ("qa", "lm") else int((self.lengths >= self.max_length).sum())

@@ -56,10 +56,8 @@ def _rows(task: Task, name: str, rows: Dataset) -> str:
 
 
 def cut_texts(name: str, split: TokenizedSplit) -> str | None:
-    """How many texts of a split lost their ends, if any did."""
-    whole = split.cut()
-    if not whole:
+    """How many texts of a split may have lost their ends, if any have."""
+    if not (cut := split.cut()):
         return None
-    cut = f"{len(whole)} of {len(split)} {SPLIT_WORDS.get(name, name)} texts"
-    longest = f"the longest has {max(whole)} (--max-length changes it)"
-    return f"{cut} are longer than {split.max_length} tokens and are cut there, {longest}"
+    texts = f"{cut} of {len(split)} {SPLIT_WORDS.get(name, name)} texts"
+    return f"{texts} fill all {split.max_length} tokens, and what is longer is cut (--max-length changes it)"

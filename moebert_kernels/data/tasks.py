@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moebert_kernels.data.files import (
-    Row,
+    Columns,
     find_split_files,
-    named_rows,
-    peek,
-    read_rows,
+    named_columns,
+    read_columns,
     read_text,
+    reading,
     require_columns,
-    saved_splits,
     split_name,
 )
 from moebert_kernels.data.labels import class_names, label_text, score_of
@@ -77,7 +75,13 @@ class Task:
 def _glue(name: str, text: str, metrics: str, labels: str = "", **options: Any) -> Task:
     kind: Kind = "classification" if labels else "regression"
     return Task(
-        name, kind, tuple(text.split()), tuple(metrics.split()), tuple(labels.split()), ("glue", name), **options
+        name,
+        kind,
+        tuple(text.split()),
+        tuple(metrics.split()),
+        tuple(labels.split()),
+        ("nyu-mll/glue", name),
+        **options,
     )
 
 
@@ -102,12 +106,11 @@ TASKS: dict[str, Task] = {
         _glue("qnli", "question sentence", "accuracy", _ENTAILMENT),
         _glue("rte", _PAIR, "accuracy", _ENTAILMENT),
         _glue("wnli", _PAIR, "accuracy", "not_entailment entailment"),
-        Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad",)),
-        Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("squad_v2",)),
+        Task("squad", "qa", ("question", "context"), ("f1", "exact_match"), hub=("rajpurkar/squad",)),
+        Task("squad_v2", "qa", ("question", "context"), ("f1", "exact_match"), hub=("rajpurkar/squad_v2",)),
         Task("lm", "lm", ("text",), ("perplexity", "loss")),
     )
 }  # fmt: skip
-_HUB_REPOSITORIES = {"glue": "nyu-mll/glue", "squad": "rajpurkar/squad", "squad_v2": "rajpurkar/squad_v2"}
 _HUB_SPLITS = {"validation_matched": "validation", "test_matched": "test"}
 
 
@@ -223,104 +226,104 @@ def load_task(
     Warns of empty texts.
     """
     task = get_task(task) if isinstance(task, str) else task
-    saved = saved_splits(Path(data)) if isinstance(data, (str, Path)) else None
-    files = None if saved is not None else _local_files(data, file_split)
-    if files is None:
-        name = task.hub if data is None else (str(data),)
-        tables = _tables(task, *(_from_hub(task, name) if saved is None else (saved, str(data))))
-    else:
-        tables = {}
-        for split, file in files.items():
-            rows, where = _read(task, file), str(file)
-            labelled = not rows or not task.has_label or task.label_column in rows[0]
-            if split != "test" or labelled:  # GLUE's own test files have no labels
-                tables[split] = (rows, where)
-            if not labelled and split != "test":
-                names = dict.fromkeys((task.file_columns.get("label", task.label_column), task.label_column))
-                raise UserError(f"data: expected a column {' or '.join(names)} in {file}, got {', '.join(rows[0])}")
+    tables: dict[str, tuple[Columns, str]] = {}
+    for split, columns, where in _sources(task, data, file_split):
+        chosen = require_columns(columns, _wanted(task), where)
+        if task.has_label:
+            names = (task.file_columns.get("label", task.label_column), task.label_column)
+            if split == "test" and not set(names) & {*columns}:
+                continue  # GLUE's own test files have no labels
+            chosen |= require_columns(columns, {"label": names}, where)
+        tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
     if task.kind == "classification" and not task.label_names:
-        rows, where = tables.get("train") or next(iter(tables.values()))
-        classes = class_names(task.label_column, [row[task.label_column] for row in rows], where)
-        task = replace(task, label_names=classes)
-    return TaskData(task, {split: _dataset(task, rows, where) for split, (rows, where) in tables.items()})
+        columns, where = tables.get("train") or next(iter(tables.values()))
+        task = replace(task, label_names=class_names(task.label_column, columns["label"], where))
+    return TaskData(task, {split: _dataset(task, columns, where) for split, (columns, where) in tables.items()})
 
 
-def _local_files(data: Any, file_split: str) -> dict[str, Path] | None:
-    if data is None:
-        return None
-    if isinstance(data, Mapping):
-        splits: dict[Path, str] = {}
-        for split, file in data.items():
-            other = splits.setdefault(Path(file).resolve(), split)
-            if other != split:
-                raise UserError(
-                    f"data: expected different files for {other} and {split}, got {file} for both (--hold-out 0.1 takes"
-                    " a tenth of the training rows for validation)"
-                )
-        return {split: Path(file) for split, file in data.items()}
-    path = Path(data)
-    if path.is_dir():
-        return find_split_files(path)
-    if path.exists():
-        return {file_split: path}
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(data)) and not path.suffix:
-        return None  # the form of a name on the Hub
-    raise UserError(f"data: expected a file or a folder, got {data}, which does not exist")
+def _wanted(task: Task) -> dict[str, tuple[str, ...]]:
+    """The columns that are read as they are, each with the names that it may have."""
+    names = (*task.text_columns, *["answers"] * (task.kind == "qa"))
+    return {name: (task.file_columns.get(name, name), name) for name in names}
 
 
-def _read(task: Task, file: Path) -> list[Row]:
-    """Rows of a file under the task's column names; `label` is missing where the file has none."""
-    if not file.exists():
-        raise UserError(f"data: expected a file, got {file}, which does not exist")
+def _sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Columns, str]]:
+    """Split, columns and where they are from."""
+    path = Path(data) if isinstance(data, (str, Path)) else None
+    if path is not None and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        from datasets import Dataset, load_from_disk
+
+        with reading(f"a whole saved data set in {path}"):
+            loaded = load_from_disk(str(path))
+        yield from _splits({"train": loaded} if isinstance(loaded, Dataset) else loaded, task, str(path))
+    elif path is not None and path.is_dir():
+        yield from _files(find_split_files(path), task)
+    elif path is not None and path.exists():
+        yield from _files({file_split: path}, task)
+    elif isinstance(data, Mapping):
+        yield from _files(data, task)
+    elif path is None or (re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(data)) and not path.suffix):
+        from datasets import load_dataset
+
+        if path is None and not task.hub:
+            raise UserError(f"data: expected a file, a folder or a dataset's name for task {task.name}, got none")
+        repository = task.hub if path is None else (str(data),)
+        where = f"dataset {'/'.join(repository)}"
+        with reading(f"a local path or a reachable {where}"):
+            loaded = load_dataset(*repository)
+        yield from _splits(loaded, task, where)
+    else:
+        raise UserError(f"data: expected a file or a folder, got {data}, which does not exist")
+
+
+def _splits(loaded: Mapping[str, Dataset], task: Task, where: str) -> Iterator[tuple[str, Columns, str]]:
+    for split, data in loaded.items():
+        columns = named_columns(data)
+        # the Hub's copies of test sets without labels have -1
+        if not task.has_label or columns.get(task.label_column, ())[:1] not in ([None], [-1]):
+            yield _HUB_SPLITS.get(split, split), columns, f"{where}, {split}"
+
+
+def _files(files: Mapping[str, str | Path], task: Task) -> Iterator[tuple[str, Columns, str]]:
+    splits: dict[Path, str] = {}
+    for split, file in files.items():
+        other = splits.setdefault(Path(file).resolve(), split)
+        if other != split:
+            raise UserError(
+                f"data: expected different files for {other} and {split}, got {file} for both (--hold-out 0.1 takes"
+                " a tenth of the training rows for validation)"
+            )
+        yield split, _read(task, Path(file)), str(file)
+
+
+def _read(task: Task, file: Path) -> Columns:
     if task.kind == "lm" and split_name(file)[1] == ".txt":
         text = read_text(file)
-        return [{task.text_columns[0]: text}] if text else _no_rows(file)
-    if task.kind == "qa":
-        rows, _ = read_rows(file)
-        return [_question(task, row, f"{file}, row {n}") for n, row in enumerate(rows, 1)] or _no_rows(file)
-    wanted = {name: (task.file_columns.get(name, name), name) for name in task.text_columns}
-    first = peek(file)
-    header = [name.strip() for name in first[0]] if first else []
-    headed = all(any(name in header for name in names) for names in wanted.values())
-    widths = Counter(len(fields) for fields in first)  # one line may be damaged, the first one too
-    columns = None if headed or not first else task.without_header.get(widths.most_common(1)[0][0])
-    rows, found = read_rows(file, columns)
-    if not rows:
-        return _no_rows(file)
-    chosen = require_columns(found, wanted, str(file))
-    label = next((n for n in (task.file_columns.get("label"), task.label_column) if n and n in found), None)
-    if label is not None:
-        chosen |= require_columns(found, {task.label_column: (label,)}, str(file))
-    for number, row in enumerate(rows, 1):
-        missing = [theirs for theirs in chosen.values() if theirs not in row]
-        if missing:
-            raise UserError(f"data: expected a column {missing[0]} in each row of {file}, got none in row {number}")
-    return [{ours: row[theirs] for ours, theirs in chosen.items()} for row in rows]
+        return {task.text_columns[0]: [text] * bool(text)}
+    wanted = _wanted(task).values()
+    return read_columns(file, lambda names: all(any(n in names for n in of) for of in wanted), task.without_header)
 
 
-def _no_rows(file: Path) -> list[Row]:
-    raise UserError(f"data: expected rows in {file}, got none")
+def _check_answers(task: Task, contexts: Sequence[str], answers: Sequence[Any], where: str) -> None:
+    for row, (context, given) in enumerate(zip(contexts, answers, strict=True), 1):
+        held = given if isinstance(given, dict) else {}
+        texts, starts = held.get("text"), held.get("answer_start")
+        if not _are(str, texts) or not _are(int, starts) or len(texts) != len(starts):
+            raise UserError(
+                f"data: expected answers with as many text as answer_start in {where}, row {row}, got {given!r}"[:300]
+            )
+        if not texts and task.name == "squad":
+            raise UserError(
+                f"answers: expected one in {where}, row {row}, got none (--task squad_v2 has questions without answers)"
+            )
+        if texts and context[starts[0] : starts[0] + len(texts[0])] != texts[0]:
+            raise UserError(
+                f"answers: expected {texts[0]!r} at character {starts[0]} of the context in {where}, row {row}, got"
+                " another"
+            )
 
 
-def _question(task: Task, row: Row, where: str) -> Row:
-    missing = [name for name in ("question", "context", "answers") if name not in row]
-    if missing:
-        raise UserError(f"data: expected a column {missing[0]} in {where}, got {', '.join(sorted(row))}")
-    context, answers = row["context"], row["answers"]
-    held: dict[str, Any] = answers if isinstance(answers, dict) else {}
-    texts, starts = held.get("text", ()), held.get("answer_start", ())
-    if not _are(str, texts) or not _are(int, starts) or len(texts) != len(starts):
-        raise UserError(f"data: expected answers with as many text as answer_start in {where}, got {answers!r}"[:300])
-    if not texts and task.name == "squad":
-        raise UserError(f"answers: expected one in {where}, got none (--task squad_v2 has questions without answers)")
-    if texts and isinstance(context, str):  # a context that is no text is named later
-        text, start = texts[0], starts[0]
-        if context[start : start + len(text)] != text:
-            raise UserError(f"answers: expected {text!r} at character {start} of the context in {where}, got another")
-    return {"question": row["question"], "context": context, "answers": answers}
-
-
-def _are(kind: type, values: Any) -> bool:
+def _are(kind: type, values: Any) -> Any:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
@@ -338,63 +341,29 @@ def _class_number(task: Task, value: Any, numbers: Mapping[str, int]) -> int | N
     return number if 0 <= number < len(task.label_names) else None
 
 
-def _dataset(task: Task, rows: list[Row], where: str) -> Dataset:
+def _dataset(task: Task, given: Columns, where: str) -> Dataset:
     from datasets import Dataset
 
-    columns: dict[str, list[Any]] = {}
+    columns = {name: list(values) for name, values in given.items()}
+    rows = len(columns[task.text_columns[0]])
+    if not rows:
+        raise UserError(f"data: expected rows in {where}, got none")
     for name in task.text_columns:
-        columns[name] = [row[name] for row in rows]
-        empty = []
         for number, text in enumerate(columns[name], 1):
             if not isinstance(text, str):
                 raise UserError(f"{name}: expected text in {where}, row {number}, got {text!r}")
-            if not text.strip():
-                empty.append(number)
+        empty = [number for number, text in enumerate(columns[name], 1) if not text.strip()]
         if empty and task.kind != "lm":
             warnings.warn(f"{name}: {len(empty)} rows of {where} are empty, the first is row {empty[0]}", stacklevel=3)
     if task.kind == "qa":
-        columns["answers"] = [row["answers"] for row in rows]
+        _check_answers(task, columns["context"], columns["answers"], where)
     elif task.has_label:
         numbers = {name: number for number, name in enumerate(task.label_names)}
-        columns["label"] = []
-        for number, row in enumerate(rows, 1):
-            value = row[task.label_column]
+        for row, value in enumerate(columns["label"]):
             label = score_of(value) if task.kind == "regression" else _class_number(task, value, numbers)
             if label is None:
                 more = f" and {len(task.label_names) - _NAMED} more" * (len(task.label_names) > _NAMED)
                 wanted = f"one of {', '.join(task.label_names[:_NAMED])}{more}" if task.label_names else "a number"
-                raise UserError(
-                    f"{task.label_column}: expected {wanted} in {where}, row {number}, got {row[task.label_column]!r}"
-                )
-            columns["label"].append(label)
-    columns["example_id"] = list(range(len(rows)))
-    return Dataset.from_dict(columns)
-
-
-def _from_hub(task: Task, name: tuple[str, ...]) -> tuple[Any, str]:
-    from datasets import load_dataset
-
-    if not name:
-        raise UserError(f"data: expected a file, a folder or a dataset's name for task {task.name}, got none")
-    repository = (_HUB_REPOSITORIES.get(name[0], name[0]), *name[1:])
-    where = f"dataset {'/'.join(repository)}"
-    try:
-        loaded = load_dataset(*repository)
-    except Exception as error:  # datasets raises many kinds: no such dataset, no network, an unknown format
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise UserError(f"data: expected a local path or a reachable {where}, got {reason}"[:400]) from None
-    return loaded, where
-
-
-def _tables(task: Task, loaded: Mapping[str, Dataset], where: str) -> dict[str, tuple[list[Row], str]]:
-    """The splits of a data set of `datasets` as rows of the task, and what to call each."""
-    tables = {}
-    for split, data in loaded.items():
-        label = [task.label_column] if task.has_label else []
-        wanted = [*task.text_columns, *(["answers"] if task.kind == "qa" else label)]
-        require_columns(data.column_names, {column: (column,) for column in wanted}, where)
-        rows = named_rows(data.select_columns(wanted))
-        if label and any(row[label[0]] in (None, -1) for row in rows[:1]):
-            continue  # the Hub's copies of test sets without labels have -1
-        tables[_HUB_SPLITS.get(split, split)] = (rows, f"{where}, {split}")
-    return tables
+                raise UserError(f"{task.label_column}: expected {wanted} in {where}, row {row + 1}, got {value!r}")
+            columns["label"][row] = label
+    return Dataset.from_dict(columns | {"example_id": list(range(rows))})

@@ -20,7 +20,7 @@ from moebert_kernels.demo.report import chart, difference, text_table, write_rep
 from moebert_kernels.demo.study import FULL, QUICK, Recipe, Study
 from moebert_kernels.distill.loading import load_model, quiet_transformers
 
-EXPERT_SIZE, SHARED = 384, 256
+EXPERT_SIZE = 384
 TIMED_SHAPE = (8, 128)
 
 
@@ -51,10 +51,10 @@ def run_demo(
     teacher = study.teacher()
     step(
         "2/4",
-        f"MoE student: 4 experts of {EXPERT_SIZE}, {SHARED} shared; {recipe.distill_epochs} epochs of distillation",
+        f"MoE student: 4 experts of {EXPERT_SIZE}, chosen by the text; {recipe.distill_epochs} epochs of distillation",
     )
-    moe = study.student("moe", EXPERT_SIZE, SHARED)
-    step("3/4", f"dense student of the same FLOPs: the top {EXPERT_SIZE} neurons, the same distillation")
+    moe = study.student("moe", EXPERT_SIZE)
+    step("3/4", f"dense student of the same FLOPs: {EXPERT_SIZE} neurons, the same text and distillation")
     dense = study.student("dense", EXPERT_SIZE)
     study.finish()
     step("4/4", "timing, in turns")

@@ -1,4 +1,4 @@
-"""One run of the demo's recipe: a fine-tuned teacher, its importance scores, and students distilled with one budget.
+"""One run of the demo's recipe: a fine-tuned teacher, the experts its text chooses, and students distilled alike.
 
 Everything lies in one folder. A step whose result is there is not done again, and a step that was interrupted goes on.
 The teacher's outputs are computed once for all students.
@@ -9,29 +9,26 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from moebert_kernels.convert import convert_to_moe, dense_student, load_importance, parameter_counts
+from moebert_kernels.convert import SiteChoice, choose_experts, convert_to_moe, dense_student, parameter_counts
 from moebert_kernels.data.metrics import standard_error
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.files import once
-from moebert_kernels.distill.identity import changed, described, model_files, row_facts
+from moebert_kernels.distill.identity import check_same, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.recipe import Recipe as Stages
 from moebert_kernels.distill.recipe import Stage
 from moebert_kernels.distill.run import train_stages
-from moebert_kernels.distill.scoring import score_split
-from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 
 if TYPE_CHECKING:
@@ -79,39 +76,34 @@ class Study:
         self._data = data
         rows = row_facts(TaskData(REVIEWS, self._splits))
         wanted = asdict(recipe) | {"seed": seed, "files of the model": model_files(base_model), **rows}
-        changes = changed(once(folder / "recipe.json", lambda: wanted), wanted)
-        if changes:
-            raise UserError(
-                f"output: expected a new folder or one of this recipe, seed and data, got {folder} with results of"
-                f" other {described(changes)} (use another --output)"
-            )
+        check_same(
+            once(folder / "recipe.json", lambda: wanted), wanted,
+            f"output: expected a new folder or one of this recipe, seed and data, got {folder} with results of",
+            " (use another --output)",
+        )  # fmt: skip
 
     def teacher(self) -> Result:
         """Fine-tune the pretrained model; see `student` for the result."""
         return self._once("teacher", self._make_teacher)
 
-    def student(self, kind: Kind, size: int, shared: int = 0) -> Result:
+    def student(self, kind: Kind, size: int) -> Result:
         """Convert and distil.
 
         Args:
-            kind: "moe" or "dense".
-            size: neurons of an expert, or the most important ones that the dense student keeps.
-            shared: neurons of every expert.
+            kind: "moe", or "dense" for the teacher with feed-forwards of an expert's size and a fitted second weight.
+            size: neurons of an expert.
 
         Returns:
             `name`, `path` of the model, `accuracy` on the test part with `standard_error`, `accuracy_before`
             distillation, `accuracy_last` of the weights after the last step, `validation_accuracy`, `correct` (a
             0 or 1 for each test sentence), parameter counts, `seconds` of training.
         """
-        return self._once(f"{kind}-{size}", lambda name: self._make_student(name, kind, size, shared))
-
-    def has(self, names: Iterable[str]) -> bool:
-        """Whether all of these models are done."""
-        return all((self.folder / "results" / f"{name}.json").exists() for name in names)
+        return self._once(f"{kind}-{size}", lambda name: self._make_student(name, kind, size))
 
     def finish(self) -> None:
-        """Remove what no later step needs: the teacher's outputs, about a gigabyte."""
-        shutil.rmtree(self.folder / "teacher-outputs", ignore_errors=True)
+        """Remove what no later step needs: the choice, and the teacher's outputs, about a gigabyte."""
+        for name in ("choice", "teacher-outputs"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _once(self, name: str, make: Callable[[str], Result]) -> Result:
         return once(self.folder / "results" / f"{name}.json", lambda: make(name))
@@ -121,14 +113,14 @@ class Study:
         model = load_model(self.base_model, REVIEWS, new_head=True)
         return self._trained(name, model, self.recipe.finetune_epochs, self.recipe.learning_rate)
 
-    def _make_student(self, name: str, kind: Kind, size: int, shared: int) -> Result:
+    def _make_student(self, name: str, kind: Kind, size: int) -> Result:
         teacher = load_model(self.teacher()["path"], REVIEWS)
-        importance = self._importance(teacher)
+        config = MoEConfig.chosen(num_experts=self.recipe.num_experts, expert_size=size)
+        chosen = self._chosen(teacher, config)
         if kind == "moe":
-            moe = MoEConfig.moebert(num_experts=self.recipe.num_experts, expert_size=size, num_shared_neurons=shared)
-            student = convert_to_moe(copy.deepcopy(teacher), moe, importance=importance, seed=self.seed)
+            student = convert_to_moe(copy.deepcopy(teacher), config, chosen=chosen, seed=self.seed)
         else:
-            student = dense_student(teacher, importance, size)
+            student = dense_student(teacher, chosen=chosen)
         before = self._before(name, student)
         weight = self.recipe.distill_weight
         result = self._trained(
@@ -138,7 +130,7 @@ class Study:
             # half precision halves the file; its rounding is far below what a student can match
             teacher_outputs_dtype="float16",
         )  # fmt: skip
-        return result | {"accuracy_before": before, "expert_size": size, "shared": shared}
+        return result | {"accuracy_before": before, "expert_size": size}
 
     def _before(self, name: str, student: Any) -> float:
         return self._once(f"{name}-before", lambda _: self._test(student))["accuracy"]
@@ -175,11 +167,10 @@ class Study:
         """Of the weights after the last step, which validation did not choose."""
         return self._test(load_model(self.folder / name / "final", REVIEWS))["accuracy"]
 
-    def _importance(self, teacher: Any) -> Tensor:
-        path = self.folder / "importance.safetensors"
-        if path.exists():
-            return load_importance(path, teacher).scores
-        return score_split(teacher, self._train, path, data="movie reviews", split="train", task=REVIEWS.name)
+    def _chosen(self, teacher: Any, config: MoEConfig) -> list[SiteChoice]:
+        """By the training sentences, in the same order for every seed; both students are of this one choice."""
+        batches = [self._train.collate(range(n, min(n + 32, len(self._train)))) for n in range(0, len(self._train), 32)]
+        return choose_experts(teacher, batches, config, seed=self.seed, folder=self.folder / "choice", progress=True)
 
     @cached_property
     def tokenizer(self) -> Any:

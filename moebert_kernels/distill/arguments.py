@@ -13,7 +13,7 @@ from moebert_kernels.errors import UserError
 _LEAST = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "label_smoothing_factor": 0,
     "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "save_total_limit": 1, "early_stopping_patience": 1,
+    "save_total_limit": 1, "early_stopping_patience": 1, "router_learning_rate": 0,
 }  # fmt: skip
 OBJECTIVES = ("layerwise", "tokens", "microbert", "embedding")
 
@@ -93,8 +93,6 @@ class MoETrainingArguments(TrainingArguments):
         for name in ("objective_options", "gradient_mask"):
             _check_entries(name, getattr(self, name))
         check_weights(self.loss_weights)
-        if self.router_learning_rate is not None:
-            _check_number("router_learning_rate", self.router_learning_rate)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -107,14 +105,10 @@ def check_weights(weights: Any) -> None:
     """Raise UserError unless these are weights by name, or None."""
     _check_entries("loss_weights", weights)
     for name, weight in (weights or {}).items():
-        _check_number(f"loss_weights.{name}", weight)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise UserError(f"loss_weights.{name}: expected a number of at least 0, got {weight!r}")
 
 
 def _check_entries(name: str, value: Any) -> None:
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{name}: expected names and values, got {value!r}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise UserError(f"{name}: expected a number of at least 0, got {value!r}")

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, View, pool, vector_distance
 from moebert_kernels.distill.objectives import (
     Objective,
     check_sizes,
+    check_states,
     checked_pairs,
     hidden_mse,
     named_output,
@@ -156,35 +156,27 @@ class EmbeddingObjective(Objective):
         if distance not in get_args(Distance):
             raise UserError(f"distance: expected one of {', '.join(get_args(Distance))}, got {distance!r}")
         self.distance: Distance = distance
-        self.layer_map = None if layer_map is None else dict(layer_map)
+        self.layer_map, self.pooled = layer_map, layer_map == {}
 
     def identity(self) -> dict[str, object]:
-        pairs = None if self.layer_map is None else sorted(self.layer_map.items())
         return {"pooling": self.pooling.view, "normalize": self.pooling.normalize, "distance": self.distance,
-                "layer_map": pairs}  # fmt: skip
+                "layer_map": self.sorted_map}  # fmt: skip
 
     def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
-        """Student state -> teacher state of "hidden"; see `checked_pairs`."""
         return {} if self.layer_map == {} else checked_pairs(self.layer_map, student_layers, teacher_layers)
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
         check_sizes(config, teacher, "vocab_size", "hidden_size")
         followed = self.pairs(config.num_hidden_layers, teacher.num_layers).values()
-        needed = {*followed, teacher.num_layers}
-        if not needed <= set(teacher.layers):
-            raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
-        if teacher.pooled and self.layer_map != {}:
+        check_states({*followed, teacher.num_layers}, teacher)
+        if teacher.pooled and not self.pooled:
             raise UserError("teacher: expected states by token for the term 'hidden', got pooled ones")
 
     def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
         super().build(student, teacher, seed)
         config: Any = student.config
         self._pairs = self.pairs(config.num_hidden_layers, teacher.num_layers)
-
-    def summary(self, student_layers: int, teacher_layers: int) -> str:
-        pairs = self.pairs(student_layers, teacher_layers)
-        return describe_layer_map(pairs) if pairs else "student <- teacher: embeddings"
 
     def embed(self, outputs: Any, batch: Batch) -> Tensor:
         """(B, H) embeddings of a model's outputs, which may be a teacher's kept ones."""

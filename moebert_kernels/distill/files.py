@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moebert_kernels.errors import UserError
 
 _ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 
@@ -25,6 +28,16 @@ def aligned(module: Any) -> Any:
         if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
     return module
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Raise UserError, which begins with `name`, unless files can be written into `folder`, made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}: expected a folder that can be written, got {folder} ({error.strerror})") from None
 
 
 def write_text(path: Path, text: str) -> None:

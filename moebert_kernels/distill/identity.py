@@ -7,7 +7,7 @@ words (`validation rows`) is a digest of something large, which says nothing to 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,37 +56,24 @@ def _value(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_run(folder: Path, finished: bool, saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError if the run whose output `folder` is has other facts than a present one."""
-    changes = changed(saved, identity)
-    if changes:
-        kind, does = ("a finished", "replaces") if finished else ("an unfinished", "drops")
-        raise UserError(
-            f"output_dir: expected a new folder or one of the same run, got {folder} with {kind} run of other"
-            f" {described(changes)} (resume=False {does} it, another output_dir keeps it)"
-        )
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], wanted: str, way_out: str = "") -> None:
+    """Raise UserError, which says what was `wanted`, what differs and the `way_out`, unless the facts are the same."""
+    if changes := changed(saved, identity):
+        raise UserError(f"{wanted} other {described(changes)}{way_out}")
 
 
-def row_facts(data: TaskData, splits: Sequence[str] | None = None, of: str = "") -> dict[str, str]:
+def row_facts(data: TaskData, of: str = "") -> dict[str, str]:
     """ "training rows", "validation rows" and so on: digests of texts and labels, the classes by name.
 
-    Args:
-        splits: of these splits. None: of all.
-        of: a word before each name, for data of several tasks.
+    `of` stands before each name, for data of several tasks.
     """
     task, facts = data.task, {}
-    for split in data.splits if splits is None else splits:
+    for split, rows in data.splits.items():
         digest = sha256(repr((task.kind, task.label_names)).encode())
-        for part in data.split(split).iter(1000):
+        for part in rows.iter(1000):
             digest.update(repr(sorted(part.items())).encode())
         facts[f"{of} {SPLIT_WORDS.get(split, split)} rows".strip()] = digest.hexdigest()[:16]
     return facts
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits that name the tokens that a tokenizer knows, and its kind."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return sha256(repr((type(tokenizer).__name__, vocabulary)).encode()).hexdigest()[:16]
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -103,27 +90,23 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
     )
 
 
-def file_digest(path: Path | None) -> list[int] | None:
-    """Size and CRC-32 of a file; None where there is none."""
+def files_of(folder: Path) -> dict[str, list[int]]:
+    """Sizes and CRC-32 of a folder's files by name."""
     from moebert_kernels.distill.files import size_and_crc32
 
-    return size_and_crc32(path) if path is not None and path.is_file() else None
+    return {file.name: size_and_crc32(file) for file in sorted(folder.glob("*")) if file.is_file()}
 
 
-def files_of(folder: Path) -> dict[str, list[int] | None]:
-    """Sizes and CRC-32 of a folder's files by name."""
-    return {file.name: file_digest(file) for file in sorted(folder.glob("*")) if file.is_file()}
-
-
-def model_files(name: str | Path) -> dict[str, list[int] | None]:
+def model_files(name: str | Path) -> dict[str, list[int]]:
     """Sizes and CRC-32 of the files that a local model is loaded from; none for a name on the Hub.
 
     Raises:
         UserError: no such model.
     """
+    from moebert_kernels.distill.files import size_and_crc32
     from moebert_kernels.distill.loading import resolve_model
 
     path = Path(name)
     if path.is_file():
-        return {path.name: file_digest(path)}
+        return {path.name: size_and_crc32(path)}
     return {file: digest for file, digest in files_of(Path(resolve_model(name))).items() if file.endswith(_MODEL_FILES)}

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -65,13 +66,14 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _one_line(what: str, name: str):
-    """Errors of loading as a UserError of one line, and none of transformers' own reports."""
+def _reading(what: str, given: str | Path) -> Iterator[str]:
+    """The folder of a model; errors of loading it as a UserError of one line, and none of transformers' reports."""
+    name = resolve_model(given)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with quiet_transformers():
-            yield
+            yield name
     except UserError:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -104,12 +106,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    name = resolve_model(name)
-    with _one_line("tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    with _reading("tokenizer", name) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     # transformers makes an empty tokenizer of a folder that has a config but no tokenizer files
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"tokenizer: expected its files beside the model, got none in {name}")
+        raise UserError(f"tokenizer: expected its files beside the model, got none in {folder}")
     return tokenizer
 
 
@@ -134,9 +135,8 @@ def load_config(name: str | Path) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    name = resolve_model(name)
-    with _one_line("model", name):
-        return AutoConfig.from_pretrained(name)
+    with _reading("model", name) as folder:
+        return AutoConfig.from_pretrained(folder)
 
 
 def is_moe(config: Any) -> bool:
@@ -181,16 +181,16 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     return model
 
 
-def _loaded(auto: Any, name: str, wanted: str = "", new_head: bool = False, **options: Any) -> Any:
+def _loaded(auto: Any, name: str | Path, wanted: str = "", new_head: bool = False, **options: Any) -> Any:
     """A model whose weights are all in the checkpoint, but for those of a head or a pooler that may be new."""
-    with _one_line("model", name):
-        model, info = auto.from_pretrained(name, output_loading_info=True, **options)
+    with _reading("model", name) as folder:
+        model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
     missing = [key for key in info["missing_keys"] if not (new_head and _is_new_in_fine_tuning(key, model))]
     if missing:
         wanted = wanted or f"every weight of a {type(model).__name__}"
-        raise UserError(f"model: expected {wanted}, got {name} (no {min(missing)})")
+        raise UserError(f"model: expected {wanted}, got {folder} (no {min(missing)})")
     if any(".pooler." in key for key in info["missing_keys"]):
-        warnings.warn(f"no pooler in {name}: its weights are drawn anew", stacklevel=3)
+        warnings.warn(f"no pooler in {folder}: its weights are drawn anew", stacklevel=3)
     return model
 
 
@@ -202,24 +202,9 @@ def _load_generator(name: str, task: Task, config: Any, new_classes: bool) -> An
     model = _loaded(auto, name)
     if task.kind == "classification" and (new_classes or is_unnamed(label_names(config))):
         _name_classes(model.config, task)
-    if task.kind == "lm" and _looks_ahead(model):
+    if task.kind == "lm" and type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UserError(f"model: expected a causal language model, got {name}, which sees the tokens it predicts")
     return model
-
-
-@torch.no_grad()
-def _looks_ahead(model: Any) -> bool:
-    """Whether a prediction changes with a later token, as an encoder's do with a language model's head."""
-    ids = torch.arange(8)[None] % model.config.vocab_size
-    other = ids.clone()
-    other[0, -1] = 0
-    model.eval()
-    with torch.random.fork_rng(devices=[]):
-        logits = []
-        for tokens in (ids, other):
-            torch.manual_seed(0)  # a router may draw
-            logits.append(model(input_ids=tokens).logits[0, :-1])
-    return not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
 
 
 def load_as_saved(name: str | Path) -> Any:
@@ -228,7 +213,6 @@ def load_as_saved(name: str | Path) -> Any:
     Raises:
         UserError: no such model, a damaged one, or one of a class that transformers does not have.
     """
-    name = resolve_model(name)
     architecture = (load_config(name).architectures or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
@@ -242,9 +226,8 @@ def load_encoder(name: str | Path) -> Any:
     Raises:
         UserError: no such model, or a damaged one.
     """
-    name = resolve_model(name)
-    with _one_line("model", name):
-        return AutoModel.from_pretrained(name)
+    with _reading("model", name) as folder:
+        return AutoModel.from_pretrained(folder)
 
 
 def load_classifier(name: str | Path, seed: int = 0) -> Any:
@@ -255,7 +238,6 @@ def load_classifier(name: str | Path, seed: int = 0) -> Any:
     Raises:
         UserError: no such model, a damaged one, or one of a family without a classifier.
     """
-    name = resolve_model(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _loaded(AutoModelForSequenceClassification, name, new_head=True)

@@ -15,7 +15,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, FeatureMaps, View, pool, vector_distance
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
@@ -25,6 +24,7 @@ from moebert_kernels.distill.objectives import (
     Objective,
     at_least_float32,
     check_sizes,
+    check_states,
     checked_pairs,
     hidden_mse,
     named_output,
@@ -102,7 +102,7 @@ class MicroBertObjective(Objective):
         if not 0.0 < temperature < float("inf"):
             raise UserError(f"temperature: expected a number above 0, got {temperature!r}")
         self.kind, self.terms, self.views, self.distance = kind, tuple(terms), tuple(views), distance
-        self.layer_map = None if layer_map is None else dict(layer_map)
+        self.layer_map, self.pooled = layer_map, not {*_BY_TOKEN, "relation"} & set(terms)
         self.project, self.pool_first, self.temperature = project, pool_first, temperature
         self.adversary_config = adversary or AdversaryConfig()
         self._wanted_heads, self._wanted_layer = relation_heads, relation_layer
@@ -112,11 +112,10 @@ class MicroBertObjective(Objective):
         self._heads = 0
 
     def identity(self) -> dict[str, object]:
-        pairs = None if self.layer_map is None else sorted(self.layer_map.items())
         settings: dict[str, object] = {
-            "kind": self.kind, "terms": self.terms, "layer_map": pairs, "project": self.project, "views": self.views,
-            "distance": self.distance, "pool_first": self.pool_first, "temperature": self.temperature,
-            "relation_heads": self._wanted_heads, "relation_layer": self._wanted_layer,
+            "kind": self.kind, "terms": self.terms, "layer_map": self.sorted_map, "project": self.project,
+            "views": self.views, "distance": self.distance, "pool_first": self.pool_first,
+            "temperature": self.temperature, "relation_heads": self._wanted_heads, "relation_layer": self._wanted_layer,
         }  # fmt: skip
         return settings | (self.adversary_config.identity() if ADVERSARIAL in self.terms else {})
 
@@ -159,8 +158,7 @@ class MicroBertObjective(Objective):
                 f"project: expected True for a student of hidden_size {config.hidden_size} and a teacher of"
                 f" {teacher.hidden_size}, got False"
             )
-        if not needed <= set(teacher.layers):
-            raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
+        check_states(needed, teacher)
         by_token = [term for term in _BY_TOKEN if term in self.terms]
         if teacher.pooled and by_token:
             raise UserError(f"teacher: expected states by token for the term {by_token[0]!r}, got pooled ones")
@@ -193,10 +191,6 @@ class MicroBertObjective(Objective):
     def named_maps(self, state: Mapping[str, Tensor]) -> dict[tuple[int, int], Tensor]:
         """The weights in a state dict of `maps` by (student state, teacher state), for another's `first_maps`."""
         return {(j, g): state[f"layers.{j}.weight"] for j, g in self._pairs.items()}
-
-    def summary(self, student_layers: int, teacher_layers: int) -> str:
-        pairs = self.pairs(student_layers, teacher_layers)
-        return describe_layer_map(pairs) if pairs else super().summary(student_layers, teacher_layers)
 
     def recording(self) -> AbstractContextManager[Any]:
         return self._recorder if self._recorder is not None else nullcontext()

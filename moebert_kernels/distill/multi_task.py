@@ -12,8 +12,9 @@ import torch
 from datasets import Value, concatenate_datasets
 from torch import nn
 
+from moebert_kernels.data.files import quiet_datasets
 from moebert_kernels.data.metrics import Metrics
-from moebert_kernels.data.split import Batch, TokenizedSplit, quiet_datasets
+from moebert_kernels.data.split import Batch, TokenizedSplit
 from moebert_kernels.distill.orders import SeededTasks
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import get_task, moe_layers, set_task

@@ -8,7 +8,7 @@ mean over labels, so that gradient accumulation weighted by sequences (`batch_we
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -116,13 +116,18 @@ class Objective(ABC):
 
     Attributes:
         preset: whether padding counts in the task's own loss.
+        pooled: whether logits and sentence vectors are all that is needed of a teacher.
         relation_layer: the teacher's layer, from 1, whose queries, keys and values are needed; None: none are.
+        layer_map: student hidden state -> teacher hidden state, 0 the embeddings' output. None: all of the student's,
+            evenly spaced over the teacher's.
         maps: what is trained together with the student, and no part of it; made by `build`.
         adversary: a discriminator with its own optimizer, which steps after the student; made by `build`.
     """
 
     preset: Preset = "default"
+    pooled: bool = False
     relation_layer: int | None = None
+    layer_map: Mapping[int, int] | None = None
     maps: nn.Module | None = None
     adversary: Adversary | None = None
 
@@ -138,9 +143,19 @@ class Objective(ABC):
         """Make `maps` and `adversary` anew, on the student's device, or leave them None."""
         self.maps = self.adversary = None
 
+    def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
+        """Student state -> teacher state that it follows, of a student and a teacher of so many layers."""
+        return {}
+
     def summary(self, student_layers: int, teacher_layers: int) -> str:
         """A line for people, printed once: which state follows which."""
-        return "student <- teacher: predictions"
+        pairs = self.pairs(student_layers, teacher_layers)
+        return describe_layer_map(pairs) if pairs else "student <- teacher: its last outputs"
+
+    @property
+    def sorted_map(self) -> list[tuple[int, int]] | None:
+        """The layer map as `identity` has it."""
+        return None if self.layer_map is None else sorted(self.layer_map.items())
 
     def recording(self) -> AbstractContextManager[Any]:
         """Entered while the student computes a batch."""
@@ -174,25 +189,18 @@ class LayerwiseObjective(Objective):
         if layer_map is not None and not layer_map:
             raise UserError("layer_map: expected at least one pair of layers, got none: the term would always be zero")
         self.kind, self.preset = kind, preset
-        self.layer_map = None if layer_map is None else dict(layer_map)
+        self.layer_map = layer_map
 
     def identity(self) -> dict[str, object]:
-        pairs = None if self.layer_map is None else sorted(self.layer_map.items())
-        return {"kind": self.kind, "preset": self.preset, "layer_map": pairs}
+        return {"kind": self.kind, "preset": self.preset, "layer_map": self.sorted_map}
 
     def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:
-        """The layer map for a student and a teacher of so many layers; see `checked_pairs`."""
         return checked_pairs(self.layer_map, student_layers, teacher_layers)
-
-    def summary(self, student_layers: int, teacher_layers: int) -> str:
-        return describe_layer_map(self.pairs(student_layers, teacher_layers))
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
-        needed = set(self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers).values())
+        check_states(self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers).values(), teacher)
         check_sizes(config, teacher, "hidden_size", "vocab_size", "num_labels")
-        if not needed <= set(teacher.layers):
-            raise UserError(f"teacher: expected hidden states {sorted(needed)}, got only {list(teacher.layers)}")
         if self.preset == "paper" and teacher.stored_as is not None:
             raise UserError(
                 "preset: expected 'default' with cached teacher outputs, which hold no padded positions, got 'paper'"
@@ -260,6 +268,12 @@ def check_sizes(student: Any, teacher: TeacherInfo, *names: str) -> None:
         )
         if wanted != got:
             raise UserError(f"{name}: expected the teacher's {wanted}, got {got}")
+
+
+def check_states(needed: Iterable[int], teacher: TeacherInfo) -> None:
+    """Raise UserError unless the teacher gives these hidden states."""
+    if not {*needed} <= set(teacher.layers):
+        raise UserError(f"teacher: expected hidden states {sorted({*needed})}, got only {list(teacher.layers)}")
 
 
 def named_output(outputs: Any, name: str) -> Any:

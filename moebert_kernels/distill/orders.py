@@ -130,9 +130,13 @@ def numbered(data: Any) -> Dataset:
     return data if "example_id" in data.column_names else data.add_column("example_id", list(range(len(data))))
 
 
-def in_order(trainer: Any) -> Any:
-    """Batches of a trainer's data as `TeacherCache.build` reads it: in its own order, each example once."""
+def by_length(trainer: Any) -> Any:
+    """Batches of a trainer's data as `TeacherCache.build` reads it: each example once, the longest first."""
     data = trainer._remove_unused_columns(trainer.train_dataset, description="training")
-    size = trainer.args.per_device_eval_batch_size
+    order = np.argsort([-len(ids) for ids in data["input_ids"]], kind="stable")
+    size = trainer.args.per_device_train_batch_size
+    groups = [order[start : start + size].tolist() for start in range(0, len(order), size)]
     generator = torch.Generator()  # a loader draws a seed that it has no use for
-    return torch.utils.data.DataLoader(data, size, collate_fn=trainer.data_collator, generator=generator)
+    return torch.utils.data.DataLoader(
+        data, batch_sampler=groups, collate_fn=trainer.data_collator, generator=generator
+    )

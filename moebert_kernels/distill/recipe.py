@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from moebert_kernels.distill.arguments import check_weights
+from moebert_kernels.distill.microbert import TERMS
 from moebert_kernels.distill.settings import nearest, typed
 from moebert_kernels.distill.terms import BALANCE, TASK
 from moebert_kernels.errors import UserError
@@ -41,7 +42,7 @@ class Stage:
         if not re.fullmatch(r"[\w-]+", self.name) or self.name in RUN_FOLDERS:
             taken = ", ".join(RUN_FOLDERS)
             raise UserError(f"stages: expected names of letters, digits, - and _ other than {taken}, got {self.name!r}")
-        weights, known = self.settings.get("loss_weights") or {}, (TASK, BALANCE, *_terms())
+        weights, known = self.settings.get("loss_weights") or {}, (TASK, BALANCE, *TERMS)
         check_weights(weights)
         unknown = [name for name in weights if self.objective == MICROBERT and name not in known]
         if unknown:
@@ -63,7 +64,7 @@ class Stage:
     @property
     def terms(self) -> tuple[str, ...]:
         """The terms of "microbert" that have a weight."""
-        return tuple(term for term in _terms() if self.weights.get(term)) if self.objective == MICROBERT else ()
+        return tuple(term for term in TERMS if self.weights.get(term)) if self.objective == MICROBERT else ()
 
     @property
     def needs_teacher(self) -> bool:
@@ -73,17 +74,6 @@ class Stage:
     def is_active(self) -> bool:
         """Whether there is a term to train for."""
         return self.needs_teacher or bool(self.weights.get(TASK, 1.0))
-
-    @property
-    def is_lean(self) -> bool:
-        """Whether logits and sentence vectors are all that is needed of a teacher."""
-        return self.objective == MICROBERT and not {"embedding", "hidden", "relation"} & set(self.terms)
-
-
-def _terms() -> tuple[str, ...]:
-    from moebert_kernels.distill.microbert import TERMS
-
-    return TERMS
 
 
 @dataclass(frozen=True)

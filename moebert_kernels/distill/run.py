@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import StopCallback
-from moebert_kernels.distill.files import recover_folder, write_folder, write_tensors, write_text
-from moebert_kernels.distill.identity import check_run
+from moebert_kernels.distill.files import check_writable, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.multi_task import JoinedTasks
@@ -37,7 +38,7 @@ from moebert_kernels.distill.recipe import MICROBERT, Recipe, Stage, flat
 from moebert_kernels.distill.run_state import last_whole_checkpoint
 from moebert_kernels.distill.settings import OF_DATA
 from moebert_kernels.distill.task_trainer import TaskTrainer
-from moebert_kernels.distill.teacher import TeacherInfo, check_one_head, teacher_info
+from moebert_kernels.distill.teacher import check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 
@@ -75,15 +76,13 @@ def train_stages(
     best_metric: str | None = None,
     greater_is_better: bool = True,
     teacher: nn.Module | TeacherCache | None = None,
-    outputs_of: Mapping[str, Any] | None = None,
     identity: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> RunResult:
     """Train `student`; an interrupted call, made again, goes on where it was, and ends with bitwise the same weights.
 
     What does not fit in any of the stages is found before the first one trains. A map of the same two states as in an
-    earlier stage goes on from there. The teacher's outputs are kept, if they are, once for all stages: sentence vectors
-    alone where no stage needs more.
+    earlier stage goes on from there. Each of several stages keeps the teacher's outputs, if it does, in its own folder.
 
     Args:
         student: a transformers model for the task; holds the weights of the result's `model_dir` at the end.
@@ -93,7 +92,6 @@ def train_stages(
         evaluate: gives metrics by name. Its `fingerprint`, if it has one, names the data that it judges on.
         best_metric: the metric that chooses the checkpoint to keep, of equals the later.
         teacher: of the same task, or its kept outputs; None for recipes that need none.
-        outputs_of: facts of how texts became token ids, for `TeacherCache.build`.
         identity: further JSON-able facts (a task's name, a file) that must agree when the run goes on.
         resume: False starts again, dropping the runs in the folder and their models.
 
@@ -113,7 +111,6 @@ def train_stages(
         if isinstance(model, nn.Module):
             check_reach(name, model.config, longest)
     objectives = [_objective(stage, student, teacher) for stage in stages]
-    source = _kept(recipe, objectives, student, teacher, train, outputs_of)
     facts = {"training data": train.fingerprint, "validation data": getattr(evaluate, "fingerprint", None)}
     facts |= {"model weights": model_fingerprint(student), **(identity or {})}
     runs = []
@@ -122,10 +119,12 @@ def train_stages(
         judging: dict[str, Any] = {}
         if last:
             judging = {"evaluate": evaluate, "best_metric": best_metric, "greater": greater_is_better}
+        if (kept := stage.settings.get("teacher_outputs")) is not None and len(stages) > 1:
+            stage = replace(stage, settings={**stage.settings, "teacher_outputs": str(Path(kept) / stage.name)})
         runs.append(
             _Run(
                 student, stage, train, output_dir if last else output_dir / stage.name, objective,
-                None if objective is None else source, facts, **judging,
+                None if objective is None else teacher, facts, **judging,
             )
         )  # fmt: skip
     if runs[-1].writes:
@@ -161,45 +160,13 @@ def _trained_maps(objective: MicroBertObjective, folder: Path) -> dict[tuple[int
     return objective.named_maps(load_file(file))
 
 
-def _kept(
-    recipe: Recipe, objectives: Sequence[Objective | None], student: Any, teacher: Any, train: Any,
-    outputs_of: Mapping[str, Any] | None,
-) -> Any:  # fmt: skip
-    """The teacher, or its outputs in the folder of `teacher_outputs`, which every objective accepts."""
-    folder = recipe.common("teacher_outputs") if recipe.needs_teacher else None
-    if folder is None:
-        return teacher
-    if not isinstance(teacher, nn.Module):
-        raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
-    dtype = recipe.common("teacher_outputs_dtype")
-    some: list[Any] = [objective for objective in objectives if objective is not None]
-    both: list[Any] = [student, teacher]
-    ours, theirs = (model.config.get_text_config().num_hidden_layers for model in both)
-    pairs: list[Any] = [getattr(objective, "pairs", lambda *_: {})(ours, theirs) for objective in some]
-    layers = sorted({layer for pair in pairs for layer in pair.values()}) or [theirs]
-    pooled = all(stage.is_lean for stage in recipe.active if stage.needs_teacher)
-    info: TeacherInfo = replace(teacher_info(teacher, layers), stored_as=dtype or "as it computes", pooled=pooled)
-    for objective in some:
-        objective.check(student, info)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TeacherCache.build(
-        teacher.to(device), train.batches(recipe.active[0].settings.get("per_device_train_batch_size") or 8), folder,
-        layers=layers, pooled=pooled, dtype=dtype, inputs=outputs_of, device=device,
-    )  # fmt: skip
-
-
 def prepare_folder(folder: Path) -> None:
     """Make `folder`, and put right what an interruption left in it.
 
     Raises:
         UserError: it cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: expected a folder that can be written, got {folder} ({error.strerror})") from None
+    check_writable("output_dir", folder)
     for name in ("best", "final"):
         recover_folder(folder / name)
 
@@ -214,8 +181,8 @@ class _Run:
         self.student, self.train_data, self.folder = student, train, folder
         self.objective, self.teacher, self.evaluate = objective, teacher, evaluate
         settings = {name: value for name, value in stage.settings.items() if name not in OF_DATA}
-        for name in ("teacher_outputs", "teacher_outputs_dtype", "objective", "objective_options"):
-            settings.pop(name, None)  # these are made
+        for name in ("objective", "objective_options", *["teacher_outputs"] * (objective is None)):
+            settings.pop(name, None)  # the objective is made
         pinned = {"dataloader_pin_memory": torch.cuda.is_available()}
         self.settings = {**DEFAULTS, **pinned, **settings, "loss_weights": stage.weights}
         if train.pad_to is not None:
@@ -269,14 +236,23 @@ class _Run:
             trainer = self.trainer()
             trainer.create_optimizer()  # which looks at the routers
         finally:
-            if is_new and self.folder.exists():
-                self.folder.rmdir()  # made by transformers
+            if is_new:  # made by transformers
+                with suppress(OSError):
+                    self.folder.rmdir()
+        if isinstance(trainer.teacher, TeacherCache):
+            self.teacher = trainer.teacher
+            self.settings.pop("teacher_outputs", None)
         facts = trainer._identity() | {"processes": trainer.args.world_size}
         self.identity |= json.loads(json.dumps(facts, default=str))
         saved = self._saved()
         finished = saved.get("result") is not None
         if finished or (saved and last_whole_checkpoint(self.folder) is not None):
-            check_run(self.folder, finished, saved["identity"], self.identity)
+            kind = "a finished" if finished else "an unfinished"
+            check_same(
+                saved["identity"], self.identity,
+                f"output_dir: expected a new folder or one of the same run, got {self.folder} with {kind} run of",
+                " (resume=False replaces it, another output_dir keeps it)",
+            )  # fmt: skip
 
     def _saved(self) -> dict[str, Any]:
         file = self.folder / RUN

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.distill.identity import changed, described
+from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.distill.terms import Terms
 from moebert_kernels.errors import UserError
@@ -78,12 +78,8 @@ def load_state(folder: str | Path, objective: Objective | None, terms: Terms, ar
 
 def check_same_run(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Raise a UserError, which names what differs, unless a checkpoint is of a run with these facts."""
-    changes = changed(_read(Path(folder))["identity"], identity)
-    if changes:
-        raise UserError(
-            f"resume_from_checkpoint: expected a checkpoint of the same run, got {folder} with other"
-            f" {described(changes)}"
-        )
+    wanted = f"resume_from_checkpoint: expected a checkpoint of the same run, got {folder} with"
+    check_same(_read(Path(folder))["identity"], identity, wanted)
 
 
 def _read(folder: Path) -> dict[str, Any]:

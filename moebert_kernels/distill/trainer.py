@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.files import aligned
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
-from moebert_kernels.distill.orders import SeededLengthGroups, in_order, numbered
+from moebert_kernels.distill.orders import SeededLengthGroups, by_length, numbered
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
 from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, Teacher, forward_keys, teacher_info
 from moebert_kernels.distill.teacher_cache import TeacherCache
@@ -106,9 +107,8 @@ class MoETrainer(Trainer):
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None
         if self.args.gradient_mask is not None:
-            self._mask = GradientMaskCallback(
-                GradientMask(model, **{"seed": self.args.seed, **self.args.gradient_mask})
-            )
+            mask = GradientMask(model, **{"seed": self.args.seed, **self.args.gradient_mask})
+            self._mask = GradientMaskCallback(mask)
             self.add_callback(self._mask)
         self.teacher = None if objective is None else self._prepared_teacher()
         if self.args.early_stopping_patience is not None:
@@ -136,9 +136,13 @@ class MoETrainer(Trainer):
                 source = LiveTeacher(
                     source, self.args.device, dropout=self.args.teacher_dropout, autocast=self.accelerator.autocast
                 )
+        elif (folder := self.args.teacher_outputs) is not None:
+            raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
         if isinstance(source, TeacherCache) and self.args.teacher_dropout:
             raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         objective.check(self.student, source.info)
+        if isinstance(source, TeacherCache):
+            source.check_rows(self.train_dataset)
         objective.build(self.student, source.info, self.args.seed)
         if objective.maps is not None and self.is_fsdp_enabled:
             raise UserError("project: expected False under FSDP, which does not know the maps, got True")
@@ -147,20 +151,15 @@ class MoETrainer(Trainer):
         return source
 
     def _kept_outputs(self, teacher: nn.Module) -> TeacherCache:
-        """The teacher's outputs for the training data, computed where they are missing."""
+        """The teacher's outputs for the training data, computed where they are missing, if the objective takes them."""
         self.train_dataset = numbered(self.train_dataset)
-        last = teacher_info(teacher).num_layers
-        pairs: Any = getattr(self.objective, "pairs", lambda *_: {})
-        layers = {last, *pairs(self.student.config.num_hidden_layers, last).values()}
-        return TeacherCache.build(
-            teacher,
-            in_order(self),
-            self.args.teacher_outputs,
-            layers=sorted(layers),
-            pooled=isinstance(self.objective, EmbeddingObjective) and self.objective.layer_map == {},
-            dtype=self.args.teacher_outputs_dtype,
-            device=self.args.device,
-        )
+        models: Any = (self.student, teacher)
+        ours, theirs = (model.config.get_text_config().num_hidden_layers for model in models)
+        layers = sorted({theirs, *self.objective.pairs(ours, theirs).values()})
+        kept = {"layers": layers, "pooled": self.objective.pooled, "dtype": self.args.teacher_outputs_dtype}
+        info = replace(teacher_info(teacher, layers), stored_as="another dtype", pooled=self.objective.pooled)
+        self.objective.check(self.student, info)
+        return TeacherCache.build(teacher, by_length(self), self.args.teacher_outputs, device=self.args.device, **kept)
 
     # What `Trainer` asks of its subclasses
 
@@ -295,9 +294,9 @@ class MoETrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        if isinstance(self.objective, EmbeddingObjective):
-            return loss.detach(), self.objective.embed(outputs, dict(inputs)).detach(), None
-        return loss.detach(), outputs.logits.detach(), None
+        embeds = isinstance(self.objective, EmbeddingObjective)
+        predicted = self.objective.embed(outputs, dict(inputs)) if embeds else outputs.logits
+        return loss.detach(), predicted.detach(), None
 
     def create_optimizer(self, model: Any = None) -> Any:
         made = self.optimizer is None

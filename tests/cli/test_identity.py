@@ -1,5 +1,6 @@
 """What is there answers for nothing but the call that made it; and what the commands say of data before they use it."""
 
+import re
 import shutil
 import signal
 
@@ -64,7 +65,7 @@ def command(kind, base, teacher, moe):
 
 def refusal(line, what):
     """The line names what differs and both ways out, and nothing that only a program understands."""
-    assert what in line and "--restart" in line and "another --output" in line, line
+    assert what in line and "--force" in line and "another --output" in line, line
     assert not any(len(word) >= 16 and not set(word) - set("0123456789abcdef") for word in line.split())
 
 
@@ -79,11 +80,11 @@ def test_other_validation_rows_are_another_run(kind, state, base, teacher, moe, 
     else:
         done(*words, *files(train, dev))
     for other in ("other", "labels"):
-        refusal(refused(*words, *files(train, small / f"{other}.tsv")), "validation rows")
-    refusal(refused(*words, *files(small / "other.tsv", dev)), "training rows")
+        refusal(refused(*words, *files(train, small / f"{other}.tsv")), "validation data")
+    refusal(refused(*words, *files(small / "other.tsv", dev)), "training data")
     shutil.copy(dev, tmp_path / "moved.tsv")  # the same rows elsewhere are the same run
     assert "best on validation by accuracy" in done(*words, *files(train, tmp_path / "moved.tsv"))
-    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--restart", "--force")
+    assert "best on validation" in done(*words, *files(train, small / "other.tsv"), "--force")
 
 
 def test_options_that_decide_the_result_are_said(base, teacher, moe, small, tmp_path):
@@ -119,7 +120,7 @@ def test_several_tasks_are_told_apart(base, tmp_path):
     file = tasks / "stsb/dev.tsv"
     rows = file.read_text()
     file.write_text(rows.replace("2.5", "1.0", 1))
-    refusal(refused(*words, *SHORT), "stsb validation rows")
+    refusal(refused(*words, *SHORT), "validation data")
     file.write_text(rows)
     assert "best on validation by the mean" in done(*words, *SHORT)
 
@@ -167,12 +168,12 @@ def test_eval_cuts_as_training_did(base, small, tmp_path):
     words = (*TABLE, "--data", small)
     done("finetune", "--model", base, *words, *SHORT[:-1], "8", "--output", tmp_path / "out")
     printed = done("eval", "--model", tmp_path / "out", *words)
-    assert "1 of 17 validation texts are longer than 8 tokens and are cut there, the longest has 10 (" in printed
+    assert re.search(r"\d+ of 17 validation texts fill all 8 tokens, and what is longer is cut \(", printed)
     assert "was trained with" not in printed
     for more, length in ((("--max-length", 9), 9), (("--max-length", 24), 24)):
         printed = done("eval", "--model", tmp_path / "out", *words, *more)
         assert f"--max-length {length}: the model was trained with 8" in printed
-        assert (f"are longer than {length} tokens" in printed) == (length == 9)
+        assert ("1 of 17 validation texts fill all 9 tokens" in printed) == (length == 9)
     done(
         "convert",
         "--model",
@@ -184,7 +185,7 @@ def test_eval_cuts_as_training_did(base, small, tmp_path):
         "--output",
         tmp_path / "moe",
     )
-    assert "1 of 17 validation texts are longer than 8 tokens" in done("eval", "--model", tmp_path / "moe", *words)
+    assert "validation texts fill all 8 tokens" in done("eval", "--model", tmp_path / "moe", *words)
 
 
 def test_one_file_holds_out_its_validation_rows(base, small, tmp_path):

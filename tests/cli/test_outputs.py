@@ -7,7 +7,7 @@ import pytest
 from typer.main import get_command
 
 from moebert_kernels.cli import app
-from moebert_kernels.cli.outputs import NOTE, already_written, check_output, check_run, claim, write_model
+from moebert_kernels.cli.outputs import NOTE, already_written, check_output, claim, write_model
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, done, moebert, refused
 from tests.convert.models import dense_model
@@ -123,37 +123,29 @@ def test_force_replaces_a_model_and_not_what_was_put_beside_it(tmp_path):
 
 
 def test_a_run_goes_on_only_in_its_own_folder(tmp_path):
-    check_run(tmp_path / "new", "finetune", restart=False, force=False)
+    check_output(tmp_path / "new", "finetune")
     assert not (tmp_path / "new").exists()  # a refusal later on leaves nothing behind
     claim(tmp_path, "finetune")
-    check_run(tmp_path, "finetune", restart=False, force=False)
-    check_run(tmp_path, "finetune", restart=True, force=False)
+    check_output(tmp_path, "finetune")
     with pytest.raises(UserError, match=r"output: expected a new or empty folder, .* which moebert finetune wrote"):
-        check_run(tmp_path, "distill", restart=False, force=False)
-    with pytest.raises(UserError, match="force: expected it together with --restart, got it alone"):
-        check_run(tmp_path, "finetune", restart=False, force=True)
+        check_output(tmp_path, "distill")
     (tmp_path / NOTE).write_text("damaged")
     with pytest.raises(UserError, match="which holds things that moebert did not write"):
         check_output(tmp_path, "finetune")
 
 
-def test_restart_keeps_a_finished_model(base, teacher, data, tmp_path):
+def test_only_force_replaces_a_finished_model(base, teacher, data, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(teacher, output)
     weights = (output / "best" / "model.safetensors").read_bytes()
     words = ("finetune", "--model", base, *TABLE, "--data", data, "--output", output, *TRAINING)
-    line = refused(*words, "--restart", "--num_train_epochs", 1)
-    assert line == (
-        f"output: expected an unfinished run to drop, got {output} with a finished model; --restart --force replaces"
-        " it, another --output keeps it"
-    )
-    assert "(--restart --force replaces it, another --output keeps it)" in refused(*words, "--num_train_epochs", 1)
+    assert "(--force replaces it, another --output keeps it)" in refused(*words, "--num_train_epochs", 1)
     assert (output / "best" / "model.safetensors").read_bytes() == weights
-    done(*words, "--num_train_epochs", 1, "--restart", "--force")
+    done(*words, "--num_train_epochs", 1, "--force")
     assert (output / "best" / "model.safetensors").read_bytes() != weights
 
 
-def test_an_unfinished_run_is_dropped_by_restart_and_named_as_a_model(base, data, tmp_path, monkeypatch):
+def test_an_unfinished_run_is_dropped_by_force_and_named_as_a_model(base, data, tmp_path, monkeypatch):
     """Its checkpoint is there, its end is not."""
     output = tmp_path / "out"
     words = ("finetune", "--model", base, *TABLE, "--data", data, "--output", output, *TRAINING)
@@ -162,11 +154,11 @@ def test_an_unfinished_run_is_dropped_by_restart_and_named_as_a_model(base, data
         assert moebert(*words).exit_code == 130
     assert refused(*words, "--learning_rate", "1e-3") == (
         f"output: expected a new folder or one of the same run, got {output} with an unfinished run of other"
-        " learning_rate (it was 0.01 and is 0.001 now) (--restart drops it, another --output keeps it)"
+        " learning_rate (it was 0.01 and is 0.001 now) (--force replaces it, another --output keeps it)"
     )
     evaluation = ("eval", "--model", output, *TABLE, "--data", data)
     assert refused(*evaluation) == (
         f"model: expected a finished run, got {output}, whose run is unfinished and has no model yet; its command goes"
         " on with it when it is run again"
     )
-    done(*words, "--learning_rate", "1e-3", "--num_train_epochs", 1, "--restart")
+    done(*words, "--learning_rate", "1e-3", "--num_train_epochs", 1, "--force")

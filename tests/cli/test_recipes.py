@@ -5,6 +5,7 @@ import json
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
+from moebert_kernels.distill import TeacherCache
 from moebert_kernels.distill.recipe import load_recipe, recipe_names
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, WORDS, done, refused, write_base
@@ -74,17 +75,18 @@ def test_two_stages(small, teacher, data, tmp_path):
 def test_lean_with_the_cache_equals_without_and_takes_extra_text(small, teacher, data, tmp_path):
     (tmp_path / "more.tsv").write_text("text\n" + "".join(f"a {noun} was dull\n" for noun in ("film", "play") * 9))
     words = ("--extra-text", tmp_path / "more.tsv", "--objective_options.distance", "cosine")
+    cached = (*words, "--teacher_outputs", tmp_path / "cache")
     distil(tmp_path / "a", small, teacher, data, "microbert-lean", *words)
-    distil(tmp_path / "b", small, teacher, data, "microbert-lean", *words, "--teacher_outputs", tmp_path / "cache")
+    distil(tmp_path / "b", small, teacher, data, "microbert-lean", *cached)
     for one, other in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
-    described = json.loads((tmp_path / "cache/cache.json").read_text())
-    assert described["pooled"] and described["stored_as"] == "float32" and described["max_length"] == 12
+    kept = TeacherCache(tmp_path / "cache").info
+    assert kept.pooled and kept.stored_as == "float32"
     assert len(losses(tmp_path / "a")) == 2 * 11  # 64 + 18 texts in eights
+    (tmp_path / "more.tsv").write_text("text\n" + "the play was dull\n" * 18)
     line = refused("distill", "--config", "microbert-lean", "--model", small, "--teacher", teacher, *TABLE,
-                   "--data", data, "--output", tmp_path / "c", *SHORT, "--max-length", "10", *words,
-                   "--teacher_outputs", tmp_path / "cache")  # fmt: skip
-    assert "with those of other max_length (it was 12 and is 10 now) (use another folder)" in line
+                   "--data", data, "--output", tmp_path / "c", *SHORT, *cached)  # fmt: skip
+    assert "got others (another tokenizer, maximum length or data set; use another folder)" in line
 
 
 def test_refusals(small, teacher, moe, data, tmp_path):
@@ -122,8 +124,8 @@ def test_refuses_another_vocabulary(small, teacher, data, tmp_path):
 def test_recipes_of_the_package_and_of_ones_own(tmp_path):
     assert recipe_names() == ["finetune", "kd", "microbert", "microbert-lean", "microbert-two-stage"]
     full, lean = load_recipe("microbert").stages[0], load_recipe("microbert-lean").stages[0]
-    assert full.terms == ("embedding", "hidden", "alignment", "soft", "adversarial") and not full.is_lean
-    assert lean.terms == ("alignment", "soft") and lean.is_lean
+    assert full.terms == ("embedding", "hidden", "alignment", "soft", "adversarial")
+    assert lean.terms == ("alignment", "soft")
     assert [stage.name for stage in load_recipe("microbert-two-stage").active] == ["features", "predictions"]
     assert not load_recipe("finetune").needs_teacher
     nothing = {f"loss_weights.{term}": "0" for term in ("alignment", "hidden", "embedding")}

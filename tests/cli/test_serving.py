@@ -14,7 +14,7 @@ from tests.cli.tiny import TABLE, done, refused
 
 def test_quantize(student, data, tmp_path):
     output = done("quantize", "--model", student, *TABLE, "--data", data, "--output", tmp_path / "int8")
-    assert "as it was: " in output and "int8: " in output and "MiB of weights became" in output
+    assert "as it was, in " in output and "int8, in " in output and "MiB of weights became" in output
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert isinstance(moe_layers(loaded)[0].experts, PackedExperts)
     again = done("quantize", "--model", student, *TABLE, "--data", data, "--output", tmp_path / "int8")

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.data.columns import IGNORED, collator, masked_collator, tokenized
+from moebert_kernels.data.columns import collator, tokenized
 from moebert_kernels.data.judges import judge
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, custom_task, load_task
@@ -128,7 +128,7 @@ def test_running_text_is_judged_by_perplexity(tmp_path):
     assert found["perplexity"] == pytest.approx(exact, rel=1e-5)
 
 
-def test_text_to_text_and_masked_columns(tmp_path):
+def test_text_to_text_columns(tmp_path):
     tokenizer = word_tokenizer()
     rows = Dataset.from_dict({"text": ["warm day", "cold night"], "label": [0, 1]})
     columns = tokenized(rows, REVIEWS, tokenizer, text_to_text=True)
@@ -139,10 +139,6 @@ def test_text_to_text_and_masked_columns(tmp_path):
         data_collator=collator(REVIEWS, tokenizer, text_to_text=True),
     )  # fmt: skip
     assert run.train().global_step == 2
-    masking = words()
-    masking.mask_token = masking.unk_token
-    batch = masked_collator(masking, 0.5)([{"input_ids": list(range(5, 15))}])
-    assert 0 < (batch["labels"] != IGNORED).sum() < 10
 
 
 def test_a_table_of_parquet_is_one_call_away(tmp_path):

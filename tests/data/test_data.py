@@ -13,7 +13,6 @@ from moebert_kernels.data.summary import cut_texts, summary
 from moebert_kernels.data.tasks import custom_task, load_task
 from moebert_kernels.distill.loading import keep_lengths, trained_lengths
 from moebert_kernels.errors import UserError
-from tests.distill.tiny_text import word_tokenizer
 from tests.distill.words import tokenizer_of
 
 TASK = custom_task(["text"], "kind")
@@ -63,7 +62,7 @@ REFUSED = {
     "null in JSON": ("x.json", '[{"text": "a", "kind": null}]', TASK, "a label in .*x.json, row 1, got None"),
     "no label in a row": (
         "x.jsonl", lines({"text": "a", "kind": "x"}, {"text": "b"}), TASK,
-        "data: expected a column kind in each row of .*x.jsonl, got none in row 2",
+        "kind: expected a label in .*x.jsonl, row 2, got None",
     ),
     "no label of a known task": ("x.tsv", "sentence\tlabel\na\t1\nb\t\n", "sst2", "label: expected one .*row 2, got"),
     "scores as classes": (
@@ -81,6 +80,17 @@ REFUSED = {
     ),
     "no answer in v1": ("x.jsonl", answer(text=[], answer_start=[]), "squad", "answers: expected one .*row 1, got n"),
     "a start that is no number": ("x.jsonl", answer(text=["Ann"], answer_start=["0"]), "squad", "as many text as an"),
+    "no known format": ("x.xlsx", "", TASK, "data: expected one of .tsv, .csv"),
+    "no such column": ("x.tsv", "text\tlabel\na\t1\n", "sst2", "a column sentence in .*x.tsv, got text, label"),
+    "no label column": ("x.csv", "text,label\na,1\n", TASK, "data: expected a column kind in .*x.csv, got text"),
+    "another label": ("x.tsv", "sentence\tlabel\na\t2\n", "sst2", "label: expected one of negative, .* row 1, got '2'"),
+    "one class": ("x.csv", "text,kind\na,1\n", TASK, "labels: expected between 2 and 1000 classes in .*x.csv, got 1"),
+    "no score": ("x.tsv", "sentence1\tsentence2\tscore\na\tb\tc\n", "stsb", "label: expected a number in .*, row 1"),
+    "no rows": ("x.tsv", "sentence\tlabel\n", "sst2", "data: expected rows in .*x.tsv"),
+    "broken JSON": ("x.json", "{", "squad", "data: expected JSON in .*x.json"),
+    "no rows of JSON": ("x.json", "{}", "squad", "data: expected a list of rows or SQuAD's"),
+    "no answers": ("x.jsonl", '{"question": "q", "context": "c"}', "squad", "a column answers in .*, got context"),
+    "no table": ("x.tsv", "sentence\tlabel\n" + "a\n" * 9, "sst2", "2 columns in .*, got line 2 with 1 and 8 more$"),
     "a context that is no text": ("x.jsonl", lines(SQUAD | {"context": 3}), "squad", "context: expected text .*row 1"),
 }  # fmt: skip
 
@@ -168,16 +178,11 @@ def test_texts_that_are_cut_are_counted(tmp_path):
     words = [" ".join("ab"[n % 2] for n in range(count)) for count in (5, 6, 7, 10)]
     data = load_task(TASK, write(tmp_path / "x.csv", *(f"{text},{'xy'[n % 2]}" for n, text in enumerate(words))))
     split = TokenizedSplit(data.train, data.task, tokenizer, max_length=8)
-    assert sorted(split.cut()) == [9, 12] and max(split.lengths) == 8
+    assert max(split.lengths) == 8
     assert cut_texts("train", split) == (
-        "2 of 4 training texts are longer than 8 tokens and are cut there, the longest has 12 (--max-length changes it)"
+        "3 of 4 training texts fill all 8 tokens, and what is longer is cut (--max-length changes it)"
     )
-    assert cut_texts("train", TokenizedSplit(data.train, data.task, tokenizer, max_length=12)) is None
-    pairs = load(tmp_path, "p.csv", "a,b,kind\na a a,b b,x\na a a,b b b,y\n", PAIRS)
-    assert len(TokenizedSplit(pairs, PAIRS, tokenizer, max_length=8).cut()) == 1
-    words = word_tokenizer("custom text: a b")
-    text = TokenizedSplit(data.train, data.task, words, max_length=9, text_to_text=True)
-    assert len(text.cut()) == 2 and min(text.cut()) > 9 and max(text.lengths) == 9
+    assert cut_texts("train", TokenizedSplit(data.train, data.task, tokenizer, max_length=13)) is None
 
 
 def test_a_share_of_one_file_is_held_out(tmp_path):

@@ -144,7 +144,7 @@ def test_reads_binary_tables_and_saved_data_sets(name, write, tmp_path):
 def test_damaged_binary_tables_are_one_line(name, tmp_path):
     (tmp_path / name).write_bytes(b"ARROW1 and so on")
     kind = {"train.parquet": "parquet file", "train.arrow": "arrow file", "state.json": "saved data set"}[name]
-    with pytest.raises(UserError, match=f"data: expected a whole {kind}, got ") as said:
+    with pytest.raises(UserError, match=f"data: expected a whole {kind} in ") as said:
         load_task(custom_task(("text",)), tmp_path)
     assert "\n" not in str(said.value)
     with pytest.raises(UserError, match="which does not exist"):
@@ -192,60 +192,16 @@ def write(path, text):
 # what is wrong -> (what to load from a folder, what the message says)
 REJECTED = {
     "unknown task": (lambda at: get_task("sst-2"), "task: expected one of cola, sst2, .* or custom, got 'sst-2'"),
-    "missing path": (
-        lambda at: load_task("sst2", at / "no"),
-        r"data: expected a file or a folder, got .*no, which does",
-    ),
-    "missing file": (
-        lambda at: load_task("sst2", {"train": at / "x.tsv"}),
-        "data: expected a file, got .*x.tsv, which",
-    ),
-    "empty folder": (
-        lambda at: load_task("sst2", at),
-        "data: expected train.tsv, dev.tsv or the like in .*, got no such",
-    ),
-    "unknown format": (lambda at: load_task("sst2", write(at / "x.xlsx", "")), "data: expected one of .tsv, .csv"),
-    "missing column": (
-        lambda at: load_task("sst2", write(at / "x.tsv", "text\tlabel\na\t1\n")),
-        "data: expected a column sentence in .*x.tsv, got text, label",
-    ),
-    "missing label column": (
-        lambda at: load_task(custom_task(["text"], "kind"), write(at / "x.csv", "text,label\na,1\n")),
-        "data: expected a column kind in .*x.csv, got text",
-    ),
-    "wrong label": (
-        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\na\t1\nb\t2\n")),
-        "label: expected one of negative, positive in .*x.tsv, row 2, got '2'",
-    ),
+    "missing path": (lambda at: load_task("sst2", at / "no"), "data: expected a file or a folder, got .*no, which"),
+    "missing file": (lambda at: load_task("sst2", {"train": at / "x.tsv"}), "data: expected a file, got .*x.tsv, wh"),
+    "empty folder": (lambda at: load_task("sst2", at), "data: expected train.tsv, dev.tsv or the like in .*, got no"),
+    "not gzip": (lambda at: load_task("sst2", write(at / "x.tsv.gz", "no")), "data: expected a whole gzip file, got"),
     "label of another table": (
         lambda at: load_task(
             custom_task(["t"]),
             {"train": write(at / "a.csv", "t,label\na,1\nb,2\n"), "validation": write(at / "b.csv", "t,label\na,3\n")},
         ),
         "label: expected one of 1, 2 in .*b.csv, row 1, got '3'",
-    ),
-    "one class": (
-        lambda at: load_task(custom_task(["t"]), write(at / "a.csv", "t,label\na,1\n")),
-        "labels: expected between 2 and 1000 classes in .*a.csv, got 1",
-    ),
-    "no score": (
-        lambda at: load_task("stsb", write(at / "x.tsv", "sentence1\tsentence2\tscore\na\tb\tgood\n")),
-        "label: expected a number in .*x.tsv, row 1, got 'good'",
-    ),
-    "no rows": (
-        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\n")),
-        "data: expected rows in .*x.tsv",
-    ),
-    "broken json": (lambda at: load_task("squad", write(at / "x.json", "{")), "data: expected JSON in .*x.json"),
-    "no squad": (lambda at: load_task("squad", write(at / "x.json", "{}")), "data: expected a list of rows or SQuAD's"),
-    "no answers": (
-        lambda at: load_task("squad", write(at / "x.jsonl", '{"question": "q", "context": "c"}')),
-        "data: expected a column answers in .*x.jsonl, row 1, got context, question",
-    ),
-    "not gzip": (lambda at: load_task("sst2", write(at / "x.tsv.gz", "no")), "data: expected a whole gzip file, got"),
-    "not a table": (
-        lambda at: load_task("sst2", write(at / "x.tsv", "sentence\tlabel\n" + "a\n" * 9)),
-        "data: expected 2 columns in each line of .*x.tsv, got line 2 with 1 and 8 more$",
     ),
     "no split": (
         lambda at: load_task("sst2", write(at / "x.tsv", FILES["sst2"][0])).validation,
@@ -255,10 +211,7 @@ REJECTED = {
         lambda at: (write(at / "dev_a.tsv", ""), write(at / "dev_b.tsv", ""), load_task("sst2", at)),
         "data: expected one validation file in .*, got dev_a.tsv, dev_b.tsv; name one with validation=FILE",
     ),
-    "three columns of text": (
-        lambda at: custom_task(["a", "b", "c"]),
-        "text_columns: expected one or two names, got 3",
-    ),
+    "three columns of text": (lambda at: custom_task(["a", "b", "c"]), "text_columns: expected one or two names, got"),
 }
 
 
@@ -329,7 +282,9 @@ def test_reads_squad_and_other_datasets_from_the_hub(monkeypatch):
     data = load_task(custom_task(["review"], "stars"), "somebody/reviews")
     assert asked == [("somebody/reviews",)]
     assert (data.task.label_names, list(data.train["label"])) == (("1", "5"), [1, 0])
-    with pytest.raises(UserError, match="data: expected a column text in dataset somebody/reviews, got review, stars"):
+    with pytest.raises(
+        UserError, match="data: expected a column text in dataset somebody/reviews, train, got review, stars"
+    ):
         load_task(custom_task(["text"], "stars"), "somebody/reviews")
 
 

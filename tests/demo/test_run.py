@@ -13,7 +13,7 @@ from moebert_kernels.demo.study import Recipe, Study
 from moebert_kernels.errors import UserError
 from tests.distill.words import tokenizer_of
 
-WORDS = ("good", "bad", "the", "film", "is", "very")
+WORDS = ("good", "bad", "the", "a", "film", "play", "book", "is", "was", "very", "not")
 RECIPE = Recipe(finetune_epochs=1, distill_epochs=1, learning_rate=3e-3, batch_size=8, max_length=12)
 
 
@@ -35,10 +35,11 @@ def write_reviews(folder, cache=None):
     folder.mkdir(parents=True, exist_ok=True)
     for number, (split, rows) in enumerate((("train", 48), ("validation", 16), ("test", 24))):
         generator = torch.Generator().manual_seed(number)
-        draws = torch.randint(2, (rows, 2), generator=generator).tolist()
+        draws = torch.randint(6, (rows, 4), generator=generator).tolist()
         lines = [
-            f"{i}\tthe film is {'very ' * v}{WORDS[1 - y]}\t{('negative', 'positive')[y]}"
-            for i, (v, y) in enumerate(draws)
+            f"{i}\t{WORDS[2 + a % 2]} {WORDS[4 + b % 3]} {WORDS[7 + a // 3]} {'very ' * (v % 2)}{WORDS[1 - y % 2]}"
+            f"\t{('negative', 'positive')[y % 2]}"
+            for i, (v, y, a, b) in enumerate(draws)
         ]
         (folder / f"{split}.tsv").write_text("\n".join(["id\tsentence\tlabel", *lines]))
     return folder
@@ -67,11 +68,11 @@ def test_demo(tiny_demo, tmp_path, capsys):
         assert 0 < result["ffn_ms"] < result["model_ms"]
         model = AutoModelForSequenceClassification.from_pretrained(result["path"])
         assert model.config.id2label == {0: "negative", 1: "positive"}
-        assert len(AutoTokenizer.from_pretrained(result["path"])) == 11
+        assert len(AutoTokenizer.from_pretrained(result["path"])) == 16
     teacher, moe, dense = report["results"]
     assert moe["active_parameters"] < teacher["active_parameters"]
     assert 0 <= moe["active_parameters"] - dense["active_parameters"] < 4 * 16 * 16  # the MoE's extra norms and b2
-    assert not list((tmp_path / "demo").rglob("teacher-outputs"))
+    assert not [path for name in ("teacher-outputs", "choice") for path in (tmp_path / "demo").rglob(name)]
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     run.run_demo(tmp_path / "demo", quick=True)

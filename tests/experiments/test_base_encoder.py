@@ -76,6 +76,7 @@ def test_teacher_student_report(study):
     record = json.loads((out / f"runs/tiny/cola-1-moe-{RATE}.json").read_text())
     assert set(record["scores"]) == {"float32", "int8"}
     assert record["metric"] == "matthews" and record["steps"] == 4 and record["error"] >= 0
+    assert -1 <= record["agreement"] <= 1
     assert record["active_parameters"] < record["total_parameters"]
     assert not list((study.folder / "work").rglob("checkpoint-*"))
 
@@ -140,7 +141,7 @@ def test_what_another_process_is_at_is_left_to_it(modules, tmp_path, capsys):
     made = []
     cell = study.Cell(place, "rte", 1)
     cell._distilled = lambda name, arm, rate: made.append(name) or {"held_out": 0.5, "scores": {}, "seconds": 1}
-    (tmp_path / "work/tiny/locks").mkdir(parents=True)
+    (tmp_path / "work/tiny/locks").mkdir(parents=True, exist_ok=True)
     with FileLock(tmp_path / "work/tiny/locks/rte-1-moe-0.1"):
         study.run_students([cell], ["moe", "dense"], [0.1])
     assert made == ["dense-0.1"]
@@ -177,7 +178,7 @@ def test_summary(modules, tmp_path):
     assert summary.common == ["rte", "cola"]
     assert summary.mean("moe") == (pytest.approx(78.0), pytest.approx(3 / 2**0.5))
     assert summary.kept("moe") == pytest.approx(97.5)
-    mean, p, pairs = summary.difference("dense")
+    mean, p, pairs = summary.difference("dense", lambda run: run["scores"]["float32"])
     assert mean == pytest.approx(4.0) and pairs == 3 and p == pytest.approx(0.0742, abs=1e-4)
     assert summary.mean("balanced") is None
     missing = summary.missing()
