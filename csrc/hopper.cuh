@@ -1,12 +1,12 @@
-// The Hopper instructions that the expert GEMM is made of. tests/csrc/emulation_hopper.h has the same functions for the
-// host, so that everything above them runs there unchanged.
+// The Hopper instructions that the expert GEMM is made of. tests/csrc/emulation_hopper.h and emulation_wgmma.h have the
+// same functions for the host, so that everything above them runs there unchanged.
 #pragma once
 
 #include "device.cuh"
 
 #ifdef MBK_EMULATION
 
-#include "emulation_hopper.h"
+#include "emulation_wgmma.h"
 #define MBK_HAS_WGMMA
 
 #else
