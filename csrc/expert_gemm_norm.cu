@@ -24,9 +24,10 @@ bool is_supported(const ExpertGemmParams& gemm, const ExpertGemmNorm& norm, cons
          multiples_of_8({gemm.columns, gemm.depth, gemm.a_row_stride, gemm.w_expert_stride, gemm.w_row_stride,
                          norm.x_row_stride}) &&
          aligned({gemm.a, gemm.w, gemm.y, gemm.bias, norm.x, norm.weight, norm.bias}) && norm.weight != nullptr &&
-         norm.bias != nullptr && gemm.a_row_stride <= INT_MAX && gemm.columns <= int64_t{config.block_n} * config.cluster &&
-         gemm.depth <= INT_MAX / 2 && gemm.rows <= INT_MAX / 2 && gemm.num_experts > 0 &&
-         gemm.num_experts * gemm.columns <= INT_MAX && (gemm.dtype == DType::kFloat16 || gemm.dtype == DType::kBFloat16);
+         norm.bias != nullptr && gemm.a_row_stride <= INT_MAX && gemm.depth <= INT_MAX / 2 &&
+         gemm.columns <= int64_t{config.block_n} * config.cluster && gemm.rows <= INT_MAX / 2 && gemm.num_experts > 0 &&
+         gemm.num_experts * gemm.columns <= INT_MAX &&
+         (gemm.dtype == DType::kFloat16 || gemm.dtype == DType::kBFloat16);
 }
 
 template <class T>

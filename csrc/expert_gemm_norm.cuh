@@ -1,15 +1,15 @@
 // Expert GEMM for Hopper whose epilogue adds a residual and normalises whole rows (docs/design/0010).
 //
-// A cluster holds 128 rows: CTA `rank` multiplies them with columns rank * kBlockN and on of their expert's weights, and
-// all CTAs walk the same row tiles. Each loads its part of the rows for all of them, so a stage is free when the
-// consumers of all CTAs have released it; pipeline and turns are those of expert_gemm.cuh. A row's mean and variance
-// are those of its parts (Chan, Golub and LeVeque 1979: no difference of large squares), which the CTAs send to each
+// A cluster holds 128 rows: CTA `rank` multiplies them with columns rank * kBlockN and on of their expert's weights.
+// All CTAs walk the same row tiles. Each loads its part of the rows for all of them, so a stage is free when the
+// consumers of all CTAs have released it. Pipeline and turns are those of expert_gemm.cuh. A row's mean and variance
+// are those of its parts (Chan, Golub and LeVeque 1979: no difference of large squares), which the CTAs send into each
 // other's shared memory.
 //
 // Why parts are neither missed nor mixed:
 // - A warp owns 32 rows of a tile and exchanges with the warps of the same place in the other CTAs alone. Its barrier
 //   completes when the parts of all CTAs are in: the first lane expects their bytes, every lane sends its own.
-// - Another CTA may be one exchange of this pair of groups ahead, as it needs this warp's part to end one. So parts and
+// - Another CTA may be one exchange ahead of this warp, but no more: it needs this warp's part to end one. So parts and
 //   barriers are there twice: what comes for exchange i + 1 does not count for i, and a place is written again for
 //   i + 2 only after this warp has sent its part of i + 1, and so has read those of i.
 // - Nobody waits in a circle: the products of a tile need no exchange but those of the same group's tiles before it.
@@ -94,9 +94,9 @@ __device__ __forceinline__ float sum_of_quad(float value) {
   return value + __shfl_xor_sync(kWholeWarp, value, 2);
 }
 
-// A tile by one warp group, whose accumulators lie as in store_tile. A quad of lanes has four rows: two by two, as the
-// pointers and sums of all four would not fit into registers beside the accumulators; and lane q looks up and exchanges
-// what belongs to row q. Columns are multiples of 32: a block of them is all there or not at all, in all lanes. Rows past
+// A tile by one warp group, whose accumulators lie as in store_tile. A quad of lanes has four rows, and does two at a
+// time: pointers and sums of all four do not fit into registers beside the accumulators. Lane q looks up and exchanges
+// what belongs to row q. Columns are multiples of 32, so a block of them is there in all lanes or in none. Rows past
 // the tile's end read what its last one reads and are not stored.
 template <class T, int kBlockN, class Accumulators, class ExchangeRows>
 __device__ __forceinline__ void normalise_tile(const NormEpilogue<T>& params, const ExpertTile& tile, int thread,

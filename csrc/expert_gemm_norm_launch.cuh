@@ -7,9 +7,9 @@
 
 namespace mbk {
 
-// Clusters of 1, 2, 4 or 8: a part of the rows is whole swizzles of 8. Persistent clusters that do not all fit would run
-// one after the other, and a GPU's parts of 16 or 18 multiprocessors hold fewer than their number says: so it is asked,
-// once for each device.
+// Clusters of 1, 2, 4 or 8: a part of the rows is whole swizzles of 8. Persistent clusters that do not all fit would
+// run one after the other. A GPU's parts of 16 or 18 multiprocessors hold fewer than their number says: so CUDA is
+// asked, once for each device.
 template <class T, int kBlockN>
 cudaError_t launch_expert_gemm_norm(const ExpertGemmParams& gemm, const ExpertGemmNorm& norm, int cluster,
                                     EncodeTiled encode) {

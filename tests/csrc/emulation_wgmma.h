@@ -1,5 +1,5 @@
-// wgmma: products of what the async proxy sees of shared memory, computed when they are issued, when they are waited for,
-// or in between, warp by warp.
+// wgmma: products of what the async proxy sees of shared memory, computed when they are issued or as late as when they
+// are waited for, warp by warp.
 #pragma once
 
 #include "emulation_hopper.h"

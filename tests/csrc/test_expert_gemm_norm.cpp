@@ -211,7 +211,7 @@ void test_refusals() {
   };
   CHECK(refused([](auto& gemm, auto&) { gemm.columns = 24; }), "columns");
   CHECK(refused([](auto& gemm, auto&) { gemm.columns = 288; }), "more columns than the cluster has");
-  CHECK(refused([](auto& gemm, auto&) { gemm.block_n = gemm.cluster = 0, gemm.columns = 1056; }), "columns of no cluster");
+  CHECK(refused([](auto& gemm, auto&) { gemm.block_n = gemm.cluster = 0, gemm.columns = 1056; }), "too many columns");
   CHECK(refused([](auto& gemm, auto&) { gemm.cluster = 3; }), "a cluster that does not divide the rows");
   CHECK(refused([](auto& gemm, auto&) { gemm.block_n = 192, gemm.cluster = 8; }), "parts without room");
   CHECK(refused([](auto& gemm, auto&) { gemm.block_n = 256; }), "a tile that is not compiled");
