@@ -1,4 +1,4 @@
-// Expert GEMM for Hopper whose epilogue adds a residual and normalises whole rows (docs/design/0010).
+// Expert GEMM for Hopper whose epilogue adds a residual and normalises whole rows (docs/design/0011).
 //
 // A cluster holds 128 rows: CTA `rank` multiplies them with columns rank * kBlockN and on of their expert's weights.
 // All CTAs walk the same row tiles. Each loads its part of the rows for all of them, so a stage is free when the

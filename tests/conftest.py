@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.captures import captures  # noqa: F401  a fixture
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes of pytest-xdist ignore it; tests send it
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before any kernel module

@@ -1,6 +1,6 @@
 """Hopper's expert GEMM that adds a residual and normalises whole rows, held by a cluster: one launch, inference only.
 
-What it cannot take runs as the expert GEMM and Triton's pass: see `fused_moe_ffn_add_norm`, and docs/design/0010.
+What it cannot take runs as the expert GEMM and Triton's pass: see `fused_moe_ffn_add_norm`, and docs/design/0011.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from moebert_kernels.cuda_backend import expert_gemm
 from moebert_kernels.cuda_backend._arguments import FLOATS, pointer, stream_of
 from moebert_kernels.grouping import Grouping
 
-LEAST_TOKENS = 8192  # fewer take longer than the GEMM and the pass, by the estimate in docs/design/0010
+LEAST_TOKENS = 8192  # fewer take longer than the GEMM and the pass, by the estimate in docs/design/0011
 _BLOCK = 32  # columns that lie in one CTA's tile or in none
 
 

@@ -13,7 +13,7 @@ from moebert_kernels.errors import UserError
 _LEAST = {
     "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "label_smoothing_factor": 0,
     "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-    "save_total_limit": 1, "early_stopping_patience": 1, "router_learning_rate": 0,
+    "save_total_limit": 1, "early_stopping_patience": 1, "router_learning_rate": 0, "pad_to_multiple_of": 1,
 }  # fmt: skip
 OBJECTIVES = ("layerwise", "tokens", "microbert", "embedding")
 
@@ -60,6 +60,15 @@ class MoETrainingArguments(TrainingArguments):
     shared_fold: bool = field(
         default=False,
         metadata={"help": "Fold the experts of MPOE once per optimizer step, which takes the memory of their weights."},
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to lengths that are multiples of this, so that shapes repeat."}
+    )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay training steps from CUDA graphs, one for each shape of batches (needs pad_to_multiple_of)."
+        },
     )
     teacher_dropout: bool = field(default=False, metadata={"help": "Run the teacher with its dropout."})
     teacher_outputs: str | None = field(

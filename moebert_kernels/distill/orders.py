@@ -8,6 +8,7 @@ resumed run meets the batches that it would have met.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -140,3 +141,17 @@ def by_length(trainer: Any) -> Any:
     return torch.utils.data.DataLoader(
         data, batch_sampler=groups, collate_fn=trainer.data_collator, generator=generator
     )
+
+
+def padded(collator: Any, multiple: int) -> Any:
+    """The collator, which pads to lengths that are multiples of this number.
+
+    Raises:
+        UserError: it is not one of transformers' that pad.
+    """
+    if not hasattr(collator, "pad_to_multiple_of"):
+        kind = getattr(collator, "__name__", type(collator).__name__)
+        raise UserError(f"pad_to_multiple_of: expected a collator that has it, got {kind}")
+    collator = copy(collator)
+    collator.pad_to_multiple_of = multiple
+    return collator

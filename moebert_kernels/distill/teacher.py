@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from moebert_kernels.convert import model_fingerprint
 from moebert_kernels.data.split import Batch
@@ -32,6 +33,9 @@ class TeacherOutputs:
     end_logits: Tensor | None = None  # (B, T)
     pooled: dict[int, Tensor] | None = None  # state -> (B, 3, H) [CLS], max and mean, where these are kept instead
     relation: tuple[Tensor, ...] | None = None  # queries, keys and values of one layer, each (B, T, H)
+
+
+pytree.register_dataclass(TeacherOutputs)
 
 
 @dataclass(frozen=True)

@@ -86,16 +86,15 @@ class Terms:
                 raise UserError(f"{name}: expected a loss that depends on what is trained, got a constant")
         return counted
 
-    def add(self, terms: Mapping[str, Tensor], count: int) -> None:
-        """Note a batch of `count` sequences or labels, over which each term is a mean."""
-        values = torch.stack([term.detach().float() for term in terms.values()])
+    def add(self, names: list[str], values: Tensor, count: int) -> None:
+        """Note the terms' values (n,) float32 of a batch of `count` sequences or labels, over which they are means."""
         finite = values.isfinite()
         if self._sums is not None and self._finite is not None:
             finite = torch.where(self._finite.all(), finite, self._finite)
         self._finite = finite
         values = torch.cat([values * count, values.new_full((1,), float(count))])
         if self._sums is None:
-            self._names, self._sums = list(terms), values
+            self._names, self._sums = names, values
         else:
             self._sums += values
 

@@ -18,6 +18,7 @@ from moebert_kernels.distill.objectives import (
 )
 from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
+from moebert_kernels.graphs import is_capturing
 
 
 class TokenObjective(Objective):
@@ -45,7 +46,8 @@ class TokenObjective(Objective):
     def __call__(self, student_outputs: Any, teacher_outputs: Any, batch: Batch) -> dict[str, Tensor]:
         """The term {"prediction": ()} of a batch with `labels` (B, T), from `logits` (B, T, V) of both."""
         labels = next_token_labels(batch["labels"]) if self.causal else batch["labels"]
-        at = labels != IGNORED
+        # a CUDA graph has no shapes that values decide; elsewhere logits of few labels take little memory
+        at = slice(None) if is_capturing() else labels != IGNORED
         log_p, log_q = (
             outputs.logits[at].to(torch.promote_types(outputs.logits.dtype, torch.float32)).log_softmax(-1)
             for outputs in (student_outputs, teacher_outputs)

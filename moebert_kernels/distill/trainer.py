@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMas
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.files import aligned
+from moebert_kernels.distill.kept_outputs import kept_outputs
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
-from moebert_kernels.distill.orders import SeededLengthGroups, by_length, numbered
+from moebert_kernels.distill.orders import SeededLengthGroups, padded
+from moebert_kernels.distill.parameter_groups import add_groups, decayed
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
-from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, Teacher, forward_keys, teacher_info
+from moebert_kernels.distill.step_graphs import StepGraphs, check_graphs
+from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.distill.terms import BALANCE, TASK, Terms
 from moebert_kernels.errors import UserError
@@ -36,8 +39,6 @@ from moebert_kernels.nn import BalanceWindow, GradientMask, MPOWeight, shared_fo
 
 # columns that no model's forward names, but the losses and the teacher's kept outputs need
 _OUR_COLUMNS = ("example_id", "labelled", "task_ids")
-# Experts' biases and norms are stacked in one (E, I) or (E, H) parameter; a task router's logits are a bias too.
-_UNDECAYED = ("bias", "b1", "b2", "norm_weight", "norm_bias", "logits")
 
 
 class MoETrainer(Trainer):
@@ -115,6 +116,14 @@ class MoETrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._window, self._open = Window([], 0), ExitStack()
         self._batches: list[Any] = []  # of the window, those to come
+        self._share: float | Tensor = 1.0  # of the micro-batch in the window
+        self._theirs: Any = None  # what the teacher's cache gives for it, where a graph cannot ask
+        self._graphs = None
+        if self.args.pad_to_multiple_of is not None:
+            self.data_collator = padded(self.data_collator, self.args.pad_to_multiple_of)
+        if self.args.cuda_graphs:
+            check_graphs(self)
+            self._graphs = StepGraphs([*model.parameters(), *(self._maps.parameters() if self._maps else ())])
         if objective is not None and objective.adversary is not None:
             self.add_callback(DiscriminatorCallback(objective.adversary, lambda: self._window, self._sum))
 
@@ -131,7 +140,7 @@ class MoETrainer(Trainer):
         source: Any = self._source
         if isinstance(source, nn.Module):
             if self.args.teacher_outputs is not None:
-                source = self._kept_outputs(source)
+                source = kept_outputs(self, source)
             else:
                 source = LiveTeacher(
                     source, self.args.device, dropout=self.args.teacher_dropout, autocast=self.accelerator.autocast
@@ -149,17 +158,6 @@ class MoETrainer(Trainer):
         if objective.relation_layer is not None:
             source.record(objective.relation_layer)
         return source
-
-    def _kept_outputs(self, teacher: nn.Module) -> TeacherCache:
-        """The teacher's outputs for the training data, computed where they are missing, if the objective takes them."""
-        self.train_dataset = numbered(self.train_dataset)
-        models: Any = (self.student, teacher)
-        ours, theirs = (model.config.get_text_config().num_hidden_layers for model in models)
-        layers = sorted({theirs, *self.objective.pairs(ours, theirs).values()})
-        kept = {"layers": layers, "pooled": self.objective.pooled, "dtype": self.args.teacher_outputs_dtype}
-        info = replace(teacher_info(teacher, layers), stored_as="another dtype", pooled=self.objective.pooled)
-        self.objective.check(self.student, info)
-        return TeacherCache.build(teacher, by_length(self), self.args.teacher_outputs, device=self.args.device, **kept)
 
     # What `Trainer` asks of its subclasses
 
@@ -198,18 +196,34 @@ class MoETrainer(Trainer):
         count = self._window.counts[-len(self._batches)]
         if len(self._batches) == len(self._window.counts):
             self._begin_window()
-        last = len(self._batches) == 1
         share = count / self._window.total
-        with self._balance.part(share) if self._balance is not None and 0 < share < 1 else nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        part = self._balance is not None and 0 < share < 1
+        if self._graphs is None:
+            loss, values = self._step(model, part, inputs, share)
+        else:
+            inputs = dict(self._prepare_inputs(inputs))
+            theirs = self.teacher(inputs) if isinstance(self.teacher, TeacherCache) else None
+            state = part, None if self._mask is None else self._mask.mask.masked
+            loss, values = self._graphs(partial(self._step, model, part), state, inputs, share, theirs)
+        self._losses.add(self._names, values, count)
         self._batches = self._batches[1:]
-        if last:
+        if not self._batches:
             self._end_window()
         return loss
 
+    def _step(
+        self, model: nn.Module, part: bool, inputs: dict[str, Any], share: float | Tensor, theirs: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a micro-batch, `part` of a balanced window; its loss, and the terms' values."""
+        self._share, self._theirs = share, theirs
+        with self._balance.part(share) if part else nullcontext():
+            loss = super().training_step(model, inputs)
+        self._theirs = None
+        return loss, self._values
+
     def _begin_window(self) -> None:
-        if self.objective is not None and self.objective.maps is not None:
-            self.objective.maps.zero_grad()
+        if self._maps is not None:
+            self._maps.zero_grad()
         self._open = ExitStack()
         if self.args.shared_fold:
             self._open.enter_context(shared_fold(self.student))
@@ -235,8 +249,8 @@ class MoETrainer(Trainer):
 
     def _end_window(self) -> None:
         self._open.close()  # gradients are complete now
-        if self.objective is not None and self.objective.maps is not None and self.args.world_size > 1:
-            for parameter in self.objective.maps.parameters():  # which no distributed wrapper knows
+        if self._maps is not None and self.args.world_size > 1:
+            for parameter in self._maps.parameters():  # which no distributed wrapper knows
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def compute_loss(
@@ -250,10 +264,9 @@ class MoETrainer(Trainer):
         adversary = None if self.objective is None else self.objective.adversary
         done = self.state.global_step / max(self.state.max_steps, 1)
         total = self._losses.total(terms, None if adversary is None else {ADVERSARIAL: adversary.factor(done)})
-        count = self._window.counts[-len(self._batches)]
-        self._losses.add(terms, count)
+        self._names, self._values = list(terms), torch.stack([term.detach().float() for term in terms.values()])
         # gradients of several processes are averaged, hence their number
-        loss = total * (count / self._window.total * self.args.world_size)
+        loss = total * (self._share * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
     def _judged(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
@@ -279,7 +292,7 @@ class MoETrainer(Trainer):
             terms[BALANCE] = summed_losses(losses)
         if objective is not None:
             with torch.no_grad():
-                theirs = self.teacher(batch)
+                theirs = self.teacher(batch) if self._theirs is None else self._theirs
             terms |= objective(outputs, theirs, batch)
         return terms, outputs
 
@@ -301,33 +314,17 @@ class MoETrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if not made:
-            return optimizer
-        if self.args.router_learning_rate is not None:
-            routers = {
-                id(p) for m in (model or self.model).modules() if type(m).__name__.endswith("Router")
-                for p in m.parameters() if p.requires_grad
-            }  # fmt: skip
-            if not routers:
-                raise UserError("router_learning_rate: expected a model with trained routers, got one without")
-            moved = []
-            for group in optimizer.param_groups:
-                moved += [p for p in group["params"] if id(p) in routers]
-                group["params"] = [p for p in group["params"] if id(p) not in routers]
-            optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": self.args.router_learning_rate})
-        if self.objective is not None and self.objective.maps is not None:
-            maps = list(self.objective.maps.parameters())
-            optimizer.add_param_group({"params": maps, "weight_decay": self.args.weight_decay})
+        if made:
+            add_groups(optimizer, model or self.model, self._maps, self.args)
         return optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if name.rpartition(".")[2] not in _UNDECAYED]
+        return decayed(super().get_decay_parameter_names(model))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if self.objective is None or self.objective.maps is None:
+        if self._maps is None:
             return super()._clip_grad_norm(model)
-        parameters = [*model.parameters(), *self.objective.maps.parameters()]
+        parameters = [*model.parameters(), *self._maps.parameters()]
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -375,6 +372,11 @@ class MoETrainer(Trainer):
             self.args.train_sampling_strategy = strategy
 
     # Helpers
+
+    @property
+    def _maps(self) -> Any:
+        """What is trained together with the student."""
+        return None if self.objective is None else self.objective.maps
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values

@@ -86,7 +86,7 @@ class _Part(NamedTuple):
     """What a window tells a router: the counts, and the share of the micro-batch, or None while it counts."""
 
     counts: Tensor
-    share: float | None
+    share: float | Tensor | None
 
 
 class BalanceWindow:
@@ -112,6 +112,7 @@ class BalanceWindow:
         self._balances = [module for module in model.modules() if isinstance(module, Balance)]
         self.needs_pass = not all(balance.per_sequence for balance in self._balances)
         self._sizes = [balance.num_counts for balance in self._balances]
+        self._flat: Tensor | None = None  # always the same memory, where CUDA graphs read it
         self._counts: tuple[Tensor, ...] = ()
 
     @contextmanager
@@ -119,22 +120,24 @@ class BalanceWindow:
         self, device: torch.device, sequences: int, reduce: Callable[[Tensor], Tensor] = lambda counts: counts
     ) -> Iterator[None]:
         """Forget what was counted and count anew; `reduce` adds up what several processes have counted."""
-        self._counts = torch.zeros(sum(self._sizes), device=device).split(self._sizes)
+        if self._flat is None:
+            self._flat = torch.zeros(sum(self._sizes), device=device)
+        self._counts = self._flat.zero_().split(self._sizes)
         for balance, counts in zip(self._balances, self._counts, strict=True):
             if balance.per_sequence:
                 counts += sequences
         with self._open(None):
             yield
-        self._counts = reduce(torch.cat(self._counts)).split(self._sizes)
+        self._flat.copy_(reduce(self._flat))
 
     @contextmanager
-    def part(self, share: float) -> Iterator[None]:
+    def part(self, share: float | Tensor) -> Iterator[None]:
         """Losses such that their sum over the micro-batches, times `share` each, is the window's."""
         with self._open(share):
             yield
 
     @contextmanager
-    def _open(self, share: float | None) -> Iterator[None]:
+    def _open(self, share: float | Tensor | None) -> Iterator[None]:
         for balance, counts in zip(self._balances, self._counts, strict=True):
             balance.part = _Part(counts, share)
         try:

@@ -58,6 +58,11 @@ class GradientMask:
             raise UserError(f"model: expected experts with central tensors, got none in a {type(model).__name__}")
         self.probability, self.unit, self.form, self.seed = probability, unit, form, seed
 
+    @property
+    def masked(self) -> tuple[tuple[bool, ...], ...]:
+        """Which experts of each weight are masked now."""
+        return tuple(weight.masked for weight in self.weights)
+
     def draw(self, step: int, num_experts: int) -> tuple[bool, ...]:
         """Whether each expert is masked in this step."""
         generator = torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + step) % 2**63)

@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from moebert_kernels import graphs
 from moebert_kernels.errors import UserError
-from moebert_kernels.graphs import captured
 from moebert_kernels.nn.context import argument_names, derived_class
-
-_DEVICE = "cuda"
-_PLAIN = (bool, int, float, str, type(None))
 
 
 def use_cuda_graphs(model: Any, most: int = 32) -> Any:
@@ -41,7 +38,7 @@ def use_cuda_graphs(model: Any, most: int = 32) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"model: expected a model of transformers, got {type(model).__name__}")
     devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) != 1 or torch.device(next(iter(devices))).type != _DEVICE:
+    if len(devices) != 1 or torch.device(next(iter(devices))).type != graphs.DEVICE:
         raise UserError(f"model: expected all weights on one GPU, got them on {', '.join(sorted(devices)) or 'none'}")
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise UserError(f"most: expected an integer of at least 1, got {most!r}")
@@ -81,7 +78,7 @@ class Graphs:
 
     def __call__(self, run: Callable[..., Any], inputs: Mapping[str, Any], task: int | None = None) -> Any:
         """What `run` gives of the inputs. `task`: that of `set_task`, which a graph keeps."""
-        key = _key({**inputs, "moe_task": task})
+        key = graphs.input_key({**inputs, "moe_task": task})
         if key is None:
             self._warn("an input is neither a tensor nor a plain value")
             return run(**inputs)
@@ -104,11 +101,11 @@ class Graphs:
         with torch.inference_mode(False):  # or no later call could write to them
             own = {name: value.clone() for name, value in tensors.items()}
         try:
-            replay, outputs = captured(lambda: run(**{**inputs, **own}))
+            replay, outputs = graphs.captured(lambda: run(**{**inputs, **own}))
         except Exception as error:  # whatever a library raises when it may not wait for the device
             self._warn(str(error).partition("\n")[0] or type(error).__name__)
             return None
-        others = {type(x).__name__ for x in pytree.tree_leaves(outputs) if not isinstance(x, (Tensor, *_PLAIN))}
+        others = {type(x).__name__ for x in pytree.tree_leaves(outputs) if not isinstance(x, (Tensor, *graphs.PLAIN))}
         if others:  # a key-value cache: every replay would return, and write over, the same one
             self._warn(f"an output is a {', '.join(sorted(others))}; for decoders pass use_cache=False")
             return None
@@ -117,16 +114,3 @@ class Graphs:
     def _warn(self, reason: str) -> None:
         message = f"cuda graphs: expected a forward that can be replayed, got one that runs as before: {reason}"
         warnings.warn(message, stacklevel=4)  # which Python shows once for each place and text
-
-
-def _key(inputs: Mapping[str, Any]) -> Hashable:
-    """What a graph is for; None: no key can say it."""
-    key: list[Hashable] = [torch.is_autocast_enabled(_DEVICE), torch.get_autocast_dtype(_DEVICE)]
-    for name, value in sorted(inputs.items()):
-        if isinstance(value, Tensor):
-            key.append((name, value.shape, value.dtype, value.device))
-        elif isinstance(value, _PLAIN):
-            key.append((name, type(value), value))
-        else:
-            return None
-    return tuple(key)

@@ -52,7 +52,7 @@ class Device:
         class Capture(Within):
             """One that fails stays on its stream, as torch 2.11's does."""
 
-            def __init__(self, graph):
+            def __init__(self, graph, pool=None, capture_error_mode="global"):
                 super().__init__(Stream())
 
             def __enter__(self):

@@ -99,6 +99,7 @@ def test_refusals(small, teacher, moe, data, tmp_path):
         ((*kd, "--loss_weights.balance", "0.01"), "balance: expected the weight 0 for a model without gates"),
         ((*kd, "--loss_weights.sofd", "1"), "loss_weights: expected names among task, balance, embedding, hidden, "),
         ((*kd, "stray"), "options: expected --NAME VALUE, got stray"),
+        ((*kd, "--cuda_graphs", "--pad_to_multiple_of", "8"), "cuda_graphs: expected a GPU, got cpu"),
         (("--config", "bert"), "config: expected one of finetune, kd, microbert, microbert-lean, "),
         ((*kd, "--a.learning_rate", "1"), "a: expected the name of a training argument, got an unknown one"),
         (("--num_train_epoch", "3"), "got an unknown one (the nearest is 'num_train_epochs')"),

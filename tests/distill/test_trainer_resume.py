@@ -33,7 +33,7 @@ class StopAt(TrainerCallback):
 CASES = [(kind, step) for kind in KINDS for step in (5, 8)]  # at the end of the first epoch, and within the second
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, {("student", 8)}), ids=str)
+@pytest.mark.parametrize("case", mostly_slow(CASES, {("student", 8), ("language-model", 8)}), ids=str)
 def test_a_stopped_run_goes_on_bitwise(case, tmp_path):
     """With a teacher, dropout, the discriminator, groups of lengths, the gradient mask and the balance of windows."""
     kind, step = case

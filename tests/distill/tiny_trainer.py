@@ -48,7 +48,10 @@ def settings(folder, **options):
     return MoETrainingArguments(str(folder), **defaults | options)
 
 
-def trainer(folder, model=None, data=None, teacher=None, objective=None, callbacks=None, judged_on=None, **options):
+def trainer(
+    folder, model=None, data=None, teacher=None, objective=None, callbacks=None, judged_on=None, collator=None,
+    **options,
+):  # fmt: skip
     return MoETrainer(
         tiny_bert(0) if model is None else model,
         settings(folder, **options),
@@ -57,6 +60,7 @@ def trainer(folder, model=None, data=None, teacher=None, objective=None, callbac
         callbacks=callbacks,
         train_dataset=tiny_data() if data is None else data,
         eval_dataset=judged_on,
+        data_collator=collator,
         processing_class=tiny_tokenizer(),
     )
 

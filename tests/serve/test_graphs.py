@@ -8,36 +8,15 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils import _pytree as pytree
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from moebert_kernels import graphs
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
-from moebert_kernels.serve import graphs, use_cuda_graphs
+from moebert_kernels.serve import use_cuda_graphs
 from tests.layers import kinds
 
 BERT = "split-bert-hash"
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """Graphs on the CPU: a replay runs the call again and writes where the first run left its outputs."""
-    notes = []
-
-    def captured(run):
-        notes.append("captured")
-        outputs = run()
-
-        def replay():
-            notes.append("replayed")
-            for old, new in zip(*map(pytree.tree_leaves, (outputs, run())), strict=True):
-                old.copy_(new)
-
-        return replay, outputs
-
-    monkeypatch.setattr(graphs, "captured", captured)
-    monkeypatch.setattr(graphs, "_DEVICE", "cpu")
-    return notes
 
 
 @pytest.fixture
@@ -141,7 +120,7 @@ def test_refusals(monkeypatch):
         use_cuda_graphs(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match="model: expected all weights on one GPU, got them on cpu"):
         use_cuda_graphs(kinds.model(BERT))
-    monkeypatch.setattr(graphs, "_DEVICE", "cpu")
+    monkeypatch.setattr(graphs, "DEVICE", "cpu")
     for most in (0, True, 1.5):
         with pytest.raises(UserError, match=re.escape(f"most: expected an integer of at least 1, got {most!r}")):
             use_cuda_graphs(kinds.model(BERT), most)
