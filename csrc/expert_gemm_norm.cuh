@@ -51,7 +51,10 @@ struct ExpertGemmNormTraits : ExpertGemmTraits<Element, kBlockN, 1> {
   static constexpr int kMaxCluster = kBlockN == 128 ? 8 : 4;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 3 * 168
 
-  struct Shared : Gemm::Shared {
+  struct Shared {  // as that of Gemm, and what is exchanged
+    alignas(1024) Element rows[Gemm::kStages][Gemm::kRowsElements];
+    alignas(1024) Element weights[Gemm::kStages][Gemm::kWeightsElements];
+    uint64_t full[Gemm::kStages], empty[Gemm::kStages];
     uint64_t arrived[2][2][kConsumerWarps];  // of a group's exchanges, even and odd
     float2 parts[2][2][kConsumerWarps][kMaxCluster][kWarpSize];  // mean and sum of squared differences from it
   };
