@@ -11,16 +11,12 @@ import typer
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import already_written, call_of, write_files
-from moebert_kernels.errors import UserError
-
-FORMATS = ("onnx",)
 
 
 def export(
     ctx: typer.Context,
     model: o.ModelName,
     output: o.OutputFolder,
-    format: str = "onnx",
     dtype: str = "float32",
     experts: str = "matrices",
     force: o.Force = False,
@@ -28,7 +24,6 @@ def export(
     """Write an encoder or a causal language model, dense or MoE, as model.onnx, with its configuration and tokenizer.
 
     Args:
-        format: onnx.
         dtype: float32, or int8: with ONNX Runtime's dynamic quantisation.
         experts: matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for each
             layer, in float32.
@@ -36,8 +31,6 @@ def export(
     from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
     from moebert_kernels.serve import export_onnx
 
-    if format not in FORMATS:
-        raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     inputs.check_models(model=model)
     identity = call_of(ctx)
     if already_written(output, identity, force, model):

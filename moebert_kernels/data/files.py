@@ -98,14 +98,25 @@ def read_columns(
     if suffix not in FORMATS:
         raise UserError(f"data: expected one of {', '.join(FORMATS)} (or with .gz), got {file}")
     if suffix in TABLES and file.exists():
-        from datasets import load_dataset
-
         with reading(f"a whole {suffix[1:]} file in {file}"):
-            return named_columns(load_dataset(suffix[1:], data_files=str(file), split="train"))
+            return named_columns(_table(file))
     text = read_text(file)
     if suffix in (".json", ".jsonl"):
         return _json_columns(text, file)
     return _separated(text, file, is_header, without_header or {})
+
+
+def _table(file: Path) -> Dataset:
+    """Read anew: `load_dataset` would take its copy of a file that was replaced by one of the same date."""
+    from datasets import Dataset
+    from pyarrow import ArrowInvalid, feather, parquet
+
+    if split_name(file)[1] == ".parquet":
+        return Dataset(parquet.read_table(file))
+    try:
+        return Dataset.from_file(str(file))
+    except ArrowInvalid:
+        return Dataset(feather.read_table(file))
 
 
 @contextmanager

@@ -235,7 +235,7 @@ def load_task(
                 continue  # GLUE's own test files have no labels
             chosen |= require_columns(columns, {"label": names}, where)
         tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
-    if task.kind == "classification" and not task.label_names:
+    if task.kind == "classification" and not task.label_names and tables:
         columns, where = tables.get("train") or next(iter(tables.values()))
         task = replace(task, label_names=class_names(task.label_column, columns["label"], where))
     return TaskData(task, {split: _dataset(task, columns, where) for split, (columns, where) in tables.items()})

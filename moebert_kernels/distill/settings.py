@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -23,7 +22,6 @@ _DECIDED = (
     "output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
     "restore_callback_states_from_checkpoint",
 )  # fmt: skip
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 @cache
@@ -89,34 +87,19 @@ def _typed(name: str, value: Any) -> Any:
     try:
         given = [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words]
         return getattr(_parser().parse_args(given), name)
-    except ValueError as error:
-        raise UserError(f"{name}: expected {error}, got {value!r}") from None
+    except argparse.ArgumentError as error:
+        raise UserError(f"{name}: expected another value, got {value!r} ({error.message})") from None
 
 
 _OURS = ("objective_options", "loss_weights", "gradient_mask")
-
-
-class _Parser(HfArgumentParser):
-    """Says what is wrong as an exception, in few words."""
-
-    def error(self, message: str) -> Any:
-        choices = re.search(r"choose from (.*)\)", message)
-        raise ValueError(f"one of {choices[1].replace(chr(39), '')}" if choices else "another value")
-
-    def _get_value(self, action: Any, text: str) -> Any:
-        parent: Any = super()
-        try:
-            return parent._get_value(action, text)
-        except argparse.ArgumentError:
-            wanted = "true or false" if action.nargs == "?" else "another value"
-            raise ValueError(_WORDS.get(action.type, wanted)) from None
 
 
 @cache
 def _parser() -> HfArgumentParser:
     """Of single values: what is not given has no default."""
     arguments: Any = MoETrainingArguments
-    parser = _Parser(arguments, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    options: Any = {"allow_abbrev": False, "add_help": False, "exit_on_error": False}
+    parser = HfArgumentParser(arguments, argument_default=argparse.SUPPRESS, **options)
     for name in OF_DATA:
         parser.add_argument(f"--{name}", type=int)
     for action in parser._actions:

@@ -217,9 +217,9 @@ def test_a_tokenizer_of_a_larger_vocabulary(teacher, data, tmp_path):
 
 def test_bad_options(base, data, tmp_path):
     words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
-    assert refused("finetune", *words, "--bf16", "int8") == "bf16: expected true or false, got 'int8'"
+    assert refused("finetune", *words, "--bf16", "int8").startswith("bf16: expected another value, got 'int8' (Truthy")
     line = refused("finetune", *words, "--lr_scheduler_type", "foo")
-    assert line.startswith("lr_scheduler_type: expected one of linear, cosine, ") and line.endswith("got 'foo'")
+    assert line.startswith("lr_scheduler_type: expected another value, got 'foo' (") and "cosine" in line
     line = refused("finetune", *words, "--learning_rat", "1e-3")
     assert line == (
         "learning_rat: expected the name of a training argument, got an unknown one (the nearest is 'learning_rate')"

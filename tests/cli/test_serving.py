@@ -44,12 +44,6 @@ def test_export(moe, tmp_path):
     assert "is there already" in done("export", "--model", moe, "--output", tmp_path / "onnx")
 
 
-def test_export_refusals(base, tmp_path):
-    assert "expected one of onnx, got 'gguf'" in refused(
-        "export", "--model", base, "--format", "gguf", "--output", tmp_path / "x"
-    )
-
-
 def test_export_with_one_operator_is_refused_for_dense_models(base, tmp_path):
     assert 'experts: expected "matrices" for a model without experts' in refused(
         "export", "--model", base, "--experts", "operator", "--output", tmp_path / "x"

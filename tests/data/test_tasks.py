@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import warnings
 
 import datasets
@@ -81,6 +82,8 @@ def test_test_files_without_labels_are_no_split(tmp_path):
     (tmp_path / "dev.tsv").write_text(FILES["sst2"][0])
     (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfine\n")
     assert list(load_task("sst2", tmp_path).splits) == ["validation"]
+    alone = {"test": tmp_path / "test.tsv"}
+    assert load_task("sst2", alone).splits == load_task(custom_task(["sentence"]), alone).splits == {}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
@@ -138,6 +141,15 @@ def test_reads_binary_tables_and_saved_data_sets(name, write, tmp_path):
         assert data.task.label_names == ("bad", "good") and data.train["label"] == [1, 0]
         assert data.train["text"] == ["a film", "a book"] and data.train["example_id"] == [0, 1]
     assert ("validation" in load_task(task, folder).splits) == (name == "saved splits")
+
+
+def test_a_file_that_is_replaced_is_read_anew(tmp_path):
+    """Also where it keeps its date, as files out of archives do."""
+    file, task = tmp_path / "train.parquet", custom_task(("text",))
+    for text in ("one", "two"):
+        Dataset.from_dict({"text": [text, "b"], "label": ["x", "y"]}).to_parquet(file)
+        os.utime(file, (0, 0))
+        assert load_task(task, file).train["text"] == [text, "b"]
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.arrow", "state.json"])
