@@ -33,8 +33,9 @@ FEW = ("moebert_kernels", "dense", "ideal", "loop_of_linear")
 OTHERS = (*FEW, "grouped_mm", "transformers_grouped_mm", "transformers_batched_mm")
 ON_GPU = ("moebert_kernels_with_grouping", "loop_of_linear_given_counts")
 OF_EXPERT = ("moebert_kernels", "dense", "ideal", "original")
-CUDA = "moebert_kernels_cuda"
+CUDA, WITH_PASS = "moebert_kernels_cuda", "moebert_kernels_cuda_with_pass"
 CUDA_TOKENS = (16384, 4096, 65536)  # in cases of their own: `_C` may be built meanwhile
+NORM_IN_GEMM_FROM = 8192  # tokens: LEAST_TOKENS of moebert_kernels/cuda_backend/expert_gemm_norm.py
 IN_ORDER = "moebert_kernels_in_order"
 IN_ORDER_TOKENS = {"forward": (16384, 4096, 65536, 1024), "forward_backward": (16384, 4096)}  # of a GPU
 NEVER_SLOWER_THAN = ("loop_of_linear", "loop_of_linear_given_counts", "grouped_mm", "transformers_grouped_mm")
@@ -104,7 +105,7 @@ def ffn_backward(target: Target) -> list[Case]:
 def ffn_add_norm(target: Target) -> list[Case]:
     tiny_shapes, measured = target.smoke, target.on_gpu and not target.smoke
     found = [
-        layer_case(EXPERT, direction, T, target, (*OF_EXPERT, CUDA, *compiled(T)) if measured else OF_EXPERT)
+        _expert(direction, T, target) if measured else layer_case(EXPERT, direction, T, target, OF_EXPERT)
         for direction, tokens in EXPERT_TOKENS.items()
         for T in ((20,) if tiny_shapes else tokens[target.device.type])
     ]
@@ -115,6 +116,14 @@ def ffn_add_norm(target: Target) -> list[Case]:
             for T in ((20,) if tiny_shapes else tokens)
         ]
     return found
+
+
+def _expert(direction: str, T: int, target: Target) -> Case:
+    """On a GPU; where the CUDA form with the norm in its GEMM runs, also with the norm as a pass."""
+    names = (*OF_EXPERT, CUDA, *compiled(T))
+    if direction != "forward" or T < NORM_IN_GEMM_FROM:
+        return layer_case(EXPERT, direction, T, target, names)
+    return layer_case(EXPERT, direction, T, target, (*names, WITH_PASS), [Requirement(CUDA, WITH_PASS, 1.1)])
 
 
 def tiny(target: Target) -> list[Case]:

@@ -102,10 +102,17 @@ class Layers:
 
     def moebert_kernels_cuda(self) -> Provider | Skipped:
         """Ours with the CUDA kernels, which are not the default."""
+        return self._cuda()
+
+    def moebert_kernels_cuda_with_pass(self) -> Provider | Skipped:
+        """The same with the norm as a pass behind the second GEMM."""
+        return self._cuda(without=("expert_gemm_norm",))
+
+    def _cuda(self, without: tuple[str, ...] = ()) -> Provider | Skipped:
         ours = self._ours(self.grouping)
 
         def run(x: Tensor, *weights: Tensor) -> Tensor:
-            with backend.use_backend("cuda", strict=True):
+            with backend.use_backend("cuda", strict=True, without=without):
                 return ours(x, *weights)
 
         return cuda_or_skipped(self.op, self.x) or self._experts(run)

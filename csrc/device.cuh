@@ -93,6 +93,25 @@ class Launcher {
     int state = kUnknown;
     MBK_RETURN_IF_ERROR(prepare(reinterpret_cast<const void*>(kernel), &state));
     cudaLaunchAttribute attributes[2] = {};
+    const cudaLaunchConfig_t config = describe(shape, state, attributes);
+    MBK_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+    return cudaGetLastError();
+  }
+
+  // How many clusters of this shape the device holds at once, whatever the number of blocks.
+  template <typename... Parameters>
+  cudaError_t most_clusters(void (*kernel)(Parameters...), const LaunchShape& shape, int* count) {
+    int state = kUnknown;
+    MBK_RETURN_IF_ERROR(prepare(reinterpret_cast<const void*>(kernel), &state));
+    cudaLaunchAttribute attributes[2] = {};
+    const cudaLaunchConfig_t config = describe(shape, state, attributes);
+    return cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  }
+
+ private:
+  enum State : int { kUnknown = 0, kSerial = 1, kProgrammatic = 2 };
+
+  static cudaLaunchConfig_t describe(const LaunchShape& shape, int state, cudaLaunchAttribute (&attributes)[2]) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
@@ -110,12 +129,8 @@ class Launcher {
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
     }
-    MBK_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
-    return cudaGetLastError();
+    return config;
   }
-
- private:
-  enum State : int { kUnknown = 0, kSerial = 1, kProgrammatic = 2 };
 
   // Room for dynamic shared memory, and whether the code that runs there knows griddepcontrol: PTX of an architecture
   // before sm_90 does not, so such a kernel must not start before the one that it reads from ends. Nor do graphs before

@@ -1,60 +1,11 @@
 // Checks what the expert GEMM's copies can take, chooses a tile and passes on by type of elements.
-#include <atomic>
 #include <climits>
-#include <initializer_list>
 
 #include "expert_gemm.h"
 #include "expert_gemm_launch.cuh"
 
 namespace mbk {
 namespace {
-
-// The driver's encoder of tensor maps, or null. Asked for once.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    const bool usable = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return usable ? reinterpret_cast<EncodeTiled>(function) : nullptr;
-  }();
-  return found;
-}
-
-// Multiprocessors of the current device, 0 where it is not sm_90. Asked for once for each device.
-cudaError_t multiprocessors_of_hopper(int* count) {
-  constexpr int kOther = -1;
-  static std::atomic<int> known[kMaxDevices];
-  int device = 0, major = 0;
-  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
-  const bool remembered = device < kMaxDevices;
-  const int found = remembered ? known[device].load(std::memory_order_relaxed) : 0;
-  *count = found == kOther ? 0 : found;
-  if (found != 0) return cudaSuccess;
-  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  if (major == 9) MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
-  if (remembered) known[device].store(*count == 0 ? kOther : *count, std::memory_order_relaxed);
-  return cudaSuccess;
-}
-
-bool multiples_of_8(std::initializer_list<int64_t> counts) {
-  for (int64_t count : counts) {
-    if (count <= 0 || count % 8 != 0) return false;
-  }
-  return true;
-}
-
-bool aligned(std::initializer_list<const void*> pointers) {
-  for (const void* pointer : pointers) {
-    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
-  }
-  return true;
-}
 
 bool is_supported(const ExpertGemmParams& params, const ExpertGemmConfig& config) {
   const int64_t row_tiles = params.rows / kExpertGemmBlockM + params.num_experts + 1;

@@ -92,9 +92,7 @@ __device__ __forceinline__ void producer_acquire(typename Traits::Shared& shared
 // Until the consumers have released all stages.
 template <class Traits>
 __device__ __forceinline__ void producer_tail(typename Traits::Shared& shared, typename Traits::Slot slot) {
-  if constexpr (Traits::kCluster > 1) {
-    for (int i = 0; i < Traits::kStages; ++i, ++slot) producer_acquire<Traits>(shared, slot);
-  }
+  for (int i = 0; i < Traits::kStages; ++i, ++slot) producer_acquire<Traits>(shared, slot);
 }
 
 // By one thread: expects a stage's bytes and asks for its weights.
@@ -131,7 +129,7 @@ __device__ __forceinline__ void produce(const Params& params, typename Traits::S
       hopper::load_box(&params.rows, &shared.full[slot.stage], &shared.rows[slot.stage][0], k, tile.row0);
     }
   }
-  producer_tail<Traits>(shared, slot);
+  if constexpr (Traits::kCluster > 1) producer_tail<Traits>(shared, slot);
 }
 
 // By the warps that wrote a stage's rows, when at most `kPending` of their newer groups of copies may be on their way.
@@ -184,20 +182,20 @@ __device__ __forceinline__ void produce_gathered(const Params& params, typename 
   }
   hopper::wait_for_copies<0>();
   for (; pending > 0; --pending, ++written) producer_commit<Traits, 0>(shared, written.stage);
-  producer_tail<Traits>(shared, slot);
+  if constexpr (Traits::kCluster > 1) producer_tail<Traits>(shared, slot);
 }
 
-// By a consumer's warp, to the producers of all CTAs of the cluster.
+// By a consumer's warp, to the producers of the `ranks` CTAs that write into the stage: all of the cluster.
 template <class Traits>
-__device__ __forceinline__ void consumer_release(typename Traits::Shared& shared, int stage) {
+__device__ __forceinline__ void consumer_release(typename Traits::Shared& shared, int stage, int ranks) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (lane < Traits::kCluster) hopper::arrive_at(&shared.empty[stage], lane);
+  if (lane < ranks) hopper::arrive_at(&shared.empty[stage], lane);
 }
 
 // acc = the tile's rows times its weights. Returns with the last product on its way, and its stage.
 template <class Traits, class Rows, class Weights, class Accumulators>
 __device__ __forceinline__ int multiply(typename Traits::Shared& shared, const Rows& rows, const Weights& weights,
-                                        int steps, typename Traits::Slot& slot, Accumulators& acc) {
+                                        int steps, typename Traits::Slot& slot, Accumulators& acc, int ranks) {
   using Product = typename Traits::Product;
   auto mma = Product::begin();
   int last = 0;
@@ -212,7 +210,7 @@ __device__ __forceinline__ int multiply(typename Traits::Shared& shared, const R
     const int read = last;
     multiply_stage();
     Product::template wait<1>(acc);
-    consumer_release<Traits>(shared, read);
+    consumer_release<Traits>(shared, read, ranks);
   }
   return last;
 }
@@ -228,16 +226,39 @@ __device__ __forceinline__ void compute_tile(const Params& params, typename Trai
   const int thread = static_cast<int>(threadIdx.x) % 128;
   if constexpr (Traits::kGroups > 1) tile.row0 += group * Traits::kGroupRows;
   if (tile.expert < params.num_experts) {
-    const int last = multiply<Traits>(shared, rows, weights, steps, slot, acc);
+    const int last = multiply<Traits>(shared, rows, weights, steps, slot, acc, Traits::kCluster);
     after_products();
     Product::template wait<0>(acc);
-    consumer_release<Traits>(shared, last);
+    consumer_release<Traits>(shared, last, Traits::kCluster);
     const auto accumulator = [&](int j, int v, int m, int c) -> float& { return Product::at(acc, j, v, m, c); };
     store_tile<typename Traits::Element, kForm, Traits::kGroupRows, Traits::kBlockN>(params.epilogue, tile, thread,
                                                                                    accumulator);
   } else {
     after_products();
     store_zeros<typename Traits::Element, Traits::kGroupRows, Traits::kBlockN>(params.epilogue, tile, thread);
+  }
+}
+
+// Two consumer groups in turns: of the tiles of a CTA group 0 takes the first, third, ... Each is put into `tile` for
+// `compute(after_products)`.
+template <class Traits, class Compute>
+__device__ __forceinline__ void in_turns(typename Traits::Scheduler& scheduler, int num_experts, int group, int steps,
+                                         typename Traits::Slot& slot, ExpertTile& tile, const Compute& compute) {
+  ExpertTile skipped;
+  bool has_tile = scheduler.next(tile), is_first = group == 0;
+  if (group == 1 && has_tile) {
+    if (tile.expert < num_experts) slot.advance(steps);
+    has_tile = scheduler.next(tile);
+  }
+  while (has_tile) {
+    const bool other_has_tile = scheduler.next(skipped);
+    if (!is_first) hopper::sync_named(256, group);
+    is_first = false;
+    compute([&] {
+      if (other_has_tile) hopper::arrive_named(256, 1 - group);
+    });
+    if (other_has_tile && skipped.expert < num_experts) slot.advance(steps);
+    has_tile = other_has_tile && scheduler.next(tile);
   }
 }
 
@@ -257,23 +278,8 @@ __device__ __forceinline__ void consume(const Params& params, typename Traits::S
   };
   if constexpr (Traits::kGroups > 1) {
     while (scheduler.next(tile)) compute([] {});
-  } else {  // in turns: of the tiles of a CTA group 0 takes the first, third, ...
-    ExpertTile skipped;
-    bool has_tile = scheduler.next(tile), is_first = group == 0;
-    if (group == 1 && has_tile) {
-      if (tile.expert < params.num_experts) slot.advance(steps);
-      has_tile = scheduler.next(tile);
-    }
-    while (has_tile) {
-      const bool other_has_tile = scheduler.next(skipped);
-      if (!is_first) hopper::sync_named(256, group);
-      is_first = false;
-      compute([&] {
-        if (other_has_tile) hopper::arrive_named(256, 1 - group);
-      });
-      if (other_has_tile && skipped.expert < params.num_experts) slot.advance(steps);
-      has_tile = other_has_tile && scheduler.next(tile);
-    }
+  } else {
+    in_turns<Traits>(scheduler, params.num_experts, group, steps, slot, tile, compute);
   }
 }
 

@@ -1,7 +1,9 @@
 // Launches the expert GEMM for one type of elements: one source file for each, so that they compile side by side.
 #pragma once
 
+#include <atomic>
 #include <cstring>
+#include <initializer_list>
 #include <type_traits>
 
 #include "expert_gemm.cuh"
@@ -11,6 +13,54 @@ namespace mbk {
 
 // Of the driver, found at run time: the library is not linked with it.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's encoder of tensor maps, or null. Asked for once.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    const bool usable = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return found;
+}
+
+// Multiprocessors of the current device, 0 where it is not sm_90. Asked for once for each device.
+inline cudaError_t multiprocessors_of_hopper(int* count) {
+  constexpr int kOther = -1;
+  static std::atomic<int> known[kMaxDevices];
+  int device = 0, major = 0;
+  MBK_RETURN_IF_ERROR(cudaGetDevice(&device));
+  const bool remembered = device < kMaxDevices;
+  const int found = remembered ? known[device].load(std::memory_order_relaxed) : 0;
+  *count = found == kOther ? 0 : found;
+  if (found != 0) return cudaSuccess;
+  MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major == 9) MBK_RETURN_IF_ERROR(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+  if (remembered) known[device].store(*count == 0 ? kOther : *count, std::memory_order_relaxed);
+  return cudaSuccess;
+}
+
+// What the copies move at least: 8 elements, 16 bytes.
+inline bool multiples_of_8(std::initializer_list<int64_t> counts) {
+  for (int64_t count : counts) {
+    if (count <= 0 || count % 8 != 0) return false;
+  }
+  return true;
+}
+
+inline bool aligned(std::initializer_list<const void*> pointers) {
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return false;
+  }
+  return true;
+}
 
 inline ExpertGemmSizes expert_gemm_sizes(const ExpertGemmParams& params) {
   return {params.rows, params.num_experts, params.columns, params.depth, params.activation != Activation::kIdentity};

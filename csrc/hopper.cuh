@@ -1,12 +1,12 @@
-// The Hopper instructions that the expert GEMM is made of. tests/csrc/emulation_hopper.h has the same functions for the
-// host, so that everything above them runs there unchanged.
+// The Hopper instructions that the expert GEMM is made of. tests/csrc/emulation_hopper.h and emulation_wgmma.h have the
+// same functions for the host, so that everything above them runs there unchanged.
 #pragma once
 
 #include "device.cuh"
 
 #ifdef MBK_EMULATION
 
-#include "emulation_hopper.h"
+#include "emulation_wgmma.h"
 #define MBK_HAS_WGMMA
 
 #else
@@ -79,6 +79,37 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   cutlass::arch::ClusterBarrier::wait(barrier, parity);
 }
 
+// The same where other CTAs of the cluster wrote what is read next.
+__device__ __forceinline__ void wait_for_cluster(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "wait_for_cluster:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait_for_cluster;\n"
+      "}"
+      :
+      : "r"(cute::cast_smem_ptr_to_uint(barrier)), "r"(parity));
+}
+
+// Into the same place of the cluster's CTA `rank`: 8 bytes that complete on its barrier, whenever they get there.
+__device__ __forceinline__ void send(float2* shared, uint64_t* barrier, int rank, float2 value) {
+  const auto to = static_cast<uint32_t>(rank);
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+               :
+               : "r"(cute::set_block_rank(cute::cast_smem_ptr_to_uint(shared), to)), "f"(value.x), "f"(value.y),
+                 "r"(cute::set_block_rank(cute::cast_smem_ptr_to_uint(barrier), to)));
+}
+
+// What `send` brought, after a wait: volatile, as the barriers' instructions order nothing else.
+__device__ __forceinline__ float2 received(const float2* shared) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(cute::cast_smem_ptr_to_uint(shared)));
+  return value;
+}
+
 __device__ __forceinline__ void sync_named(int threads, int name) {
   cutlass::arch::NamedBarrier::sync(static_cast<uint32_t>(threads), static_cast<uint32_t>(name));
 }
@@ -105,6 +136,11 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, uint64_t* full,
 __device__ __forceinline__ void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared,
                                              int k, int row, int expert) {
   cute::SM90_TMA_LOAD_MULTICAST_3D::copy(map, full, ranks, kCacheHint, shared, k, row, expert);
+}
+
+__device__ __forceinline__ void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared,
+                                             int k, int row) {
+  cute::SM90_TMA_LOAD_MULTICAST_2D::copy(map, full, ranks, kCacheHint, shared, k, row);
 }
 
 // cp.async: 16 bytes to shared memory, or zeros, through the generic proxy.

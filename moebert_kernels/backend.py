@@ -44,9 +44,10 @@ _CUDA_FORMS = {
     "group_tokens": ("group_tokens",),
     "expert_gemm": ("expert_gemm",),
     "fused_moe_ffn": ("tiny_ffn", "expert_gemm"),
-    "fused_moe_ffn_add_norm": ("tiny_ffn", "expert_gemm"),
+    "fused_moe_ffn_add_norm": ("tiny_ffn", "expert_gemm_norm", "expert_gemm"),
 }
 _WITHOUT_TRITON = ("group_tokens",)
+_OPTIONAL_FORMS = ("expert_gemm_norm",)  # of which `use_backend` can do without
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class _Preference:
     backend: str
     strict: bool
     source: str
+    without: tuple[str, ...] = ()
 
 
 _preference: ContextVar[_Preference | None] = ContextVar("moebert_kernels_backend", default=None)
@@ -74,18 +76,21 @@ def _check_name(name: str, source: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str, strict: bool = False) -> Iterator[None]:
+def use_backend(name: str, strict: bool = False, without: tuple[str, ...] = ()) -> Iterator[None]:
     """Prefer backend `name` inside this context.
 
     Args:
         name: "cuda", "triton" or "torch".
         strict: raise where that backend lacks an op, instead of falling back with one warning.
+        without: forms in CUDA that are not asked, to measure or to test the next one: "expert_gemm_norm".
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name or form.
     """
     _check_name(name, "use_backend")
-    token = _preference.set(_Preference(name, strict, "use_backend"))
+    if unknown := set(without) - set(_OPTIONAL_FORMS):
+        raise ValueError(f"without: expected some of {', '.join(_OPTIONAL_FORMS)}, got {', '.join(sorted(unknown))}")
+    token = _preference.set(_Preference(name, strict, "use_backend", tuple(without)))
     try:
         yield
     finally:
@@ -123,6 +128,12 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def form_allowed(kernel: str) -> bool:
+    """Whether `use_backend` does not do without this form here."""
+    preference = _current_preference()
+    return preference is None or kernel not in preference.without
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on any device: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,7 +143,7 @@ def interpreting() -> bool:
 def kernel_unavailable(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this kernel of `moebert_kernels._C` cannot run on such tensors, or None."""
     found = native.unavailable(kernel, device, dtype)
-    if found is None and kernel == "expert_gemm" and torch.cuda.get_device_capability(device)[0] != 9:
+    if found is None and kernel.startswith("expert_gemm") and torch.cuda.get_device_capability(device)[0] != 9:
         return "it multiplies by wgmma, which needs compute capability 9.x"
     return found
 

@@ -27,6 +27,7 @@ from moebert_kernels.doctor_text import render
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
 MANY_TOKENS = 400  # more than the kernels of few tokens take
+ADD_NORM, NORM_FORM = "fused_moe_ffn_add_norm", "expert_gemm_norm"
 
 
 def collect() -> dict[str, Any]:
@@ -253,26 +254,29 @@ def _test_mpo_expert_weights(device: torch.device) -> str:
     )  # fmt: skip
 
 
-def _cuda_test(op: str, tokens: int, dtype: torch.dtype) -> Callable[[torch.device], str]:
-    """One of the two layers on so many tokens, after a check that the form meant, and no other, applies."""
+def _cuda_test(op: str, form: str, tokens: int, hidden: int = HIDDEN) -> Callable[[torch.device], str]:
+    """One of the two layers on so many tokens in bfloat16, after a check that this form is the first that applies."""
 
     def test(device: torch.device) -> str:
-        ids = _expert_ids(device, tokens)
-        norm = ((EXPERTS, HIDDEN), (EXPERTS, HIDDEN)) if op == "fused_moe_ffn_add_norm" else ()
-        shapes = ((tokens, HIDDEN), *_FFN_SHAPES[1:], *norm)
+        from moebert_kernels.cuda_backend import expert_gemm, expert_gemm_norm, tiny_ffn  # these need Triton
 
-        def call(x: Tensor, w1: Tensor, *rest: Tensor) -> Tensor:
-            from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn  # these need Triton
+        count = max(tokens, expert_gemm_norm.LEAST_TOKENS if form == NORM_FORM else 0)
+        ids, of_expert, first = _expert_ids(device, count), (EXPERTS, hidden), (EXPERTS, INTERMEDIATE, hidden)
+        shapes = ((count, hidden), first, first[:2], (*of_expert, INTERMEDIATE))
+        norm = (of_expert, of_expert) if op == ADD_NORM else ()
 
-            few = tiny_ffn.applies(x, 1, w1)
-            if few != (tokens == TOKENS) or not (few or expert_gemm.applies(x, w1)):
-                raise AssertionError(f"the form does not take {tokens} tokens in {dtype}")
-            return getattr(moebert_kernels, op)(x, ids, w1, *rest)
+        def call(x: Tensor, *rest: Tensor) -> Tensor:
+            with backend.use_backend("cuda", strict=True, without=() if form == NORM_FORM else (NORM_FORM,)):
+                asked = {"tiny_ffn": tiny_ffn.applies(x, 1, rest[0]), NORM_FORM: expert_gemm_norm.applies(x, rest[2]),
+                         "expert_gemm": expert_gemm.applies(x, rest[0])}  # fmt: skip
+                if form != next((name for name, applies in asked.items() if applies), None):
+                    raise AssertionError(f"{form} is not what takes {count} tokens")
+                return getattr(moebert_kernels, op)(x, ids, *rest)
 
         def naive(x: Tensor, *rest: Tensor) -> Tensor:
             return getattr(reference, op)(x, ids, *rest)
 
-        return _as_accurate(call, naive, shapes, device, (dtype,), gradients=False)
+        return _as_accurate(call, naive, (*shapes, of_expert, *norm), device, (torch.bfloat16,), gradients=False)
 
     return test
 
@@ -339,11 +343,13 @@ _SELF_TESTS = {
 _CUDA_SELF_TESTS = {
     ("group_tokens", "group_tokens"): _test_group_tokens,
     ("group_tokens_by_hash", "group_tokens"): _test_group_tokens_by_hash,
-    ("fused_moe_ffn", "tiny_ffn"): _cuda_test("fused_moe_ffn", TOKENS, torch.bfloat16),
-    ("fused_moe_ffn_add_norm", "tiny_ffn"): _cuda_test("fused_moe_ffn_add_norm", TOKENS, torch.bfloat16),
+    ("fused_moe_ffn", "tiny_ffn"): _cuda_test("fused_moe_ffn", "tiny_ffn", TOKENS),
+    (ADD_NORM, "tiny_ffn"): _cuda_test(ADD_NORM, "tiny_ffn", TOKENS),
     ("expert_gemm", "expert_gemm"): _test_cuda_expert_gemm,
-    ("fused_moe_ffn", "expert_gemm"): _cuda_test("fused_moe_ffn", MANY_TOKENS, torch.bfloat16),
-    ("fused_moe_ffn_add_norm", "expert_gemm"): _cuda_test("fused_moe_ffn_add_norm", MANY_TOKENS, torch.bfloat16),
+    ("fused_moe_ffn", "expert_gemm"): _cuda_test("fused_moe_ffn", "expert_gemm", MANY_TOKENS),
+    # Four CTAs hold a row, the last one a part of its columns.
+    (ADD_NORM, NORM_FORM): _cuda_test(ADD_NORM, NORM_FORM, MANY_TOKENS, hidden=736),
+    (ADD_NORM, "expert_gemm"): _cuda_test(ADD_NORM, "expert_gemm", MANY_TOKENS),
 }
 
 

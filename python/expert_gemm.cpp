@@ -12,7 +12,7 @@ namespace mbk {
 void bind_expert_gemm(pybind11::module_& module) {
   using pybind11::arg;
   for (int block_n : {128, 192, 256}) {
-    const std::string kernels = "expert_gemm_.*, " + std::to_string(block_n) + ", .*";
+    const std::string kernels = "expert_gemm_kernel<.*, " + std::to_string(block_n) + ", .*";
     most_shared_bytes(module)[kernels.c_str()] = expert_gemm_shared_bytes(block_n);
   }
   module.def(

@@ -50,6 +50,14 @@ def test_backward_prefers_what_forward_did_in_any_thread(monkeypatch):
     assert {choice.reason for choice in chosen} == {"asked for by use_backend"}
 
 
+def test_forms_that_are_left_out():
+    assert backend.form_allowed("expert_gemm_norm")
+    with backend.use_backend("cuda", without=("expert_gemm_norm",)):
+        assert not backend.form_allowed("expert_gemm_norm") and backend.form_allowed("tiny_ffn")
+    with pytest.raises(ValueError, match="without: expected some of expert_gemm_norm, got dense, tiny"):
+        backend.use_backend("cuda", without=("tiny", "dense")).__enter__()
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="use_backend: expected one of"), backend.use_backend("tpu"):
         pass

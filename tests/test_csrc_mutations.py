@@ -11,8 +11,10 @@ import pytest
 from tests.helpers import ROOT
 
 COMPILER = os.environ.get("CXX", "c++")
-GEMM, FEW_TOKENS, GROUPING = "test_expert_gemm_pipeline", "test_tiny_ffn", "test_group_tokens"
+GEMM, NORM = "test_expert_gemm_pipeline", "test_expert_gemm_norm"
+FEW_TOKENS, GROUPING = "test_tiny_ffn", "test_group_tokens"
 WAIT = "      producer_acquire<Traits>(shared, slot);\n"
+ARRIVED = "  hopper::wait_for_cluster(arrived, static_cast<uint32_t>(count / 2) & 1u);\n"
 EMPTY = "kConsumerWarps * Traits::kGroups * Traits::kCluster);"
 # what breaks: the program that must notice, the file, what stands there, what takes its place
 MUTATIONS = {
@@ -28,9 +30,20 @@ MUTATIONS = {
     "wait of the producer": (GEMM, "expert_gemm.cuh", WAIT + "      load_weights", "      load_weights"),
     "wait of the gathering producer": (GEMM, "expert_gemm.cuh", WAIT + "      if (thread", "      if (thread"),
     "stage freed early": (GEMM, "expert_gemm.cuh", "    Product::template wait<1>(acc);\n", ""),
-    "stage of the peer": (GEMM, "expert_gemm.cuh", "if (lane < Traits::kCluster)", "if (lane < 1)"),
+    "stage of the peer": (GEMM, "expert_gemm.cuh", "if (lane < ranks)", "if (lane < 1)"),
     "bytes expected": (GEMM, "expert_gemm.cuh", "Traits::kWeightsBytes + Traits::kRowsBytes", "Traits::kWeightsBytes"),
     "registers": (GEMM, "expert_gemm.cuh", "kBlockN == 128 ? 224 : 232", "kBlockN == 128 ? 232 : 240"),
+    "wait for the parts": (NORM, "expert_gemm_norm.cuh", ARRIVED, ""),
+    "parts of the same place": (NORM, "expert_gemm_norm.cuh", "&parts[hopper::rank_in_cluster()]", "&parts[to]"),
+    "parts of another row": (NORM, "expert_gemm_norm.cuh", "theirs = hopper::received(&parts[from][lane])",
+                             "theirs = hopper::received(&parts[from][lane ^ 1])"),
+    "parts without the other's place": (NORM, "expert_gemm_norm.cuh", "shared.parts[group][count % 2]",
+                                        "shared.parts[group][0]"),
+    "eps": (NORM, "expert_gemm_norm.cuh", " + params.epilogue.eps", ""),
+    "differences of the means": (NORM, "expert_gemm_norm.cuh", "share * (theirs.x - mean)", "0.0f * (theirs.x - mean)"),
+    "rows for the cluster": (NORM, "expert_gemm_norm.cuh", "tile.row0 + rank * part);", "tile.row0);"),
+    "stage of all peers": (NORM, "expert_gemm_norm.cuh", "acc, params.cluster);", "acc, 1);"),
+    "wait for the rows": (NORM, "expert_gemm_norm.cuh", "  wait_for_previous_kernel();\n", ""),
     "wait for h": (FEW_TOKENS, "tiny_ffn.cuh", "    wait_for_previous_kernel();\n  };", "  };"),
     "wait without an expert": (FEW_TOKENS, "tiny_ffn.cuh", "    wait_for_previous_kernel();\n    for", "    for"),
     "sums published": (FEW_TOKENS, "tiny_ffn.cuh", "    __threadfence();  // with", "    // with"),

@@ -9,7 +9,7 @@ import torch
 
 import moebert_kernels
 from moebert_kernels import backend, doctor, native, reference
-from moebert_kernels.cuda_backend import expert_gemm, tiny_ffn
+from moebert_kernels.cuda_backend import expert_gemm, expert_gemm_norm, tiny_ffn
 from moebert_kernels.cuda_backend import group_tokens as cuda_groups
 from moebert_kernels.doctor_text import render
 from moebert_kernels.torch_backend import group_tokens as by_sorting
@@ -108,7 +108,7 @@ def test_wrong_op_is_found_by_name(monkeypatch, capsys):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """A CPU whose `_C` has the three kernels: two as their references, the GEMM by a stand-in."""
+    """A CPU whose `_C` has all kernels: two as their references, the GEMMs by a stand-in."""
     kernels = StandIn()
     kernels.tiny_ffn_max_tokens, kernels.tiny_ffn_max_experts = 256, 1024
 
@@ -122,7 +122,9 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setattr(native, "module", lambda: kernels)
     monkeypatch.setattr(tiny_ffn, "add_norm", add_norm)
-    monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
+    monkeypatch.setattr(expert_gemm_norm, "LEAST_TOKENS", doctor.MANY_TOKENS)
+    for form in (expert_gemm, expert_gemm_norm):
+        monkeypatch.setattr(form, "stream_of", lambda tensor: 0)
     monkeypatch.setattr(cuda_groups, "forward", forward)
     monkeypatch.setattr(cuda_groups, "by_hash", lambda *a: forward(by_table.forward(*a[:3]), a[3]))
     monkeypatch.setattr(backend, "kernel_unavailable", lambda *_: None)
@@ -137,12 +139,18 @@ def test_each_cuda_form_is_tested_where_a_gpu_can_run_it(pretended_gpu, monkeypa
     assert set(results) == {f"{op}: {kernel}" for op, kernel in doctor._CUDA_SELF_TESTS}
     forms = {(op, kernel) for op, kernels in backend._CUDA_FORMS.items() for kernel in kernels}
     assert forms <= set(doctor._CUDA_SELF_TESTS)
-    assert pretended_gpu.calls == [False, False, True, False, True]
+    assert pretended_gpu.calls == [False, False, True, False, True, False, True]
+    assert pretended_gpu.normed == [False]
 
     honest = pretended_gpu.expert_gemm
     monkeypatch.setattr(pretended_gpu, "expert_gemm", lambda **k: honest(**{**k, "bias": 0}))
     wrong = [name for name, result in doctor.cuda_self_test(torch.device("cpu")).items() if not result["ok"]]
     assert wrong == [name for name in results if name.endswith(": expert_gemm")]
+    monkeypatch.setattr(pretended_gpu, "expert_gemm", honest)
+    normed = pretended_gpu.expert_gemm_norm
+    monkeypatch.setattr(pretended_gpu, "expert_gemm_norm", lambda **k: normed(**{**k, "norm_bias": k["norm_weight"]}))
+    wrong = [name for name, result in doctor.cuda_self_test(torch.device("cpu")).items() if not result["ok"]]
+    assert wrong == ["fused_moe_ffn_add_norm: expert_gemm_norm"]
     monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *_: None if kernel == "group_tokens" else "none")
     assert set(doctor.cuda_self_test(torch.device("cpu"))) == {name for name in results if "group" in name}
 

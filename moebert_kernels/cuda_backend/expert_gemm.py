@@ -45,12 +45,9 @@ def expert_gemm(
     """
     if y.numel() == 0:
         return
-    if a.stride(1) != 1 or a.stride(0) % _PIECE or a.stride(0) < a.shape[1] or a.data_ptr() % _ALIGNMENT:
-        a = a.clone(memory_format=torch.contiguous_format)
-    if bias is not None and (not bias.is_contiguous() or bias.data_ptr() % _ALIGNMENT):
-        bias = bias.clone(memory_format=torch.contiguous_format)
+    a, bias = in_pieces(a), None if bias is None else aligned(bias)
     num_experts, columns, depth = w.shape
-    w_expert_stride, w_row_stride = _strides(w)
+    w_expert_stride, w_row_stride = strides(w)
     native.module().expert_gemm(
         a=a.data_ptr(),
         a_row_stride=a.stride(0),
@@ -88,16 +85,28 @@ def forward(x: Tensor, w: Tensor, bias: Tensor | None, grouping: Grouping, gathe
     return y
 
 
+def in_pieces(rows: Tensor) -> Tensor:
+    """(rows, K) whose rows begin at whole pieces: a copy where they do not."""
+    whole = rows.stride(1) == 1 and rows.stride(0) % _PIECE == 0 and rows.stride(0) >= rows.shape[1]
+    return rows if whole and rows.data_ptr() % _ALIGNMENT == 0 else rows.clone(memory_format=torch.contiguous_format)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and aligned: a copy where it is not."""
+    whole = tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _fits(w: Tensor) -> bool:
     return (
         w.dtype in (torch.float16, torch.bfloat16)
         and w.stride(2) == 1
         and w.data_ptr() % _ALIGNMENT == 0
-        and all(count > 0 and count % _PIECE == 0 for count in (*w.shape[1:], *_strides(w)))
+        and all(count > 0 and count % _PIECE == 0 for count in (*w.shape[1:], *strides(w)))
     )
 
 
-def _strides(w: Tensor) -> tuple[int, int]:
+def strides(w: Tensor) -> tuple[int, int]:
     """Of experts and rows; that of a single one means nothing, and torch may say anything."""
     num_experts, columns, depth = w.shape
     row = w.stride(1) if columns > 1 else depth

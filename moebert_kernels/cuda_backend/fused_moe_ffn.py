@@ -33,16 +33,24 @@ def gemms(
     weights: Tensor | None, activation: str, save: bool, *, scatter: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """p * FFN_e (T, H) in row order, or with `scatter` in token order, and, if `save`, the pre-activations by row."""
-    h = x.new_empty(grouping.num_rows, w1.shape[1])
-    h_pre = x.new_empty(grouping.num_rows if save else 0, w1.shape[1])
-    expert_gemm.expert_gemm(
-        x, w1, h, grouping, bias=b1, activation=activation, pre=h_pre if save else None, gather=True
-    )  # fmt: skip
+    h, h_pre = hidden_rows(x, grouping, w1, b1, activation, save, gather=True)
     y = x.new_empty(grouping.num_rows, w2.shape[1])
     expert_gemm.expert_gemm(
         h, w2, y, grouping, bias=b2, weights=contiguous(weights), scatter=scatter, after_previous=True
     )  # fmt: skip
     return y, h_pre
+
+
+def hidden_rows(
+    x: Tensor, grouping: Grouping, w1: Tensor, b1: Tensor | None, activation: str, save: bool, *, gather: bool
+) -> tuple[Tensor, Tensor]:
+    """act(x @ w1[e].T + b1[e]) in row order, and what the activation is taken of, empty unless `save`."""
+    h = x.new_empty(grouping.num_rows, w1.shape[1])
+    h_pre = x.new_empty(grouping.num_rows if save else 0, w1.shape[1])
+    expert_gemm.expert_gemm(
+        x, w1, h, grouping, bias=b1, activation=activation, pre=h_pre if save else None, gather=gather
+    )  # fmt: skip
+    return h, h_pre
 
 
 def forward(

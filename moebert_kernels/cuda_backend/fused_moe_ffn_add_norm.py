@@ -1,16 +1,17 @@
 """The MoEBERT expert. Each form is asked whether it applies, the best one first:
 
 1. `tiny_ffn`: few tokens in inference, two launches for everything, also straight from expert ids;
-2. Hopper's expert GEMM, twice, then Triton's pass that un-permutes, adds the residual and normalises;
-3. Triton's kernels, which take everything and run every backward.
+2. Hopper's expert GEMM, and one that adds the residual and normalises whole rows, in inference and in any order;
+3. Hopper's expert GEMM, twice, then Triton's pass that un-permutes, adds the residual and normalises;
+4. Triton's kernels, which take everything and run every backward.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from moebert_kernels.cuda_backend import tiny_ffn
-from moebert_kernels.cuda_backend.fused_moe_ffn import gemms, gemms_apply
+from moebert_kernels.cuda_backend import expert_gemm_norm, tiny_ffn
+from moebert_kernels.cuda_backend.fused_moe_ffn import gemms, gemms_apply, hidden_rows
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.fused_moe_ffn_add_norm import add_norm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as in_triton
@@ -32,7 +33,16 @@ def forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation
         )  # fmt: skip
         return y, w1.new_empty(0, w1.shape[1]), w1.new_empty(0, x.shape[1])
-    if in_order or not gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed):
+    gemms_take_it = gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed)
+    if gemms_take_it and not save and not drops and expert_gemm_norm.applies(x, w2):
+        h, h_pre = hidden_rows(x, grouping, w1, b1, activation, False, gather=not in_order)
+        y = x.new_empty(x.shape)
+        expert_gemm_norm.expert_gemm_norm(
+            h, w2, x, y, grouping, norm_weight, norm_bias, eps, bias=b2, weights=routing_weights, x_by_row=in_order,
+            after_previous=True,
+        )  # fmt: skip
+        return y, h_pre, w1.new_empty(0, x.shape[1])
+    if in_order or not gemms_take_it:
         return in_triton.forward(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation,
             dropout_p, hidden_dropout_p, seed, save, in_order,

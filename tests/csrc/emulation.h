@@ -8,7 +8,8 @@
 //   emulation_runtime.h  launches
 //   emulation_copies.h   cp.async: copies that arrive late
 //   emulation_mma.h      mma.sync (for tiny_ffn)
-//   emulation_hopper.h   mbarriers, TMA, wgmma, the two proxies (for expert_gemm)
+//   emulation_hopper.h   mbarriers, TMA, the two proxies, other blocks' shared memory (for expert_gemm)
+//   emulation_wgmma.h    wgmma (for expert_gemm)
 //   emulation_hooks.h    how stores are seen; only where memory ordering is tested
 //
 // Not emulated: static __shared__ variables, memory ordering within a block beyond that of the two proxies, time.

@@ -1,10 +1,10 @@
-// What expert_gemm.cuh takes from Hopper: mbarriers, clusters, TMA, wgmma and the two proxies to shared memory.
+// What expert_gemm.cuh takes from Hopper: mbarriers, clusters, TMA and the two proxies to shared memory.
 //
 // - mbarriers count arrivals and bytes; one that gets more arrivals than a phase has ends the program.
 // - TMA copies arrive in pieces, each at a sweep of its own, and complete their bytes then. What they write is seen by
 //   the async proxy.
 // - What cp.async writes is seen by the async proxy once it has arrived and the thread that copied it has fenced.
-// - wgmma reads through the async proxy when it is issued or as late as when it is waited for, warp by warp.
+// - What is sent to other blocks, arrivals at their barriers included, is late.
 // The async proxy's view of shared memory is a second copy of it, which begins as NaN.
 #pragma once
 
@@ -145,6 +145,22 @@ inline void land(const CUtensorMap& map, const std::vector<Block*>& targets, siz
   }
 }
 
+// Eight bytes into the same place of another block of the cluster, late, and their arrival on its barrier.
+inline void send(const void* shared, const uint64_t* barrier, int rank, uint64_t bytes) {
+  Machine& machine = Machine::instance();
+  const size_t target = offset_in_shared(shared), full = offset_in_shared(barrier);
+  auto& blocks = machine.block().cluster->blocks;
+  if (target % 8 != 0 || static_cast<size_t>(rank) >= blocks.size()) fail("bytes sent unaligned or out of the cluster");
+  Block* block = blocks[static_cast<size_t>(rank)];
+  ++block->copies_in_flight;
+  machine.later(24, [=] {
+    if (block->live_threads == 0) fail("bytes sent to a block that has ended");
+    std::memcpy(block->shared + target, &bytes, 8);
+    hopper(*block).barriers[full].complete(8);
+    --block->copies_in_flight;
+  });
+}
+
 inline void load_box(const CUtensorMap* map, unsigned ranks, const uint64_t* full, const void* shared, int k, int row,
                      int expert) {
   Machine& machine = Machine::instance();
@@ -215,13 +231,21 @@ inline void init_barrier(uint64_t* barrier, int arrivals) {
 inline void publish_barriers() {}
 inline void arrive(uint64_t* barrier) { emulation::barrier_of(barrier).arrive(0); }
 
+// At another block it is late, as all that goes there.
 inline void arrive_at(uint64_t* barrier, int rank) {
-  auto& blocks = emulation::Machine::instance().block().cluster->blocks;
+  emulation::Machine& machine = emulation::Machine::instance();
+  auto& blocks = machine.block().cluster->blocks;
   if (static_cast<size_t>(rank) >= blocks.size()) emulation::fail("an arrival outside the cluster");
   const size_t offset = emulation::offset_in_shared(barrier);
-  emulation::Block& block = *blocks[static_cast<size_t>(rank)];
-  if (block.live_threads == 0) emulation::fail("an arrival at a block that has ended");
-  emulation::hopper(block).barriers[offset].arrive(0);
+  emulation::Block* block = blocks[static_cast<size_t>(rank)];
+  ++block->copies_in_flight;
+  const auto happen = [=] {
+    if (block->live_threads == 0) emulation::fail("an arrival at a block that has ended");
+    emulation::hopper(*block).barriers[offset].arrive(0);
+    --block->copies_in_flight;
+  };
+  if (block == &machine.block()) return happen();
+  machine.later(24, happen);
 }
 
 inline void arrive_and_expect(uint64_t* barrier, uint32_t bytes) { emulation::barrier_of(barrier).arrive(bytes); }
@@ -231,6 +255,17 @@ inline void wait(uint64_t* barrier, uint32_t parity) {
   auto& state = emulation::barrier_of(barrier);
   while ((state.phase & 1) == parity) emulation::Machine::instance().wait(&state.phase, state.phase);
 }
+
+inline void wait_for_cluster(uint64_t* barrier, uint32_t parity) {
+  wait(barrier, parity);
+  emulation::Machine::instance().warp_stands_still_sometimes();
+}
+
+inline void send(float2* shared, uint64_t* barrier, int rank, float2 value) {
+  emulation::send(shared, barrier, rank, emulation::to_bits(value));
+}
+
+inline float2 received(const float2* shared) { return *shared; }
 
 inline void sync_named(int threads, int name) {
   emulation::Machine& machine = emulation::Machine::instance();
@@ -251,6 +286,10 @@ inline void load_box(const CUtensorMap* map, uint64_t* full, void* shared, int k
 inline void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared, int k, int row,
                          int expert) {
   emulation::load_box(map, ranks, full, shared, k, row, expert);
+}
+
+inline void load_box_for(uint16_t ranks, const CUtensorMap* map, uint64_t* full, void* shared, int k, int row) {
+  emulation::load_box(map, ranks, full, shared, k, row, 0);
 }
 
 struct alignas(16) Bytes16 {
@@ -276,100 +315,6 @@ inline void fence_proxies() {
   }
   written.clear();
 }
-
-template <class Element>
-float float_of(uint16_t bits) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) return __bfloat162float({bits});
-  static const std::vector<float> all = [] {
-    std::vector<float> values(65536);
-    for (unsigned i = 0; i < 65536; ++i) values[i] = __half2float({static_cast<uint16_t>(i)});
-    return values;
-  }();
-  return all[bits];
-}
-
-template <class Element, int kM, int kN, int kK, int kStages, int kGroups>
-struct Product {
-  static_assert(kM == 128 && kK == 64 && (kGroups == 1 || kGroups == 2), "rows of 128 bytes");
-
-  struct Mma {
-    bool add = false;
-  };
-
-  struct Started {
-    int stage;
-    bool add;
-    size_t rows, weights;  // where the stages begin
-  };
-
-  struct Accumulators {
-    float value[2 / kGroups][kN / 8][2][2];  // m, j, v, c
-    std::vector<Started> started;
-  };
-
-  static size_t rows(Element* data, int thread) {
-    return emulation::offset_in_shared(data) + static_cast<size_t>(thread / 128) * 64 * 128;
-  }
-  static size_t weights(Element* data, int) { return emulation::offset_in_shared(data); }
-  static Accumulators accumulators() { return {}; }
-  static Mma begin() { return {}; }
-
-  static void start(Mma& mma, size_t rows, size_t weights, Accumulators& acc, int stage) {
-    acc.started.push_back({stage, mma.add, rows, weights});
-    mma.add = true;
-    if (emulation::Machine::instance().draw(2) == 1) finish(acc, 0);
-  }
-
-  template <int kPending>
-  static void wait(Accumulators& acc) {
-    finish(acc, kPending);
-  }
-
-  static float& at(Accumulators& acc, int j, int v, int m, int c) { return acc.value[m][j][v][c]; }
-
- private:
-  typedef float Floats __attribute__((vector_size(32)));
-
-  static void load_row(size_t stages, int stage, int rows_of_stage, int row, Floats (&to)[kK / 8]) {
-    const auto& view = emulation::hopper(emulation::Machine::instance().block()).async_view;
-    for (int piece = 0; piece < kK / 8; ++piece) {
-      const size_t offset = static_cast<size_t>(stage * rows_of_stage + row) * 128 + static_cast<size_t>(piece) * 16;
-      const size_t from = emulation::swizzled(stages + offset) / 2;
-      for (size_t i = 0; i < 8; ++i) to[piece][static_cast<int>(i)] = float_of<Element>(view[from + i]);
-    }
-  }
-
-  static void finish(Accumulators& acc, size_t pending) {
-    while (acc.started.size() > pending) {
-      multiply(acc, acc.started.front());
-      acc.started.erase(acc.started.begin());
-    }
-  }
-
-  static void multiply(Accumulators& acc, const Started& product) {
-    const int lane = emulation::lane(), warp = static_cast<int>(threadIdx.x) % 128 / 32;
-    Floats left[2 / kGroups][2][kK / 8], right[kK / 8];
-    for (int m = 0; m < 2 / kGroups; ++m) {
-      for (int v = 0; v < 2; ++v) {
-        load_row(product.rows, product.stage, kM, 64 * m + 16 * warp + lane / 4 + 8 * v, left[m][v]);
-      }
-    }
-    for (int j = 0; j < kN / 8; ++j) {
-      for (int c = 0; c < 2; ++c) {
-        load_row(product.weights, product.stage, kN, 8 * j + 2 * (lane % 4) + c, right);
-        for (int m = 0; m < 2 / kGroups; ++m) {
-          for (int v = 0; v < 2; ++v) {
-            Floats sums = {};
-            for (int piece = 0; piece < kK / 8; ++piece) sums += left[m][v][piece] * right[piece];
-            float sum = product.add ? acc.value[m][j][v][c] : 0.0f;
-            for (int i = 0; i < 8; ++i) sum += sums[i];
-            acc.value[m][j][v][c] = sum;
-          }
-        }
-      }
-    }
-  }
-};
 
 }  // namespace hopper
 }  // namespace mbk

@@ -48,6 +48,15 @@ class Machine {
     wait(nullptr, 0);
   }
 
+  // Now and then the running thread's warp does, for so long that others finish a tile.
+  void warp_stands_still_sometimes() {
+    if (draw(256) != 1) return;
+    block().late_warps = 1u << (thread_index() / kLanes);
+    block().late_sweeps = 1 + static_cast<unsigned>(draw(2000));
+    progress_ = true;
+    wait(nullptr, 0);
+  }
+
   // One of `expected` arrives at a meeting and, unless it only `tells`, waits for the others.
   void arrive(Meeting& meeting, unsigned expected, unsigned count = 1, bool tells = false) {
     const uint64_t generation = meeting.generation;

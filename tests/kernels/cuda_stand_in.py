@@ -1,4 +1,4 @@
-"""`moebert_kernels._C.expert_gemm` in plain torch, which reads the same pointers."""
+"""The expert GEMMs of `moebert_kernels._C` in plain torch, which read the same pointers."""
 
 import ctypes
 
@@ -21,10 +21,13 @@ def view(pointer, dtype, shape, strides=None):
 
 
 class StandIn:
-    """`_C.expert_gemm` in plain torch, on the CPU."""
+    """`_C.expert_gemm` and `_C.expert_gemm_norm` in plain torch, on the CPU."""
+
+    expert_gemm_norm_max_columns = 1024
 
     def __init__(self):
         self.calls = []  # of each whether it may start beside the one before it
+        self.normed = []  # of each that normalises whether x is in row order
 
     def expert_gemm(
         self, *, a, a_row_stride, w, w_expert_stride, w_row_stride, y, pre, bias, weights, offsets, row_to_assignment,
@@ -53,3 +56,30 @@ class StandIn:
                 pre[to] = h.to(dtype)
             h = reference.activate(h, UNGATED[activation])
             y[to] = (h if weights is None else h * weights[assignment[row]].double()[:, None]).to(dtype)
+
+    def expert_gemm_norm(
+        self, *, a, a_row_stride, w, w_expert_stride, w_row_stride, bias, x, x_row_stride, norm_weight, norm_bias,
+        weights, y, offsets, row_to_assignment, rows, num_experts, columns, depth, dtype, eps, x_by_row, after_previous,
+        block_n, cluster, stream,
+    ):  # fmt: skip
+        self.calls.append(after_previous)
+        self.normed.append(x_by_row)
+        dtype = DTYPES[dtype]
+        a, x = view(a, dtype, (rows, depth), (a_row_stride, 1)), view(x, dtype, (rows, columns), (x_row_stride, 1))
+        w = view(w, dtype, (num_experts, columns, depth), (w_expert_stride, w_row_stride, 1))
+        y, weights = view(y, dtype, (rows, columns)), view(weights, dtype, (rows,))
+        bias, norm_weight, norm_bias = (
+            view(pointer, dtype, (num_experts, columns)) for pointer in (bias, norm_weight, norm_bias)
+        )
+        offsets = view(offsets, torch.int32, (num_experts + 1,)).tolist()
+        token = view(row_to_assignment, torch.int32, (rows,)).long()
+        for e in range(num_experts + 1):
+            row = torch.arange(offsets[e], offsets[e + 1] if e < num_experts else rows)
+            residual = x[row if x_by_row else token[row]]
+            if e == num_experts:
+                y[token[row]] = residual
+                continue
+            z = a[row].double() @ w[e].double().T + residual.double() + (0 if bias is None else bias[e].double())
+            p = 1 if weights is None else weights[token[row]].double()[:, None]
+            normed = torch.nn.functional.layer_norm(z, z.shape[1:], norm_weight[e].double(), norm_bias[e].double(), eps)
+            y[token[row]] = (p * normed).to(dtype)

@@ -5,7 +5,7 @@ import torch
 
 from moebert_kernels import backend, group_tokens, native, reference
 from moebert_kernels.activation import UNGATED
-from moebert_kernels.cuda_backend import expert_gemm
+from moebert_kernels.cuda_backend import expert_gemm, expert_gemm_norm
 from moebert_kernels.cuda_backend import fused_moe_ffn as cuda_ffn
 from moebert_kernels.cuda_backend import fused_moe_ffn_add_norm as cuda_add_norm
 from tests.backends import why_not_built
@@ -20,8 +20,10 @@ HOPPER = tuple(name for name in UNGATED if name != "relu2")
 def stand_in(monkeypatch):
     found = StandIn()
     monkeypatch.setattr(native, "module", lambda: found)
-    monkeypatch.setattr(expert_gemm, "stream_of", lambda tensor: 0)
-    reasons = {"expert_gemm": None}
+    monkeypatch.setattr(expert_gemm_norm, "LEAST_TOKENS", 12)
+    for form in (expert_gemm, expert_gemm_norm):
+        monkeypatch.setattr(form, "stream_of", lambda tensor: 0)
+    reasons = {"expert_gemm": None, "expert_gemm_norm": None}
     monkeypatch.setattr(backend, "kernel_unavailable", lambda kernel, *where: reasons.get(kernel, "not in this test"))
     return found
 
@@ -95,6 +97,61 @@ def test_the_moebert_expert_is_two_launches_and_a_pass(stand_in, x_dtype, save, 
         )  # fmt: skip
 
     assert_as_accurate(y.bfloat16(), expected(torch.bfloat16), expected(torch.float64), "y")
+
+
+NORMED = 96  # columns that the form which normalises in the GEMM takes
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "odd", "no_options"])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_the_moebert_expert_normalises_in_its_second_launch(stand_in, in_order, layout):
+    tensors, ids = ffn_arguments(50, NORMED, 40, torch.bfloat16), ids_of(50)
+    x, w1, b1, w2, b2, p = tensors
+    norm = [torch.rand(E, NORMED, dtype=x.dtype) + 0.5, torch.randn(E, NORMED, dtype=x.dtype)]
+    if layout == "odd":  # made whole pieces by copies
+        x = torch.randn(50, NORMED + 3, dtype=x.dtype)[:, 1 : NORMED + 1]
+        norm, b2 = [tensor.T.contiguous().T for tensor in norm], b2.T.contiguous().T
+        p = torch.rand(100, 1, dtype=x.dtype)[::2]
+    elif layout == "no_options":
+        b2 = p = None
+    grouping = group_tokens(ids, E)
+    order = grouping.row_to_assignment.long()
+    y, h_pre, ffn = cuda_add_norm.forward(
+        x[order] if in_order else x, grouping, w1, b1, w2, b2, *norm, p, 1e-5, "gelu", 0.0, 0.0, None, False, in_order
+    )  # fmt: skip
+    assert stand_in.calls == [False, True] and stand_in.normed == [in_order]
+    assert h_pre.shape == (0, 40) and ffn.shape == (0, NORMED)
+    same, exact = (
+        reference.fused_moe_ffn_add_norm(
+            x.to(wide), ids, *(None if t is None else t.to(wide) for t in (w1, b1, w2, b2, *norm)), eps=1e-5,
+            routing_weights=None if p is None else p.to(wide),
+        )
+        for wide in (torch.bfloat16, torch.float64)
+    )  # fmt: skip
+    assert_as_accurate(y, same, exact, "y")
+
+
+@pytest.mark.parametrize(
+    "why", ["few_tokens", "training", "dropout", "float32", "odd_columns", "wide", "left_out", "two_experts", "swiglu"]
+)
+def test_what_the_normalising_gemm_cannot_take_runs_without_it(stand_in, why):
+    hidden = {"odd_columns": 72, "wide": 1056}.get(why, NORMED)
+    tokens = 11 if why == "few_tokens" else 12
+    x, w1, b1, w2, b2, p = ffn_arguments(tokens, hidden, 40, torch.bfloat16)
+    x = x.float() if why == "float32" else x
+    norm = [torch.ones(E, hidden, dtype=x.dtype), torch.zeros(E, hidden, dtype=x.dtype)]
+    drop, seed = (0.25, torch.tensor(5)) if why == "dropout" else (0.0, None)
+    if why == "two_experts":
+        assert not cuda_ffn.gemms_apply(x, grouping_of(12, top_k=2), w1, w2, "gelu", 0.0, None)
+        return
+    if why == "swiglu":
+        w1, b1 = w1.repeat(1, 2, 1), b1.repeat(1, 2)
+    with backend.use_backend("triton", without=("expert_gemm_norm",) if why == "left_out" else ()):
+        y, *_ = cuda_add_norm.forward(
+            x, grouping_of(tokens), w1, b1, w2, b2, *norm, p.to(x.dtype), 1e-5, "swiglu" if why == "swiglu" else "gelu",
+            drop, 0.0, seed, why == "training",
+        )  # fmt: skip
+    assert stand_in.normed == [] and torch.isfinite(y).all()
 
 
 def ffn_arguments(tokens, hidden, width, dtype, device="cpu"):
@@ -205,3 +262,44 @@ def test_values_on_hopper(block_n, cluster, tokens, columns, depth, gather, scat
         block_n=block_n, cluster=cluster,
     )  # fmt: skip
     assert torch.equal(again, y)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize(
+    "block_n, cluster", [(0, 0), (128, 1), (192, 1), (128, 2), (192, 2), (128, 4), (192, 4), (128, 8)]
+)
+@pytest.mark.parametrize(
+    "tokens, depth", [(1, 8), (1000, 768), (9001, 1016)], ids=["small-one", "large-even", "large-ragged"]
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_normalised_values_on_hopper(block_n, cluster, tokens, depth, dtype):
+    for columns in {block_n * cluster or 768, 32 * max(1, (block_n * cluster or 1024) // 40)}:
+        check_normalised(block_n, cluster, tokens, columns, depth, dtype)
+
+
+def check_normalised(block_n, cluster, tokens, columns, depth, dtype):
+    grouping = grouping_of(tokens, device="cuda")
+    h, w = torch.randn(tokens, depth), torch.randn(E, columns, depth) * depth**-0.5
+    bias, gain, shift = torch.randn(3, E, columns)
+    tensors = (h, w, bias, torch.randn(tokens, columns), gain, shift)
+    h, w, bias, x, gain, shift = (tensor.to("cuda", dtype) for tensor in tensors)
+    rows_of_x, row = x[grouping.row_to_assignment.long()], grouping.assignment_to_row.long()
+    routed = row < grouping.offsets[-1]
+    expert = torch.bucketize(row, grouping.offsets[1:-1].long(), right=True)
+
+    def expected(wide):
+        ffn = reference.expert_gemm(h.to(wide), w.to(wide), grouping, bias.to(wide))[row]
+        z = torch.nn.functional.layer_norm(x.to(wide) + ffn, (columns,), eps=1e-5)
+        y = z * gain.to(wide)[expert] + shift.to(wide)[expert]
+        return torch.where(routed[:, None], y, x.to(wide))
+
+    for x_by_row in (False, True):
+        y, again = torch.full_like(x, float("nan")), torch.empty_like(x)
+        for out in (y, again):
+            expert_gemm_norm.expert_gemm_norm(
+                h, w, rows_of_x if x_by_row else x, out, grouping, gain, shift, 1e-5, bias=bias, x_by_row=x_by_row,
+                block_n=block_n, cluster=cluster,
+            )  # fmt: skip
+        assert_as_accurate(y, expected(dtype), expected(torch.float64), f"y of {columns} columns")
+        assert torch.equal(again, y)
