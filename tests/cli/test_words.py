@@ -78,7 +78,7 @@ def test_parameters_are_called_as_their_options():
     for command in COMMANDS.values():
         for parameter in command.params:
             if parameter.name not in ("help", "as_json"):
-                assert parameter.opts == [f"--{parameter.name.replace('_', '-')}"]
+                assert set(parameter.opts) == {f"--{parameter.name.replace('_', '-')}"}
         taken = set(inspect.signature(command.callback).parameters)
         assert taken >= {p.name for p in command.params} - {"help"}
 

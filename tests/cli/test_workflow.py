@@ -236,7 +236,7 @@ def test_bench_compares_on_padded_batches_of_a_task(teacher, moe, data, tmp_path
 
 
 def test_doctor_runs():
-    assert "every op agrees with its reference" in done("doctor")
+    assert "Every op runs here and agrees with its reference" in done("doctor")
 
 
 def test_every_model_has_a_card(teacher, moe, student):
