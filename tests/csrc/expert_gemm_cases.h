@@ -1,27 +1,19 @@
 // Problems for the expert GEMM, and what must come out: loops that anybody can read.
-//
-// Operands are small multiples of 1/4, so that every order of summing gives the same float.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "emulation.h"
 #include "expert_gemm.h"
+#include "random_experts.h"
 #include "testing.h"
 
 namespace cases {
 
 using mbk::Activation;
 using mbk::DType;
-
-inline std::mt19937_64 random_numbers(31);
-
-inline int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); }
 
 // What the kernel is for.
 constexpr Activation kActivations[] = {Activation::kGelu, Activation::kGeluTanh, Activation::kRelu, Activation::kSilu,
@@ -78,15 +70,6 @@ inline double activate(Activation activation, double x) {
 }
 
 template <typename T>
-T rounded(float value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(value);
-  } else {
-    return __float2bfloat16_rn(value);
-  }
-}
-
-template <typename T>
 class Problem {
  public:
   explicit Problem(const Case& c)
@@ -100,19 +83,8 @@ class Problem {
         pre_(size(rows_, c.columns)),
         offsets_(static_cast<size_t>(c.experts) + 1),
         row_to_assignment_(static_cast<size_t>(rows_)) {
-    for (auto* array : {&a_, &w_, &bias_, &weights_}) {
-      for (T& value : *array) value = rounded<T>(static_cast<float>(draw(-3, 3)) * 0.25f);
-    }
-    std::vector<int> expert(static_cast<size_t>(rows_));
-    const int favourite = draw(0, c.experts), share = draw(0, 10);  // E: no expert
-    for (int& e : expert) e = draw(0, 9) < share ? favourite : draw(0, c.experts);
-    std::vector<int> order(expert.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return expert[at(i)] < expert[at(j)]; });
-    std::copy(order.begin(), order.end(), row_to_assignment_.begin());
-    for (int e = 0; e <= c.experts; ++e) {
-      offsets_[at(e)] = static_cast<int>(std::count_if(expert.begin(), expert.end(), [&](int i) { return i < e; }));
-    }
+    for (auto* array : {&a_, &w_, &bias_, &weights_}) fill(*array);
+    deal(c.experts, row_to_assignment_, offsets_);
   }
 
   mbk::ExpertGemmParams params() {
@@ -176,8 +148,6 @@ class Problem {
   }
 
  private:
-  static size_t at(int i) { return static_cast<size_t>(i); }
-  static size_t size(int rows, int columns) { return static_cast<size_t>(rows) * static_cast<size_t>(columns); }
 
   Case c_;
   int rows_;

@@ -2,18 +2,15 @@
 // in the middle of a cluster, and a launch that starts while the one that it reads from runs.
 #include <algorithm>
 #include <cmath>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #include "expert_gemm_norm.cu"
+#include "random_experts.h"
 #include "testing.h"
 
 namespace {
 
-std::mt19937_64 random_numbers(47);
-
-int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_numbers); }
+using cases::at, cases::deal, cases::draw, cases::fill, cases::random_numbers, cases::rounded, cases::size;
 
 struct Case {
   int tokens, experts, columns, depth, block_n, cluster;
@@ -45,18 +42,6 @@ Case draw_case(int block_n, int cluster) {
 }
 
 template <typename T>
-T rounded(float value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(value);
-  } else {
-    return __float2bfloat16_rn(value);
-  }
-}
-
-size_t at(int i) { return static_cast<size_t>(i); }
-size_t size(int rows, int columns) { return at(rows) * at(columns); }
-
-template <typename T>
 class Problem {
  public:
   explicit Problem(const Case& c)
@@ -72,24 +57,14 @@ class Problem {
         y_(size(c.tokens, c.columns)),
         offsets_(at(c.experts + 1)),
         row_to_token_(at(c.tokens)) {
-    for (auto* array : {&a_, &w_, &bias_, &x_, &norm_weight_, &norm_bias_, &weights_}) {
-      for (T& value : *array) value = rounded<T>(static_cast<float>(draw(-3, 3)) * 0.25f);
-    }
+    for (auto* array : {&a_, &w_, &bias_, &x_, &norm_weight_, &norm_bias_, &weights_}) fill(*array);
     for (int row = 0; row < c.tokens; ++row) {  // a mean that is large beside the deviation
       if (draw(0, 7) != 0) continue;
       for (int n = 0; n < c.columns; ++n) {
         x_[size(row, x_stride_) + at(n)] = rounded<T>(4096.0f + 32.0f * static_cast<float>(draw(0, 3)));
       }
     }
-    std::vector<int> expert(at(c.tokens)), order(at(c.tokens));
-    const int favourite = draw(0, c.experts), share = draw(0, 10);  // E: no expert
-    for (int& e : expert) e = draw(0, 9) < share ? favourite : draw(0, c.experts);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int i, int j) { return expert[at(i)] < expert[at(j)]; });
-    std::copy(order.begin(), order.end(), row_to_token_.begin());
-    for (int e = 0; e <= c.experts; ++e) {
-      offsets_[at(e)] = static_cast<int>(std::count_if(expert.begin(), expert.end(), [&](int i) { return i < e; }));
-    }
+    deal(c.experts, row_to_token_, offsets_);
   }
 
   mbk::ExpertGemmParams gemm() {
