@@ -24,7 +24,6 @@ def evaluate(
     task: o.TaskName,
     texts: inputs.Texts,
     output: o.OptionalOutputFile = None,
-    seed: o.Seed = 0,
     split: o.Split = "validation",
     batch_size: o.EvaluationBatchSize = None,
 ) -> None:

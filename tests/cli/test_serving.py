@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from moebert_kernels import errors
 from moebert_kernels.layers import moe_layers
 from moebert_kernels.serve.modules import PackedExperts
-from tests.cli.tiny import TABLE, done, refused
+from tests.cli.tiny import TABLE, done, moebert, refused
 
 
 def test_quantize(student, data, tmp_path):
@@ -87,6 +87,10 @@ def test_bench_of_forms(student, teacher, data, tmp_path):
     assert all(0 <= metrics["accuracy"] <= 1 for metrics in result["scores"].values())
     assert "over against float32" in text and chart.read_bytes().startswith(b"\x89PNG")
     assert "model int8" in done(*both, "--length", 8)
+
+
+def test_eval_draws_nothing_at_random(base):
+    assert "No such option: --seed" in moebert("eval", "--model", base, "--task", "sst2", "--seed", 1).stderr
 
 
 def test_bench_names_what_does_not_run(student, teacher, monkeypatch):
