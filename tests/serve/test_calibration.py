@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_layers
@@ -115,6 +115,23 @@ def test_the_one_expert_with_an_outlier_gets_a_scale_for_each_token(converted, t
     calibrated = check(model, [name], tmp_path, outputs, times=1.5)  # one of its three tokens is the outlier
     head, expert = name.rsplit(".", 1)
     assert describe(calibrated).endswith(f"in 1 of 25 products: {head}[{expert}]")
+
+
+def test_a_checkpoint_loads_with_another_head_or_none(dense, tmp_path):
+    """The names of its products are other ones then; those of a head that is not there are left out."""
+    prepare(dense, batches=[INPUTS]).save_pretrained(tmp_path / "stack")
+    headed = prepare(make("bert", AutoModelForSequenceClassification, num_labels=20), batches=[INPUTS])
+    name = "encoder.layer.0.output.dense"
+    headed.prepared.token_scales[:] = [f"bert.{name}", "classifier"]
+    headed.save_pretrained(tmp_path / "headed")
+    for folder, auto, names in (
+        ("stack", AutoModelForSequenceClassification, [f"bert.{name}"]),
+        ("headed", AutoModelForSequenceClassification, [f"bert.{name}", "classifier"]),
+        ("headed", AutoModel, [name]),
+    ):
+        loaded = auto.from_pretrained(tmp_path / folder)
+        assert loaded.prepared.token_scales == names
+        assert {n for n, p in products_of(loaded).items() if p.engine.endswith("-token")} == set(names)
 
 
 def test_without_need_nothing_changes():
