@@ -116,6 +116,18 @@ def test_bench_of_forms(student, teacher, data, tmp_path):
     assert "model int8" in done(*both, "--length", 8)
 
 
+def test_bench_of_a_model_as_it_was_saved(base, data, tmp_path):
+    served = tmp_path / "served"
+    done("quantize", "--model", base, "--data", data / "train.tsv", "--output", served)
+    both = ("bench", "--model", served, "--against", base, "--length", 8, "--rounds", 1)
+    done(*both, "--form", "float32", "--form", "int8", "--output", tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["cases"][0]["forms"]) == ["model as saved (int8, calibrated)", "against float32", "against int8"]
+    assert result["left_out"] == {} and result["models"]["model"] == {"path": str(served)}
+    line = refused(*both)
+    assert line == f"form: expected one, such as float32, with {served}, which is measured as it was quantized"
+
+
 def test_eval_draws_nothing_at_random(base):
     assert "No such option: --seed" in moebert("eval", "--model", base, "--task", "sst2", "--seed", 1).stderr
 
