@@ -193,9 +193,11 @@ def test_padding_counts_where_it_decides_the_scale_alone(dense):
 @pytest.mark.parametrize("options, message", [
     ({"dtype": "int8-token", "batches": [INPUTS]}, "batches: expected them with dtype 'int8' alone"),
     ({"batches": 3}, "batches: expected a list of mappings with input_ids, got int"),
-    ({"batches": INPUTS}, "batches: expected mappings with input_ids, tokenized texts, got str"),
+    ({"batches": INPUTS}, "batches: expected several in an iterable, got a single one; put it in a list"),
+    ({"batches": ["a"]}, "batches: expected mappings with input_ids, tokenized texts, got str"),
+    ({"batches": [{"input_ids": [[1, 2], [3]]}]}, r"got input_ids \(list\); call the tokenizer with padding=True and"),
     ({"batches": []}, "batches: expected text to calibrate by, got no tokens"),
-    ({"batches": [{"text": ["a"]}]}, "batches: expected tensors that the model takes, got text"),
+    ({"batches": [{"text": torch.ones(1)}]}, "batches: expected tensors that the model takes, got text"),
     ({"batches": [{"input_ids": INPUTS["input_ids"] + 90}]}, "batches: expected input_ids from 0 to 99"),
     ({"batches": [{"input_ids": torch.ones(1, 9)}]}, "batches: expected input_ids as whole numbers"),
     ({"batches": [{"input_ids": torch.ones(1, 65, dtype=torch.int64)}]}, "batches: expected texts of at most 64"),
