@@ -174,7 +174,7 @@ def unlabelled(task: Task, data: list[str] | None) -> TaskData:
         column = task.text_columns[0]
         lines = [line for text in rows[column] for line in text.splitlines()]
         rows = Dataset.from_dict({column: [piece for line in lines for piece in textwrap.wrap(line, _LONG_LINE)]})
-        say(f"{task.name}: {len(rows)} texts, one in each line")
+        say(f"{task.name}: the lines are {len(rows)} texts")
     return TaskData(task, {"train": rows.add_column("label", [0] * len(rows))})
 
 
