@@ -102,7 +102,8 @@ clean:  ## remove the environment and the caches, not results
 	git clean -Xfdq moebert_kernels
 
 # A stamp is written last, so an interrupted step is done again, and torch's starts from nothing.
-# Where there is no NVIDIA GPU, the CPU build of torch: PyPI's for Linux brings gigabytes of CUDA.
+# Where there is no NVIDIA GPU, the CPU build of torch: PyPI's for Linux brings gigabytes of CUDA. To pip "+cpu" is the higher
+# version, so the last command takes PyPI's build, which runs on a CPU too, only where no index in reach has the CPU build.
 $(VENV)/torch.stamp: $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info < (3, 11) and sys.exit("expected Python >= 3.11, got " + v + "; try: make PYTHON=python3.12")'
 	rm -rf $(VENV)
@@ -111,7 +112,7 @@ $(VENV)/torch.stamp: $(CONSTRAINTS)
 	  set -x; $(PIP) install -c $(CONSTRAINTS) $(TORCH); \
 	else \
 	  set -x; { [ $(TORCH) != torch ] && $(PIP) install -c $(CONSTRAINTS) $(TORCH)+cpu 2>/dev/null; } \
-	    || $(PIP) install -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) $(patsubst torch==%,torch==%+cpu,$(TORCH)); \
+	    || $(PIP) install -c $(CONSTRAINTS) --extra-index-url $(TORCH_CPU_INDEX) $(TORCH); \
 	fi
 	@touch $@
 

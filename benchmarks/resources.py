@@ -147,7 +147,7 @@ def all_recorded(name: str, run: Callable[[], None]) -> list[Launch]:
 
 
 def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in kwargs}
     values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = {}, {}, []
     for parameter in fn.params:

@@ -66,7 +66,6 @@ class MoETrainer(Trainer):
             contributes nothing, and where a checkpoint is of another run.
     """
 
-    loss_is_scaled_for_ga = True  # each micro-batch counts by its share of the window
     args: Any  # MoETrainingArguments
     objective: Any  # an Objective, or None
     teacher: Any  # a Teacher, or None
@@ -96,6 +95,7 @@ class MoETrainer(Trainer):
             if any(id(parameter) in ours for parameter in teacher.parameters()):
                 raise UserError("teacher: expected weights of its own, got some that the student trains")
         super().__init__(aligned(model), args, callbacks=callbacks, **options)
+        self.model_accepts_loss_kwargs = True  # `_step` scales: a micro-batch counts by its share of the window
         if self.args.n_gpu > 1:
             raise UserError("processes: expected one for each GPU, got one for several (start it by accelerate launch)")
         self.student: Any = model  # as it is without what distributes it
@@ -217,7 +217,7 @@ class MoETrainer(Trainer):
         """Forward and backward of a micro-batch, `part` of a balanced window; its loss, and the terms' values."""
         self._share, self._theirs = share, theirs
         with self._balance.part(share) if part else nullcontext():
-            loss = super().training_step(model, inputs)
+            loss = super().training_step(model, inputs, num_items_in_batch=1)  # any: `Trainer` must not scale too
         self._theirs = None
         return loss, self._values
 

@@ -49,7 +49,8 @@ def forget() -> None:
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """Launch a Triton kernel on the current device and stream, and note it where a call is recorded."""
-    compiled = _with_scratch(lambda: kernel[grid](*arguments, **constants))
+    # Triton 3.9 warns that 3.10 fuses no products and sums where a launch does not ask for it.
+    compiled = _with_scratch(lambda: kernel[grid](*arguments, enable_fp_fusion=True, **constants))
     if _local.recording is not None:
         _local.recording.launched(_Launch(kernel, compiled, (*grid, 1, 1)[:3], arguments, constants))
 
@@ -269,6 +270,7 @@ def _of(recording: Recording, slots: Sequence[int]) -> list[tuple[int, Tensor]]:
 def _written(recording: Recording, new: Sequence[int], outputs: Any) -> Callable[..., Any]:
     """The plan for a GPU as a function that is written out: loops over slots and arguments cost as much as launches."""
     names: dict[str, Any] = {"torch": torch, "_stream": _stream, "_with_scratch": _with_scratch}
+    names["kernels"] = [noted.compiled for noted in recording.launches]  # Triton 3.9 unloads those that nothing holds
 
     def named(value: Any) -> str:
         if value is None or type(value) in (int, bool):

@@ -37,8 +37,14 @@ class CachedDecoder(nn.Module):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values  # `update` would put an empty tensor before them
             cache.layers.append(layer)
-        found = self.model(**given, past_key_values=cache, use_cache=True, return_dict=True)
-        return (found.logits, *keys_and_values(found.past_key_values))
+        found = self.model(**given, **{name_of_cache(self.model): cache}, use_cache=True, return_dict=True)
+        return (found.logits, *keys_and_values(cache))
+
+
+def name_of_cache(model: Any) -> str:
+    """What `forward` calls the keys and values of earlier tokens; transformers 5.24 renamed it. Empty: nothing."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
 
 
 def keys_and_values(cache: Any) -> list[Tensor]:
@@ -55,12 +61,12 @@ def example_of_decoder(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tenso
     Raises:
         UserError: the model keeps something else than keys and values of all earlier tokens.
     """
-    cache, kept = DynamicCache(), False
-    if "past_key_values" in inspect.signature(model.forward).parameters:
+    cache, name, kept = DynamicCache(), name_of_cache(model), False
+    if name:
         with torch.no_grad():
-            earlier = {name: tensor[:, :3] for name, tensor in inputs.items()}
-            found = model(**earlier, past_key_values=cache, use_cache=True, return_dict=True)
-        kept = found.get("past_key_values") is cache and all(
+            earlier = {key: tensor[:, :3] for key, tensor in inputs.items()}
+            found = model(**earlier, **{name: cache}, use_cache=True, return_dict=True)
+        kept = found.get(name) is cache and all(
             type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers
         )
     if not kept:

@@ -1,10 +1,12 @@
 """Recorded calls: what is repeated is what the function would do, and what a plan cannot hold runs the function."""
 
 import ast
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +164,27 @@ def test_a_launch_gives_the_compiled_kernel_new_addresses(monkeypatch):
     null = triton.runtime._allocation.NullAllocator
     assert isinstance(allocators[0], null) and not isinstance(allocators[1], null)
     assert isinstance(triton.runtime._allocation._allocator.get(), null)  # the caller's stays
+
+
+def test_products_and_sums_are_fused_whatever_triton_does_unasked():
+    asked = {}
+    launch.launch({(4,): lambda *arguments, **options: asked.update(options)}, (4,), (), {"BLOCK": 16})
+    assert asked == {"BLOCK": 16, "enable_fp_fusion": True}
+
+
+def test_a_plan_keeps_the_compiled_kernel():
+    """Its launcher and its function do not, and Triton unloads a kernel that nothing holds."""
+
+    class Compiled:
+        run, function, packed_metadata, metadata = print, 7, 8, SimpleNamespace(global_scratch_size=0)
+
+    x, compiled = torch.zeros(64), Compiled()
+    alive, recording = weakref.ref(compiled), launch.Recording([x])
+    recording.launched(launch._Launch(SimpleNamespace(arg_names=("X",)), compiled, (4, 1, 1), (x,), {}))
+    plan = recording.plan(x)
+    del compiled, recording
+    gc.collect()
+    assert alive() is not None, plan
 
 
 def calls(device):
