@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.running import print_settings
+from moebert_kernels.cli.running import print_metrics, print_settings
 from moebert_kernels.errors import UserError, about
 
 if TYPE_CHECKING:
@@ -171,3 +171,12 @@ def _check_student(student: Any, teacher: Any, name: str) -> None:
             f"model: expected a MoE checkpoint, or a dense one narrower than the teacher, got {name}, which is a dense"
             f" {kind}; moebert convert makes a MoE"
         )
+
+
+def finish(result: RunResult, metric: str) -> None:
+    """Print where a run ended, and leave its processes."""
+    from moebert_kernels.distill.processes import end_processes
+
+    print_metrics(result.best_metrics, f"best on validation by {metric}, step {result.best_step}")
+    print(f"saved in {result.model_dir}")
+    end_processes()

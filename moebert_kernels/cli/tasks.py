@@ -8,8 +8,7 @@ from typing import Any
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli.outputs import claim
-from moebert_kernels.cli.recipe import prepared, print_recipe
-from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.cli.recipe import finish, prepared, print_recipe
 from moebert_kernels.errors import UserError
 
 _DATA = "data: expected TASK=FOLDER, or TASK=NAME for a dataset on the Hub, for tasks among {tasks}, got {got}"
@@ -82,8 +81,7 @@ def finetune_tasks(
         resume=resume,
     )
     print("\n".join(load_report(student)))
-    print_metrics(result.best_metrics, f"best on validation by the mean, step {result.best_step}")
-    print(f"saved in {result.model_dir}")
+    finish(result, "the mean")
 
 
 def data_by_task(data: Sequence[str] | None, tasks: Sequence[str]) -> dict[str, list[str]]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
 from moebert_kernels.cli.outputs import check_output
-from moebert_kernels.cli.recipe import arguments, check_settings, recipe_of, train_by_recipe
-from moebert_kernels.cli.running import print_metrics
+from moebert_kernels.cli.recipe import arguments, check_settings, finish, recipe_of, train_by_recipe
 from moebert_kernels.cli.tasks import finetune_tasks, known_tasks, refuse_for_tasks
 from moebert_kernels.errors import UserError
-
-if TYPE_CHECKING:
-    from moebert_kernels.distill.run import RunResult
 
 
 def finetune(
@@ -59,7 +55,7 @@ def finetune(
     result, _ = train_by_recipe(
         "finetune", recipe, model, None, loaded, output, hold_out=texts.hold_out, resume=not force
     )  # fmt: skip
-    say_result(result, loaded.task.main_metric)
+    finish(result, loaded.task.main_metric)
 
 
 def distill(
@@ -110,7 +106,7 @@ def distill(
         "distill", recipe, model, teacher, loaded, output, new_head=config is not None, extra_text=extra_text,
         hold_out=texts.hold_out, resume=not force,
     )  # fmt: skip
-    say_result(result, loaded.task.main_metric)
+    finish(result, loaded.task.main_metric)
 
 
 def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]:
@@ -124,9 +120,3 @@ def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]
         size = settings["per_device_train_batch_size"] // int(accumulated)
         settings["per_device_train_batch_size"] = max(1, size)
     return settings
-
-
-def say_result(result: RunResult, metric: str) -> None:
-    """Print where a run ended."""
-    print_metrics(result.best_metrics, f"best on validation by {metric}, step {result.best_step}")
-    print(f"saved in {result.model_dir}")

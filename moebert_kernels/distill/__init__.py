@@ -19,13 +19,14 @@ __all__ = [
     "MoETrainingArguments",
     "TeacherCache",
     "TokenObjective",
+    "end_processes",
     "train_stages",
 ]
 
 # transformers' Trainer takes its time to import, and commands that do not train would wait for it
 _LATER = {
     "EmbeddingObjective": "embedding", "MoETrainer": "trainer", "MoETrainingArguments": "arguments",
-    "train_stages": "run",
+    "end_processes": "processes", "train_stages": "run",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from moebert_kernels.convert import model_fingerprint
 from moebert_kernels.distill.evaluation import Evaluator
+from moebert_kernels.distill.processes import end_processes
 from moebert_kernels.distill.run import train_stages
 from tests.distill.test_stages import TWO_STAGES
 from tests.distill.tiny import tiny_bert
@@ -39,3 +40,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     main(Path(sys.argv[1]))
+    end_processes()

@@ -23,6 +23,7 @@ from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.objectives import LayerwiseObjective
+from moebert_kernels.distill.processes import end_processes
 from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import VOCAB, tiny_bert
 from tests.distill.tiny_text import tiny_mpoe
@@ -116,3 +117,4 @@ def main(folder: Path, kinds: list[str]) -> None:
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     main(Path(sys.argv[1]), sys.argv[2:])
+    end_processes()
