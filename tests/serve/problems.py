@@ -136,7 +136,7 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, e: int) -> Tensor:
 
 
 def _rounded(x: Tensor, dtype: str) -> tuple[Tensor, Any]:
-    """x on the grid of 8 or 7 bits of its own minimum and maximum, and the distance of two steps, of all or each row."""
+    """x on the grid of 8 or 7 bits between its minimum and maximum, and the size of two steps, of all or each row."""
     x = x.float()
     if dtype == "int8-token":
         largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
