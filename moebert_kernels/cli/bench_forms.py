@@ -1,4 +1,4 @@
-"""`moebert bench --form`: dense and converted in float32, bfloat16, int8 and ONNX, with their scores."""
+"""`moebert bench --form`: dense and converted in float32, bfloat16, int8 and ONNX, or as saved, with their scores."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def run_forms(
     else:
         models = {name: load_model(path, loaded.task) for name, path in paths.items()}
         score = inputs.Reader(loaded, models["model"].config, load_tokenizer(paths["model"])).evaluator(split)
-    sizes = {name: {"path": paths[name]} | sizes_of(model) for name, model in models.items()}
+    sizes = {
+        name: {"path": paths[name]} | ({} if hasattr(model, "prepared") else sizes_of(model))  # no parameters any more
+        for name, model in models.items()
+    }
     result = compare_forms(models, forms, batches(list(models.values())), rounds, score)
     return {"rounds": rounds, "models": sizes} | result

@@ -227,14 +227,6 @@ def _tokenizer(name: Any) -> Any:
         return None
 
 
-def _is_running_text(data: list[str] | None) -> bool:
-    """Whether --data names text files, of which each is one document; as a row of a table its end would be cut."""
-    from moebert_kernels.data.files import split_name
-
-    places = [Path(entry.rpartition("=")[2]) for entry in data or ()]
-    return any(split_name(file)[1] == ".txt" for place in places for file in (place, *place.glob("train.*")))
-
-
 def _texts(
     model: str, router: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
     label_column: str, max_length: int | None,
@@ -247,7 +239,7 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    name = "lm" if tasks[0] == "custom" and _is_running_text(data) else tasks[0]
+    name = "lm" if tasks[0] == "custom" and inputs.is_running_text(data) else tasks[0]
     wanted = inputs.Table(data, text_column, label_column).make_task(name)
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
     reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)

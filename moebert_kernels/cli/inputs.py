@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from moebert_kernels.distill.evaluation import Evaluator
 
 SPLITS = ("train", "validation", "validation_mismatched", "test")
+_LONG_LINE = 500  # characters, about 128 tokens
 _SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -159,11 +161,29 @@ def load_data(task: Task, data: list[str] | None, file_split: str, hold_out: str
 
 
 def unlabelled(task: Task, data: list[str] | None) -> TaskData:
-    """The texts that --data names, of which no label is read, so that there may be none, as in running text."""
+    """The texts that --data names, of which no label is read, so that there may be none.
+
+    Of a text file each line is one, a long line several; where the task is a language model's it stays one document.
+    """
+    from datasets import Dataset
+
     from moebert_kernels.data.tasks import TaskData
 
     rows = load_data(replace(task, kind="lm"), data, "train").train
+    if task.kind != "lm" and is_running_text(data):
+        column = task.text_columns[0]
+        lines = [line for text in rows[column] for line in text.splitlines()]
+        rows = Dataset.from_dict({column: [piece for line in lines for piece in textwrap.wrap(line, _LONG_LINE)]})
+        say(f"{task.name}: the lines are {len(rows)} texts")
     return TaskData(task, {"train": rows.add_column("label", [0] * len(rows))})
+
+
+def is_running_text(data: list[str] | None) -> bool:
+    """Whether --data names text files, of which each is one document; as a row of a table its end would be cut."""
+    from moebert_kernels.data.files import split_name
+
+    places = [Path(entry.rpartition("=")[2]) for entry in data or ()]
+    return any(split_name(file)[1] == ".txt" for place in places for file in (place, *place.glob("train.*")))
 
 
 def say(text: str) -> None:

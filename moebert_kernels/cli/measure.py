@@ -24,7 +24,6 @@ def evaluate(
     task: o.TaskName,
     texts: inputs.Texts,
     output: o.OptionalOutputFile = None,
-    seed: o.Seed = 0,
     split: o.Split = "validation",
     batch_size: o.EvaluationBatchSize = None,
 ) -> None:
@@ -75,7 +74,8 @@ def bench(
         dtype: float32, bfloat16 or float16. Default: float32, on a GPU bfloat16.
         rounds: Each times both models once.
         form: On a CPU: compare the models in these forms, with their scores where --task is given: float32, compiled,
-            packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. Default: one form, by --dtype.
+            packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. What moebert quantize made is
+            measured as it was saved, whatever the forms. Default: one form, by --dtype.
         chart: With --form and --task: a PNG of the scores over the times. Default: none.
     """
     import torch
@@ -83,7 +83,7 @@ def bench(
     from moebert_kernels.bench.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
     from moebert_kernels.cli.bench_forms import check_forms, run_forms
     from moebert_kernels.demo.forms import forms_chart, forms_table
-    from moebert_kernels.distill.loading import load_encoder
+    from moebert_kernels.distill.loading import is_prepared, load_config, load_encoder
     from moebert_kernels.doctor import self_test
     from moebert_kernels.layers import moe_config, set_task
 
@@ -100,6 +100,9 @@ def bench(
     if broken:
         raise UserError(f"{broken[0]}: expected to agree with its reference, got something else; see moebert doctor")
     paths = {"model": model, "against": against}
+    for path in () if forms else paths.values():
+        if is_prepared(load_config(path)):
+            raise UserError(f"form: expected one, such as float32, with {path}, which is measured as it was quantized")
     loaded = None if task is None else table.load(task, split, model)
 
     def batches_of(models: Iterable[Any]) -> list[tuple[Any, Any]]:

@@ -64,7 +64,7 @@ EXAMPLES = {
     "ablate": "moebert ablate --model small --teacher teacher --task mrpc --seeds 3 --output ablation",
     "merge": "moebert merge --model routed --task mrpc --output mrpc-teacher",
     "student": "moebert student --model teacher --layers 3 --output small",
-    "quantize": "moebert quantize --model student --output student-int8",
+    "quantize": "moebert quantize --model student --data texts.txt --output student-int8",
     "export": "moebert export --model student --output student-onnx",
     "eval": "moebert eval --model student --task mrpc",
     "bench": "moebert bench --model student --against teacher --batch-size 1 --batch-size 32",

@@ -39,7 +39,8 @@ def quantize(
         dtype: int8, int8-token (a scale for each token), bfloat16 or float32.
         tokens: Of a typical call, all sequences together: engines are compared at it.
         calibrate: With int8, find the layers that need a scale for each token by 512 training texts of --task, by those
-            of --split where it has none, or without --task by the texts of --data. Default: where there are texts.
+            of --split where it has none, or without --task by the texts of --data: rows of a table, lines of a text
+            file. Default: where there are texts.
     """
     from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
     from moebert_kernels.serve import describe, prepare
@@ -55,13 +56,16 @@ def quantize(
     identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
+    if calibrate is None and calibrates and task is None and not texts.data:
+        inputs.say("int8 is not calibrated, for which texts are needed: --data FILE, or --task NAME")
     tokenizer = load_tokenizer(model)
     evaluate: Callable[[Any], Any] | None = None
     reader: inputs.Reader | None = None
     if task is None:
         source = load_as_saved(model)
         if texts.data:
-            loaded = inputs.unlabelled(texts.make_task("custom"), texts.data)
+            generates = source.can_generate() and not source.config.is_encoder_decoder
+            loaded = inputs.unlabelled(texts.make_task("lm" if generates else "custom"), texts.data)
             reader = inputs.Reader(loaded, source.config, tokenizer, texts.max_length, labels=False)
     else:
         split = inputs.split_called(split)

@@ -69,24 +69,45 @@ def count_tokens(batches: Iterable[Mapping[str, Any] | ArrayLike], vocab_size: i
         vocab_size: V.
 
     Raises:
-        UserError: a token id outside the vocabulary, or nothing to count.
+        UserError: batches that are none or a single mapping, one without `input_ids` or whose ids are not whole numbers
+            (of lists: all of one length), a mask of another shape, a token id outside the vocabulary, or nothing to
+            count.
     """
+    _check_sizes(vocab_size, 1)
+    if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
+        raise UserError(f"batches: expected several in an iterable, such as a list, got {type(batches).__name__}")
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for batch in batches:
-        if isinstance(batch, Mapping):
-            ids = torch.as_tensor(batch["input_ids"]).cpu()
-            if batch.get("attention_mask") is not None:
-                ids = ids[torch.as_tensor(batch["attention_mask"]).cpu() != 0]
-        else:
-            ids = torch.as_tensor(batch).cpu()
+        given = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        if "input_ids" not in given:
+            raise UserError(f"batches: expected input_ids in each, got {', '.join(map(str, given)) or 'an empty one'}")
+        ids, mask = _tensor("input_ids", given["input_ids"]), given.get("attention_mask")
+        if mask is not None:
+            mask = _tensor("attention_mask", mask)
+            if mask.shape != ids.shape:
+                raise UserError(
+                    f"batches: expected an attention_mask of the input_ids' shape {tuple(ids.shape)}, got"
+                    f" {tuple(mask.shape)}"
+                )
+            ids = ids[mask != 0]
         if ids.numel() == 0:
             continue
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise UserError(f"batches: expected input_ids as whole numbers, got {ids.dtype}")
         if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
             raise UserError(f"input_ids: expected 0 to {vocab_size - 1}, got {int(ids.min())} to {int(ids.max())}")
         counts += torch.bincount(ids.flatten().long(), minlength=vocab_size)
     if not counts.any():
         raise UserError("batches: expected tokens to count, got none")
     return counts
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = " ".join(str(error).split())
+        raise UserError(f"batches: expected {name} as a tensor or lists of one length, got others ({got})") from error
 
 
 def stacked_tables(tables: Any, num_layers: int, vocab_size: int, num_experts: int) -> Tensor:

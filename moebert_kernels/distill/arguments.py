@@ -39,10 +39,10 @@ class MoETrainingArguments(TrainingArguments):
             "help": f"What a student follows its teacher in: one of {', '.join(OBJECTIVES)}. None: labels alone."
         },
     )
-    objective_options: dict | str | None = field(
+    objective_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the objective by name, e.g. {'layer_map': {1: 2}}."}
     )
-    loss_weights: dict | str | None = field(
+    loss_weights: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Weights of the loss terms by name: 'task' (the labels), 'balance', and the objective's. A term "
@@ -52,7 +52,7 @@ class MoETrainingArguments(TrainingArguments):
     router_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the routers' parameters. None: as of all others."}
     )
-    gradient_mask: dict | str | None = field(
+    gradient_mask: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Arguments of GradientMask, e.g. {'probability': 0.5}: MPOE's steps without central tensors."
@@ -106,7 +106,7 @@ class MoETrainingArguments(TrainingArguments):
             self.use_cpu = True  # without which transformers refuses bfloat16 on a CPU
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = not self.use_cpu and accelerator not in (None, "mps")
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if self.shared_fold and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
         if self.objective is not None and self.objective not in OBJECTIVES:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moebert_kernels.errors import UserError
 
 Input = Literal["auto", "logits", "pooled", "both"]
+Reduce = Callable[[Tensor], Tensor]
 TERM = "adversarial"
 
 
@@ -129,9 +130,7 @@ class Adversary:
         self._window.append((student.detach().float(), teacher.detach().float()))
         return generator_loss(self.network(student.float()))
 
-    def step(
-        self, sequences: Sequence[int], total: int, share: float, reduce: Callable[[Tensor], Tensor] = lambda x: x
-    ) -> None:
+    def step(self, sequences: Sequence[int], total: int, share: float, reduce: Reduce = lambda x: x) -> None:
         """One step on the window's sequences, unless the term is stopped.
 
         Args:
@@ -157,7 +156,7 @@ class Adversary:
         self.network.eval().requires_grad_(False)
         self._note(real.detach(), fake.detach(), losses.detach(), share, reduce)
 
-    def _note(self, real: Tensor, fake: Tensor, losses: Tensor, share: float, reduce: Callable) -> None:
+    def _note(self, real: Tensor, fake: Tensor, losses: Tensor, share: float, reduce: Reduce) -> None:
         right = 0.5 * ((real > 0).float() + (fake <= 0).float())
         values = [real.sigmoid(), fake.sigmoid(), right, losses, torch.ones_like(losses)]
         self._sums += torch.stack([value.sum() for value in values])
@@ -170,7 +169,7 @@ class Adversary:
             self.stopped = correct > self.config.stop_accuracy * count
             self._recent, self._steps = torch.zeros_like(self._recent), 0
 
-    def means(self, step: int, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
+    def means(self, step: int, reduce: Reduce = lambda x: x) -> dict[str, Any]:
         """For the log: means over the sequences since the last call, D(real) and D(fake) as probabilities.
 
         Raises:
@@ -186,7 +185,7 @@ class Adversary:
             raise UserError(f"discriminator_loss: expected a finite loss, got {loss} at or shortly before step {step}")
         return means | {"adversarial_stopped": True} if self.stopped else means
 
-    def state(self, reduce: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Any]:
+    def state(self, reduce: Reduce = lambda x: x) -> dict[str, Any]:
         """JSON-able, exact; without the weights and the optimizer."""
         sums, recent = (reduce(value.clone()).tolist() for value in (self._sums, self._recent))
         return {"stopped": self.stopped, "sums": sums, "recent": recent, "steps": self._steps}

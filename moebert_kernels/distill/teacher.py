@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -120,7 +120,10 @@ class LiveTeacher:
         autocast: a factory of the context to run it in, for mixed precision.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, dropout: bool = False, autocast=nullcontext):
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, dropout: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:  # fmt: skip
         self.info = teacher_info(model)
         self._model = aligned(model).to(device)
         self._dropout = dropout
@@ -140,8 +143,7 @@ class LiveTeacher:
         check_reach("teacher", self._model.config, batch["input_ids"].shape[1])
         self._model.train(self._dropout)
         inputs = {key: batch[key] for key in self._keys if key in batch}
-        context: AbstractContextManager = self._autocast()
-        with context, self._recorder or nullcontext():
+        with self._autocast(), self._recorder or nullcontext():
             outputs = self._model(**inputs, output_hidden_states=True)
         self._model.eval()
         return TeacherOutputs(

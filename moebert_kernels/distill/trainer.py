@@ -323,7 +323,7 @@ class MoETrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if self._maps is None:
-            return super()._clip_grad_norm(model)
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         parameters = [*model.parameters(), *self._maps.parameters()]
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.convert.batches import reading
+from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import Packed, rounded_activation
@@ -49,12 +49,10 @@ def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any
         accepted -= set(_LABELS)
     if not isinstance(batches, Iterable):
         raise UserError(f"batches: expected a list of mappings with input_ids, got {type(batches).__name__}")
-    for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise UserError(f"batches: expected mappings with input_ids, tokenized texts, got {type(batch).__name__}")
-        given = {name: value for name, value in batch.items() if name in accepted and isinstance(value, Tensor)}
+    for batch in tensors_of(batches, torch.device("cpu")):
+        given = {name: value for name, value in batch.items() if name in accepted}
         if not given:
-            raise UserError(f"batches: expected tensors that the model takes, got {', '.join(batch) or 'none'}")
+            raise UserError(f"batches: expected tensors that the model takes, got {', '.join(batch)}")
         mask[0] = given.get("attention_mask")
         _run(model, given)
         if max(recorder.count for recorder in recorders.values()) >= MOST_TOKENS:

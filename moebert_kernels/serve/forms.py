@@ -68,8 +68,10 @@ def forms_of(
 ) -> Iterator[tuple[str, Any]]:
     """Name, and the model in that form, called as the model is; or the reason why it does not run here.
 
+    A prepared model has one form, the one that it is in, whatever the names.
+
     Args:
-        model: of transformers in float32 on a CPU; left as it was.
+        model: of transformers on a CPU, in float32 or prepared; left as it was.
         names: of `FORMS`.
         batch: inputs by name, on which each form is tried, and for whose number of tokens engines are chosen.
         folder: for files.
@@ -79,6 +81,10 @@ def forms_of(
     """
     if unknown := [name for name in names if name not in FORMS]:
         raise UserError(f"form: expected one of {', '.join(FORMS)}, got {unknown[0]!r}")
+    if hasattr(model, "prepared"):
+        calibrated = "" if model.prepared.token_scales is None else ", calibrated"
+        yield f"as saved ({model.prepared.dtype}{calibrated})", model
+        return
     tokens = batch["input_ids"].numel()
     for name in names:
         try:

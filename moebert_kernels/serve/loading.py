@@ -6,6 +6,7 @@ The modules are empty until the weights are loaded; then engines are chosen anew
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.serve.config import METHOD, PreparedConfig
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.packed import input_dtype
-from moebert_kernels.serve.preparation import finish, replace_modules, untie
+from moebert_kernels.serve.preparation import finish, replace_modules, token_scales_in, untie
 
 
 class PreparedLoader(MoELoader):
@@ -58,7 +59,7 @@ class PreparedLoader(MoELoader):
         self._take_marks_off(model)
         warn_if_slow(config.dtype)
         model.eval()
-        finish(model, config)
+        finish(model, replace(config, token_scales=token_scales_in(model, config.token_scales)))
         return model
 
     @property

@@ -45,7 +45,8 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts
     `position_ids` where it takes them, and the keys and values of P >= 0 earlier tokens: inputs
     `past_key_values.0.key` and so on, (batch, heads, P, head size), and outputs `present.0.key` with those of all
     P + sequence tokens; its `attention_mask` is (batch, P + sequence). These are the names by which other packages call
-    exported models. The model is left as it was.
+    exported models. Hidden states of padding are nobody's: behind experts with a residual they are 0, not the model's.
+    The model is left as it was.
 
     Args:
         model: of transformers, dense or converted, not prepared; an encoder, with a head or without, or a causal
@@ -144,11 +145,15 @@ class StandardExperts(nn.Module):
                 self.norms.append(norm)
 
     def forward(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`, of expert ids (...) or (..., top_k)."""
+        """As `Experts.forward`, of expert ids (...) or (..., top_k), but 0 where there is none.
+
+        With residual and norm x would stand there: padding that no norm has made small, and that would decide the scale
+        of attention's next inputs in an int8 file.
+        """
         flat = x.reshape(-1, x.shape[-1])
         top_k = 1 if expert_ids.ndim < x.ndim else expert_ids.shape[-1]
         ids = expert_ids.reshape(-1)
-        y = flat if self.adds_residual else torch.zeros_like(flat)
+        y = torch.zeros_like(flat)
         if top_k > 1:
             y = y.repeat_interleave(top_k, 0)
         for e in range(len(self.first)):

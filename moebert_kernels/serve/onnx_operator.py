@@ -64,7 +64,7 @@ class OperatorExperts(nn.Module):
             self.norm_weight, self.norm_bias = experts.norm_weight, experts.norm_bias
 
     def forward(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`, of expert ids (...) or (..., top_k)."""
+        """As `StandardExperts.forward`."""
         flat = x.reshape(-1, x.shape[-1])
         top_k = 1 if expert_ids.ndim < x.ndim else expert_ids.shape[-1]
         ids = expert_ids.reshape(-1, 1).long()
@@ -83,7 +83,7 @@ class OperatorExperts(nn.Module):
             y = torch.addcmul(self.norm_bias[expert], normed, self.norm_weight[expert])
         if routing_weights is not None:
             y = y * routing_weights.reshape(-1, 1)
-        y = torch.where(chosen.any(1, keepdim=True), y, inputs if self.adds_residual else torch.zeros_like(y))
+        y = torch.where(chosen.any(1, keepdim=True), y, torch.zeros_like(y))
         if top_k > 1:
             y = y.view(-1, top_k, y.shape[1]).sum(1)
         return y.view(x.shape)

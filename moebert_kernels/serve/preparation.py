@@ -169,6 +169,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, buffer.to(dtype))
 
 
+def token_scales_in(model: Any, names: list[str] | None) -> list[str] | None:
+    """Names of a checkpoint's products as the model has them, which may have a head that the checkpoint has not.
+
+    Those of a head that the model has not are left out.
+    """
+    if names is None:
+        return None
+    modules = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))
+    prefix, found = f"{model.base_model_prefix}.", []
+    for name in names:
+        same = [own for own in (name, name.removeprefix(prefix), prefix + name) if f"{own}.".startswith(modules)]
+        found += same[:1] or [name] * (type(model).__name__ in (model.config.architectures or ()))
+    return found
+
+
 def untie(model: Any) -> None:
     """Packed weights are nobody else's, also where the model's were: a head's and the embedding's."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))

@@ -6,10 +6,12 @@ import json
 import pytest
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from moebert_kernels import errors
+from moebert_kernels import errors, serve
 from moebert_kernels.layers import moe_layers
+from moebert_kernels.serve import prepare
 from moebert_kernels.serve.modules import PackedExperts
-from tests.cli.tiny import TABLE, done, refused
+from tests.cli.tiny import TABLE, done, moebert, refused
+from tests.distill.tiny_text import byte_tokenizer, tiny_gpt2
 
 
 def test_quantize(student, data, tmp_path):
@@ -34,6 +36,31 @@ def test_quantize_calibrates_by_texts_with_and_without_labels(base, data, studen
     output = done("quantize", "--model", base, "--data", texts, "--output", tmp_path / "texts")
     assert "a scale for each token in " in output and "as it was" not in output
     assert isinstance(scales("task"), list) and isinstance(scales("texts"), list) and scales("off") is None
+
+
+def test_each_line_of_a_text_file_is_a_text(base, tmp_path, monkeypatch):
+    """A language model reads windows of the document instead."""
+    tiny_gpt2(positions=16).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    file, seen = tmp_path / "film.txt", []
+    file.write_text("the film was good\n\n" * 6 + "the play was bad " * 40)  # 680 characters, which are two texts
+
+    def prepared(model, dtype, *, tokens, batches):
+        batches = list(batches)
+        seen.append(sum(len(batch["input_ids"]) for batch in batches))
+        return prepare(model, dtype, tokens=tokens, batches=batches)
+
+    monkeypatch.setattr(serve, "prepare", prepared)
+    for model, name in ((base, "base8"), (tmp_path / "gpt2", "gpt8")):
+        done("quantize", "--model", model, "--data", file, "--output", tmp_path / name)
+    tokens = sum(map(len, byte_tokenizer()(file.read_text().splitlines(keepends=True))["input_ids"]))
+    assert seen == [6 + 2, -(-tokens // 15)]  # windows of 16 that share a token
+    file.write_text(" \n\n")
+    line = refused("quantize", "--model", base, "--data", file, "--output", tmp_path / "x")
+    assert line == "data: expected at least one row, got none"
+    monkeypatch.undo()
+    result = moebert("quantize", "--model", base, "--output", tmp_path / "none")
+    assert "int8 is not calibrated, for which texts are needed" in result.stderr and result.exit_code == 0
 
 
 def test_quantize_refuses_what_cannot_calibrate(base, data, tmp_path):
@@ -87,6 +114,22 @@ def test_bench_of_forms(student, teacher, data, tmp_path):
     assert all(0 <= metrics["accuracy"] <= 1 for metrics in result["scores"].values())
     assert "over against float32" in text and chart.read_bytes().startswith(b"\x89PNG")
     assert "model int8" in done(*both, "--length", 8)
+
+
+def test_bench_of_a_model_as_it_was_saved(base, data, tmp_path):
+    served = tmp_path / "served"
+    done("quantize", "--model", base, "--data", data / "train.tsv", "--output", served)
+    both = ("bench", "--model", served, "--against", base, "--length", 8, "--rounds", 1)
+    done(*both, "--form", "float32", "--form", "int8", "--output", tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert list(result["cases"][0]["forms"]) == ["model as saved (int8, calibrated)", "against float32", "against int8"]
+    assert result["left_out"] == {} and result["models"]["model"] == {"path": str(served)}
+    line = refused(*both)
+    assert line == f"form: expected one, such as float32, with {served}, which is measured as it was quantized"
+
+
+def test_eval_draws_nothing_at_random(base):
+    assert "No such option: --seed" in moebert("eval", "--model", base, "--task", "sst2", "--seed", 1).stderr
 
 
 def test_bench_names_what_does_not_run(student, teacher, monkeypatch):

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_layers
@@ -117,6 +117,23 @@ def test_the_one_expert_with_an_outlier_gets_a_scale_for_each_token(converted, t
     assert describe(calibrated).endswith(f"in 1 of 25 products: {head}[{expert}]")
 
 
+def test_a_checkpoint_loads_with_another_head_or_none(dense, tmp_path):
+    """The names of its products are other ones then; those of a head that is not there are left out."""
+    prepare(dense, batches=[INPUTS]).save_pretrained(tmp_path / "stack")
+    headed = prepare(make("bert", AutoModelForSequenceClassification, num_labels=20), batches=[INPUTS])
+    name = "encoder.layer.0.output.dense"
+    headed.prepared.token_scales[:] = [f"bert.{name}", "classifier"]
+    headed.save_pretrained(tmp_path / "headed")
+    for folder, auto, names in (
+        ("stack", AutoModelForSequenceClassification, [f"bert.{name}"]),
+        ("headed", AutoModelForSequenceClassification, [f"bert.{name}", "classifier"]),
+        ("headed", AutoModel, [name]),
+    ):
+        loaded = auto.from_pretrained(tmp_path / folder)
+        assert loaded.prepared.token_scales == names
+        assert {n for n, p in products_of(loaded).items() if p.engine.endswith("-token")} == set(names)
+
+
 def test_without_need_nothing_changes():
     model = make("bert", **WIDE)
     calibrated = prepare(copy.deepcopy(model), batches=[INPUTS])
@@ -176,9 +193,11 @@ def test_padding_counts_where_it_decides_the_scale_alone(dense):
 @pytest.mark.parametrize("options, message", [
     ({"dtype": "int8-token", "batches": [INPUTS]}, "batches: expected them with dtype 'int8' alone"),
     ({"batches": 3}, "batches: expected a list of mappings with input_ids, got int"),
-    ({"batches": INPUTS}, "batches: expected mappings with input_ids, tokenized texts, got str"),
+    ({"batches": INPUTS}, "batches: expected several in an iterable, got a single one; put it in a list"),
+    ({"batches": ["a"]}, "batches: expected mappings with input_ids, tokenized texts, got str"),
+    ({"batches": [{"input_ids": [[1, 2], [3]]}]}, r"got input_ids \(list\); call the tokenizer with padding=True and"),
     ({"batches": []}, "batches: expected text to calibrate by, got no tokens"),
-    ({"batches": [{"text": ["a"]}]}, "batches: expected tensors that the model takes, got text"),
+    ({"batches": [{"text": torch.ones(1)}]}, "batches: expected tensors that the model takes, got text"),
     ({"batches": [{"input_ids": INPUTS["input_ids"] + 90}]}, "batches: expected input_ids from 0 to 99"),
     ({"batches": [{"input_ids": torch.ones(1, 9)}]}, "batches: expected input_ids as whole numbers"),
     ({"batches": [{"input_ids": torch.ones(1, 65, dtype=torch.int64)}]}, "batches: expected texts of at most 64"),

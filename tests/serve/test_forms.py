@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.errors import UserError
+from moebert_kernels.serve import prepare
 from moebert_kernels.serve.forms import forms_of, interleaved
 from tests.convert.families import make, make_inputs, valid
 from tests.serve.test_prepare import distance, made, run
@@ -45,6 +46,14 @@ def test_a_form_that_does_not_run_is_a_reason(tmp_path, monkeypatch):
     assert found["onnx"].startswith("model: expected an encoder or a causal language model, got T5")
     with pytest.raises(UserError, match=r"form: expected one of float32, compiled, .*, got 'int4'"):
         next(forms_of(model, ("int4",), batch, tmp_path))
+
+
+@pytest.mark.parametrize("options, name", [
+    ({"dtype": "bfloat16"}, "as saved (bfloat16)"), ({"batches": [make_inputs("bert")]}, "as saved (int8, calibrated)"),
+])  # fmt: skip
+def test_a_prepared_model_has_one_form(options, name, tmp_path):
+    model = prepare(make("bert", num_hidden_layers=1), **options)
+    assert list(forms_of(model, ("float32", "int8", "onnx"), make_inputs("bert"), tmp_path)) == [(name, model)]
 
 
 def test_calls_take_turns():

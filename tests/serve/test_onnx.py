@@ -11,8 +11,9 @@ from transformers import (
 
 from moebert_kernels import errors
 from moebert_kernels.errors import MissingExtra, UserError
-from moebert_kernels.layers import MoEConfig
+from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import export_onnx, prepare
+from moebert_kernels.serve.onnx import StandardExperts
 from tests.convert.families import make, one_layer
 from tests.serve.test_prepare import made
 
@@ -91,16 +92,35 @@ def test_heads(auto, outputs, tmp_path):
 @needs_onnx
 @pytest.mark.slow
 def test_int8(tmp_path):
-    """Every product of two matrices with a weight in it becomes one of integers."""
+    """Every product of two matrices with a weight in it becomes one of integers; padding decides no scale of one."""
     import onnx
 
-    model = made("bert", "hash")
+    model = large_at_padding()
     check(model, session_of(model, tmp_path / "model.onnx", dtype="int8"), 10, close=0.05)
     operators = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
     experts = model.config.quantization_config.num_experts
     assert (
         operators.count("MatMulInteger") == 2 * (4 + 2 * experts) + 1
     )  # attention and experts of two layers, a pooler
+
+
+def large_at_padding():
+    """A model in which padding would decide the scale of attention's inputs, and attention matters."""
+    model = made("bert", "hash")
+    first, second = (layer.attention for layer in model.encoder.layer)
+    first.output.LayerNorm.weight.data.mul_(50)
+    for linear in (second.self.query, second.self.key, second.self.value, second.output.dense):
+        linear.weight.data.mul_(8)
+    return model
+
+
+def test_padding_is_zero_behind_the_experts():
+    layer, x, ids = moe_layers(made("bert", "hash"))[0], torch.randn(2, 5, 32), torch.randint(4, (2, 5))
+    ids[1, 3:] = -1
+    with torch.no_grad():
+        expected, got = layer.experts(x, ids), StandardExperts(layer)(x, ids)
+    assert torch.equal(expected[1, 3:], x[1, 3:]) and not got[1, 3:].any()
+    assert (got - expected)[ids >= 0].abs().max() < 1e-5
 
 
 @needs_onnx
