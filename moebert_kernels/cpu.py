@@ -1,4 +1,4 @@
-"""Properties of the CPU: its vendor, and the dtypes that it multiplies fast."""
+"""Properties of the CPU: its vendor, the dtypes that it multiplies fast, and where tensors begin for it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 _INT8 = ("avx512_vnni", "avx_vnni", "amx_int8", "dot", "i8mm")
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+_ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 
 
 @functools.cache
@@ -54,3 +55,14 @@ def warn_if_slow(dtype: str) -> None:
             "bfloat16 saves memory but no time; use 'float32' or 'int8'",
             stacklevel=3,
         )
+
+
+def aligned(module: Any) -> Any:
+    """The module itself, its tensors copied that do not begin where torch allocates, as those mapped from a file do.
+
+    Matrix products of some CPUs sum in another order there, and results must not depend on where a model came from.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return module

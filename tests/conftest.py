@@ -35,12 +35,23 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
+def begin() -> None:
     """Seed torch and the standard library; a test that needs numpy takes its own generator."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a test may have changed it
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    begin()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef) -> None:
+    """Fixtures of a module or session come before `seeded`, behind whatever test this process ran last."""
+    if fixturedef.scope != "function":
+        begin()
 
 
 def poisoned(allocate):

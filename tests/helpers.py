@@ -61,11 +61,11 @@ def assert_same_model(got: nn.Module, wanted: nn.Module, run: Callable[[nn.Modul
         assert_as_accurate(one[name], same_dtype[name], exact[name], name)
 
 
-def misaligned(model: nn.Module) -> nn.Module:
-    """The model itself, with each parameter at an address that torch would not choose, as in a file."""
+def misaligned(model: nn.Module, by: int = 1) -> nn.Module:
+    """The model itself, with each parameter `by` elements behind an address that torch would choose, as in a file."""
     for parameter in model.parameters():
-        room = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)
-        parameter.data = room[1:].view(parameter.shape).copy_(parameter.data)
+        room = torch.empty(parameter.numel() + by, dtype=parameter.dtype)
+        parameter.data = room[by:].view(parameter.shape).copy_(parameter.data)
     return model
 
 

@@ -25,12 +25,15 @@ def test_the_guides_training_runs_in_two_processes(tmp_path):
     """On a CPU, where accelerate takes DDP for both files; shards are in tests/distill/test_trainer_processes.py."""
     first = re.search(r"^```python\n(.*?)^```", (ROOT / "docs/guide/trainer.md").read_text(), re.M | re.S)[1]
     last = re.search(r"^```py\n(.*?)^```", (ROOT / "docs/guide/several-gpus.md").read_text(), re.M | re.S)[1]
-    said = "print('process', trainer.args.process_index, trainer.args.world_size)\n"
+    # one write, which that of the other process cannot divide
+    said = "print(f'process {trainer.args.process_index} {trainer.args.world_size}\\n', end='')\n"
     (tmp_path / "script.py").write_text(first + said + last)
     config = ROOT / "examples/accelerate/fsdp2.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "script.py"]
+    # port 0 is any free one: that of the file is the default, which another program may have
+    launch = ("accelerate.commands.launch", "--config_file", config, "--main_process_port", "0")
+    command = [sys.executable, "-m", *launch, "script.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"process \d \d", done.stdout)) == ["process 0 2", "process 1 2"]
 

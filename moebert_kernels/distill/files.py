@@ -17,19 +17,6 @@ from torch import Tensor
 
 from moebert_kernels.errors import UserError
 
-_ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
-
-
-def aligned(module: Any) -> Any:
-    """The module itself, its tensors copied that do not begin where torch allocates, as those mapped from a file do.
-
-    Matrix products of some CPUs sum in another order there, and a run must not depend on where its models came from.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
-            tensor.data = tensor.data.clone()
-    return module
-
 
 def check_writable(name: str, folder: Path) -> None:
     """Raise UserError, which begins with `name`, unless files can be written into `folder`, made if it is missing."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moebert_kernels.convert import model_fingerprint
+from moebert_kernels.cpu import aligned
 from moebert_kernels.data.split import Batch
-from moebert_kernels.distill.files import aligned
 from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from moebert_kernels.cpu import aligned
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
-from moebert_kernels.distill.files import aligned
 from moebert_kernels.distill.kept_outputs import kept_outputs
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss

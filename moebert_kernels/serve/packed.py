@@ -36,6 +36,8 @@ _SECONDS, _MOST_ROUNDS, _CLOSE = 0.5, 30, 1.05  # of `fastest`
 _PACKED_ROWS = 256  # the row count that oneDNN's order is made for: of 1 to 1,024, the best or near it for all
 # what the overloads call: for the experts of few tokens, their Python around it takes 5 % of the time
 SMALLEST = 1e-30  # a row of zeros is divided by it
+# of an activation; without these instructions products of 8-bit numbers are added in 16 bits, which overflow
+_STEPS = 255 if has_int8_instructions() else 127
 _linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
 
@@ -94,8 +96,7 @@ class _Int8(Packed):
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # a form torch will give up
             quantised = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(quantised, None if bias is None else bias.float())
-        # without these instructions products of 8-bit numbers are added in 16 bits, which overflow
-        packed, reduced, late_bias = self._packed, not has_int8_instructions(), self._late_bias
+        packed, reduced, late_bias = self._packed, _STEPS < 255, self._late_bias
 
         def linear(x: Tensor) -> Tensor:
             return _linear_dynamic(x, packed, reduced)
@@ -168,7 +169,10 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded_activation(x: Tensor, dtype: str) -> Tensor:
-    """On 8 bits between the smallest and the largest number, of all or of each row; the gradient is that of x."""
+    """On 8 bits, or 7 as `_Int8` has it here, between the smallest and the largest number, of all or of each row.
+
+    The gradient is that of x.
+    """
     if not x.numel():
         return x
     with torch.no_grad():
@@ -176,7 +180,7 @@ def rounded_activation(x: Tensor, dtype: str) -> Tensor:
         largest = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) if dtype == "int8-token" else None
         values = values if largest is None else values / largest
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
-        scale = ((high - low) / 255).clamp(min=SMALLEST)
+        scale = ((high - low) / _STEPS).clamp(min=SMALLEST)
         zero = (-low / scale).round()
         rounded = ((values / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
         change = (rounded if largest is None else rounded * largest).to(x.dtype) - x

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moebert_kernels.cpu import warn_if_slow
+from moebert_kernels.cpu import aligned, warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.integrations.transformers import is_experts
 from moebert_kernels.layers.feed_forward import MoEFeedForward
@@ -211,6 +211,7 @@ def finish(model: Any, config: PreparedConfig) -> None:
             module.pack(lambda shape, experts: engines[shape, experts])
     if unknown := sorted(set(scales) - products_of(model).keys()):
         raise UserError(f"token_scales: expected names of this model's products, got {unknown[0]!r}")
+    aligned(model)  # what is not packed
     object.__setattr__(model, "prepared", config)
     object.__setattr__(model, "prepared_choices", choices)
     kind: Any = type(model)

@@ -141,7 +141,7 @@ def test_loads_in_a_fresh_virtual_environment_without_this_package(tmp_path):
         "assert not any(name.startswith('moebert') for name in sys.modules)\n"
     )
     command = [str(python), "-I", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip("this package is installed beside the libraries")
     assert done.returncode == 0, done.stderr

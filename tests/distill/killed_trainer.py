@@ -4,9 +4,9 @@
 
 trains a student with dropout by a teacher, all terms of MicroBERT, its discriminator with dropout among them, and a
 language model of experts with a gradient mask and a balance loss: FOLDER/KIND/whole without a disturbance, and
-FOLDER/KIND/killed with KILLS of them. It prints for both how many of the kills found the run alive. The killed
-processes are forked from this one, which saves importing everything again; that is safe while everything here runs in
-one thread.
+FOLDER/KIND/killed with KILLS of them. The clock chooses the moment of a kill, and the steps see to it that it comes
+before the run has ended, however fast or busy the machine is. The killed processes are forked from this one, which
+saves importing everything again; that is safe while everything here runs in one thread.
 """
 
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
@@ -48,22 +49,39 @@ def language_model(folder, **options):
 
 
 KINDS = {"student": student, "language-model": language_model}
+STEPS, MOST = 20, 3  # of a whole run, and from the begin of a kill's time to its end
 
 
-def run(kind: str, folder: Path) -> None:
-    made = KINDS[kind](folder)
+class Kill(TrainerCallback):
+    """Ends the process `seconds` after `step`, while it computes or writes, or else as the step `step + MOST` ends."""
+
+    def __init__(self, step: int, seconds: float):
+        self.step, self.seconds = step, seconds
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)  # nobody handles its signal, which ends the process
+        elif state.global_step == self.step + MOST:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(kind: str, folder: Path, kill: Kill | None) -> None:
+    made = KINDS[kind](folder, callbacks=[kill] if kill else None)
     made.train(resume_from_checkpoint=True)
     save_file({name: tensor.clone() for name, tensor in made.model.state_dict().items()}, folder / "end.safetensors")
 
 
-def start(kind: str, folder: Path) -> int:
+def ended_by(kind: str, folder: Path, kill: Kill | None = None) -> int:
+    """The signal that ended a run in a process of its own, or 0."""
     process = os.fork()
     if process == 0:
         for stream in (1, 2):
             os.dup2(os.open(folder.parent / f"{folder.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        run(kind, folder)
+        run(kind, folder, kill)
         os._exit(0)
-    return process
+    status = os.waitpid(process, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0, status
+    return os.WTERMSIG(status)
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
@@ -71,15 +89,13 @@ def main(folder: Path, kills: int, seed: int) -> None:
     for kind in KINDS:
         (folder / kind).mkdir(parents=True)
         before = time.monotonic()
-        assert os.waitpid(start(kind, folder / kind / "whole"), 0)[1] == 0
-        duration, killed = time.monotonic() - before, 0
-        for _ in range(kills):
-            process = start(kind, folder / kind / "killed")
-            time.sleep(moments.uniform(0.2, 0.7) * duration)
-            os.kill(process, signal.SIGKILL)
-            killed += os.WIFSIGNALED(os.waitpid(process, 0)[1])
-        assert os.waitpid(start(kind, folder / kind / "killed"), 0)[1] == 0
-        print(killed)
+        assert ended_by(kind, folder / kind / "whole") == 0
+        step_s = (time.monotonic() - before) / STEPS
+        for number in range(kills):
+            step = 1 + number * (STEPS - MOST - 1) // kills
+            kill = Kill(step, moments.uniform(0.01, MOST) * step_s)
+            assert ended_by(kind, folder / kind / "killed", kill) in (signal.SIGALRM, signal.SIGKILL)
+        assert ended_by(kind, folder / kind / "killed") == 0
 
 
 if __name__ == "__main__":

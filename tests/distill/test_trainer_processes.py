@@ -28,7 +28,6 @@ def train(folder, processes, kinds=(), sharded=False, script=SCRIPT):
         env=environment | ({"FSDP": "2"} if sharded else {}),
         capture_output=True,
         text=True,
-        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout

@@ -155,7 +155,9 @@ def test_replicas_of_data_parallel(written):
     assert len(written) == LAYERS
 
 
-def test_prepared_models_keep_the_order_of_the_tokens(written):
+def test_prepared_models_keep_the_order_of_the_tokens(written, monkeypatch):
+    # a second measurement may find another engine, whose sums differ by rounding
+    monkeypatch.setattr("moebert_kernels.serve.packed.available", lambda dtype: ["plain"])
     net, inputs = model(), kinds.batch("split-bert-hash")
     plain = prepare(copy.deepcopy(net), "float32", tokens=8)(**inputs).logits
     set_expert_order(net)

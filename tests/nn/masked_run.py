@@ -1,7 +1,9 @@
 """Masked training of small experts by any number of processes: python -m tests.nn.masked_run FILE."""
 
+import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -50,8 +52,10 @@ def train(made, unit, shared, rank=0, world=1):
 CASES = {"each": ("step", False), "shared": ("step", True), "expert": ("expert", False)}
 
 if __name__ == "__main__":
-    torch.distributed.init_process_group("gloo")
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    # They meet at a file: between the choice of a free port and its use, another program may take it.
+    meeting = f"file://{Path(sys.argv[1]).resolve()}.meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     results = {}
     for case, (unit, shared) in CASES.items():
         results |= {f"{case}.{name}": value for name, value in train(layer(), unit, shared, rank, world).items()}

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from moebert_kernels import reference
 from moebert_kernels.activation import ACTIVATIONS
+from moebert_kernels.cpu import has_int8_instructions
 from moebert_kernels.layers import NormedExperts
 from moebert_kernels.nn import DenseExperts
 from moebert_kernels.serve.modules import PackedExperts
 from moebert_kernels.serve.packed import ENGINES, available
 from tests.helpers import assert_as_accurate
+
+SEVEN_BITS = not has_int8_instructions()  # of activations, on CPUs that add products of 8-bit numbers in 16 bits
 
 
 @dataclass(frozen=True)
@@ -133,12 +136,12 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, e: int) -> Tensor:
 
 
 def _rounded(x: Tensor, dtype: str) -> tuple[Tensor, Any]:
-    """x on the 8-bit grid of its own minimum and maximum, and the distance of two steps, of each row or of all."""
+    """x on the grid of 8 or 7 bits between its minimum and maximum, and the size of two steps, of all or each row."""
     x = x.float()
     if dtype == "int8-token":
         largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
         rounded, step = _rounded((x / largest).double(), "int8")
         return rounded * largest, step * largest.double()
-    scale, zero_point = torch._choose_qparams_per_tensor(x, False)
+    scale, zero_point = torch._choose_qparams_per_tensor(x, SEVEN_BITS)
     quantised = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
     return quantised.dequantize().double(), scale

@@ -14,6 +14,7 @@ from moebert_kernels.serve import describe, prepare
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import available
 from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs
+from tests.serve.problems import SEVEN_BITS
 from tests.serve.test_prepare import CLOSE, distance, made, run, valid
 from tests.serve.test_transformers_experts import IDS, hidden, tiny
 
@@ -172,7 +173,9 @@ def test_every_shape_of_model(family):
         tokens = [valid(family, run(one, inputs), inputs) for one in (calibrated, model)]
         assert distance(*tokens) < CLOSE["int8"], kind
         names = calibrated.prepared.token_scales
-        assert names == [] if kind == "dense" else set(names) < products_of(calibrated).keys()
+        # with seven bits a product of T5's loses more than calibration lets pass
+        none = kind == "dense" and not SEVEN_BITS
+        assert names == [] if none else set(names) < products_of(calibrated).keys()
 
 
 def test_reading_ends_and_labels_are_not_needed(dense, monkeypatch):

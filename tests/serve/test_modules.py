@@ -14,7 +14,7 @@ from moebert_kernels.serve import packed as packing
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moebert_kernels.serve.packed import DTYPES, ENGINES, Weights, available, converted, fastest, pack, quantised
 from tests.helpers import assert_as_accurate
-from tests.serve.problems import Problem
+from tests.serve.problems import SEVEN_BITS, Problem
 
 HERE = [(dtype, engine) for dtype in DTYPES for engine in ENGINES[dtype] if engine in available(dtype)]
 
@@ -39,15 +39,16 @@ def test_linear_layers(dtype, engine, bias):
     weight, b = torch.randn(33, 20), torch.randn(33) if bias else None
     layer = pack(engine, *converted(weight, b, dtype))
     stored = layer.weights()
+    low, high = (-64, 63) if SEVEN_BITS else (-128, 127)
     for x in (
-        torch.randint(-128, 128, (7, 20)),
-        torch.randint(-128, 128, (20, 6)).t(),
+        torch.randint(low, high + 1, (7, 20)),
+        torch.randint(low, high + 1, (20, 6)).t(),
         torch.zeros(0, 20),
-        torch.randint(-128, 128, (2, 3, 20)),
+        torch.randint(low, high + 1, (2, 3, 20)),
     ):
         x = x.to(layer.dtype)
         if x.numel():
-            x[..., 0], x[..., 1] = -128, 127
+            x[..., 0], x[..., 1] = low, high
         weights = stored.weight.double() * (1 if stored.scale is None else stored.scale.double()[:, None])
         exact = nn.functional.linear(x.double(), weights, None if b is None else stored.bias.double())
         same = nn.functional.linear(x, weights.to(x.dtype), stored.bias)
@@ -155,9 +156,10 @@ def test_what_the_cpu_has(monkeypatch):
 
 def test_without_int8_instructions_activations_have_seven_bits(monkeypatch):
     """Sums of two products fit into 16 bits then."""
-    monkeypatch.setattr(packing, "has_int8_instructions", lambda: False)
+    monkeypatch.setattr(packing, "_STEPS", 127)
     layer = pack("fbgemm", *converted(torch.ones(1, 16), None, "int8"))
     x = torch.linspace(0, 1, 256).view(16, 16)
+    torch.testing.assert_close(layer(x), packing.rounded_activation(x, "int8").sum(1, keepdim=True))
     error = (layer(x) - x.sum(1, keepdim=True)).abs().max()
     assert 0 < error <= 16 * 0.5 / 127 + 1e-5
 

@@ -28,6 +28,7 @@ from moebert_kernels.serve import PreparedConfig, describe, prepare
 from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
 from moebert_kernels.serve.packed import DTYPES, available
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
+from tests.helpers import misaligned
 
 SPLIT = {"expert_size": 18, "num_shared_neurons": 8}
 KINDS = {
@@ -143,6 +144,15 @@ def test_heads_and_tied_weights(family, auto, dtype, tmp_path):
     assert torch.equal(run(loaded, inputs), got)
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(run(auto.from_pretrained(tmp_path / "again"), inputs), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prepared_model_does_not_depend_on_where_the_model_lies(dtype):
+    """A head is not packed, and products of some CPUs sum in another order where a file begins a tensor."""
+    model = made("bert", "gate", AutoModelForSequenceClassification, num_labels=4)
+    text = {name: tensor[:1] for name, tensor in make_inputs("bert").items()}
+    here, there = (prepare(one, dtype) for one in (copy.deepcopy(model), misaligned(model, by=2)))
+    assert torch.equal(run(here, text), run(there, text))
 
 
 def test_what_becomes_of_the_modules():
