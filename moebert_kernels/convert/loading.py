@@ -35,9 +35,16 @@ class MoELoader(HfQuantizer):
     ) -> Any:
         replace_feed_forwards(model, self.quantization_config)  # type: ignore[arg-type]
         self.found = check_files(model, checkpoint_files or ())
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, tensor in model.state_dict().items():  # transformers before 5.23 compares none if there is a loader
+            if tensor.shape != (wanted := self.shapes.get(name, tensor.shape)):
+                raise UserError(
+                    f"{name}: expected shape {tuple(wanted)}, got {tuple(tensor.shape)}; a head of another size needs"
+                    " ignore_mismatched_sizes=True and transformers 5.23 or newer"
+                )
         check_loaded(model, self.found)
         self._take_marks_off(model)
         return model
