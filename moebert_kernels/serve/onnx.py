@@ -29,7 +29,7 @@ from moebert_kernels.layers import MoEFeedForward, moe_layers
 from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.onnx_decoder import PAST, PRESENT, CachedDecoder, example_of_decoder
-from moebert_kernels.serve.onnx_operator import OperatorExperts, check_operator
+from moebert_kernels.serve.onnx_operator import OperatorExperts, check_operator, passes
 
 OPSET = 20  # Gelu is an operator from here on
 EXPERTS = ("matrices", "operator")
@@ -132,6 +132,7 @@ class StandardExperts(nn.Module):
         super().__init__()
         experts: Any = layer.experts
         self.activation, self.adds_residual = experts.activation, experts.adds_residual
+        self.passes = passes(layer)
         with torch.no_grad():
             w1, w2 = experts.weights()
             b1, b2 = experts.biases()
@@ -145,7 +146,7 @@ class StandardExperts(nn.Module):
                 self.norms.append(norm)
 
     def forward(self, x: Tensor, expert_ids: Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`, of expert ids (...) or (..., top_k), but 0 where there is none.
+        """As `Experts.forward`, of expert ids (...) or (..., top_k), but 0 where there is none, if that is padding.
 
         With residual and norm x would stand there: padding that no norm has made small, and that would decide the scale
         of attention's next inputs in an int8 file.
@@ -153,7 +154,7 @@ class StandardExperts(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         top_k = 1 if expert_ids.ndim < x.ndim else expert_ids.shape[-1]
         ids = expert_ids.reshape(-1)
-        y = torch.zeros_like(flat)
+        y = flat if self.passes else torch.zeros_like(flat)
         if top_k > 1:
             y = y.repeat_interleave(top_k, 0)
         for e in range(len(self.first)):

@@ -42,6 +42,12 @@ def check_operator(model: Any, dtype: str) -> None:
         )
 
 
+def passes(layer: MoEFeedForward) -> bool:
+    """Whether x passes by the experts of a layer at tokens: those that a router with a capacity drops."""
+    limits = (getattr(layer.router, name, None) for name in ("capacity_factor", "eval_capacity_factor"))
+    return bool(layer.experts.adds_residual) and any(limit is not None for limit in limits)
+
+
 class OperatorExperts(nn.Module):
     """The experts of a layer around the operator; for export alone, as torch cannot compute it."""
 
@@ -54,6 +60,7 @@ class OperatorExperts(nn.Module):
         super().__init__()
         experts: Any = layer.experts
         self.activation, self.adds_residual = experts.activation, experts.adds_residual
+        self.passes = passes(layer)
         self.num_experts, self.eps = experts.num_experts, getattr(experts, "eps", None)
         with torch.no_grad():
             for name, weight, bias in zip("12", experts.weights(), experts.biases(), strict=True):
@@ -83,7 +90,7 @@ class OperatorExperts(nn.Module):
             y = torch.addcmul(self.norm_bias[expert], normed, self.norm_weight[expert])
         if routing_weights is not None:
             y = y * routing_weights.reshape(-1, 1)
-        y = torch.where(chosen.any(1, keepdim=True), y, torch.zeros_like(y))
+        y = torch.where(chosen.any(1, keepdim=True), y, inputs if self.passes else torch.zeros_like(y))
         if top_k > 1:
             y = y.view(-1, top_k, y.shape[1]).sum(1)
         return y.view(x.shape)

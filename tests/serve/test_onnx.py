@@ -5,11 +5,13 @@ import importlib.util
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
 )
 
 from moebert_kernels import errors
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.errors import MissingExtra, UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import export_onnx, prepare
@@ -121,6 +123,16 @@ def test_padding_is_zero_behind_the_experts():
         expected, got = layer.experts(x, ids), StandardExperts(layer)(x, ids)
     assert torch.equal(expected[1, 3:], x[1, 3:]) and not got[1, 3:].any()
     assert (got - expected)[ids >= 0].abs().max() < 1e-5
+
+
+def test_tokens_that_a_router_drops_pass_by_the_experts():
+    config = MoEConfig.switch(num_experts=4, norm="expert", router_options={"capacity_factor": 0.5})
+    layer, x = moe_layers(convert_to_moe(make("bert", AutoModel), config))[0], torch.randn(2, 5, 32)
+    ids = torch.randint(4, (2, 5))
+    ids[1, 3:] = -1
+    with torch.no_grad():
+        expected, got = layer.experts(x, ids), StandardExperts(layer)(x, ids)
+    assert torch.equal(got[1, 3:], x[1, 3:]) and (got - expected).abs().max() < 1e-5
 
 
 @needs_onnx
