@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from moebert_kernels.grouping import Grouping
@@ -126,7 +127,7 @@ def _spilled(ptx: str, arch: int) -> int:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        command = [_tool("ptxas-blackwell" if arch >= 100 else "ptxas"), "-v", f"--gpu-name={target}", source.name]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name]
         printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", printed))
 
