@@ -27,7 +27,8 @@ from datasets import disable_progress_bars
 from encoder_arms import ARMS
 from encoder_latency import measure_latency
 from encoder_report import report
-from encoder_study import FILES, Cell, Place, Settings, run_students
+from encoder_study import Cell, Place, Settings, run_students
+from encoder_tasks import FILES
 from parts import PART_MB, join_folder, split_folder
 
 from moebert_kernels.demo.data import base_model

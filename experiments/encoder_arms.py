@@ -15,7 +15,7 @@ from moebert_kernels.convert.sites import common_width, find_sites
 from moebert_kernels.layers import MoEConfig
 
 TEACHER = "teacher"
-DTYPES = ("float32", "bfloat16", "int8", "int8-token")
+DTYPES = ("float32", "bfloat16", "int8", "int8-calibrated", "int8-token")  # forms of `prepare`, see Cell.prepared
 
 
 class Made(Protocol):

@@ -22,7 +22,6 @@ from benchmarks.measuring import Target
 from moebert_kernels.bench.clocks import timer
 from moebert_kernels.bench.timing import quartiles
 from moebert_kernels.distill.files import write_text
-from moebert_kernels.serve import prepare
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
 ROUNDS = {(1, 32): 41, (1, 128): 21, (8, 32): 21, (8, 128): 11}
@@ -42,7 +41,7 @@ def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str] = DTY
         for arm in (TEACHER, *own):
             model = copy.deepcopy(cell.teacher) if arm == TEACHER else ARMS[arm].make(cell)
             if on_cpu and (arm == TEACHER or ARMS[arm].packs):
-                prepare(model, dtype)
+                cell.prepared(model, dtype)
             elif "int8" in dtype:
                 continue
             else:

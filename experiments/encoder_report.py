@@ -11,12 +11,12 @@ from typing import Any
 
 from encoder_arms import ARMS, DTYPES, TEACHER
 from encoder_latency import PLAIN
-from encoder_study import FILES, task_named
+from encoder_tasks import FILES, task_named
 from scipy import stats
 
 from moebert_kernels.distill.files import write_text
 
-MAIN = (TEACHER, "continued", "moe", "paper", "dense", "half-depth")
+MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
 BASELINE = "moe"  # the others are compared with it
 SHAPE = "8x128"  # of the table and the chart
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
@@ -61,14 +61,23 @@ class Summary:
     def of(self, arm: str, task: str) -> list[Run]:
         return [self.cells[arm, task, seed] for seed in self.seeds if (arm, task, seed) in self.cells]
 
-    def score(self, arm: str, task: str, dtype: str = "float32") -> float | None:
+    def score(self, arm: str, task: str) -> float | None:
         """Mean over the seeds that are there, in %."""
-        found = [run["scores"][dtype] for run in self.of(arm, task) if dtype in run["scores"]]
+        found = [run["scores"]["float32"] for run in self.of(arm, task)]
         return 100 * statistics.mean(found) if found else None
 
-    def mean(self, arm: str, dtype: str = "float32") -> tuple[float, float] | None:
+    def change(self, arm: str, dtype: str) -> tuple[float, int] | None:
+        """In points over float32, the mean over the common tasks that were judged in the dtype; and their number."""
+        changes = []
+        for task in self.common:
+            scores = [run["scores"] for run in self.of(arm, task) if dtype in run["scores"]]
+            if scores:
+                changes.append(100 * statistics.mean(score[dtype] - score["float32"] for score in scores))
+        return (statistics.mean(changes), len(changes)) if changes else None
+
+    def mean(self, arm: str) -> tuple[float, float] | None:
         """The mean over the common tasks and its error over test examples, in %; None where a task is missing."""
-        scores = [self.score(arm, task, dtype) for task in self.common]
+        scores = [self.score(arm, task) for task in self.common]
         if not scores or None in scores:
             return None
         errors = [100 * statistics.mean(run["error"] for run in self.of(arm, task)) for task in self.common]
@@ -178,11 +187,9 @@ def dtype_table(summary: Summary, latency: Mapping[str, Any], device: str) -> li
     ]
     for arm in summary.arms:
         run = next(run for (name, _, _), run in summary.cells.items() if name == arm)
-        exact, cells = summary.mean(arm), []
-        cells.append(f"{run['total_parameters'] / 1e6:.1f} ({run['active_parameters'] / 1e6:.1f})")
+        cells = [f"{run['total_parameters'] / 1e6:.1f} ({run['active_parameters'] / 1e6:.1f})"]
         for dtype in DTYPES[1:]:
-            mean = summary.mean(arm, dtype)
-            cells.append("missing" if mean is None or exact is None else f"{mean[0] - exact[0]:+.2f}")
+            cells.append(change_text(summary.change(arm, dtype), len(summary.common)))
         for dtype in dtypes:
             speed = speed_of(latency, arm, dtype)
             cells.append(
@@ -190,6 +197,12 @@ def dtype_table(summary: Summary, latency: Mapping[str, Any], device: str) -> li
             )
         lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
     return lines
+
+
+def change_text(change: tuple[float, int] | None, tasks: int) -> str:
+    if change is None:
+        return "missing"
+    return f"{change[0]:+.2f}" + (f" ({change[1]} of {tasks} tasks)" if change[1] < tasks else "")
 
 
 def speed_of(latency: Mapping[str, Any], arm: str, dtype: str, shape: str = SHAPE) -> Any:
@@ -221,10 +234,11 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
     for arm in summary.arms:
         for dtype, result in latency.items():
             timed = arm if arm == TEACHER else ARMS[arm].timed_as or arm
-            entry, mean = result["shapes"][SHAPE].get(timed), summary.mean(arm, dtype)
-            if entry is not None and mean is not None:
+            entry, mean = result["shapes"][SHAPE].get(timed), summary.mean(arm)
+            change = (0.0, 0) if dtype == "float32" else summary.change(arm, dtype)
+            if entry is not None and mean is not None and change is not None:
                 # times of several runs are made comparable by the model that all of them have
-                points.append((arm, dtype, 1 / entry["speed"]["median"], *mean))
+                points.append((arm, dtype, 1 / entry["speed"]["median"], mean[0] + change[0], mean[1]))
     if not points:
         return False
     import matplotlib
@@ -232,7 +246,7 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    markers, colours = dict(zip(DTYPES, "osDv", strict=True)), pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    markers, colours = dict(zip(DTYPES, "osDPv", strict=True)), pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
     figure, axis = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
     for arm, dtype, x, y, error in points:
         colour = colours[list(LABELS).index(arm) % len(colours)]

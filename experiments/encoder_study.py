@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from encoder_arms import ARMS, DTYPES, TEACHER, Arm, chosen_config
+from encoder_tasks import load
 from filelock import FileLock, Timeout  # comes with torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,24 +24,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import SiteChoice, choose_experts, importance_scores, parameter_counts
 from moebert_kernels.data.columns import collator, tokenized
-from moebert_kernels.data.held_out import hold_out
 from moebert_kernels.data.metrics import compute_metrics
-from moebert_kernels.data.tasks import TASKS, Task, TaskData, custom_task, load_task
+from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
 from moebert_kernels.distill.files import write_text
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve import prepare
 
-# the folder of a task, and its labelled part that judges; the rest comes from train.tsv
-FILES = {
-    "rte": ("RTE", "dev"), "mrpc": ("MRPC", "test_labeled"), "cola": ("CoLA", "dev"), "stsb": ("STS-B", "dev"),
-    "sst2": ("SST-2", "test_labeled"), "trec": ("TREC", "test"), "sick": ("SICK", "test"),
-}  # fmt: skip
-OWN_TASKS = {
-    "trec": replace(custom_task(("question",)), name="trec", without_header={2: ("label", "question")}),
-    "sick": replace(custom_task(("sentence_A", "sentence_B"), "entailment_judgment"), name="sick"),
-}
-HELD_OUT = "0.1"  # of the training rows, which choose between the tries
 REDRAWN = 200  # times the test examples, for a score's error
 Result = dict[str, Any]
 
@@ -58,36 +48,6 @@ class Settings:
     scored: int = 1000
     weight: float = 1.0
     autocast: str = "float32"
-
-
-def task_named(name: str) -> Task:
-    return OWN_TASKS.get(name) or TASKS[name]
-
-
-def load(name: str, folder: Path, rows: int) -> TaskData:
-    """Train, validation (held-out training rows) and test."""
-    place, test = FILES[name]
-    files = {}
-    for split, stem in (("train", "train"), ("test", test)):
-        found = [folder / place / f"{stem}{ending}" for ending in (".tsv", ".tsv.gz")]
-        files[split] = next((file for file in found if file.exists()), found[0])
-    data = load_task(task_named(name), files)
-    if name == "trec":
-        data = _coarse(data)
-    train = data.train
-    if len(train) > rows:
-        data = TaskData(data.task, data.splits | {"train": train.shuffle(seed=0).select(range(rows))})
-    return hold_out(data, HELD_OUT)
-
-
-def _coarse(data: TaskData) -> TaskData:
-    """TREC's classes are before the colon of its labels."""
-    fine = [name.partition(":")[0] for name in data.task.label_names]
-    names = tuple(sorted(set(fine)))
-    splits = {
-        split: rows.map(lambda row: {"label": names.index(fine[row["label"]])}) for split, rows in data.splits.items()
-    }
-    return TaskData(replace(data.task, label_names=names), splits)
 
 
 def kind_of_model(folder: Path) -> str:
@@ -353,6 +313,11 @@ class Cell:
         task = replace(self.data.task, metrics=(self.data.task.main_metric,))
         return compute_metrics(task, answers, self.teacher_answers())[task.main_metric]
 
+    def prepared(self, model: Any, dtype: str) -> Any:
+        """In this form of DTYPES; training text calibrates."""
+        form, _, calibrated = dtype.partition("-calibrated")
+        return prepare(model, form, batches=self.texts() if calibrated else None)
+
     def judged(self, model: Any, packs: bool = True, student: bool = True) -> Result:
         """Scores on the held-out rows and, in each dtype, on the test rows; the first one's error over examples."""
         model.eval()
@@ -360,8 +325,7 @@ class Cell:
         draws = np.random.default_rng(0).integers(len(answers), size=(REDRAWN, len(answers)))
         scores = {"float32": self.score(model, "test", answers)}
         for dtype in DTYPES[1:] if packs else ():
-            prepared = prepare(copy.deepcopy(model).cpu(), dtype)
-            scores[dtype] = self.score(prepared, "test")
+            scores[dtype] = self.score(self.prepared(copy.deepcopy(model).cpu(), dtype), "test")
         agreement = {"agreement": self.agreement(answers)} if student else {}
         return agreement | {
             "metric": self.data.task.main_metric,
