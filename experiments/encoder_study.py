@@ -315,7 +315,7 @@ class Cell:
 
     def prepared(self, model: Any, dtype: str) -> Any:
         """In this form of DTYPES; training text calibrates."""
-        form, _, calibrated = dtype.partition("-calibrated")
+        form, calibrated, _ = dtype.partition("-calibrated")
         return prepare(model, form, batches=self.texts() if calibrated else None)
 
     def judged(self, model: Any, packs: bool = True, student: bool = True) -> Result:

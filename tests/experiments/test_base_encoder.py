@@ -20,16 +20,8 @@ RATE = 0.01
 def modules(monkeypatch):
     """The study's files, which import each other by their names alone."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    names = (
-        "base_encoder",
-        "encoder_arms",
-        "encoder_study",
-        "encoder_latency",
-        "encoder_report",
-        "encoder_tasks",
-        "parts",
-    )
-    return {name: importlib.import_module(name) for name in names}
+    names = ("arms", "study", "latency", "report")
+    return {name: importlib.import_module(name) for name in ("base_encoder", "parts", *(f"encoder_{n}" for n in names))}
 
 
 def write_tasks(folder, rows=48):
@@ -158,6 +150,16 @@ def test_what_another_process_is_at_is_left_to_it(modules, tmp_path, capsys):
         study.run_students([cell], ["moe", "dense"], [0.1])
     assert made == ["dense-0.1"]
     assert "rte-1-moe-0.1: another process is at it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dtype", "form", "texts"), [
+    ("int8", "int8", None), ("int8-calibrated", "int8", ["text"]), ("int8-token", "int8-token", None),
+])  # fmt: skip
+def test_training_text_calibrates(modules, monkeypatch, dtype, form, texts):
+    study = modules["encoder_study"]
+    monkeypatch.setattr(study, "prepare", lambda model, dtype, batches: (model, dtype, batches))
+    monkeypatch.setattr(study.Cell, "texts", lambda self: ["text"])
+    assert study.Cell.prepared(object.__new__(study.Cell), "model", dtype) == ("model", form, texts)
 
 
 def made_up(arm, task, seed, score, rate=0.1, held_out=0.5):
