@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the benchmarks
 from datasets import disable_progress_bars
-from encoder_arms import ARMS
+from encoder_arms import ARMS, DTYPES
 from encoder_latency import measure_latency
 from encoder_report import report
 from encoder_study import Cell, Place, Settings, run_students
@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
         options.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="in training, by autocast")
         if stage != "teacher":
             options.add_argument("--arm", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
+        if one:
+            options.add_argument("--form", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
         rates = TEACHER_RATES if stage == "teacher" else STUDENT_RATES
         options.add_argument("--rate", nargs="+", type=float, default=list(rates), help="learning rates to try")
         for entry in fields(Settings):
@@ -115,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.stage == "student":
         run_students(cells, args.arm, args.rate)
     else:
-        measure_latency(cells[0], args.arm)
+        measure_latency(cells[0], args.arm, args.form)
 
 
 def main() -> None:

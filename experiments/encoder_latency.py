@@ -13,7 +13,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from encoder_arms import ARMS, DTYPES, TEACHER
+from encoder_arms import ARMS, TEACHER
 from encoder_study import Cell
 from torch import Tensor
 
@@ -28,7 +28,7 @@ ROUNDS = {(1, 32): 41, (1, 128): 21, (8, 32): 21, (8, 128): 11}
 PLAIN = "teacher, float32"  # as transformers runs it; ratios are over it
 
 
-def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str] = DTYPES) -> None:
+def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str]) -> None:
     """Write latency-DTYPE.json for each dtype: shape -> arm -> times and speeds over the teacher's in float32.
 
     The weights are those before distillation, and the tokens are real text: a table's experts are as unequal as they
