@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import concatenate_datasets
 from encoder_arms import ARMS, DTYPES, TEACHER, Arm, chosen_config
 from encoder_tasks import load
 from filelock import FileLock, Timeout  # comes with torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import SiteChoice, choose_experts, importance_scores, parameter_counts
+from moebert_kernels.convert.chosen import MOST_TOKENS
 from moebert_kernels.data.columns import collator, tokenized
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TaskData
@@ -44,7 +46,7 @@ class Settings:
     teacher_epochs: int = 3
     epochs: int = 3
     rows: int = 10000
-    choosing: int = 12000
+    choosing: int = MOST_TOKENS
     scored: int = 1000
     weight: float = 1.0
     autocast: str = "float32"
@@ -117,10 +119,12 @@ class Cell:
 
     @cached_property
     def columns(self) -> dict[str, Any]:
-        return {
+        found = {
             split: tokenized(rows, self.data.task, self.tokenizer, max_length=self.settings.length)
             for split, rows in self.data.splits.items()
         }
+        parts = [found[split] for split in ("train", "unlabelled") if split in found]
+        return found | {"text": concatenate_datasets(parts)}  # which needs no labels
 
     def batches(self, split: str, rows: Iterable[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of these rows, padded, on the device."""
@@ -148,9 +152,9 @@ class Cell:
 
     def texts(self) -> list[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(self.columns["train"]), generator=generator).tolist()
+        order = torch.randperm(len(self.columns["text"]), generator=generator).tolist()
         found, count = [], 0
-        for batch in self.batches("train", order):
+        for batch in self.batches("text", order):
             batch.pop("labels")
             found.append(batch)
             count += int(batch["attention_mask"].sum())

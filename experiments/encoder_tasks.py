@@ -25,7 +25,7 @@ def task_named(name: str) -> Task:
 
 
 def load(name: str, folder: Path, rows: int) -> TaskData:
-    """Train, validation (held-out training rows) and test."""
+    """Train, validation (held-out training rows), test, and as "unlabelled" the training rows beyond `rows`."""
     place, test = FILES[name]
     files = {}
     for split, stem in (("train", "train"), ("test", test)):
@@ -36,7 +36,9 @@ def load(name: str, folder: Path, rows: int) -> TaskData:
         data = _coarse(data)
     train = data.train
     if len(train) > rows:
-        data = TaskData(data.task, data.splits | {"train": train.shuffle(seed=0).select(range(rows))})
+        mixed = train.shuffle(seed=0)
+        parts = {"train": mixed.select(range(rows)), "unlabelled": mixed.select(range(rows, len(train)))}
+        data = TaskData(data.task, data.splits | parts)
     return hold_out(data, HELD_OUT)
 
 
