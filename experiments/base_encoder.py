@@ -49,6 +49,7 @@ HELP = {
     "teacher_epochs": "epochs of fine-tuning",
     "epochs": "epochs of distillation",
     "rows": "training rows at most, of which a tenth is then held out",
+    "unlabelled": "training rows beyond those, without their labels, that students follow their teacher on, at most",
     "choosing": "tokens of the training text that choose experts, labels or not",
     "scored": "rows whose labels rank neurons",
     "weight": "weight of the layer-wise term and of the predictions' term",

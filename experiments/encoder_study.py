@@ -46,6 +46,7 @@ class Settings:
     teacher_epochs: int = 3
     epochs: int = 3
     rows: int = 10000
+    unlabelled: int = 0
     choosing: int = MOST_TOKENS
     scored: int = 1000
     weight: float = 1.0
@@ -123,13 +124,16 @@ class Cell:
             split: tokenized(rows, self.data.task, self.tokenizer, max_length=self.settings.length)
             for split, rows in self.data.splits.items()
         }
-        parts = [found[split] for split in ("train", "unlabelled") if split in found]
-        return found | {"text": concatenate_datasets(parts)}  # which needs no labels
+        train, more = found["train"], found.get("unlabelled", found["train"].select([]))
+        text, numbers = concatenate_datasets([train, more]).remove_columns("example_id"), range(len(train) + len(more))
+        text = text.add_column("example_id", [*numbers]).add_column("labelled", [n < len(train) for n in numbers])
+        followed = text.select(range(min(len(train) + self.settings.unlabelled, len(text))))
+        return found | {"text": text, "followed": followed if self.settings.unlabelled else train}
 
     def batches(self, split: str, rows: Iterable[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of these rows, padded, on the device."""
         columns, order = self.columns[split], list(rows)
-        keys = [key for key in columns.column_names if key not in ("length", "example_id")]
+        keys = [key for key in columns.column_names if key not in ("length", "example_id", "labelled")]
         make = collator(self.data.task, self.tokenizer)
         for start in range(0, len(order), self.settings.batch):
             some = columns[order[start : start + self.settings.batch]]
@@ -202,8 +206,8 @@ class Cell:
             bf16=self.settings.autocast == "bfloat16", use_cpu=self.place.device == "cpu", save_strategy="steps",
             save_steps=0.25, save_total_limit=1, logging_steps=50, **options,
         )  # fmt: skip
-        make = collator(self.data.task, self.tokenizer)
-        return MoETrainer(model, args, train_dataset=self.columns["train"], data_collator=make, teacher=teacher)
+        make, rows = collator(self.data.task, self.tokenizer), self.columns["train" if teacher is None else "followed"]
+        return MoETrainer(model, args, train_dataset=rows, data_collator=make, teacher=teacher)
 
     def _trained(self, model: Any, name: str, rate: float, epochs: int, **options: Any) -> Result:
         """Steps of the run, and seconds by the wall clock since it was begun or last taken up."""

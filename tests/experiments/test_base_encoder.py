@@ -101,6 +101,16 @@ def test_teacher_student_report(study):
 
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
+def test_students_follow_their_teacher_on_rows_without_labels(study):
+    """27 of 30 rows train a teacher in batches of 12, and 18 more rows its student."""
+    options = ("--task", "cola", "--rows", 30, "--unlabelled", 100)
+    study("teacher", *options)
+    study("student", *options, "--arm", "moe")
+    runs = [json.loads(file.read_text()) for file in (study.folder / "out/runs/tiny").glob("cola-*")]
+    assert {run["arm"]: run["steps"] for run in runs} == {"teacher": 2 * 3, "moe": 4}
+
+
+@pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
 def test_other_settings_are_refused(study, capsys):
     with pytest.raises(SystemExit):
         study("student", "--task", "stsb")
