@@ -286,7 +286,9 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}. "
             f"At most {settings['rows']:,} training rows, of which a tenth is held out;"
             f" {settings['teacher_epochs']} epochs for the teacher,"
-            f" {settings['epochs']} for students, in {settings['autocast']}. Agreement is the task's metric with the"
+            f" {settings['epochs']} for students, in {settings['autocast']}. {settings['choosing']:,} tokens choose"
+            f" experts; the layer-wise term and that of the predictions have the weight {settings['weight']:g};"
+            f" at most {settings['unlabelled']:,} rows without labels train students too. Agreement is the task's metric with the"
             " teacher's answers for labels."
         )
         parts.append("\n".join(accuracy_table(summary)))
@@ -308,8 +310,9 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
                 parts.append(f"Times the speed of the teacher in float32, {machine}:")
                 parts.append("\n".join(latency_table(latency)))
             draw(summary, latency, output / f"chart-{name}-{device}.png", f"{name}, {device}")
-        missing = summary.missing()
-        parts.append("Missing:\n\n" + "\n".join(missing) if missing else "Nothing is missing.")
+        if name in wanted or not wanted:
+            missing = summary.missing()
+            parts.append("Missing:\n\n" + "\n".join(missing) if missing else "Nothing is missing.")
     text = "# Accuracy over latency\n\n" + "\n\n".join(parts) + "\n"
     write_text(output / "table.md", text)
     return text
