@@ -288,8 +288,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             f" {settings['teacher_epochs']} epochs for the teacher,"
             f" {settings['epochs']} for students, in {settings['autocast']}. {settings['choosing']:,} tokens choose"
             f" experts; the layer-wise term and that of the predictions have the weight {settings['weight']:g};"
-            f" at most {settings['unlabelled']:,} rows without labels train students too. Agreement is the task's metric with the"
-            " teacher's answers for labels."
+            f" at most {settings['unlabelled']:,} rows without labels train students too. Agreement is the task's"
+            " metric with the teacher's answers for labels."
         )
         parts.append("\n".join(accuracy_table(summary)))
         untrained = Summary(
