@@ -120,6 +120,7 @@ class Cell:
 
     @cached_property
     def columns(self) -> dict[str, Any]:
+        """Of the splits, of the "text" that chooses experts and calibrates, and of the rows "followed" by students."""
         found = {
             split: tokenized(rows, self.data.task, self.tokenizer, max_length=self.settings.length)
             for split, rows in self.data.splits.items()

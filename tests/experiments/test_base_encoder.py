@@ -101,13 +101,21 @@ def test_teacher_student_report(study):
 
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
-def test_students_follow_their_teacher_on_rows_without_labels(study):
+def test_students_follow_their_teacher_on_rows_without_labels(study, modules, monkeypatch):
     """27 of 30 rows train a teacher in batches of 12, and 18 more rows its student."""
     options = ("--task", "cola", "--rows", 30, "--unlabelled", 100)
+    trainer, seen = modules["encoder_study"].MoETrainer, []
+
+    def watched(*args, train_dataset, **kept):
+        seen.append(train_dataset)
+        return trainer(*args, train_dataset=train_dataset, **kept)
+
+    monkeypatch.setattr(modules["encoder_study"], "MoETrainer", watched)
     study("teacher", *options)
     study("student", *options, "--arm", "moe")
     runs = [json.loads(file.read_text()) for file in (study.folder / "out/runs/tiny").glob("cola-*")]
     assert {run["arm"]: run["steps"] for run in runs} == {"teacher": 2 * 3, "moe": 4}
+    assert "labelled" not in seen[0].column_names and seen[-1]["labelled"][:] == [True] * 27 + [False] * 18
 
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
