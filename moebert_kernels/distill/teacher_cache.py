@@ -139,9 +139,9 @@ class TeacherCache:
         """The outputs for a batch, on its device and in float32 (or the teacher's own wider dtype).
 
         Raises:
-            UserError: an example is not in the cache, or is there with other token ids.
+            UserError: the batch does not name its examples, or one is not in the cache or there with other token ids.
         """
-        ids, device = batch["example_id"].tolist(), batch["input_ids"].device
+        ids, device = _ids(batch), batch["input_ids"].device
         self._check(ids)
         self._missing(batch)
         places, mask = [self._places[i] for i in ids], _mask(batch)
@@ -219,7 +219,7 @@ class TeacherCache:
     def _missing(self, batch: Batch) -> list[int]:
         """The batch's rows that are not there; checks the inputs of the others."""
         missing = []
-        for row, (example_id, given) in enumerate(zip(*_named(batch), strict=True)):
+        for row, (example_id, given) in enumerate(zip(_ids(batch), _input_hash(batch).tolist(), strict=True)):
             place = self._places.get(example_id)
             if place is None:
                 missing.append(row)
@@ -275,9 +275,14 @@ class _Shard:
         return joined
 
 
-def _named(batch: Batch) -> tuple[list[int], list[int]]:
-    """The batch's examples, and the hashes of their inputs."""
-    return batch["example_id"].tolist(), _input_hash(batch).tolist()
+def _ids(batch: Batch) -> list[int]:
+    """The batch's examples."""
+    if "example_id" not in batch:
+        raise UserError(
+            f"teacher cache: expected a column example_id, the row's number, got batches of {', '.join(batch)} (add it"
+            " to the data, and let the collator keep it)"
+        )
+    return batch["example_id"].tolist()
 
 
 def _mask(batch: Batch) -> Tensor:

@@ -137,6 +137,9 @@ def test_belongs_to_one_teacher_and_one_data_set(tmp_path):
     swapped["input_ids"][0, :2] = swapped["input_ids"][0, :2].flip(0)
     with pytest.raises(UserError, match="got others"):
         cache(swapped)
+    unnamed = {name: tensor for name, tensor in swapped.items() if name != "example_id"}
+    with pytest.raises(UserError, match="expected a column example_id, the row's number, got batches of input_ids"):
+        cache(unnamed)
 
 
 @pytest.mark.parametrize("harm", ["overwritten", "cut", "gone", "empty"])
