@@ -28,8 +28,8 @@ class Made(Protocol):
         """Batches of training text to choose experts by."""
         ...
 
-    def chosen(self, part: int) -> list[SiteChoice]:
-        """Experts of that part of the neurons, and their tables, by this text."""
+    def chosen(self, part: int, experts: int = 4) -> list[SiteChoice]:
+        """So many experts of that part of the neurons, and their tables, by this text."""
         ...
 
     def importance(self, split: str) -> Tensor:
@@ -57,17 +57,17 @@ class Arm:
     packs: bool = True
 
 
-def chosen_config(teacher: Any, part: int) -> MoEConfig:
-    """Four experts of that part of the neurons of a feed-forward."""
-    return MoEConfig.chosen(expert_size=max(common_width(find_sites(teacher)) // part, 1))
+def chosen_config(teacher: Any, part: int, experts: int = 4) -> MoEConfig:
+    """Experts of that part of the neurons of a feed-forward."""
+    return MoEConfig.chosen(num_experts=experts, expert_size=max(common_width(find_sites(teacher)) // part, 1))
 
 
 def _converted(made: Made, config: MoEConfig, **options: Any) -> Any:
     return convert_to_moe(copy.deepcopy(made.teacher), config, seed=made.seed, **options)
 
 
-def _chosen(made: Made, part: int = 4) -> Any:
-    return _converted(made, chosen_config(made.teacher, part), chosen=made.chosen(part))
+def _chosen(made: Made, part: int = 4, experts: int = 4) -> Any:
+    return _converted(made, chosen_config(made.teacher, part, experts), chosen=made.chosen(part, experts))
 
 
 def _dealt(made: Made, split: str = "train", options: Mapping[str, Any] | None = None, **changes: Any) -> Any:
@@ -116,6 +116,7 @@ ARMS: dict[str, Arm] = {
     "half-depth": Arm("half depth", _half_depth),
     "original": Arm("MoEBERT's recipe as published", lambda made: _dealt(made, "held-out", route_padding=True),
                     timed_as="paper", dropout=True),
+    "moe-8": Arm("MoE, 8 experts of 1/4, chosen", lambda made: _chosen(made, experts=8)),
     "moe-eighth": Arm("MoE, 4 experts of 1/8, chosen", lambda made: _chosen(made, 8)),
     "dense-eighth": Arm("dense of the same FLOPs, 1/8", lambda made: _dense(made, 8)),
     "random-importance": Arm("MoEBERT's, random importance", _random_importance, timed_as="paper"),

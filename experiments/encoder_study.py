@@ -167,11 +167,12 @@ class Cell:
                 break
         return found
 
-    def chosen(self, part: int) -> list[SiteChoice]:
-        with self.place.lock(f"{self.name}-{self.seed}-choice-{part}"):
+    def chosen(self, part: int, experts: int = 4) -> list[SiteChoice]:
+        name = f"choice-{experts}-of-{part}"
+        with self.place.lock(f"{self.name}-{self.seed}-{name}"):
             return choose_experts(
-                self.teacher, self.texts(), chosen_config(self.teacher, part), seed=self.seed,
-                max_tokens=self.settings.choosing, folder=self.folder / f"choice-{part}",
+                self.teacher, self.texts(), chosen_config(self.teacher, part, experts), seed=self.seed,
+                max_tokens=self.settings.choosing, folder=self.folder / name,
             )  # fmt: skip
 
     def importance(self, split: str) -> Tensor:

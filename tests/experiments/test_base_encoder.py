@@ -33,7 +33,7 @@ def write_tasks(folder, rows=48):
             lines = [heads[name]] if name in heads else []
             for row in range(rows):
                 label = (row * 7 + number) % 3 % 2
-                text = f"the {('film', 'play')[row % 2]} was {(BAD, GOOD)[label][row // 2 % 4]}"
+                text = f"{('the film', 'a play')[row % 2]} was {(BAD, GOOD)[label][row // 2 % 4]}"
                 lines.append({
                     "RTE": f"{row}\t{text}\tthe book\t{('not_entailment', 'entailment')[label]}",
                     "CoLA": f"x\t{label}\t*\t{text}", "STS-B": f"{row}\t{text}\tthe book\t{4 * label + 0.01 * row}",
