@@ -171,6 +171,8 @@ def _converted(
 
     What was chosen so far is kept in `parts`.
     """
+    import torch
+
     from moebert_kernels.convert import (
         choose_experts,
         convert_to_moe,
@@ -193,7 +195,8 @@ def _converted(
             vocabulary = model.config.get_text_config().vocab_size
             options["token_counts"] = count_tokens(texts.columns["input_ids"], vocabulary)
         if config.needs_text:
-            batches = [texts.collate(range(start, min(start + 16, len(texts)))) for start in range(0, len(texts), 16)]
+            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))  # files may be sorted
+            batches = [texts.collate(rows.tolist()) for rows in order.split(16)]
             chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
             options["chosen"], reports = chosen, [choice.report for choice in chosen]
             print(
@@ -239,8 +242,9 @@ def _texts(
         reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
-    name = "lm" if tasks[0] == "custom" and inputs.is_running_text(data) else tasks[0]
-    wanted = inputs.Table(data, text_column, label_column).make_task(name)
+    config = load_config(model)
+    reads_windows = tasks[0] == "custom" and inputs.is_running_text(data) and inputs.generates(config)
+    wanted = inputs.Table(data, text_column, label_column).make_task("lm" if reads_windows else tasks[0])
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
-    reader = inputs.Reader(loaded, load_config(model), load_tokenizer(model), max_length, labels=False)
+    reader = inputs.Reader(loaded, config, load_tokenizer(model), max_length, labels=False)
     return reader.split("train")

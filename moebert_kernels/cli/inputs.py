@@ -186,6 +186,14 @@ def is_running_text(data: list[str] | None) -> bool:
     return any(split_name(file)[1] == ".txt" for place in places for file in (place, *place.glob("train.*")))
 
 
+def generates(config: Any) -> bool:
+    """Whether a model of this configuration continues a text, so that it reads windows of documents."""
+    import transformers
+
+    kind = getattr(transformers, (config.architectures or ["none"])[0], None)
+    return kind is not None and kind.can_generate() and not config.is_encoder_decoder
+
+
 def say(text: str) -> None:
     """Tell a person something that is not the command's result."""
     print(text, file=sys.stderr, flush=True)

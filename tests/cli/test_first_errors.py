@@ -104,15 +104,16 @@ def test_a_prepared_model_is_not_trained(teacher, moe, data, tmp_path):
 
 
 def test_experts_are_chosen_by_all_of_a_text_file(teacher, tmp_path):
-    """With a table's task too: as one row its end would be cut. A classifier does not take its labels."""
-    text = "the film was good a play was bad who is warm the book is dull a film was great\n" * 40
+    """An encoder reads its lines, each with the special tokens; with a language model's task one document."""
+    text = "the film was good\na play was bad\nwho is warm\nthe book is dull\na film was great\n" * 40
     words = ("convert", "--model", teacher, "--method", "chosen", *SPLIT, "--data", file(tmp_path, "a.txt", text))
     for task in ("lm", "custom"):
         result = moebert(*words, "--task", task, "--output", tmp_path / task)
         assert result.exit_code == 0, result.stderr
         assert "12 tokens are few" not in result.stderr
+        assert ("the lines are 200 texts" in result.stderr) == (task == "custom")
     weights = [(tmp_path / task / "model.safetensors").read_bytes() for task in ("lm", "custom")]
-    assert weights[0] == weights[1]
+    assert weights[0] != weights[1]
 
 
 @pytest.mark.parametrize(
