@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, write_files
+from moebert_kernels.cli.outputs import already_written, call_of, write_model
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
@@ -64,8 +64,8 @@ def quantize(
     if task is None:
         source = load_as_saved(model)
         if texts.data:
-            generates = source.can_generate() and not source.config.is_encoder_decoder
-            loaded = inputs.unlabelled(texts.make_task("lm" if generates else "custom"), texts.data)
+            name = "lm" if inputs.generates(source.config) else "custom"
+            loaded = inputs.unlabelled(texts.make_task(name), texts.data)
             reader = inputs.Reader(loaded, source.config, tokenizer, texts.max_length, labels=False)
     else:
         split = inputs.split_called(split)
@@ -80,8 +80,8 @@ def quantize(
     print(describe(prepared))
     if evaluate is not None:
         _say_scores(dtype, evaluate, prepared)
-    write_files(output, prepared.save_pretrained, identity, tokenizer)
-    print(f"{before:,.0f} MiB of weights became {_mib(prepared):,.0f} MiB; saved in {output}")
+    write_model(output, prepared, tokenizer, identity)
+    print(f"{before:,.0f} MiB of weights became {_mib(prepared):,.0f} MiB")
 
 
 def _batches(reader: inputs.Reader, split: str) -> Iterator[Any]:

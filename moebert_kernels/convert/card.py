@@ -32,7 +32,7 @@ _AUTO_CLASSES = (
 
 @functools.cache
 def carded_class(base: Any) -> type:
-    """The class of a converted model whose `save_pretrained` writes its card too; where it is prepared, none."""
+    """The class of a converted model whose `save_pretrained` writes its card too; a prepared one writes its own."""
 
     @functools.wraps(base.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def write_card(
     scores: Mapping[str, float] | None = None,
     previous: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write the card of a transformers model, dense or with experts, unless the folder has one that a person wrote.
+    """Write the card of a transformers model, dense, converted or prepared, unless the folder has one of a person's.
 
     Args:
         folder: where the model is saved.
@@ -75,19 +75,26 @@ def write_card(
 
 def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
     """The text of the card; see `write_card`."""
-    config = moe_config(model.config)
+    config, prepared = moe_config(model.config), getattr(model, "prepared", None)
     auto, kind = _loaded_by(model), type(model).__name__.removeprefix("FSDP")
-    loads = [] if config is None else ["import moebert_kernels.convert  # makes the Auto classes know it"]
+    package = "convert" if prepared is None else "serve"
+    is_ours = config is not None or prepared is not None
+    loads = [f"import moebert_kernels.{package}  # makes the Auto classes know it"] if is_ours else []
     loads += [f'model = {auto}.from_pretrained("path/to/this/folder")']
-    rows = {"class": kind, **({} if config is None else _moe_rows(model, config)), **_parameter_rows(model)}
+    rows = {"class": kind, **({} if config is None else _moe_rows(model, config))}
+    rows |= _parameter_rows(model) if prepared is None else _packed_rows(model, prepared)
     rows |= {f"{name} on validation data": f"{value:.4f}" for name, value in (scores or {}).items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    what = "A Transformer, made with `moebert_kernels`."
+    what = "A Transformer"
     if config is not None:
-        what = (
-            f"A Transformer whose feed-forward layers are mixtures of {config.num_experts} experts, made with "
-            "`moebert_kernels`, which has to be installed and imported to load it."
-        )
+        what += f" whose feed-forward layers are mixtures of {config.num_experts} experts"
+    if prepared is not None:
+        what += f"{'' if config is None else ','} in {prepared.dtype}, for inference on a CPU"
+    what += ", made with `moebert_kernels`" + (
+        ", which has to be installed and imported to load it: without the import its layers get random weights."
+        if is_ours
+        else "."
+    )
     return (
         "---\nlibrary_name: transformers\ntags:\n- moebert_kernels\n---\n\n"
         f"# {kind}\n\n{what}\n\n"
@@ -112,11 +119,11 @@ def parameter_counts(model: Any) -> dict[str, int]:
 
 def _moe_rows(model: Any, config: MoEConfig) -> dict[str, Any]:
     layers = moe_layers(model)
-    w2: Any = layers[0].experts.w2
+    w2: Any = getattr(layers[0].experts, "w2", None)  # none where it is packed
     rows = {
         "layers with experts": len(layers),
         "experts of a layer": f"{config.num_experts}, of which a token meets {config.experts_per_token}",
-        "neurons of an expert": w2.shape[-1],
+        **({} if w2 is None else {"neurons of an expert": w2.shape[-1]}),
         "router": config.router,
     }
     if config.tasks:
@@ -128,6 +135,15 @@ def _parameter_rows(model: nn.Module) -> dict[str, str]:
     total, active = parameter_counts(model).values()
     rows = {"parameters": f"{total:,}"}
     return rows if active == total else rows | {"parameters that a token meets": f"{active:,}"}
+
+
+def _packed_rows(model: nn.Module, prepared: Any) -> dict[str, str]:
+    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+    rows = {"form": prepared.dtype, "weights": f"{size:,.0f} MiB"}
+    if prepared.dtype == "int8":
+        scales = prepared.token_scales
+        rows["calibrated"] = "no" if scales is None else f"yes; a scale for each token in {len(scales)} products"
+    return rows
 
 
 def _loaded_by(model: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from moebert_kernels.convert.card import write_card
 from moebert_kernels.cpu import aligned, warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.integrations.transformers import is_experts
@@ -262,7 +263,7 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def prepared_class(base: Any) -> type:
-    """The class of a prepared model: it does not train, and saves what it is."""
+    """The class of a prepared model: it does not train, and saves what it is, with a card."""
 
     @functools.wraps(base.train)
     def train(self: Any, mode: bool = True) -> Any:
@@ -271,9 +272,13 @@ def prepared_class(base: Any) -> type:
         return base.train(self, mode)
 
     @functools.wraps(base.save_pretrained)
-    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: Any, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         with saved_config(self):
-            base.save_pretrained(self, *args, **kwargs)
+            base.save_pretrained(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, save_directory)
 
     return derived_class(prepared_class, base, (base,), {"train": train, "save_pretrained": save_pretrained})
 

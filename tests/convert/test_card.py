@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.convert.card import card, parameter_counts, save_with_card, write_card
@@ -26,6 +27,8 @@ MODELS = {
     "mpoe": lambda: mpoe("t5", router="top2", num_experts=3),
     "switch": lambda: mpoe("gpt2", num_experts=3, experts="copy"),
     "dense": lambda: dense_model("bert-cls"),
+    "int8": lambda: prepare(moe_model(), "int8"),
+    "dense-int8": lambda: prepare(dense_model("bert-cls"), "int8-token"),
 }
 
 
@@ -38,13 +41,15 @@ def rows(text):
 def test_its_code_loads_the_model(kind, tmp_path):
     model = MODELS[kind]()
     model.save_pretrained(tmp_path)
-    write_card(model, tmp_path)
+    if kind == "dense":
+        write_card(model, tmp_path)
     code = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python\n")
     assert len(code.splitlines()) == (2 if kind == "dense" else 3)
     names = {}
     exec(code.replace("path/to/this/folder", str(tmp_path)), names)
     assert type(names["model"]) is type(model)
-    assert ("moebert_kernels.convert" in code) == (kind != "dense")
+    assert ("moebert_kernels.convert" in code) == (kind != "dense" and "int8" not in kind)
+    assert ("moebert_kernels.serve" in code) == ("int8" in kind)
 
 
 def test_a_converted_model_is_saved_with_its_numbers(tmp_path):
@@ -73,7 +78,7 @@ def test_parameters_that_a_token_meets():
 
 
 def test_a_plain_save_writes_the_card(tmp_path):
-    """And of a loaded model too; not of a prepared one, which the code of the card would not load."""
+    """And of a loaded model too; a prepared one has a card of its own."""
     model = moe_model()
     model.save_pretrained(tmp_path / "moe")
     text = (tmp_path / "moe/README.md").read_text()
@@ -84,8 +89,12 @@ def test_a_plain_save_writes_the_card(tmp_path):
         assert (tmp_path / "again/README.md").read_text() == text
         (tmp_path / "again/README.md").unlink()
     model.save_pretrained(tmp_path / "again", is_main_process=False)
-    prepare(loaded, "float32").save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again/README.md").exists()
+    batch = {"input_ids": torch.arange(8).view(2, 4) + 5}
+    prepare(loaded, "int8", batches=[batch]).save_pretrained(tmp_path / "again")
+    found = rows((tmp_path / "again/README.md").read_text())
+    assert found["form"] == "int8" and found["calibrated"].startswith("yes; a scale for each token in ")
+    assert found["router"] == "hash-random" and "parameters" not in found
     (tmp_path / "moe/README.md").write_text("mine")
     model.save_pretrained(tmp_path / "moe")
     assert (tmp_path / "moe/README.md").read_text() == "mine"
