@@ -56,15 +56,16 @@ def convert(
         model: A dense model: a folder or a name on the Hub. Without it, --from-original.
         method: chosen: experts and routing fit the texts of --task and --data; labels are not used. moebert: experts by
             --importance, random routing by token ids. mpoe: copies that share a central tensor. dense: a dense model of
-            the same FLOPs, to compare with: the --expert-size most important neurons. Default: chosen with --task or
-            --data and without --router, --experts and --importance, else moebert.
+            the same FLOPs, to compare with: the --expert-size neurons that fit the texts of --task and --data best, or
+            are the most important ones. Default: chosen with --task or --data and without --router, --experts and
+            --importance, else moebert.
         router: hash-random, hash-balance, hash-chosen, gate-token, gate-sentence, switch, top2 or task. Default: the
             method's.
         experts: split (parts of the neurons), clustered (parts chosen by text), copy or mpo (the whole feed-forward).
             Default: the method's.
         importance: What moebert importance wrote, for --experts split. Without it, neurons are ranked at random.
-        task: With --method chosen or --router hash-balance, whose texts to read: custom for --data of your own, or a
-            task of GLUE. With --router task, the tasks that get a head each. Default: none.
+        task: With --method chosen or dense, or --router hash-balance, whose texts to read: custom for --data of your
+            own, or a task of GLUE. With --router task, the tasks that get a head each. Default: none.
         data: A file, a folder with train.tsv, or a dataset's name on the Hub. Without it, the task's own.
         text_column: A column of text; once or twice. Default: text.
         label_column: The column of labels, which are not used.
@@ -124,9 +125,11 @@ def convert(
     identity = call_of(ctx)
     check_model_output(output, identity, force, model, from_original)  # before any text is read
     counted = config is not None and config.router == "hash-balance" and hash_tables is None
+    by_text = config is None and from_original is None and bool(task or data)
+    _check_unused("--method dense without --task and --data", by_text, {"importance": importance})
     texts = None
-    if config is not None and (counted or config.needs_text):
-        texts = _texts(model or "", config.router, task, data, text_column, label_column, max_length)
+    if by_text or (config is not None and (counted or config.needs_text)):
+        texts = _texts(model or "", counted, task, data, text_column, label_column, max_length)
     identity["texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
         return
@@ -171,45 +174,47 @@ def _converted(
 
     What was chosen so far is kept in `parts`.
     """
-    import torch
-
-    from moebert_kernels.convert import (
-        choose_experts,
-        convert_to_moe,
-        count_tokens,
-        dense_student,
-        load_importance,
-        report_chart,
-        report_table,
-    )
+    from moebert_kernels.convert import convert_to_moe, count_tokens, dense_student, load_importance
     from moebert_kernels.distill.loading import load_as_saved, load_classifier
+    from moebert_kernels.layers import MoEConfig
 
     has_heads, seed = config is not None and config.task_labels is not None, options["seed"]
     model = load_classifier(name, seed) if has_heads else load_as_saved(name)
     scores = None if importance is None else load_importance(importance, model).scores
-    before, reports = sizes(model), []
+    before, chosen = sizes(model), None
+    if texts is not None and (config is None or config.needs_text):
+        chosen = _chosen(model, texts, config or MoEConfig.chosen(expert_size=width), seed, parts)
     if config is None:
-        model = dense_student(model, scores, width, seed)
+        model = dense_student(model, scores, width, seed, chosen=chosen)
     else:
         if config.router == "hash-balance" and texts is not None:
             vocabulary = model.config.get_text_config().vocab_size
             options["token_counts"] = count_tokens(texts.columns["input_ids"], vocabulary)
-        if config.needs_text:
-            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))  # files may be sorted
-            batches = [texts.collate(rows.tolist()) for rows in order.split(16)]
-            chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
-            options["chosen"], reports = chosen, [choice.report for choice in chosen]
-            print(
-                "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of the"
-                " same FLOPs, of random tables, of the chosen tables, and if each token had its best expert."
-                " `least` and `load` are the tokens of the emptiest and the fullest expert over an even share."
-            )
-            print(report_table(reports))
-            print(report_chart(reports))
-        convert_to_moe(model, config, importance=scores, **options)
+        convert_to_moe(model, config, importance=scores, chosen=chosen, **options)
     say_sizes(model, before)
-    say_kept(scores, model)
-    return model, reports
+    if chosen is None:
+        say_kept(scores, model)
+    return model, [choice.report for choice in chosen or ()]
+
+
+def _chosen(model: Any, texts: Any, config: Any, seed: int, parts: Path) -> list[Any]:
+    """Experts that fit the texts, in an order of chance, because files may be sorted."""
+    import torch
+
+    from moebert_kernels.convert import choose_experts, report_chart, report_table
+
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    batches = [texts.collate(rows.tolist()) for rows in order.split(16)]
+    chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
+    reports = [choice.report for choice in chosen]
+    print(
+        "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of the same FLOPs,"
+        " of random tables, of the chosen tables, and if each token had its best expert. `least` and `load` are the"
+        " tokens of the emptiest and the fullest expert over an even share."
+    )
+    print(report_table(reports))
+    print(report_chart(reports))
+    return chosen
 
 
 def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
@@ -231,7 +236,7 @@ def _tokenizer(name: Any) -> Any:
 
 
 def _texts(
-    model: str, router: str, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
+    model: str, counted: bool, tasks: list[str] | None, data: list[str] | None, text_column: list[str] | None,
     label_column: str, max_length: int | None,
 ) -> Any:  # fmt: skip
     """The tokens of the training split."""
@@ -239,7 +244,7 @@ def _texts(
 
     if tasks is None or len(tasks) != 1:
         got = ", ".join(tasks or ["none"])
-        reads = "hash-balance counts" if router == "hash-balance" else "experts are chosen by"
+        reads = "hash-balance counts" if counted else "experts are chosen by"
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
     config = load_config(model)

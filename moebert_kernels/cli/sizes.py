@@ -69,7 +69,7 @@ def say_sizes(model: Any, before: Sizes | None = None) -> None:
     config, counts = moe_config(model.config), parameter_counts(model)
     of_dense = "" if before is None else f" of the dense layer's {before.width}"
     if config is None:
-        print(f"the most important {sizes(model).width} neurons{of_dense}")
+        print(f"{sizes(model).width} neurons{of_dense}")
     elif config.experts in SPLITS:
         shared = config.num_shared_neurons
         experts = f"{config.num_experts} experts of {config.expert_size:,} neurons{of_dense}"

@@ -244,6 +244,6 @@ def test_importance_and_conversion_say_what_they_found(teacher, importance, data
     assert printed[3] == f"saved in {tmp_path / 'moe'}"
     result = moebert(*words, "--method", "dense", "--output", tmp_path / "dense")
     printed = result.stdout.splitlines()
-    assert printed[0] == "the most important 8 neurons of the dense layer's 32"
+    assert printed[0] == "8 neurons of the dense layer's 32"
     assert printed[2].startswith("importance kept: not known, as no --importance was given")
     assert "no importance scores given: neurons are ranked at random" in result.stderr

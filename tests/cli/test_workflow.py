@@ -106,6 +106,18 @@ def test_teacher_outputs_are_computed_once_for_two_students(teacher, moe, import
     assert times[0] and times[0] == times[1]
 
 
+def test_a_dense_model_of_the_same_flops_fits_the_text_too(teacher, data, tmp_path):
+    """What `dense_student` makes of the choice, to compare with; a choice by text takes no importance."""
+    words = ("convert", "--model", teacher, "--method", "dense", "--expert-size", 8, *TABLE, "--data", data)
+    printed = done(*words, "--output", tmp_path / "dense")
+    assert "8 neurons of the dense layer's 32" in printed and "importance kept" not in printed
+    assert len(json.loads((tmp_path / "dense/choice.json").read_text())) == 2
+    by_text = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense")
+    assert by_text.config.intermediate_size == 8
+    line = refused(*words, "--importance", tmp_path / "none", "--output", tmp_path / "x")
+    assert line.startswith("importance: it is used only with --method dense without --task and --data; leave it out")
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(base, data, teacher, tmp_path):
     """The first process is stopped by Ctrl-C in the middle; the second one finishes."""
