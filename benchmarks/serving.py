@@ -1,6 +1,6 @@
 """Whole encoders for inference on a CPU: dense and converted, float32, bfloat16 and int8, in torch and ONNX Runtime.
 
-    python -m benchmarks.serving                    # BERT-base, one thread: about four minutes on an idle machine
+    python -m benchmarks.serving                    # BERT-base, one thread: about six minutes on an idle machine
     python -m benchmarks.serving --layers 2 --smoke # tries the code, writes nothing
 
 All ways run in turns in one process; see `benchmarks/ways.py`.
@@ -71,7 +71,7 @@ def ways(layers: int, folder: Path, left_out: dict[str, str]) -> Iterator[tuple[
         ao = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8)
     yield "dense int8 torch.ao", Way(PLAIN, of_model(ao))
     if version("onnxruntime") is None or version("onnxscript") is None:
-        left_out["onnx"] = "pip install 'moebert_kernels[serve]'"
+        left_out["onnx"] = "pip install -e '.[serve]'"
         return
     for name, model in (("dense", dense), ("moe", moe)):
         file = folder / f"{name}.onnx"

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moebert_kernels.errors import how_to_install
+
 _OF_MODELS = ("transformers", "accelerate", "datasets")
 _TITLES = {
     "versions": "versions", "machine": "machine", "triton": "Triton, for GPUs",
@@ -52,8 +54,8 @@ def meaning(report: dict[str, Any]) -> list[str]:
         if isinstance(serving, dict) and not serving[f"{dtype} instructions"]:
             lines += [f"This CPU has no instructions for {dtype}: a model that is prepared in it gains less time."]
     if missing := [name for name in _OF_MODELS if report["versions"][name] == "not installed"]:
-        install = "pip install 'moebert_kernels[train]'"
-        lines += [f"The ops alone are installed: converting and training need {', '.join(missing)}; {install}"]
+        need = f"converting and training need {', '.join(missing)}; run {how_to_install('train')}"
+        lines += [f"The ops alone are installed: {need}"]
     return lines
 
 

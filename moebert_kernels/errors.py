@@ -36,6 +36,10 @@ def require_extra(extra: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: run"
-            f" `pip install 'moebert_kernels[{extra}]'`, or `pip install -e '.[{extra}]'` in a clone"
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: run {how_to_install(extra)}"
         )
+
+
+def how_to_install(extra: str) -> str:
+    """The commands that install an extra."""
+    return f"`pip install -e '.[{extra}]'` in a clone, or `pip install 'WHEEL[{extra}]'`"

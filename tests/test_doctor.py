@@ -81,8 +81,8 @@ def test_the_end_says_what_matters_and_what_to_do(report):
         assert "Triton's kernels do not run, for the reason above" in meant(report, machine=gpu, triton=broken)[1]
     bare = report["versions"] | {"transformers": "not installed", "datasets": "not installed"}
     assert meant(report, versions=bare)[-1] == (
-        "The ops alone are installed: converting and training need transformers, datasets; pip install"
-        " 'moebert_kernels[train]'"
+        "The ops alone are installed: converting and training need transformers, datasets; run"
+        " `pip install -e '.[train]'` in a clone, or `pip install 'WHEEL[train]'`"
     )
 
 

@@ -75,11 +75,11 @@ def test_without_the_extras_the_op_runs_and_the_rest_says_what_to_install():
     assert shape == "torch.Size([2, 3, 4])"
     assert [line.split()[0] for line in refusals] == ["layers", "convert", "distill"]
     for line in [*refusals, done.stderr.strip()]:
-        assert "pip install 'moebert_kernels[train]'" in line
+        assert "pip install -e '.[train]'" in line
     assert done.stderr.startswith("moebert: typer, transformers, accelerate, datasets are not installed: run")
 
 
 def test_a_missing_package_is_named_with_its_extra():
     require_extra("demo", "torch")
-    with pytest.raises(MissingExtra, match=r"^no_such_package is not installed: run .*moebert_kernels\[x\]"):
+    with pytest.raises(MissingExtra, match=r"^no_such_package is not installed: run .* -e '\.\[x\]'"):
         require_extra("x", "torch", "no_such_package")

@@ -136,7 +136,7 @@ def test_bench_names_what_does_not_run(student, teacher, monkeypatch):
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
     text = done("bench", "--model", student, "--against", teacher, "--form", "float32", "--form", "onnx", "--rounds", 1,
                 "--length", 8)  # fmt: skip
-    assert "model onnx is left out: " in text and "pip install 'moebert_kernels[serve]'" in text
+    assert "model onnx is left out: " in text and "pip install -e '.[serve]'" in text
 
 
 def test_bench_refusals_of_forms(base, tmp_path):
