@@ -32,8 +32,9 @@ def table(result: dict[str, Any]) -> str:
     sizes = [f"B = {case['B']}, T = {case['T']}" for case in cases]
     lines = [
         f"Whole BERT-base with random weights, {environment['cpu']}, {environment['threads']} thread, torch "
-        f"{environment['torch']}, commit {environment['commit']}, {environment['date']}. Median times, and in "
-        "brackets the speed over the first row in the same rounds:",
+        f"{environment['torch']}, commit {environment['commit']}, {environment['date']}; random tables and tokens, "
+        "float32 as transformers runs it, bfloat16 by `prepare`, int8 without `batches`. Median times, and in brackets "
+        "the speed over the first row in the same rounds:",
         "",
         f"| model | {' | '.join(sizes)} |",
         f"|---|{'---|' * len(sizes)}",
