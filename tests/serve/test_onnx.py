@@ -160,7 +160,7 @@ def test_refusals(tmp_path):
 
 def test_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(errors.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'moebert_kernels\[serve\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '\.\[serve\]'"):
         export_onnx(make("bert"), tmp_path / "model.onnx")
 
 
