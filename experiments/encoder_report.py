@@ -258,7 +258,7 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
     axis.set(xlabel=f"time at {SHAPE.replace('x', ' x ')} tokens, relative to the teacher in float32", title=title,
              ylabel=f"mean of {', '.join(summary.common)}, % (± error over test examples)")  # fmt: skip
     axis.set_xlim(0, None)
-    axis.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
     return True
