@@ -82,7 +82,7 @@ def card(model: Any, scores: Mapping[str, float] | None = None) -> str:
     loads = [f"import moebert_kernels.{package}  # makes the Auto classes know it"] if is_ours else []
     loads += [f'model = {auto}.from_pretrained("path/to/this/folder")']
     rows = {"class": kind, **({} if config is None else _moe_rows(model, config))}
-    rows |= _parameter_rows(model) if prepared is None else _packed_rows(model, prepared)
+    rows |= _parameter_rows(model) if prepared is None else _prepared_rows(prepared)
     rows |= {f"{name} on validation data": f"{value:.4f}" for name, value in (scores or {}).items()}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     what = "A Transformer"
@@ -137,13 +137,10 @@ def _parameter_rows(model: nn.Module) -> dict[str, str]:
     return rows if active == total else rows | {"parameters that a token meets": f"{active:,}"}
 
 
-def _packed_rows(model: nn.Module, prepared: Any) -> dict[str, str]:
-    size = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-    rows = {"form": prepared.dtype, "weights": f"{size:,.0f} MiB"}
-    if prepared.dtype == "int8":
-        scales = prepared.token_scales
-        rows["calibrated"] = "no" if scales is None else f"yes; a scale for each token in {len(scales)} products"
-    return rows
+def _prepared_rows(prepared: Any) -> dict[str, str]:
+    scales = prepared.token_scales
+    calibrated = "no" if scales is None else f"yes; a scale for each token in {len(scales)} products"
+    return {"form": prepared.dtype} | ({"calibrated": calibrated} if prepared.dtype == "int8" else {})
 
 
 def _loaded_by(model: Any) -> str:
