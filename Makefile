@@ -60,10 +60,10 @@ test-newest:  ## the tests under the newest versions of all packages, in an envi
 	rm -rf $(VENV)-newest  # a newer version may be there since
 	$(MAKE) test VENV=$(VENV)-newest CONSTRAINTS=build/newest.versions
 
-test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled for sm_90
+test-oldest-triton: $(VENV)/oldest-triton.stamp  ## kernels under the oldest supported Triton: interpreted, and compiled
 	PYTHONPATH=$(OLDEST) $(BIN)/python -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton.__version__'
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/ops tests/kernels/test_dropout.py -n auto -k "$(OLDEST_TESTS)"
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.resources --check --arch 90
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.resources --check
 
 check: $(VENV)/dev.stamp  ## lint, format, types, spelling
 	$(BIN)/ruff check .
@@ -83,8 +83,9 @@ gpu:  ## all that needs a GPU, with the PYTHON that has torch; goes on where it 
 tune:  ## measure what pick_config predicts with, on this machine's GPU
 	$(MAKE) gpu ARGS="--only tune"
 
-resources: $(VENV)/package.stamp  ## compile every Triton kernel without a GPU; write the table of registers, shared memory, spills
+resources: $(VENV)/oldest-triton.stamp  ## compile every Triton kernel without a GPU; write the table of registers, shared memory, spills
 	$(BIN)/python -m benchmarks.resources
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.resources
 
 cuda-resources: build  ## the same table of the CUDA kernels, from what make build made
 	$(BIN)/python -m benchmarks.cuda_resources

@@ -3,6 +3,7 @@
     python -m benchmarks.cuda_resources            # writes results/cuda-resources.json
     python -m benchmarks.cuda_resources --check    # compares with that file instead
 
+A module of any architectures is compared with its part of the table, and the sources with those that the table is of.
 A spill is an instruction that loads from local memory or stores to it; spilled registers live in the stack frame, too.
 `shared` is what a kernel declares, `dynamic_shared` the most that a launch adds: what the launchers say.
 """
@@ -21,9 +22,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import build_native
+from benchmarks.sources import ROOT, digest
 from moebert_kernels import native
 
 TABLE = Path(__file__).parent / "results" / "cuda-resources.json"
+CODE = (".cu", ".cuh", ".h", ".cpp")
 NEEDS_WGMMA = "expert_gemm"  # in the names of the kernels whose sm_90a code must hold HGMMA
 
 
@@ -95,6 +99,13 @@ def complaints(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return wrong + [f"{name}: no HGMMA" for name, row in gemms.items() if not row["wgmma"]]
 
 
+def compiled_from() -> str:
+    """What a table is of, see `benchmarks.sources`."""
+    code = [path for name in ("csrc", "python") for path in (ROOT / name).iterdir() if path.suffix in CODE]
+    flags = (ROOT / "CMakeLists.txt").read_text().partition("if(MBK_HOST_TESTS)")[0]
+    return digest([*code, ROOT / "cmake/kernels.cmake"], flags, build_native.CUTLASS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
@@ -109,15 +120,20 @@ def main() -> int:
     wrong = complaints(rows)
     if not options.check:
         lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-        TABLE.write_text(f'{{"compiler": "{nvcc}", "resources": {{\n{lines}\n}}}}\n')
+        TABLE.write_text(
+            f'{{"compiler": "{nvcc}", "compiled_from": "{compiled_from()}", "resources": {{\n{lines}\n}}}}\n'
+        )
     else:
         committed = json.loads(TABLE.read_text())
+        if committed["compiled_from"] != compiled_from():
+            wrong.append(f"{TABLE.name}: is of other sources; write it anew (make cuda-resources)")
         archs = set(record["archs"])
         expected = {name: row for name, row in committed["resources"].items() if name.partition("/")[0] in archs}
-        if committed["compiler"] == nvcc and not record["left_out"]:
+        if committed["compiler"] == nvcc:
+            names = rows.keys() if record["left_out"] else expected.keys() | rows.keys()
             wrong += [
                 f"{name}: the table has {expected.get(name)}, got {rows.get(name)}"
-                for name in sorted(expected.keys() | rows.keys())
+                for name in sorted(names)
                 if expected.get(name) != rows.get(name)
             ]
     for line in wrong:

@@ -1,10 +1,11 @@
 """Registers, shared memory and spills of every Triton kernel in every configuration, compiled without a GPU.
 
     python -m benchmarks.resources            # compiles all, writes results/triton-resources.json and occupancy.json
-    python -m benchmarks.resources --check    # compiles all and compares with these files instead
+    python -m benchmarks.resources --check    # compares with these files instead, and compiles only if sources changed
 
 The launchers themselves run, on tensors that are never touched; what they would launch is compiled for each
-architecture with the specialisation that Triton's own launcher would choose (divisibility by 16, ones, None).
+architecture with the specialisation that Triton's own launcher would choose (divisibility by 16, ones, None). The table
+is of the newest Triton that wrote it; of an older one it notes that all kernels compiled without complaints.
 """
 
 from __future__ import annotations
@@ -13,12 +14,9 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,10 +26,9 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
+from benchmarks.launches import TYPES, Launch, recorded
+from benchmarks.sources import digest
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels import (
     column_sums,
@@ -46,7 +43,6 @@ from moebert_kernels.kernels import (
 )
 
 from moebert_kernels.kernels import config as configs  # isort: skip
-from moebert_kernels.kernels import launch as launching  # isort: skip
 from moebert_kernels.kernels.tiles import num_chunks, padded_experts
 
 ARCHS = (80, 90, 100)
@@ -61,115 +57,9 @@ KINDS: dict[str, configs.Kind] = {  # of the kernels that the table has, by the 
 }  # fmt: skip
 T, H, I, E, LAYERS, VOCABULARY = 4096, 768, 768, 4, 12, 30522  # of BERT-base
 FEW = ("expert_gemm.scatter", "hidden.gelu", "hidden_backward.gelu", "expert_gemm_weights.both", "fold")  # for float32
-SECOND = ("group_tokens.place", "add_partials")  # come after another kernel
-TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
-    torch.uint8: "u8", torch.bool: "i1",
-}  # fmt: skip
 DTYPES: dict[configs.Precision, torch.dtype] = {
     "half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What one launch would compile."""
-
-    name: str
-    module: str
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
-
-    def compile(self, arch: int) -> dict[str, Any]:
-        """Registers, shared bytes, spilled bytes, whether the code uses wgmma, its length and asynchronous copies."""
-        module = sys.modules[self.module]
-        fn = getattr(module, self.kernel)
-        position = {name: i for i, name in enumerate(fn.arg_names)}
-        source = ASTSource(
-            fn, dict(self.signature), {(position[name],): value for name, value in self.constants},
-            {(position[name],): [["tt.divisibility", 16]] for name in self.divisible},
-        )  # fmt: skip
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(self.options))
-        cubin = compiled.asm["cubin"]
-        usage = {
-            k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _printed(cubin, "cuobjdump", "-res-usage"))
-        }
-        return {
-            "registers": usage["REG"],
-            "shared": compiled.metadata.shared,
-            # a stack may also be that of a called function, such as an exact division
-            "spilled": _spilled(compiled.asm["ptx"], arch) if usage["STACK"] + usage["LOCAL"] else 0,
-            "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
-            "instructions": len(re.findall(r"^\s*/\*[0-9a-f]+\*/", _printed(cubin, "nvdisasm", "-c"), re.MULTILINE)),
-            # 16 bytes or a block at a time, from memory to shared memory: what a load that is not coalesced cannot be
-            "async_copies": compiled.asm["ptx"].count("cp.async.cg.shared.global")
-            + compiled.asm["ptx"].count("cp.async.bulk.tensor"),
-        }
-
-
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
-
-
-def _printed(cubin: bytes, tool: str, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([_tool(tool), option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _spilled(ptx: str, arch: int) -> int:
-    """Bytes of spill stores, as the assembler counts them."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source.name]
-        printed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-    return sum(int(count) for count in re.findall(r"(\d+) bytes spill stores", printed))
-
-
-def recorded(name: str, launch: Callable[[], None]) -> Launch:
-    """The launch of the kernel that `launch` is about, without making it."""
-    return all_recorded(name, launch)[1 if name.startswith(SECOND) else 0]
-
-
-def all_recorded(name: str, run: Callable[[], None]) -> list[Launch]:
-    """The launches that `run` makes, without making them."""
-    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    run_kernel = mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda fn, *a, **k: seen.append((fn, a, k)))
-    without_gpu = mock.patch.object(launching, "_INTERPRETED", True)  # which asks no driver
-    with run_kernel, without_gpu:
-        run()
-    return [_launch(name, *call) for call in seen]
-
-
-def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
-    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in kwargs}
-    values = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-    signature, constants, divisible = {}, {}, []
-    for parameter in fn.params:
-        value = values[parameter.name]
-        specialized = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialized and type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            divisible.append(parameter.name)
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if specialized and value % 16 == 0:
-                divisible.append(parameter.name)
-    return Launch(
-        name, fn.fn.__module__, fn.fn.__name__, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
-        tuple(options.items()),
-    )  # fmt: skip
 
 
 def gemm_launches(precision: configs.Precision, arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -350,34 +240,61 @@ def occupancy(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "{\n" + ",\n".join(archs) + "\n}\n"
 
 
+def compiled_from() -> str:
+    """What a table is of: the kernels' sources, and every launch that is compiled."""
+    kernels = Path(expert_gemm.__file__).parent.glob("*.py")
+    return digest(kernels, *(f"{arch} {launch}" for arch in ARCHS for launch in launches(arch)))
+
+
+def write(found: Mapping[str, Mapping[str, Any]], committed: Mapping[str, Any]) -> None:
+    """The rows, if no newer Triton wrote the table; that this one compiled them, in any case."""
+    compiled = committed["compiled"] | {triton.__version__: compiled_from()}
+    versions = sorted(compiled, key=version)
+    newest = versions[-1] == triton.__version__
+    rows = found if newest else committed["resources"]
+    noted = json.dumps({name: compiled[name] for name in versions})
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    TABLE.write_text(f'{{"compiled": {noted}, "resources": {{\n{lines}\n}}}}\n')
+    OCCUPANCY.write_text(occupancy(rows))
+
+
+def version(name: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", name))
+
+
+def differences(found: Mapping[str, Mapping[str, Any]], committed: Mapping[str, Any]) -> list[str]:
+    """Between the committed table and what was compiled just now."""
+    rows = committed["resources"]
+    wrong = [f"{TABLE.name}: is of other sources; write it anew (make resources)"]
+    if max(committed["compiled"], key=version) == triton.__version__:
+        wrong += [
+            f"{name}: the table has {rows.get(name)}, got {row}" for name, row in found.items() if rows.get(name) != row
+        ]
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed table; write nothing")
-    parser.add_argument("--arch", type=int, choices=ARCHS, action="append", help="default: all")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET: expected it unset, got 1: the interpreter compiles nothing")
-    found = table(tuple(options.arch or ARCHS))
-    wrong = complaints(found)
-    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "resources": {}}
-    if not options.check:
-        everything = committed["resources"] if options.arch else {}
-        rows = dict(sorted((everything | found).items()))
-        TABLE.write_text(
-            f'{{"triton": "{triton.__version__}", "resources": {{\n'
-            + ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
-            + "\n}}\n"
-        )
-        OCCUPANCY.write_text(occupancy(rows))
-    elif committed["triton"] == triton.__version__:
-        if OCCUPANCY.read_text() != occupancy(committed["resources"]):
-            wrong.append(f"{OCCUPANCY.name}: is not what the table says")
-        for name, row in found.items():
-            if committed["resources"].get(name) != row:
-                wrong.append(f"{name}: the table has {committed['resources'].get(name)}, got {row}")
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"compiled": {}, "resources": {}}
+    known = committed["compiled"].get(triton.__version__)
+    if options.check and known == compiled_from():
+        found, wrong, when = committed["resources"], [], "when the table was written"
+    else:
+        found = table()
+        wrong, when = complaints(found), "just now"
+        if not options.check:
+            write(found, committed)
+        elif known is not None:
+            wrong += differences(found, committed)
+    if options.check and OCCUPANCY.read_text() != occupancy(committed["resources"]):
+        wrong.append(f"{OCCUPANCY.name}: is not what the table says")
     for line in wrong:
         print(line)
-    print(f"{len(found)} kernels compiled by Triton {triton.__version__}, {len(wrong)} complaints")
+    print(f"{len(found)} kernels compiled by Triton {triton.__version__} {when}, {len(wrong)} complaints")
     return 1 if wrong else 0
 
 

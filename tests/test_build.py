@@ -87,14 +87,15 @@ def reasons(output):
 def test_with_nvcc(python, tree):
     """It imports, links neither Torch nor the driver, and its machine code is that of the committed table.
 
-    Of one architecture, the one that every kernel is for: all of them take minutes more (`make cuda-resources`).
+    Of the architecture that takes seconds: that the table is of these sources says the same of the others, which take
+    minutes (`make cuda-resources`).
     """
-    environment = {"MOEBERT_KERNELS_CUDA_ARCHS": "90a", "MOEBERT_KERNELS_WERROR": "1"}
+    environment = {"MOEBERT_KERNELS_CUDA_ARCHS": "80", "MOEBERT_KERNELS_WERROR": "1"}
     status, output = install(python, tree, MOEBERT_KERNELS_BUILD_CUDA="1", **environment)
     assert status == 0, output[-3000:]
-    assert record(tree)["archs"] == ["sm_90a"]
-    assert record(tree)["ptx"] == "compute_90"
-    assert not record(tree)["left_out"]
+    assert record(tree)["archs"] == ["sm_80"]
+    assert record(tree)["ptx"] == "compute_80"
+    assert record(tree)["left_out"].keys() == {"expert_gemm", "expert_gemm_norm"}  # of another architecture
     (module,) = (tree / "moebert_kernels").glob("_C.*.so")
     done = subprocess.run([python, "-c", IMPORT, module], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

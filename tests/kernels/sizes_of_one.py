@@ -1,7 +1,7 @@
 """Does every Triton kernel compile for sizes of 1? Triton makes such an argument a constant, which the interpreter
 does not: an int has no `.to`.
 
-    python -m tests.kernels.sizes_of_one    # compiles for sm_90, without a GPU; exit status 1 if a kernel does not
+    python -m tests.kernels.sizes_of_one    # for sm_90, as far as the assembler, without a GPU; exit status 1 if one does not
 
 The ops' forward and backward run on tensors that nothing reads, and what they would launch is compiled.
 """
@@ -17,7 +17,7 @@ from multiprocessing import get_context
 
 import torch
 
-from benchmarks.resources import Launch, all_recorded
+from benchmarks.launches import Launch, all_recorded
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels import expert_gemm as kernels
 from moebert_kernels.kernels.config import Config
@@ -102,7 +102,7 @@ def launches() -> Iterator[Launch]:
 def complaint(launch: Launch) -> str | None:
     """Why it does not compile."""
     try:
-        launch.compile(ARCH)
+        launch.lower(ARCH)
     except Exception as error:  # of Triton's, or what Python raises in a kernel's source
         return f"{launch.kernel}, {launch.name}: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     return None
