@@ -26,7 +26,7 @@ demo: $(VENV)/model.stamp  ## fine-tune, convert, distil and compare a real mode
 test: $(VENV)/package.stamp  ## the tests but the slow ones (ARGS="-k name": some of them)
 	$(BIN)/python -m pytest tests -n auto $(ARGS)
 
-test-slow: $(VENV)/package.stamp  ## the slow tests: compilation, processes, fresh installations, every family, 2,000 random problems
+test-slow: $(VENV)/package.stamp  ## the slow tests: compilation, processes, fresh installations, every family, 600 random problems
 	$(BIN)/python -m pytest tests -m slow -n auto $(ARGS)
 
 test-native:  ## the CUDA sources compiled for the CPU, on an emulated GPU; needs cmake and a C++ compiler

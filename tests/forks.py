@@ -15,9 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = ("torch", "transformers.trainer")  # what programs that use this package import, seconds of it
 
 
-def run_forked(programs: Mapping[str, str], folder: Path, modules: tuple[str, ...], path: Path = ROOT) -> dict:
+def run_forked(
+    programs: Mapping[str, str], folder: Path, modules: tuple[str, ...] = LIBRARIES, path: Path = ROOT
+) -> dict:
     """{name: (exit status, what it printed)} of Python programs, one after the other.
 
     Args:

@@ -24,7 +24,7 @@ README = "README"
 def test_snippets_run_as_printed(tmp_path):
     programs = {f"{page}-{i}": text for i, (page, text) in enumerate(SNIPPETS) if page != README}
     programs[README] = "\n".join(text for page, text in SNIPPETS if page == README)  # as one reads it
-    for name, (status, printed) in run_forked(programs, tmp_path, ("torch", "transformers")).items():
+    for name, (status, printed) in run_forked(programs, tmp_path).items():
         assert status == 0, f"{name}:\n{printed}"
 
 

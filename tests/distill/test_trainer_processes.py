@@ -56,16 +56,14 @@ def test_two_processes_train_to_the_weights_of_one(one, tmp_path):
 
 
 @pytest.mark.slow
-def test_shards_train_to_the_weights_of_one_process_and_go_on_in_another_number(one, tmp_path):
+def test_shards_train_to_the_weights_of_one_process_and_go_on_in_one(one, tmp_path):
     train(tmp_path / "2", 2, [f"{kind}:5" for kind in SHARDED], sharded=True)
     assert_same_ends(tmp_path / "2", one, SHARDED)
-    for processes in (1, 4):
-        folder = tmp_path / str(processes)
-        for kind in SHARDED:
-            shutil.copytree(tmp_path / "2" / kind / "checkpoint-5", folder / kind / "checkpoint-5")
-        said = train(folder, processes, SHARDED, sharded=True)
-        assert all(f"{kind} began after step 5" in said for kind in SHARDED)
-        assert_same_ends(folder, one, SHARDED)
+    for kind in SHARDED:
+        shutil.copytree(tmp_path / "2" / kind / "checkpoint-5", tmp_path / "1" / kind / "checkpoint-5")
+    said = train(tmp_path / "1", 1, SHARDED, sharded=True)
+    assert all(f"{kind} began after step 5" in said for kind in SHARDED)
+    assert_same_ends(tmp_path / "1", one, SHARDED)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Does every Triton kernel compile for sizes of 1? Triton makes such an argument a constant, which the interpreter
 does not: an int has no `.to`.
 
-    python -m tests.kernels.sizes_of_one    # for sm_90, as far as the assembler, without a GPU; exit status 1 if one does not
+    python -m tests.kernels.sizes_of_one    # for sm_90, as far as the assembler, without a GPU; exit status 1 if not
 
 The ops' forward and backward run on tensors that nothing reads, and what they would launch is compiled.
 """

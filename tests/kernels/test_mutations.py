@@ -42,7 +42,8 @@ source = pathlib.Path(path).read_text()
 assert right in source, f"{{path}} no longer has the line that this mutation breaks"
 pathlib.Path(path).write_text(source.replace(right, wrong))
 try:
-    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", tests, "-k", "triton and " + keywords]))
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
+    sys.exit(pytest.main([*options, tests, "-k", "triton and " + keywords]))
 finally:
     pathlib.Path(path).write_text(source)
 """
