@@ -17,7 +17,7 @@ ROWS = {
     "dense int8": "dense, int8, by `prepare`",
     "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
     "dense int8 openvino": "dense, int8, OpenVINO",
-    "ideal int8": "dense of the same FLOPs, int8",
+    "ideal int8": "dense of the same FLOPs, int8, by `prepare`",
     "moe float32 plain": "ours, float32",
     "moe bfloat16": "ours, bfloat16",
     "moe int8": "**ours, int8, by `prepare`**",

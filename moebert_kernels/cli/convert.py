@@ -82,7 +82,7 @@ def convert(
             refuse them.
         noise: Noise on each expert's copy, relative to its root mean square. Default: 0.
         norm: expert: a LayerNorm for each expert, where the feed-forward ends in one; layer: the model's own. Default:
-            expert with --experts split and one expert for a token, else layer.
+            expert with --experts split or clustered and one expert for a token, else layer.
         load_balance: Weight of a learned router's balance loss in the loss. Default: 0.01.
         route_padding: Send padding to experts too, as the original code of MoEBERT does.
         hash_tables: Tables to use: the original's .pkl, or JSON with the expert of each token id, or a list of such for
