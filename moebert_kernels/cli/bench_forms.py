@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,35 @@ def check_forms(forms: list[str], task: str | None, dtype: str | None, chart: Pa
     return FORMS if ALL in forms else tuple(dict.fromkeys(forms))
 
 
+def load_encoders(paths: Mapping[str, str]) -> dict[str, Any]:
+    """Without heads; under task routing for the first task, because all of them take equally long."""
+    from moebert_kernels.distill.loading import load_encoder
+    from moebert_kernels.layers import moe_config, set_task
+
+    models = {name: load_encoder(path) for name, path in paths.items()}
+    for encoder in models.values():
+        moe = moe_config(encoder.config)
+        if moe is not None and moe.is_task_routed:
+            set_task(encoder, next(iter(moe.tasks or ())))
+    return models
+
+
 def run_forms(
     paths: dict[str, str], forms: tuple[str, ...], rounds: int,
     batches: Callable[[Sequence[Any]], list[tuple[Any, Any]]], loaded: Any, split: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Load the models, time and score them; what goes into the result beside the environment."""
+    """Load the models, time and score them; what goes into the result beside the environment.
+
+    Raises:
+        UserError: no form runs here.
+    """
     from moebert_kernels.bench.benchmark import sizes_of
     from moebert_kernels.demo.forms import compare_forms
-    from moebert_kernels.distill.loading import load_encoder, load_model, load_tokenizer
+    from moebert_kernels.distill.loading import load_model, load_tokenizer
 
     score = None
     if loaded is None:
-        models = {name: load_encoder(path) for name, path in paths.items()}
+        models = load_encoders(paths)
     else:
         models = {name: load_model(path, loaded.task) for name, path in paths.items()}
         score = inputs.Reader(loaded, models["model"].config, load_tokenizer(paths["model"])).evaluator(split)
@@ -52,4 +69,7 @@ def run_forms(
         for name, model in models.items()
     }
     result = compare_forms(models, forms, batches(list(models.values())), rounds, score)
+    if not result["baseline"]:
+        (name, reason), *_ = result["left_out"].items()
+        raise UserError(f"form: expected one that runs here, got none ({name}: {reason})")
     return {"rounds": rounds, "models": sizes} | result

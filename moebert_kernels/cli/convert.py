@@ -182,14 +182,16 @@ def _converted(
     model = load_classifier(name, seed) if has_heads else load_as_saved(name)
     scores = None if importance is None else load_importance(importance, model).scores
     before, chosen = sizes(model), None
-    if texts is not None and (config is None or config.needs_text):
+    if config is not None and config.router == "hash-balance" and texts is not None:
+        vocabulary = model.config.get_text_config().vocab_size
+        options["token_counts"] = count_tokens(texts.columns["input_ids"], vocabulary)
+    if texts is not None and (config is None or (config.experts, config.router) == ("clustered", "hash-chosen")):
         chosen = _chosen(model, texts, config or MoEConfig.chosen(expert_size=width), seed, parts)
+    elif config is not None and config.needs_text:  # experts or tables that are given are part of the choice
+        options["batches"] = _batches(texts, seed)
     if config is None:
         model = dense_student(model, scores, width, seed, chosen=chosen)
     else:
-        if config.router == "hash-balance" and texts is not None:
-            vocabulary = model.config.get_text_config().vocab_size
-            options["token_counts"] = count_tokens(texts.columns["input_ids"], vocabulary)
         convert_to_moe(model, config, importance=scores, chosen=chosen, **options)
     say_sizes(model, before)
     if chosen is None:
@@ -197,15 +199,19 @@ def _converted(
     return model, [choice.report for choice in chosen or ()]
 
 
-def _chosen(model: Any, texts: Any, config: Any, seed: int, parts: Path) -> list[Any]:
-    """Experts that fit the texts, in an order of chance, because files may be sorted."""
+def _batches(texts: Any, seed: int) -> list[Any]:
+    """Of the texts in an order of chance, because files may be sorted."""
     import torch
 
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return [texts.collate(rows.tolist()) for rows in order.split(16)]
+
+
+def _chosen(model: Any, texts: Any, config: Any, seed: int, parts: Path) -> list[Any]:
+    """Experts that fit the texts."""
     from moebert_kernels.convert import choose_experts, report_chart, report_table
 
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-    batches = [texts.collate(rows.tolist()) for rows in order.split(16)]
-    chosen = choose_experts(model, batches, config, seed=seed, folder=parts, progress=True)
+    chosen = choose_experts(model, _batches(texts, seed), config, seed=seed, folder=parts, progress=True)
     reports = [choice.report for choice in chosen]
     print(
         "Errors of each layer on text that chose nothing, lower is better: of a dense feed-forward of the same FLOPs,"

@@ -81,11 +81,10 @@ def bench(
     import torch
 
     from moebert_kernels.bench.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
-    from moebert_kernels.cli.bench_forms import check_forms, run_forms
+    from moebert_kernels.cli.bench_forms import check_forms, load_encoders, run_forms
     from moebert_kernels.demo.forms import forms_chart, forms_table
-    from moebert_kernels.distill.loading import is_prepared, load_config, load_encoder
+    from moebert_kernels.distill.loading import is_prepared, load_config
     from moebert_kernels.doctor import self_test
-    from moebert_kernels.layers import moe_config, set_task
 
     if output is not None:
         check_output_file(output, is_result("cases"), "bench.json")
@@ -119,11 +118,7 @@ def bench(
         if output is not None:
             _write_json(output, result)
         return
-    models = {name: load_encoder(path).to(device, wanted) for name, path in paths.items()}
-    for encoder in models.values():
-        moe = moe_config(encoder.config)
-        if moe is not None and moe.is_task_routed:
-            set_task(encoder, next(iter(moe.tasks or ())))  # all tasks take equally long
+    models = {name: encoder.to(device, wanted) for name, encoder in load_encoders(paths).items()}
     result = {
         "environment": environment(device, wanted), "rounds": rounds,
         "models": {name: {"path": str(paths[name])} | sizes_of(encoder) for name, encoder in models.items()},

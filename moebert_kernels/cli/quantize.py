@@ -38,9 +38,9 @@ def quantize(
     Args:
         dtype: int8, int8-token (a scale for each token), bfloat16 or float32.
         tokens: Of a typical call, all sequences together: engines are compared at it.
-        calibrate: With int8, find the layers that need a scale for each token by 2,048 tokens of --task's training texts, by
-            those of --split where it has none, or without --task by those of --data: rows of a table, lines of a text
-            file. Default: where there are texts.
+        calibrate: With int8, find the layers that need a scale for each token by 2,048 tokens of text: of --task's
+            training texts, of those of --split where it has none, or without --task of those of --data (rows of a
+            table, lines of a text file). Default: where there are texts.
     """
     from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
     from moebert_kernels.serve import describe, prepare

@@ -75,7 +75,8 @@ def choose_experts(
     without = [site.name for site in sites if stack_of(model, site.name) is None]
     if without:
         raise UserError(f"model: expected feed-forwards behind token ids, got {without[0]} of {type(model).__name__}")
-    kept = None if folder is None else _Folder(Path(folder), model, config, seed, max_tokens, weigh_dense)
+    given = {"indices": indices, "tables": tables}
+    kept = None if folder is None else _Folder(Path(folder), model, config, seed, max_tokens, weigh_dense, given)
     done: dict[int, SiteChoice] = {} if kept is None else kept.read(len(sites))
     missing = [n for n in range(len(sites)) if n not in done]
     bar = tqdm(total=len(sites), initial=len(done), desc="choosing experts", unit=" layers", disable=not progress)
@@ -183,15 +184,24 @@ def _sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
     return max(1, _MEMORY // (max_tokens * weight.shape[0] * weight.element_size()))
 
 
+def _digest(*tensors: Tensor) -> str:
+    content = hashlib.sha256()
+    for tensor in tensors:
+        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return content.hexdigest()
+
+
 class _Folder:
     """The choices for a model that were made so far: a file for each feed-forward, and of what they are."""
 
     def __init__(
-        self, path: Path, model: nn.Module, config: MoEConfig, seed: int, max_tokens: int, weigh_dense: bool
-    ) -> None:
+        self, path: Path, model: nn.Module, config: MoEConfig, seed: int, max_tokens: int, weigh_dense: bool,
+        given: Mapping[str, Sequence[Tensor] | Tensor | None],
+    ) -> None:  # fmt: skip
         self.path, self.facts_file = path, path / "choice.json"
         facts = {"config": config.to_dict(), "seed": seed, "max_tokens": max_tokens, "model": model_fingerprint(model)}
         facts |= {"weigh_dense": True} if weigh_dense else {}
+        facts |= {name: _digest(*tensors) for name, tensors in given.items() if tensors is not None}
         self.facts = json.loads(json.dumps(facts))
         if self.facts_file.exists():
             found = json.loads(self.facts_file.read_text())
@@ -211,7 +221,7 @@ class _Folder:
 
     def check_text(self, ids: Tensor) -> None:
         """Raise a UserError where the files are of other text."""
-        digest = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+        digest = _digest(ids)
         if self.facts.setdefault("text", digest) != digest:
             raise UserError(f"folder: expected the choice of this text, got another one's in {self.path}")
         self._write_facts()

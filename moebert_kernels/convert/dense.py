@@ -122,8 +122,8 @@ def merge(model: nn.Module, task: str | None = None) -> Any:
         state |= {key: state[key][rows_of(config, task_id)] for key in (f"{head}.weight", f"{head}.bias")}
         classes = list(config.task_labels[str(task)]) or ["LABEL_0"]  # transformers' name for a score
         labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
-    dense = _dense_like(source, merged[0].w2.shape[1], state, **labels)
     targets = None if config.target_modules is None else tuple(config.target_modules)
+    dense = _dense_like(source, merged[0].w2.shape[1], state, targets, **labels)
     for site, layer, weights in zip(find_sites(dense, targets), layers.values(), merged, strict=True):
         site.put(weights)
         if site.norm is not None:
@@ -194,11 +194,14 @@ def constructor_options(model: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if has_none and known else {}
 
 
-def _dense_like(model: Any, width: int, state: Mapping[str, Tensor], **fields: Any) -> Any:
+def _dense_like(
+    model: Any, width: int, state: Mapping[str, Tensor], targets: tuple[str, ...] | None = None, **fields: Any
+) -> Any:
     """A dense model of the class of `model`, whose feed-forwards have `width` neurons and uninitialised weights.
 
     Args:
-        state: the weights to load; those of feed-forwards are left out.
+        state: the weights to load; those of the feed-forwards are left out.
+        targets: names of the feed-forwards; None: all. The weights of others are loaded.
         fields: fields of the configuration to change.
     """
     config = copy.deepcopy(model.config)
@@ -214,7 +217,7 @@ def _dense_like(model: Any, width: int, state: Mapping[str, Tensor], **fields: A
     dense = dense.to(device=model.device, dtype=model.dtype).train(model.training)
     if getattr(model, "generation_config", None) is not None:
         dense.generation_config = copy.deepcopy(model.generation_config)
-    sites = find_sites(dense)
+    sites = find_sites(dense, targets)
     if common_width(sites) != width:
         raise UserError(f"model: cannot build a {model_class.__name__} with feed-forwards of another width")
     parts = [part for site in sites for part in site.linear_modules]

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -122,7 +124,7 @@ def _read_npz(path: Path) -> tuple[Tensor, dict[str, str]]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return _from_ranks(arrays["importance_sorted"], arrays["rank"]), {"data": str(path)}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"importance: expected arrays importance_sorted and rank, got {path} ({error})") from error
 
 

@@ -86,6 +86,10 @@ def convert_to_moe(
             f"batches: expected {wanted} with router={config.router!r} and experts={config.experts!r}, got "
             f"{'some' if has_text else 'none'}"
         )
+    if chosen is not None and (importance is not None or tables is not None):
+        raise UserError(
+            f"chosen: expected it without {'importance' if tables is None else 'tables'}, which the choice replaces"
+        )
     if config.experts == "mpo" and not force:
         for factors in (config.w1_factors, config.w2_factors):
             assert factors is not None  # `resolved` chose them

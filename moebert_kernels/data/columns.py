@@ -36,7 +36,6 @@ def tokenized(
     max_length: int = 128,
     doc_stride: int | None = None,
     text_to_text: bool = False,
-    num_proc: int | None = None,
 ) -> Any:
     """A split as columns of tokens: `input_ids`, `attention_mask`, what else the model takes, its labels, `length`.
 
@@ -53,7 +52,6 @@ def tokenized(
         doc_stride: tokens that two windows of a context or of running text share. None: 128 for questions, 1 for text.
         text_to_text: inputs and labels of an encoder-decoder: "NAME sentence1: ... sentence2: ..." and the number of
             the class or the score.
-        num_proc: processes, of a data set that does not stream.
 
     Raises:
         UserError: a tokenizer that cannot do what the task needs.
@@ -77,10 +75,7 @@ def tokenized(
         made, options = _sentences, options | {"columns": task.text_columns, "scores": task.kind == "regression"}
     rows_change = task.kind in ("qa", "lm")
     dropped = [name for name in data.column_names or () if name != "example_id" or rows_change]
-    processes = {} if num_proc is None else {"num_proc": num_proc}
-    return data.map(
-        made, batched=True, fn_kwargs=options, remove_columns=dropped, with_indices=task.kind == "qa", **processes
-    )
+    return data.map(made, batched=True, fn_kwargs=options, remove_columns=dropped, with_indices=task.kind == "qa")
 
 
 def collator(

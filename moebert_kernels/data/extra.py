@@ -30,9 +30,16 @@ def extra_text(task: Task, file: Path) -> Dataset:
 
 
 def with_extra_text(train: TokenizedSplit, extra: Dataset) -> TokenizedSplit:
-    """The training data and, after them, texts without labels, which the column `labelled` tells apart."""
+    """The training data and, after them, texts without labels, which the column `labelled` tells apart.
+
+    Raises:
+        UserError: training data of questions or running text, or of an encoder-decoder.
+    """
     from datasets import concatenate_datasets
 
+    if not train.task.has_label or train.text_to_text:
+        got = "an encoder-decoder's" if train.text_to_text else f"a task of kind {train.task.kind}"
+        raise UserError(f"extra-text: expected it with classes or scores of whole texts, got {got}; leave it out")
     with quiet_datasets():
         extra = extra.add_column("label", [0] * len(extra)).cast(train.rows.features)
         rows = numbered(concatenate_datasets([train.rows, extra]))

@@ -13,6 +13,7 @@ batch reads one contiguous run of rows per example.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -233,7 +234,7 @@ class TeacherCache:
     def _write(self, shard: _Shard) -> None:
         numbers = [int(file.name.partition("-")[0]) for file in self.folder.glob(_SHARDS)]
         number = min({*range(len(numbers) + 1)} - {*numbers})
-        file = self.folder / f"{number:05d}.unfinished"
+        file = self.folder / f"{number:05d}-{os.getpid()}.unfinished"  # another run may build the same folder
         write_tensors(file, shard.joined(), {"facts": json.dumps(asdict(self.info))})
         self._open(file.rename(self.folder / f"{number:05d}-{size_and_crc32(file)[1]:08x}.safetensors"))
 

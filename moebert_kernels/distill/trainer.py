@@ -173,8 +173,8 @@ class MoETrainer(Trainer):
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self._losses.judge(self.state.global_step, last=True)
         finally:
-            if self._mask is not None:
-                self._mask.release()
+            for held in (self._mask, *self.callback_handler.callbacks):  # some change a model until a training ends
+                getattr(held, "release", lambda: None)()
             self._open.__exit__(*sys.exc_info())
         return result
 

@@ -197,6 +197,9 @@ def balanced_class(base: type) -> type:
             return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
         with balance_losses() as losses:
             output = base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        loss = output[0] if isinstance(output, tuple) else output.get("loss")
+        if loss is None or loss.ndim:  # the class wants labels of another name, too
+            return output
         balance = weight * summed_losses(losses)
         if isinstance(output, tuple):
             return (output[0] + balance.to(output[0].device), *output[1:])

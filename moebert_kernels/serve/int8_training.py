@@ -49,7 +49,7 @@ class int8_forward:
 
     def __enter__(self) -> int8_forward:
         for _, _, child, kind in packable(self.model, self.dtype):
-            if kind in _CLASSES:
+            if kind in _CLASSES and not hasattr(child, "rounded_as"):  # a module may stand in two places
                 self.modules.append((child, type(child)))
                 child.__class__ = _CLASSES[kind](type(child))
                 object.__setattr__(child, "rounded_as", self.dtype)
@@ -85,6 +85,10 @@ class Int8Callback(TrainerCallback):
             self._inside = int8_forward(getattr(model, "module", model), self.dtype).__enter__()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the model its own forward back; `MoETrainer` does after a training that failed too."""
         if self._inside is not None:
             self._inside.__exit__()
             self._inside = None

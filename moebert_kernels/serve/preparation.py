@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -157,17 +158,18 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast what a checkpoint holds; frequencies of positions, which it does not, would lose theirs.
 
-    What transformers loads in float32 in any case stays so.
+    What transformers loads in float32 in any case stays so: names that hold one of these patterns.
     """
-    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    for module in model.modules():
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ("$^",)  # which nothing matches
+    kept = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns))
+    for path, module in model.named_modules():
         if isinstance(module, PackedModule):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = parameter.data.to(torch.float32 if name in kept else dtype)
+            parameter.data = parameter.data.to(torch.float32 if kept.search(f"{path}.{name}") else dtype)
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                setattr(module, name, buffer.to(dtype))
+                setattr(module, name, buffer.to(torch.float32 if kept.search(f"{path}.{name}") else dtype))
 
 
 def token_scales_in(model: Any, names: list[str] | None) -> list[str] | None:

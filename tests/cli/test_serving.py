@@ -139,6 +139,16 @@ def test_bench_names_what_does_not_run(student, teacher, monkeypatch):
     assert "model onnx is left out: " in text and "pip install -e '.[serve]'" in text
 
 
+def test_bench_of_forms_under_task_routing(base, tmp_path, monkeypatch):
+    words = ("--router", "task", "--task", "sst2", "--task", "cola", "--experts", "copy", "--output", tmp_path / "moe")
+    done("convert", "--model", base, *words)
+    both = ("bench", "--model", tmp_path / "moe", "--against", base, "--rounds", 1, "--batch-size", 2, "--length", 8)
+    assert "is left out" not in done(*both, "--form", "float32")
+    monkeypatch.setattr("moebert_kernels.serve.forms.prepare", lambda *_, **__: 1 / 0)
+    wanted = "form: expected one that runs here, got none (model int8: ZeroDivisionError: division by zero)"
+    assert refused(*both, "--form", "int8") == wanted
+
+
 def test_bench_refusals_of_forms(base, tmp_path):
     both = ("bench", "--model", base, "--against", base)
     assert "form: expected one of float32, compiled" in refused(*both, "--form", "int4")

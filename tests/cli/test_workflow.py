@@ -176,6 +176,25 @@ def test_balanced_tables_count_the_train_split(teacher, importance, data, tmp_pa
     assert torch.equal(first, second)
 
 
+def test_given_experts_and_tables_are_part_of_a_choice(teacher, importance, data, tmp_path):
+    """Tables chosen for the experts that the importance splits; experts that fit the text and given tables."""
+    words = ("convert", "--model", teacher, *TABLE, "--data", data)
+    done(*words, *SPLIT, "--router", "hash-chosen", "--importance", importance, "--output", tmp_path / "tables")
+    split = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tables")
+    done("convert", "--model", teacher, *SPLIT, "--importance", importance, "--output", tmp_path / "random")
+    same = AutoModelForSequenceClassification.from_pretrained(tmp_path / "random")
+    for ours, theirs in zip(moe_layers(split), moe_layers(same), strict=True):
+        assert torch.equal(ours.experts.w2, theirs.experts.w2) and not torch.equal(
+            ours.router.table, theirs.router.table
+        )
+    vocabulary, file = split.config.vocab_size, tmp_path / "tables.json"
+    file.write_text(json.dumps([[token % 4 for token in range(vocabulary)]] * 2))
+    clustered = ("--experts", "clustered", "--expert-size", 8, "--router", "hash-random", "--hash-tables", file)
+    done(*words, *clustered, "--output", tmp_path / "experts")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "experts")
+    assert all((layer.router.table == torch.arange(vocabulary) % 4).all() for layer in moe_layers(model))
+
+
 def test_experts_and_tables_are_chosen_by_the_train_split(teacher, data, tmp_path):
     words = ("convert", "--model", teacher, "--method", "chosen", "--expert-size", 8, *TABLE, "--data", data)
     printed = done(*words, "--output", tmp_path / "moe")

@@ -375,3 +375,13 @@ def test_a_choice_for_another_model_is_refused():
 def test_a_configuration_without_meaning_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
         MoEConfig(**fields)
+
+
+def test_a_choice_is_of_the_experts_and_tables_that_were_given(tmp_path):
+    V = strong().config.vocab_size
+    tables = torch.arange(2 * V).view(2, V) % 3
+    chosen = chosen_for(strong(), folder=tmp_path, tables=tables)
+    with pytest.raises(UserError, match="folder: expected the choice of this tables, got another one's in"):
+        chosen_for(strong(), folder=tmp_path, tables=tables.flip(1))
+    with pytest.raises(UserError, match="chosen: expected it without tables, which the choice replaces"):
+        convert_to_moe(strong(), CONFIG, chosen=chosen, tables=tables)

@@ -224,3 +224,14 @@ def test_dense_student_refuses_other_widths(width):
 def test_dense_student_refuses_what_is_converted():
     with pytest.raises(UserError, match="model: expected a dense model, got BertForSequenceClassification with exp"):
         dense_student(moe_model(), torch.rand(L, D), 8)
+
+
+def test_layers_that_were_not_converted_keep_their_weights():
+    some = {"num_experts": 1, "router": "gate-token", "target_modules": ["layer.0.output"]}
+    moe = moe_model(experts="copy", **some)
+    plain, batch = merge(moe), inputs()
+    assert_golden(outputs(plain, batch)["logits"], outputs(moe, batch)["logits"], 1e-6)
+    config = MoEConfig(expert_size=8, num_shared_neurons=0, **some)
+    narrow = convert_to_moe(dense_model("bert-cls"), config, importance=torch.rand(1, D))
+    with pytest.raises(UserError, match="model: expected the weights of a BertForSequenceClassification, got others"):
+        merge(narrow)

@@ -97,6 +97,9 @@ def test_rejects(tmp_path, model):
     np.savez(tmp_path / "i.npz", importance_sorted=np.ones((1, 3)), rank=np.zeros((1, 3)))
     with pytest.raises(UserError, match="the ranks are not permutations"):
         load_importance(tmp_path / "i.npz")
+    (tmp_path / "i.npz").write_bytes((tmp_path / "i.npz").read_bytes()[:100])
+    with pytest.raises(UserError, match="importance: expected arrays importance_sorted and rank"):
+        load_importance(tmp_path / "i.npz")
 
 
 def test_a_failed_write_keeps_the_file_before(tmp_path, model):

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.data.columns import collator, tokenized
+from moebert_kernels.data.extra import with_extra_text
 from moebert_kernels.data.judges import judge
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, custom_task, load_task
@@ -165,3 +166,15 @@ def test_a_split_is_padded_masked_and_named():
     assert len({split.fingerprint, *(other.fingerprint for other in others)}) == 4
     with pytest.raises(UserError, match="data: expected at least one row, got none"):
         TokenizedSplit(reviews(4).select([]), REVIEWS, words(), max_length=8)
+
+
+def test_extra_text_is_for_classes_and_scores_of_whole_texts():
+    split = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16)
+    joined = with_extra_text(split, reviews(2).remove_columns("label"))
+    assert joined.columns["labelled"][:] == [True] * 4 + [False] * 2
+    split.text_to_text = True
+    with pytest.raises(UserError, match=r"extra-text: expected it with classes or scores .*, got an encoder-decoder's"):
+        with_extra_text(split, reviews(2).remove_columns("label"))
+    split.text_to_text, split.task = False, TASKS["lm"]
+    with pytest.raises(UserError, match=r"extra-text: expected it with .*, got a task of kind lm"):
+        with_extra_text(split, reviews(2).remove_columns("label"))

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModelForPreTraining
 
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import balance_losses, moe_layers, summed_losses
+from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers, summed_losses
 from moebert_kernels.nn import hash_router
+from tests.convert.families import make, make_inputs
 from tests.convert.models import ROUTERS, D, L, dense_model, inputs, labels, moe_model
 
 FAMILIES = ("bert", "roberta")
@@ -128,3 +131,12 @@ def test_low_precision(router, dtype):
     half = model.to(dtype)(**batch)
     assert half.logits.dtype == dtype
     torch.testing.assert_close(half.logits.float(), exact.logits, rtol=0.1, atol=0.1)
+
+
+def test_a_model_that_gives_no_loss_for_its_labels():
+    """One of two heads has labels, which is not enough for this class."""
+    moe = convert_to_moe(make("bert", AutoModelForPreTraining), MoEConfig.switch(num_experts=2))
+    ids = make_inputs("bert")["input_ids"]
+    assert moe(input_ids=ids, labels=ids).loss is None
+    assert moe(input_ids=ids, labels=ids, return_dict=False)[0].ndim == 3
+    assert moe(input_ids=ids, labels=ids, next_sentence_label=torch.zeros(len(ids), dtype=torch.int64)).loss > 0

@@ -6,7 +6,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.errors import UserError
@@ -127,3 +133,26 @@ def test_with_our_trainer_and_a_teacher(tmp_path):
     objective = LayerwiseObjective("classification")
     trainer(tmp_path, student, teacher=teacher, objective=objective, callbacks=[Int8Callback()], max_steps=2).train()
     assert set(seen) == {(True, False), (False, True)}
+
+
+def test_a_training_that_fails_gives_the_model_back(tmp_path):
+    model = make("bert", AutoModelForSequenceClassification, num_labels=3)
+    classes = {name: type(module) for name, module in model.named_modules()}
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    ours = trainer(tmp_path, model, callbacks=[Int8Callback(), Fails()], max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        ours.train()
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+def test_a_module_in_two_places():
+    model = make("t5")
+    model.resize_token_embeddings(1100)
+    assert model.encoder.embed_tokens is model.shared
+    with int8_forward(model):
+        assert hasattr(model.shared, "rounded_as")
+    assert not any(hasattr(module, "rounded_as") for module in model.modules())

@@ -315,3 +315,14 @@ def test_a_model_that_was_trained_under_autocast():
     with torch.no_grad():
         expected = prepare(twin, "int8")(**inputs).last_hidden_state
         assert torch.equal(prepare(model, "int8")(**inputs).last_hidden_state, expected)
+
+
+def test_what_transformers_keeps_in_float32_stays_so():
+    """Names that hold a pattern, of parameters and of buffers."""
+    model = make("bert")
+    model._keep_in_fp32_modules_strict = {"LayerNorm.weight", "encoder.*.counts"}
+    model.encoder.layer[0].register_buffer("counts", torch.ones(3))
+    model.register_buffer("others", torch.ones(3))
+    half = prepare(model, "bfloat16")
+    assert half.encoder.layer[0].counts.dtype == half.embeddings.LayerNorm.weight.dtype == torch.float32
+    assert half.others.dtype == half.embeddings.LayerNorm.bias.dtype == torch.bfloat16
