@@ -15,6 +15,7 @@ from moebert_kernels.convert.text_pass import SiteText
 
 _CHUNK = 2048  # tokens whose activations are in memory at once,
 _KEPT_BYTES = 1 << 30  # unless those of all tokens take no more than this
+_BLOCK = 768  # columns of a symmetric matrix at once
 _FEW_GROUPS = 64  # summed by a matrix product, and more by index
 
 
@@ -34,9 +35,10 @@ class SiteErrors:
     def __init__(self, dense: DenseWeights, activation: str, text: SiteText) -> None:
         w1, b1, w2, b2 = (None if t is None else t.detach().float() for t in dense)
         assert w1 is not None and w2 is not None
-        self.w1, self.b1, self.w2, self.b2, self.activation, self.text = w1, b1, w2, b2, activation, text
-        self.train = torch.nonzero(~text.held_out).flatten()
-        judged = torch.nonzero(text.held_out).flatten()
+        self.w1, self.b1, self.w2, self.b2, self.activation = w1, b1, w2, b2, activation
+        text = text.in_order(text.held_out.to(torch.uint8).argsort(stable=True))  # what is read together is adjacent
+        self.text, choosing = text, int((~text.held_out).sum())
+        self.train, judged = torch.arange(len(text.ids), device=text.ids.device).tensor_split([choosing])
         self.judged = judged if len(judged) else self.train
         self._kept: Tensor | None = None
         kept, output = [], []
@@ -56,24 +58,26 @@ class SiteErrors:
         gradient = self.text.gradient
         return (self.weight + gradient / (gradient / self.weight).mean().clamp(min=1e-30)) / 2
 
-    def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens (n,), their inputs (n, H) and activations (n, D)."""
+    def _chunks(self, tokens: Tensor) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+        """Some of the ascending tokens at a time, their inputs (n, H) and activations (n, D), not to be changed."""
         for part in tokens.to(self.text.x.device).split(_CHUNK):
-            x = self.text.x[part].float()
+            first, last = (int(part[0]), int(part[-1])) if len(part) else (0, -1)
+            rows = slice(first, last + 1) if last + 1 - first == len(part) else part  # a slice copies nothing
+            x = self.text.x[rows].float()
             if self._kept is not None:
-                yield part, x, self._kept[part]
+                yield rows, x, self._kept[rows]
             else:
-                yield part, x, reference.activate(F.linear(x, self.w1, self.b1), self.activation)
+                yield rows, x, reference.activate(F.linear(x, self.w1, self.b1), self.activation)
 
     def errors(self, experts: Sequence[Refit], tokens: Tensor) -> Tensor:
         """(n, E) error of each token with each expert."""
         return torch.cat([self._errors(part, x, h, experts) for part, x, h in self._chunks(tokens)])
 
-    def _errors(self, part: Tensor, x: Tensor, h: Tensor, experts: Sequence[Refit]) -> Tensor:
+    def _errors(self, part: Tensor | slice, x: Tensor, h: Tensor, experts: Sequence[Refit]) -> Tensor:
         exact, found = self.output[part], []
         norm = F.layer_norm(x + exact, x.shape[1:]) if self.text.is_normed else None
         for expert in experts:
-            output = F.linear(h[:, expert.kept], expert.w2, expert.b2)
+            output = F.linear(h.index_select(1, expert.kept), expert.w2, expert.b2)
             if norm is not None:
                 found.append((F.layer_norm(x + output, x.shape[1:]) - norm).square().mean(1))
             else:
@@ -91,8 +95,8 @@ class SiteErrors:
         sums, squares = torch.zeros(num_groups, D, device=device), torch.zeros(num_groups, D, device=device)
         at = 0
         for part, _, h in self._chunks(self.train):
-            weight, into = self.weight[part], group[at : at + len(part)]
-            at += len(part)
+            weight, into = self.weight[part], group[at : at + len(h)]
+            at += len(h)
             total.index_add_(0, into, weight)
             if num_groups <= _FEW_GROUPS:
                 member = F.one_hot(into, num_groups).T * weight
@@ -119,8 +123,9 @@ class SiteErrors:
                 weight = weights[part]
                 total += weight.sum()
                 sums += weight @ h
-                scaled = h * weight.sqrt()[:, None]
-                products.addmm_(scaled.T, scaled)
+                add_gram(products, h * weight.sqrt()[:, None])
+            products.triu_()
+            products += products.triu(1).T
         whole = tuple(torch.stack([group_raw[n] for group_raw in raw]).sum(0) for n in (0, 1))
         products = raw[0][2].clone()
         for group_raw in raw[1:]:
@@ -133,3 +138,10 @@ class SiteErrors:
         if self.b2 is None:
             return Moments(float(total), torch.zeros_like(mean), second)
         return Moments(float(total), mean, second - torch.outer(mean, mean))
+
+
+def add_gram(products: Tensor, rows: Tensor) -> None:
+    """Add the upper half of rows^T rows, of (n, D), to (D, D), block by block; what is below may be anything after."""
+    for start in range(0, len(products), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        products[block, start:].addmm_(rows[:, block].T, rows[:, start:])

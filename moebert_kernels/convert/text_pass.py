@@ -46,6 +46,13 @@ class SiteText:
     is_normed: bool
     gradient: Tensor | None = None
 
+    def in_order(self, order: Tensor) -> SiteText:
+        """The tokens (N,) of these numbers."""
+        gradient = None if self.gradient is None else self.gradient[order]
+        return SiteText(
+            self.ids[order], self.x[order], self.held_out[order], self.stream[order], self.is_normed, gradient
+        )
+
 
 class _Recorder:
     """The hooks of one site, and what they have seen."""

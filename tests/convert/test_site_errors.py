@@ -23,7 +23,7 @@ def case(activation="gelu", is_normed=True, has_bias=True):
     w1, b1, w2, b2 = (torch.randn(shape, generator=generator) for shape in shapes)
     dense = DenseWeights(w1, b1 if has_bias else None, w2, b2 if has_bias else None)
     x = torch.randn(N, H, generator=generator)
-    held_out = torch.arange(N) % 5 == 4
+    held_out = torch.arange(N) >= 40
     stream = torch.rand(N, generator=generator) + 0.5
     text = SiteText(torch.arange(N), x, held_out, stream, is_normed)
     h = reference.activate(F.linear(x, w1, dense.b1), activation)
@@ -42,7 +42,7 @@ def test_errors(activation, has_bias, is_normed):
     kept = torch.tensor([[0, 3, 5], [9, 8, 1]])
     b2 = None if dense.b2 is None else dense.b2 + 1
     experts = [Refit(k, dense.w2[:, k] * 1.1, b2) for k in kept]
-    tokens = torch.tensor([4, 40, 11, 12])
+    tokens = torch.tensor([4, 11, 12, 40])
     got = site.errors(experts, tokens)
     exact = F.linear(h, dense.w2, dense.b2)
     for e, expert in enumerate(experts):
@@ -61,8 +61,7 @@ def test_errors(activation, has_bias, is_normed):
 def test_means_and_moments(groups, has_bias):
     site, _, x, h, _ = case(has_bias=has_bias)
     train = site.train
-    assert train.tolist() == [n for n in range(N) if n % 5 != 4]
-    assert site.judged.tolist() == [n for n in range(N) if n % 5 == 4]
+    assert train.tolist() == [*range(40)] and site.judged.tolist() == [*range(40, N)]
     group = torch.arange(len(train)) % 3
     weight = 1 / (x + site.output).var(1, unbiased=False)
     torch.testing.assert_close(site.weight, weight)
@@ -109,3 +108,15 @@ def test_without_held_out_tokens_all_judge():
     text = SiteText(*(t for t in site.text.__dict__.values()))
     all_choose = SiteText(text.ids, text.x, torch.zeros(N, dtype=torch.bool), text.stream, True)
     assert torch.equal(SiteErrors(dense, "gelu", all_choose).judged, torch.arange(N))
+
+
+def test_tokens_that_choose_come_before_those_that_judge():
+    site, dense, x, _, stream = case()
+    held_out = torch.arange(N) % 5 == 4
+    text = SiteText(torch.arange(N), x, held_out, stream, True, torch.arange(N).float())
+    found = SiteErrors(dense, "gelu", text)
+    order = [n for n in range(N) if n % 5 != 4] + [n for n in range(N) if n % 5 == 4]
+    assert found.text.ids.tolist() == found.text.gradient.tolist() == order
+    assert found.train.tolist() == [*range(40)] and found.judged.tolist() == [*range(40, N)]
+    torch.testing.assert_close(found.output, site.output[order])
+    torch.testing.assert_close(found.weight, site.weight[order])
