@@ -27,12 +27,12 @@ test: $(VENV)/package.stamp  ## the tests but the slow ones (ARGS="-k name": som
 	$(BIN)/python -m pytest tests -n auto $(ARGS)
 
 test-slow: $(VENV)/package.stamp  ## the slow tests: compilation, processes, fresh installations, every family, 600 random problems
-	$(BIN)/python -m pytest tests -m slow -n auto $(ARGS)
+	$(BIN)/python -m pytest tests -m slow -n auto --dist worksteal $(ARGS)
 
 test-native:  ## the CUDA sources compiled for the CPU, on an emulated GPU; needs cmake and a C++ compiler
 	cmake -S . -B build/host -DMBK_HOST_TESTS=ON
 	cmake --build build/host --parallel 2
-	ctest --test-dir build/host --output-on-failure --no-tests=error
+	ctest --test-dir build/host --parallel 2 --output-on-failure --no-tests=error
 
 build: $(VENV)/package.stamp  ## compile what changed of the CUDA part into this tree; fails where nvcc is missing
 	MOEBERT_KERNELS_BUILD_CUDA=1 $(PIP) install --no-deps -e .
