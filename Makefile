@@ -27,7 +27,7 @@ test: $(VENV)/package.stamp  ## the tests but the slow ones (ARGS="-k name": som
 	$(BIN)/python -m pytest tests -n auto $(ARGS)
 
 test-slow: $(VENV)/package.stamp  ## the slow tests: compilation, processes, fresh installations, every family, 600 random problems
-	$(BIN)/python -m pytest tests -m slow -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest tests -m slow -n auto $(ARGS)
 
 test-native:  ## the CUDA sources compiled for the CPU, on an emulated GPU; needs cmake and a C++ compiler
 	cmake -S . -B build/host -DMBK_HOST_TESTS=ON
