@@ -16,11 +16,12 @@ COMMENT = dict.fromkeys((".cu", ".cuh", ".h", ".cpp"), r"//[^\n]*|/\*.*?\*/") | 
 
 
 def without_comments(path: Path) -> str:
-    """The text of a file, as a comment, a docstring, a line break or a version of Python does not change it."""
+    """The text of a file, as a comment, a docstring or a version of Python does not change it."""
     text = path.read_text()
     if path.suffix == ".py":
         text = without_docstrings(text)
-    return "".join(re.sub(COMMENT[path.suffix], " ", text, flags=re.DOTALL).split())
+    lines = re.sub(COMMENT[path.suffix], " ", text, flags=re.DOTALL).splitlines()
+    return "\n".join(line.rstrip() for line in lines if line.strip())  # how far a line is indented is code
 
 
 def without_docstrings(text: str) -> str:

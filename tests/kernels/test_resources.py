@@ -34,17 +34,17 @@ def test_table_of_resources():
 
 def test_a_comment_changes_no_digest_and_code_does(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    (tmp_path / "a.py").write_text('"""Text."""\nx = 1\n')
+    (tmp_path / "a.py").write_text('"""Text."""\nfor i in y:\n    x = 1\n    z = 2\n')
     (tmp_path / "a.cu").write_text("int x = 1;  // text\n")
     files = [tmp_path / "a.py", tmp_path / "a.cu"]
     before = sources.digest(files, "1")
-    (tmp_path / "a.py").write_text("# other text\n\nx = 1\n")
-    (tmp_path / "a.cu").write_text("/* other\n text */ int x =\n1;\n")
+    (tmp_path / "a.py").write_text("# other text\n\nfor i in y:\n    x = 1  # text\n    z = 2\n")
+    (tmp_path / "a.cu").write_text("/* other\n text */\nint x = 1;\n")
     assert sources.digest(files, "1") == before
     assert sources.digest(files, "2") != before
-    for file, text in zip(files, ("x = 2\n", "int x = 2;\n"), strict=True):
+    for file, right, wrong in ((files[0], "x = 1", "x = 2"), (files[0], "    z", "z"), (files[1], "1", "2")):
         kept = file.read_text()
-        file.write_text(text)
+        file.write_text(kept.replace(right, wrong))
         assert sources.digest(files, "1") != before
         file.write_text(kept)
 
