@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.views import Row, is_model, ours, series_over_tokens
+from moebert_kernels.files import replacing
 
 OURS_COLOUR, LINE_COLOUR = "#c8321e", "#444444"
 NAMED_COLOURS = {
@@ -209,6 +210,5 @@ def _save(figure: Any, path: Path) -> None:
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     pyplot.close(figure)
-    partial = path.with_name(f".{path.name}.partial")
-    Image.open(raw).convert("RGB").quantize(64).save(partial, format="PNG", optimize=True)
-    partial.replace(path)
+    with replacing(path) as partial:
+        Image.open(raw).convert("RGB").quantize(64).save(partial, format="PNG", optimize=True)

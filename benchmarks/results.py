@@ -34,6 +34,7 @@ from benchmarks.measuring import (
     spread,
 )
 from benchmarks.model import Cost
+from moebert_kernels.files import write_text
 
 FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
@@ -296,11 +297,8 @@ def busy_warning(result: dict[str, Any]) -> str:
 
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Write `<folder>/<what>.json`, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['what']}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(result, indent=1) + "\n")
     return path
 
 

@@ -43,7 +43,7 @@ from moebert_kernels.convert import (
     judge_experts,
     report_table,
 )
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.files import replacing, write_text
 from moebert_kernels.layers import MoEConfig, moe_layers
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
@@ -183,9 +183,8 @@ class Targets:
         """A batch, its embeddings and the layers' hidden states."""
         batch, file = encoded(self.tokenizer, self.batches[number]), self.folder / f"{number:04d}.pt"
         if not file.exists():
-            with torch.no_grad():
-                torch.save(embedding(self.teacher, batch), file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
+            with replacing(file) as partial, torch.no_grad():
+                torch.save(embedding(self.teacher, batch), partial)
         return batch, *torch.load(file)
 
 

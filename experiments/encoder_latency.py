@@ -21,7 +21,7 @@ from benchmarks.environment import environment
 from benchmarks.measuring import Target
 from moebert_kernels.bench.clocks import timer
 from moebert_kernels.bench.timing import quartiles
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.files import write_text
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
 ROUNDS = {(1, 32): 41, (1, 128): 21, (8, 32): 21, (8, 128): 11}

@@ -14,7 +14,7 @@ from encoder_latency import PLAIN
 from encoder_tasks import FILES, task_named
 from scipy import stats
 
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.files import write_text
 
 MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
 BASELINE = "moe"  # the others are compared with it

@@ -19,7 +19,7 @@ from datasets import concatenate_datasets
 from encoder_arms import ARMS, DTYPES, TEACHER, Arm, chosen_config
 from encoder_tasks import load
 from filelock import FileLock, Timeout  # comes with torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -29,8 +29,8 @@ from moebert_kernels.data.columns import collator, tokenized
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
-from moebert_kernels.distill.files import write_text
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import replacing, write_tensors, write_text
 from moebert_kernels.serve import prepare
 
 REDRAWN = 200  # times the test examples, for a score's error
@@ -181,9 +181,7 @@ class Cell:
         with self.place.lock(f"{self.name}-{self.seed}-importance"):
             if not file.exists():
                 rows = range(min(self.settings.scored, len(self.columns[name])))
-                partial = file.with_suffix(".partial")
-                save_file({"scores": importance_scores(self.teacher, self.batches(name, rows))}, partial)
-                partial.replace(file)
+                write_tensors(file, {"scores": importance_scores(self.teacher, self.batches(name, rows))})
         return load_file(file)["scores"]
 
     def outputs(self) -> TeacherCache:
@@ -349,9 +347,8 @@ class Cell:
 def once_array(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
     """The array in this file, which is made where there is none."""
     if not file.exists():
-        partial = file.with_suffix(".partial.npy")
-        np.save(partial, make())
-        partial.replace(file)
+        with replacing(file) as partial, partial.open("wb") as handle:
+            np.save(handle, make())
     return np.load(file)
 
 

@@ -38,7 +38,6 @@ from moebert_kernels.demo.data import base_model
 from moebert_kernels.demo.report import write_report
 from moebert_kernels.demo.run import machine, step
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.files import once, write_text
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
 from moebert_kernels.distill.microbert import MicroBertObjective
@@ -46,6 +45,7 @@ from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvalu
 from moebert_kernels.distill.recipe import Recipe, Stage, load_recipe
 from moebert_kernels.distill.run import train_stages
 from moebert_kernels.distill.teacher_cache import TeacherCache
+from moebert_kernels.files import once, write_text
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.study.ablation import ARMS, draw, summary, table
 

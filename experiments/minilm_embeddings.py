@@ -34,7 +34,7 @@ from moebert_kernels.data.tasks import TaskData, custom_task, load_task
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments
 from moebert_kernels.distill.embedding import Pooling, keep_pooling, read_pooling
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.files import write_text
 from moebert_kernels.layers import MoEConfig
 
 HERE = Path(__file__).resolve().parent / "minilm_embeddings"

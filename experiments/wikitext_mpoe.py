@@ -38,11 +38,11 @@ from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import get_task
 from moebert_kernels.demo.run import machine, step
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.files import write_text
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.recipe import Recipe as Stages
 from moebert_kernels.distill.recipe import Stage
 from moebert_kernels.distill.run import train_stages
+from moebert_kernels.files import write_text
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.nn import GradientMask
 

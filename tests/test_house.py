@@ -20,7 +20,7 @@ MAX_LINES = 400
 # Low to high. A module imports from the lines above its own, and from its own folder.
 LAYERS = (
     ("errors", "grouping", "activation", "dropout", "accuracy", "native", "cpu", "graphs"),
-    ("backend",),
+    ("backend", "files"),
     ("reference", "torch_backend", "kernels", "_C"),
     ("triton_backend",),
     ("cuda_backend",),

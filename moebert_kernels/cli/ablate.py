@@ -52,9 +52,9 @@ def ablate(
         seeds: Runs of each arm on each task.
     """
     from moebert_kernels.demo.report import write_report
-    from moebert_kernels.distill.files import once, write_text
     from moebert_kernels.distill.identity import check_same, model_files, row_facts
     from moebert_kernels.distill.recipe import flat
+    from moebert_kernels.files import once, write_text
     from moebert_kernels.study.ablation import ARMS, DEFAULT_ARMS, draw, repeated_arms, summary, table
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training

@@ -186,7 +186,7 @@ def _task_batches(
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from moebert_kernels.distill.files import write_text
+    from moebert_kernels.files import write_text
 
     write_text(path, json.dumps(content, indent=1) + "\n")
     print(f"saved in {path}")

@@ -33,7 +33,7 @@ def check_output(folder: Path, command: str, *models: str | Path | None) -> dict
     Raises:
         UserError: a file, a folder that cannot be written, that of one of the models, or one with other things.
     """
-    from moebert_kernels.distill.files import check_writable
+    from moebert_kernels.files import check_writable
 
     if folder.is_file():
         raise UserError(f"output: expected a folder, got the file {folder}")
@@ -141,8 +141,8 @@ def write_files(output: Path, save: Callable[[Path], Any], identity: Mapping[str
     Args:
         parts: a tokenizer, a configuration; None: there is none.
     """
-    from moebert_kernels.distill.files import write_folder
     from moebert_kernels.distill.loading import quiet_transformers
+    from moebert_kernels.files import write_folder
 
     def write(folder: Path) -> None:
         with quiet_transformers():
@@ -189,7 +189,7 @@ def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str)
     """Raise UserError unless a command may write `file`: there is none, or `is_ours` knows it as an earlier result."""
     if file.is_dir():
         raise UserError(f"output: expected a file, such as {example}, got the folder {file}")
-    from moebert_kernels.distill.files import check_writable
+    from moebert_kernels.files import check_writable
 
     check_writable("output", file.absolute().parent)
     if file.exists() and not is_ours(file):

@@ -7,19 +7,18 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moebert_kernels.convert.plain_pickle import read_plain_pickle
 from moebert_kernels.convert.sites import common_width, find_sites
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import write_tensors
 
 _FORMAT = "moebert_kernels.importance.1"
 
@@ -61,16 +60,10 @@ def save_importance(
     facts = {"data": data, "split": split, "task": task, "model": _model_name(model), **more}
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
     metadata |= {"format": _FORMAT, "fingerprint": model_fingerprint(model)}
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"scores": scores.detach().to("cpu", torch.float32).contiguous()}, partial, metadata=metadata)
-        os.replace(partial, target)
+        write_tensors(Path(path), {"scores": scores.detach().to("cpu", torch.float32)}, metadata)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f"path: expected a file that can be written, got {target} ({error})") from error
+        raise UserError(f"path: expected a file that can be written, got {path} ({error})") from error
 
 
 def load_importance(path: str | os.PathLike[str], model: nn.Module | None = None) -> Importance:

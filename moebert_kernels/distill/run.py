@@ -26,7 +26,6 @@ from moebert_kernels.data.metrics import Metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import StopCallback
-from moebert_kernels.distill.files import check_writable, recover_folder, write_folder, write_tensors, write_text
 from moebert_kernels.distill.identity import check_same
 from moebert_kernels.distill.loading import check_reach, quiet_transformers
 from moebert_kernels.distill.microbert import MicroBertObjective
@@ -40,6 +39,7 @@ from moebert_kernels.distill.task_trainer import TaskTrainer
 from moebert_kernels.distill.teacher import check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import check_writable, recover_folder, write_folder, write_tensors, write_text
 
 RUN = "run.json"
 MAPS = "maps.safetensors"  # the objective's maps as a finished run left them

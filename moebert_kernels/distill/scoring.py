@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moebert_kernels.convert import importance_scores, model_fingerprint, save_importance
 from moebert_kernels.data.split import TokenizedSplit
-from moebert_kernels.distill.files import write_tensors
+from moebert_kernels.files import write_tensors
 
 _SAVE_EVERY_S = 30.0
 

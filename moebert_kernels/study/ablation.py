@@ -14,6 +14,7 @@ import numpy as np
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.distill.recipe import Recipe
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import replacing
 from moebert_kernels.study.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 
 Record = Mapping[str, Any]  # of one run: task, arm, seed, score, teacher_score, predictions, seconds
@@ -226,7 +227,6 @@ def draw(report: Mapping[str, Any], file: Path, title: str) -> None:
     axis.margins(x=0.12, y=0.15)
     axis.legend()
     axis.set_title(title)
-    partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
+    with replacing(file) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
-    partial.replace(file)

@@ -192,7 +192,7 @@ def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
 
 
 def test_a_half_written_importance_file_is_done_again(teacher, importance, data, tmp_path):
-    shutil.copy(importance, tmp_path / "i.safetensors.partial")
+    shutil.copy(importance, tmp_path / ".i.safetensors.partial")
     (tmp_path / "i.safetensors.unfinished").write_bytes(b"half")
     done("importance", "--model", teacher, *TABLE, "--data", data, "--output", tmp_path / "i.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i.safetensors"]

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import convert_to_moe
-from moebert_kernels.distill.files import recover_folder, write_folder
 from moebert_kernels.distill.run import RUN
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import recover_folder, write_folder
 from moebert_kernels.layers import MoEConfig
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
 from tests.distill.tiny_run import (

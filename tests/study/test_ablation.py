@@ -8,9 +8,9 @@ from scipy import stats
 
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TASKS
-from moebert_kernels.distill.files import once
 from moebert_kernels.distill.recipe import load_recipe
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import once
 from moebert_kernels.study.ablation import ARMS, draw, recipe_of_arm, repeated_arms, summary, table
 from moebert_kernels.study.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 

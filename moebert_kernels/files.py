@@ -29,8 +29,11 @@ def check_writable(name: str, folder: Path) -> None:
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """The name of a file, in a folder that is made if missing, that takes the place of `path` at the end, or goes."""
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a new file that takes the place of `path` when the block ends, and is removed where it raises.
+
+    The folder is made if it is missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -43,7 +46,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, in a folder that is made if missing."""
-    with _partial(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -56,7 +59,7 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all, in a folder that is made if missing."""
-    with _partial(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, facts)
 
 
