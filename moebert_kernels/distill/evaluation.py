@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.data.columns import target_text
 from moebert_kernels.data.judges import label_losses, perplexity, question_answers
 from moebert_kernels.data.metrics import Metrics, compute_metrics
 from moebert_kernels.data.split import TokenizedSplit
-from moebert_kernels.distill.teacher import LABEL_KEYS, forward_keys
+from moebert_kernels.distill.teacher import forward_keys
 
 UNREAD_SCORE = 0.0  # of an answer that is no number; their share is reported as "unread"
 _SCORE = re.compile(r"[-+]?\d+(\.\d+)?")

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moebert_kernels.convert import model_fingerprint
+from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.cpu import aligned
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
-
-LABEL_KEYS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebert_kernels.distill.teacher import LABEL_KEYS
+from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 
 TASK, BALANCE = "task", "balance"
 GRACE_STEPS = 20  # a student that starts as its teacher's copy may have a zero term at first, but not for long
+
+
+def has_labels(batch: Mapping[str, Any]) -> bool:
+    return any(key in batch for key in LABEL_KEYS)
 
 
 class Terms:
@@ -56,7 +60,7 @@ class Terms:
         """Whether the labels are a term."""
         if TASK in self._given or not self._has_teacher:
             return bool(self.weights.get(TASK, 1.0))
-        return any(key in batch for key in LABEL_KEYS)
+        return has_labels(batch)
 
     def weight(self, name: str) -> float:
         return self.weights.get(name, 1.0)

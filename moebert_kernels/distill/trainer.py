@@ -30,9 +30,9 @@ from moebert_kernels.distill.orders import SeededLengthGroups, padded
 from moebert_kernels.distill.parameter_groups import add_groups, decayed
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
 from moebert_kernels.distill.step_graphs import StepGraphs, check_graphs
-from moebert_kernels.distill.teacher import LABEL_KEYS, LiveTeacher, Teacher, forward_keys
+from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.terms import BALANCE, TASK, Terms
+from moebert_kernels.distill.terms import BALANCE, TASK, Terms, has_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import balance_losses, moe_config, summed_losses
 from moebert_kernels.nn import BalanceWindow, GradientMask, MPOWeight, shared_fold
@@ -271,7 +271,7 @@ class MoETrainer(Trainer):
 
     def _judged(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss of a batch that is evaluated: of its labels, or where it has none the objective's."""
-        if any(key in inputs for key in LABEL_KEYS):
+        if has_labels(inputs):
             outputs = model(**self._inputs(inputs))
             return task_loss(outputs, dict(inputs), self._preset, self._causal), outputs
         terms, outputs = self._terms(model, inputs, with_task=False)
@@ -300,7 +300,7 @@ class MoETrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """As `Trainer.prediction_step`; the objective judges what has no labels, and embeddings are predictions."""
-        if self.objective is None or any(key in inputs for key in LABEL_KEYS):
+        if self.objective is None or has_labels(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

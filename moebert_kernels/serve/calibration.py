@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.convert.batches import reading, tensors_of
+from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import Packed, rounded_activation
@@ -21,7 +22,6 @@ from moebert_kernels.serve.packed import Packed, rounded_activation
 # Of a product's output, relative, for the median token (docs/experiments.md, 2026-11-29).
 MOST_ERROR = 0.05
 MOST_TOKENS = 2048  # of the text
-_LABELS = ("labels", "start_positions", "end_positions")  # nothing that a product sees depends on them
 
 
 def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -46,7 +46,7 @@ def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any
         packed.linear = recorders[name]
     accepted = set(inspect.signature(model.forward).parameters)
     if not getattr(model.config, "is_encoder_decoder", False):  # which make a decoder's inputs of their labels
-        accepted -= set(_LABELS)
+        accepted -= set(LABEL_KEYS)  # nothing that a product sees depends on them
     if not isinstance(batches, Iterable):
         raise UserError(f"batches: expected a list of mappings with input_ids, got {type(batches).__name__}")
     for batch in tensors_of(batches, torch.device("cpu")):
