@@ -58,17 +58,20 @@ def run_forms(
     from moebert_kernels.demo.forms import compare_forms
     from moebert_kernels.distill.loading import load_model, load_tokenizer
 
-    score = None
+    scores = None
     if loaded is None:
         models = load_encoders(paths)
     else:
         models = {name: load_model(path, loaded.task) for name, path in paths.items()}
-        score = inputs.Reader(loaded, models["model"].config, load_tokenizer(paths["model"])).evaluator(split)
+        scores = {  # each reads the texts with its own tokenizer, and numbers the classes in its own way
+            name: inputs.Reader(loaded, model.config, load_tokenizer(paths[name])).evaluator(split)
+            for name, model in models.items()
+        }
     sizes = {
         name: {"path": paths[name]} | ({} if hasattr(model, "prepared") else sizes_of(model))  # no parameters any more
         for name, model in models.items()
     }
-    result = compare_forms(models, forms, batches(list(models.values())), rounds, score)
+    result = compare_forms(models, forms, batches(list(models.values())), rounds, scores)
     if not result["baseline"]:
         (name, reason), *_ = result["left_out"].items()
         raise UserError(f"form: expected one that runs here, got none ({name}: {reason})")

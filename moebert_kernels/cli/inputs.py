@@ -114,6 +114,9 @@ class Table:
         if name != "custom":
             if columns:
                 raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
+            for option, given in (("regression", self.regression), ("label-column", self.label_column != "label")):
+                if given:
+                    raise UserError(f"{option}: expected it with --task custom alone, got it with --task {name}")
             return get_task(name)
         names: list[str] = []
         if model is not None and not self.regression:

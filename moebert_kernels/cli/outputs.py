@@ -85,6 +85,16 @@ def call_of(ctx: Any, **facts: Any) -> dict[str, Any]:
     return json.loads(json.dumps({"command": ctx.command.name, **given, **facts}, default=str))
 
 
+def data_files(data: Sequence[str] | None) -> dict[str, Any]:
+    """Sizes and CRC-32 of the local files that --data names."""
+    from moebert_kernels.distill.identity import files_of
+    from moebert_kernels.files import size_and_crc32
+
+    named = [word if Path(word).exists() else word.partition("=")[2] for word in data or ()]
+    paths = [Path(name) for name in named if name and Path(name).exists()]
+    return {str(path): size_and_crc32(path) if path.is_file() else files_of(path) for path in paths}
+
+
 def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
     """Whether an earlier call of the same `identity`, as far as that is known, wrote the model in `folder`.
 

@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, data_files, write_model
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
@@ -53,7 +53,7 @@ def quantize(
     calibrates = calibrate is not False and dtype == "int8"
     if task is None and texts.data and not calibrates:
         raise UserError("data: expected --task too, since without it texts only calibrate int8, got none")
-    identity = call_of(ctx)
+    identity = call_of(ctx, **{"files of data": data_files(texts.data)})
     if already_written(output, identity, force, model):
         return
     if calibrate is None and calibrates and task is None and not texts.data:

@@ -74,6 +74,8 @@ def tokenized(
     else:
         made, options = _sentences, options | {"columns": task.text_columns, "scores": task.kind == "regression"}
     rows_change = task.kind in ("qa", "lm")
+    if data.column_names is None and rows_change:  # a stream whose rows nobody has looked at
+        data = data._resolve_features()
     dropped = [name for name in data.column_names or () if name != "example_id" or rows_change]
     return data.map(made, batched=True, fn_kwargs=options, remove_columns=dropped, with_indices=task.kind == "qa")
 
@@ -84,6 +86,9 @@ def collator(
     """What makes batches of these columns: padded to the longest text or to `pad_to`, labels by token with -100."""
     if text_to_text:
         return DataCollatorForSeq2Seq(tokenizer)
+    if task.kind == "qa" and tokenizer.padding_side != "right":  # which would shift the answers' positions
+        tokenizer = copy.deepcopy(tokenizer)  # it is saved with the model as it is
+        tokenizer.padding_side = "right"
     if task.kind == "lm":
         return _LanguageModelCollator(tokenizer)
     if pad_to is not None:

@@ -37,7 +37,8 @@ def judge(task: Task, rows: Any = None, columns: Any = None) -> dict[str, Any]:
         if task.kind == "qa":
             texts = question_answers(task, rows, columns, *given.predictions[:2])
             return compute_metrics(task, texts, [held["text"] for held in rows["answers"]])
-        logits = np.asarray(given.predictions)
+        # an encoder-decoder's first output of several
+        logits = np.asarray(given.predictions[0] if isinstance(given.predictions, tuple) else given.predictions)
         answers = logits.reshape(-1) if task.kind == "regression" else logits.argmax(-1)
         return compute_metrics(task, answers.tolist(), list(given.label_ids))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moebert_kernels.data.tasks import Task
+from moebert_kernels.data.tasks import TASKS, Task
 
 Metrics = dict[str, float]  # by name
 N_BEST = 20
@@ -43,7 +43,12 @@ def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence
                          f" {len(references)}")  # fmt: skip
     if task.kind == "qa":
         return squad_metrics(predictions, references, with_no_answer=task.name != "squad")
-    return {name: _metric(name, np.asarray(predictions), np.asarray(references)) for name in task.metrics}
+    answers, labels = np.asarray(predictions), np.asarray(references)
+    known = TASKS.get(task.name)
+    if known is not None and "f1" in known.metrics and task.label_names == known.label_names[::-1]:
+        # a model's order of the classes; the score is of the task's second one
+        answers, labels = 1 - answers, 1 - labels
+    return {name: _metric(name, answers, labels) for name in task.metrics}
 
 
 _OF_SCIKIT_LEARN: dict[str, tuple[str, dict[str, Any]]] = {

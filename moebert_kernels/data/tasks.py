@@ -282,8 +282,9 @@ def _sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Colu
 def _splits(loaded: Mapping[str, Dataset], task: Task, where: str) -> Iterator[tuple[str, Columns, str]]:
     for split, data in loaded.items():
         columns = named_columns(data)
-        # the Hub's copies of test sets without labels have -1
-        if not task.has_label or columns.get(task.label_column, ())[:1] not in ([None], [-1]):
+        # the Hub's copies of test sets without labels have -1 throughout
+        labels = columns.get(task.label_column, ())
+        if not task.has_label or not len(labels) or any(label not in (None, -1) for label in labels):
             yield _HUB_SPLITS.get(split, split), columns, f"{where}, {split}"
 
 

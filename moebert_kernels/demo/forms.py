@@ -24,7 +24,7 @@ def compare_forms(
     forms: Sequence[str],
     batches: Sequence[tuple[Tensor, Tensor]],
     rounds: int,
-    score: Callable[[Any], Mapping[str, float]] | None = None,
+    scores: Mapping[str, Callable[[Any], Mapping[str, float]]] | None = None,
 ) -> dict[str, Any]:
     """Times of all models in all forms, and their scores.
 
@@ -33,7 +33,7 @@ def compare_forms(
         forms: names of `moebert_kernels.serve.forms.FORMS`.
         batches: ids and mask, each (B, T) int64. Engines are chosen for the first one.
         rounds: each calls every model in every form once.
-        score: metrics of a model on a task, or None.
+        scores: by the model's name what gives metrics of its forms on a task, or None.
 
     Returns:
         `baseline`, "against float32" for instance; `left_out`, name -> why a form does not run here; `scores`, name ->
@@ -56,7 +56,9 @@ def compare_forms(
                     made[f"{name} {form}"] = found
         *_, last = models
         baseline = next((name for name in made if name.startswith(f"{last} ")), next(iter(made), ""))
-        scores = {} if score is None else {name: dict(score(form)) for name, form in made.items()}
+        found = (
+            {} if scores is None else {name: dict(scores[name.partition(" ")[0]](form)) for name, form in made.items()}
+        )
         cases = []
         for ids, mask in batches:
             runs = {name: partial(form, input_ids=ids, attention_mask=mask) for name, form in made.items()}
@@ -70,7 +72,7 @@ def compare_forms(
             }
             shape = {"batch_size": ids.shape[0], "length": ids.shape[1], "real_tokens": int(mask.sum())}
             cases.append(shape | {"forms": entries})
-    return {"baseline": baseline, "left_out": left_out, "scores": scores, "cases": cases}
+    return {"baseline": baseline, "left_out": left_out, "scores": found, "cases": cases}
 
 
 def forms_table(result: Mapping[str, Any]) -> str:

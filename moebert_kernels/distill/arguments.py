@@ -107,6 +107,12 @@ class MoETrainingArguments(TrainingArguments):
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = not self.use_cpu and accelerator not in (None, "mps")
         super().__post_init__()  # type: ignore[no-untyped-call]
+        judged = self.eval_strategy != "no" and self.metric_for_best_model is not None
+        if self.early_stopping_patience is not None and not judged:
+            raise UserError(
+                f"early_stopping_patience: expected None without eval_strategy and metric_for_best_model, got"
+                f" {self.early_stopping_patience}"
+            )
         if self.shared_fold and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # DDP's search from the outputs ends at the folded weights
         if self.objective is not None and self.objective not in OBJECTIVES:

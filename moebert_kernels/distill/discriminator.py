@@ -126,8 +126,9 @@ class Adversary:
         return float(not self.stopped and share >= self.config.warmup)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's loss, (), from features (B, n) of both; they are kept for `step`."""
-        self._window.append((student.detach().float(), teacher.detach().float()))
+        """The student's loss, (), from features (B, n) of both, which are kept for `step` but in an evaluation."""
+        if torch.is_grad_enabled():
+            self._window.append((student.detach().float(), teacher.detach().float()))
         return generator_loss(self.network(student.float()))
 
     def step(self, sequences: Sequence[int], total: int, share: float, reduce: Reduce = lambda x: x) -> None:

@@ -271,6 +271,12 @@ def is_unnamed(names: Sequence[str]) -> bool:
     return all(name == f"LABEL_{number}" for number, name in enumerate(names))
 
 
+def named_labels(config: Any) -> tuple[str, ...]:
+    """A model's classes by number; none if nobody named them."""
+    names = label_names(config)
+    return () if is_unnamed(names) else tuple(names)
+
+
 def check_labels(task: Task, config: Any) -> None:
     """Raise UserError unless a model of this configuration has the task's classes."""
     names = label_names(config, task.name)

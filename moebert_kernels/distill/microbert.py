@@ -23,6 +23,7 @@ from moebert_kernels.distill.objectives import (
     Kind,
     Objective,
     at_least_float32,
+    check_classes,
     check_sizes,
     check_states,
     checked_pairs,
@@ -32,7 +33,7 @@ from moebert_kernels.distill.objectives import (
     soft_targets,
 )
 from moebert_kernels.distill.relations import Recorder, relation_heads, relation_kl
-from moebert_kernels.distill.teacher import TeacherInfo, named_labels
+from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
 
@@ -150,9 +151,8 @@ class MicroBertObjective(Objective):
         config = outer.get_text_config()
         needed = set(self.pairs(config.num_hidden_layers, teacher.num_layers).values())
         check_sizes(outer, teacher, "vocab_size", "num_labels")
-        ours = named_labels(outer)
-        if self.kind == "classification" and ours and teacher.label_names and ours != teacher.label_names:
-            raise UserError(f"labels: expected the teacher's {', '.join(teacher.label_names)}, got {', '.join(ours)}")
+        if self.kind == "classification":
+            check_classes(outer, teacher)
         if needed and not self.project and config.hidden_size != teacher.hidden_size:
             raise UserError(
                 f"project: expected True for a student of hidden_size {config.hidden_size} and a teacher of"

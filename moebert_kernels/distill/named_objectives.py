@@ -61,7 +61,7 @@ def kind_of(model: nn.Module) -> Kind:
     """What a model's head predicts of a sequence.
 
     Raises:
-        UserError: it predicts something of each token.
+        UserError: it predicts something of each token, or several classes at once.
     """
     config: Any = getattr(model, "config", None)
     name = type(model).__name__
@@ -72,7 +72,12 @@ def kind_of(model: nn.Module) -> Kind:
             f"objective: expected a model for sequence classification or question answering, got {name} (objective"
             " 'tokens' follows predictions by token, 'embedding' an encoder without a head)"
         )
-    return "regression" if config.num_labels == 1 else "classification"
+    if config.problem_type == "multi_label_classification":
+        raise UserError(
+            "objective: expected a model with one class or with scores for each sequence, got one with"
+            " problem_type='multi_label_classification'"
+        )
+    return "regression" if config.num_labels == 1 or config.problem_type == "regression" else "classification"
 
 
 def _pooling_of(teacher: Any) -> Pooling:

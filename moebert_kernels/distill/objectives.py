@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
 from moebert_kernels.data.split import Batch
+from moebert_kernels.distill.loading import named_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
 
@@ -201,6 +202,8 @@ class LayerwiseObjective(Objective):
         config: Any = student.config
         check_states(self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers).values(), teacher)
         check_sizes(config, teacher, "hidden_size", "vocab_size", "num_labels")
+        if self.kind == "classification":
+            check_classes(config, teacher)
         if self.preset == "paper" and teacher.stored_as is not None:
             raise UserError(
                 "preset: expected 'default' with cached teacher outputs, which hold no padded positions, got 'paper'"
@@ -270,6 +273,13 @@ def check_sizes(student: Any, teacher: TeacherInfo, *names: str) -> None:
             raise UserError(f"{name}: expected the teacher's {wanted}, got {got}")
 
 
+def check_classes(student: Any, teacher: TeacherInfo) -> None:
+    """Raise UserError unless the student's classes, if both models name theirs, are the teacher's in the same order."""
+    ours = named_labels(student)
+    if ours and teacher.label_names and ours != teacher.label_names:
+        raise UserError(f"labels: expected the teacher's {', '.join(teacher.label_names)}, got {', '.join(ours)}")
+
+
 def check_states(needed: Iterable[int], teacher: TeacherInfo) -> None:
     """Raise UserError unless the teacher gives these hidden states."""
     if not {*needed} <= set(teacher.layers):
@@ -295,10 +305,15 @@ def next_token_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def sequences_in(batch: Batch) -> int:
+    """B of a batch; images have no input_ids."""
+    return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
+
+
 def batch_weight(batch: Batch, causal: bool) -> int:
     """What a micro-batch's means are over, which is its weight in a window: sequences, or a causal model's labels."""
     if not causal:
-        return batch["input_ids"].shape[0]
+        return sequences_in(batch)
     if "labels" not in batch:
         raise UserError("labels: expected in each batch for the task's loss, got none")
     return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -18,7 +18,7 @@ import yaml
 
 from moebert_kernels.distill.arguments import check_weights
 from moebert_kernels.distill.microbert import TERMS
-from moebert_kernels.distill.settings import nearest, typed
+from moebert_kernels.distill.settings import nearest, read_yaml, typed
 from moebert_kernels.distill.terms import BALANCE, TASK
 from moebert_kernels.errors import UserError
 
@@ -100,7 +100,7 @@ class Recipe:
                     settings |= typed({name: value})
                     continue
                 ((name, _),) = typed({name: {}}).items()  # which refuses an unknown name
-                inner = yaml.safe_load(value) if isinstance(value, str) else value
+                inner = read_yaml(value) if isinstance(value, str) else value
                 settings[name] = _with_entry(settings.get(name), name, entry, inner)
         return Recipe(self.name, tuple(Stage(name, settings) for name, settings in changed.items()))
 
@@ -167,7 +167,7 @@ def load_recipe(name: str | Path) -> Recipe:
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UserError(f"config: expected one of {', '.join(recipe_names())}, or a YAML file, got {name}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config: expected YAML in {path}, got something else ({reason})") from None

@@ -90,7 +90,7 @@ def train_stages(
             `output_dir/NAME`; only the last is evaluated, as the first ones may leave the head untrained.
         train: the training data, with its tokenizer, which is saved with the model.
         evaluate: gives metrics by name. Its `fingerprint`, if it has one, names the data that it judges on.
-        best_metric: the metric that chooses the checkpoint to keep, of equals the later.
+        best_metric: the metric that chooses the checkpoint to keep, of equals the later. Needed with `evaluate`.
         teacher: of the same task, or its kept outputs; None for recipes that need none.
         identity: further JSON-able facts (a task's name, a file) that must agree when the run goes on.
         resume: False starts again, dropping the runs in the folder and their models.
@@ -131,6 +131,8 @@ def train_stages(
         prepare_folder(output_dir)
     for run in runs:
         run.check(resume)
+    for run in () if resume else runs:
+        run.drop()
     carried: dict[tuple[int, int], Tensor] = {}
     for run, objective in zip(runs, objectives, strict=True):
         if isinstance(objective, MicroBertObjective):
@@ -219,13 +221,19 @@ class _Run:
             self.settings["train_sampling_strategy"] = settings.get("train_sampling_strategy", "random")
         strategy = self.settings.get("eval_strategy") or ("steps" if "eval_steps" in settings else "epoch")
         if evaluate is None:
-            self.settings |= {"eval_strategy": "no", "load_best_model_at_end": False}
+            self.settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": None}
         else:
+            steps = self.settings.get("eval_steps") or self.settings["logging_steps"]  # as transformers has it
             given = {
-                "eval_strategy": strategy, "save_strategy": strategy, "save_steps": settings.get("eval_steps", 500),
+                "eval_strategy": strategy, "save_strategy": strategy, "save_steps": steps,
                 "load_best_model_at_end": True, "metric_for_best_model": best_metric, "greater_is_better": greater,
             }  # fmt: skip
             self.settings = {**given, **self.settings, "eval_strategy": strategy}
+            if strategy == "steps" and self.settings["save_steps"] != steps:
+                raise UserError(
+                    f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept, got"
+                    f" {self.settings['save_steps']}"
+                )
         self.identity = json.loads(json.dumps({**_facts(stage), **identity}, default=str))
         processes = self._arguments()
         self.writes, self._wait = processes.should_save, processes.distributed_state.wait_for_everyone
@@ -246,12 +254,7 @@ class _Run:
         )  # fmt: skip
 
     def check(self, resume: bool) -> None:
-        """Refuse what `train` would refuse before its first step; without `resume` drop the run and its models."""
-        if not resume and self.writes:
-            for name in ("best", "final"):  # a model of the old run must not be taken for the new one's
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            self._drop_checkpoints()
-            (self.folder / RUN).unlink(missing_ok=True)
+        """Refuse what `train` would refuse before its first step; another run in the folder too, with `resume`."""
         if not any(parameter.requires_grad for parameter in self.student.parameters()):
             raise UserError("model: expected at least one parameter that requires a gradient, got none")
         self._check_metric()
@@ -277,12 +280,24 @@ class _Run:
             self.settings.pop("teacher_outputs", None)
         facts = trainer._identity() | {"processes": trainer.args.world_size}
         self.identity |= json.loads(json.dumps(facts, default=str))
-        _check_same_run(self.folder, _saved(self.folder), self.identity)
+        if resume:
+            _check_same_run(self.folder, _saved(self.folder), self.identity)
+
+    def drop(self) -> None:
+        """Remove the run in the folder and its models, which must not be taken for the new one's."""
+        if self.writes:
+            for name in ("best", "final"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._drop_checkpoints()
+            (self.folder / RUN).unlink(missing_ok=True)
+        self._wait()
 
     def _check_metric(self) -> None:
         """Raise UserError for a metric that no evaluation will give; a function that names none gives any."""
         wanted = str(self.settings.get("metric_for_best_model") or "").removeprefix("eval_")
         names = getattr(self.evaluate, "metric_names", ())
+        if self.evaluate is not None and not wanted:
+            raise UserError("best_metric: expected the name of a metric that evaluate gives, got None")
         if wanted and names and wanted not in names:
             raise UserError(f"metric_for_best_model: expected one of {', '.join(names)}, got {wanted!r}")
 

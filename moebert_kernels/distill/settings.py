@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -22,6 +23,22 @@ _DECIDED = (
     "output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
     "restore_callback_states_from_checkpoint",
 )  # fmt: skip
+
+
+class _Yaml(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Reads 1e-4 as a number, as YAML 1.2 and Python do; PyYAML's own loader wants 1.0e-4."""
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+
+
+def read_yaml(text: str) -> Any:
+    """What a text in YAML says.
+
+    Raises:
+        YAMLError: it is none.
+    """
+    return yaml.load(text, _Yaml)
 
 
 @cache
@@ -75,7 +92,7 @@ def _typed(name: str, value: Any) -> Any:
         return value  # which the arguments check
     if name in MoETrainingArguments._VALID_DICT_FIELDS and (value.strip().startswith("{") or name in _OURS):
         try:
-            content = yaml.safe_load(value)
+            content = read_yaml(value)
         except yaml.YAMLError:
             content = None
         if not isinstance(content, dict):

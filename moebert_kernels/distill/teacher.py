@@ -16,7 +16,7 @@ from moebert_kernels.convert import model_fingerprint
 from moebert_kernels.convert.sample_loss import LABEL_KEYS
 from moebert_kernels.cpu import aligned
 from moebert_kernels.data.split import Batch
-from moebert_kernels.distill.loading import check_reach, is_unnamed, label_names
+from moebert_kernels.distill.loading import check_reach, named_labels
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
@@ -103,12 +103,6 @@ def check_one_head(name: str, model: nn.Module) -> None:
         )
 
 
-def named_labels(config: Any) -> tuple[str, ...]:
-    """A model's classes by number; none if nobody named them."""
-    names = label_names(config)
-    return () if is_unnamed(names) else tuple(names)
-
-
 class LiveTeacher:
     """Runs a model for each batch: in eval mode and without gradients, and never a part of the student.
 
@@ -139,7 +133,8 @@ class LiveTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherOutputs:
-        check_reach("teacher", self._model.config, batch["input_ids"].shape[1])
+        if "input_ids" in batch:
+            check_reach("teacher", self._model.config, batch["input_ids"].shape[1])
         self._model.train(self._dropout)
         inputs = {key: batch[key] for key in self._keys if key in batch}
         with self._autocast(), self._recorder or nullcontext():

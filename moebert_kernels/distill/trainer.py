@@ -19,13 +19,14 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moebert_kernels.cpu import aligned
+from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.kept_outputs import kept_outputs
 from moebert_kernels.distill.named_objectives import make_objective
-from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, task_loss
+from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, sequences_in, task_loss
 from moebert_kernels.distill.orders import SeededLengthGroups, padded
 from moebert_kernels.distill.parameter_groups import add_groups, decayed
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
@@ -35,7 +36,7 @@ from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.distill.terms import BALANCE, TASK, Terms, has_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import balance_losses, moe_config, summed_losses
-from moebert_kernels.nn import BalanceWindow, GradientMask, MPOWeight, shared_fold
+from moebert_kernels.nn import BalanceWindow, GradientMask, shared_fold
 
 # columns that no model's forward names, but the losses and the teacher's kept outputs need
 _OUR_COLUMNS = ("example_id", "labelled", "task_ids")
@@ -82,8 +83,8 @@ class MoETrainer(Trainer):
         **options: Any,
     ) -> None:
         args = MoETrainingArguments("tmp_trainer") if args is None else args
-        if model is None:
-            raise UserError("model: expected a model, got None (a search over settings makes a trainer for each)")
+        check_given(model, args, options)
+        assert model is not None
         if objective is None and args.objective is not None:
             options_given: Any = args.objective_options
             objective = make_objective(args.objective, options_given, model, teacher)
@@ -103,7 +104,7 @@ class MoETrainer(Trainer):
         self._causal = is_causal(model)
         self._keys = [key for key in forward_keys(model) if not (self._causal and key == "labels")]
         self._moe = moe_config(getattr(model, "config", None))
-        self._check_experts()
+        check_experts(model, self.args, self.is_fsdp_enabled)
         self._losses = Terms(self.args.weights, self._moe, objective is not None, self._sum)
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None
@@ -112,6 +113,7 @@ class MoETrainer(Trainer):
             self._mask = GradientMaskCallback(mask)
             self.add_callback(self._mask)
         self.teacher = None if objective is None else self._prepared_teacher()
+        check_optimizer(self.optimizer, self._maps, self.args)
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._window, self._open = Window([], 0), ExitStack()
@@ -127,17 +129,13 @@ class MoETrainer(Trainer):
         if objective is not None and objective.adversary is not None:
             self.add_callback(DiscriminatorCallback(objective.adversary, lambda: self._window, self._sum))
 
-    def _check_experts(self) -> None:
-        if self.args.shared_fold and not any(isinstance(module, MPOWeight) for module in self.student.modules()):
-            kind = type(self.student).__name__
-            raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {kind}")
-        if self.is_fsdp_enabled and (self.args.shared_fold or self.args.gradient_mask is not None):
-            raise UserError("fsdp: expected no shared_fold and no gradient_mask, which look at whole weights, got one")
-
     def _prepared_teacher(self) -> Teacher:
         """What gives the teacher's outputs, when the objective has accepted it and made what it trains."""
         objective: Objective = self.objective
         source: Any = self._source
+        kept = isinstance(source, TeacherCache) or self.args.teacher_outputs is not None
+        if kept and self.args.teacher_dropout:
+            raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         if isinstance(source, nn.Module):
             if self.args.teacher_outputs is not None:
                 source = kept_outputs(self, source)
@@ -147,8 +145,6 @@ class MoETrainer(Trainer):
                 )
         elif (folder := self.args.teacher_outputs) is not None:
             raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
-        if isinstance(source, TeacherCache) and self.args.teacher_dropout:
-            raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
         objective.check(self.student, source.info)
         if isinstance(source, TeacherCache):
             source.check_rows(self.train_dataset)
@@ -237,7 +233,7 @@ class MoETrainer(Trainer):
         draws, if the teacher draws nothing.
         """
         self.model.train()
-        sequences = sum(len(batch["input_ids"]) for batch in self._batches)
+        sequences = sum(map(sequences_in, self._batches))
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with (
             torch.no_grad(),
@@ -251,7 +247,8 @@ class MoETrainer(Trainer):
         self._open.close()  # gradients are complete now
         if self._maps is not None and self.args.world_size > 1:
             for parameter in self._maps.parameters():  # which no distributed wrapper knows
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+                if parameter.grad is not None:  # of a term without a weight
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

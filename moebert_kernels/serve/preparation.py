@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
-FEWEST_ROWS = 1024  # of an embedding that becomes int8: word embeddings are a fifth of a BERT, others are small
+FEWEST_ROWS = 1024  # of a word embedding that becomes int8
 _SAMPLES = 12  # layers of one shape that engines are compared on
 
 
@@ -120,6 +121,7 @@ def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, ty
     # transformers' own Mixtures-of-Experts have routers of any kind beside their experts
     experts_beside = {id(parent): child.num_experts for parent, _, child in places if is_experts(child)}
     found: list[tuple[nn.Module, str, Any, type[PackedModule]]] = []
+    words = _word_embeddings(model)
     for parent, name, child in places:
         outputs: Any = child.nf if type(child).__name__ == "Conv1D" else getattr(child, "out_features", 0)
         if isinstance(parent, MoEFeedForward) and name == "experts":
@@ -129,7 +131,7 @@ def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, ty
         elif type(child) is nn.Linear or type(child).__name__ == "Conv1D":
             if outputs >= FEWEST_OUTPUTS and outputs != experts_beside.get(id(parent)):
                 found.append((parent, name, child, PackedLinear))
-        elif type(child) is nn.Embedding and is_int8(dtype) and child.num_embeddings >= FEWEST_ROWS:
+        elif id(child) in words and is_int8(dtype):
             found.append((parent, name, child, PackedEmbedding))
     return found
 
@@ -153,6 +155,21 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
     routers = {id(layer.router) for layer in model.modules() if isinstance(layer, MoEFeedForward)}
     inside = {id(m) for r in model.modules() if id(r) in routers for m in r.modules()}
     yield from (module for module in model.modules() if id(module) not in inside)
+
+
+def _word_embeddings(model: nn.Module) -> set[int]:
+    """The ids of what models inside this one call word embeddings, where they are many.
+
+    Of other embeddings, as DeBERTa's of relative positions, attention may read the weight itself.
+    """
+    found = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            with suppress(NotImplementedError):
+                embedding = module.get_input_embeddings()
+                if type(embedding) is nn.Embedding and embedding.num_embeddings >= FEWEST_ROWS:
+                    found.add(id(embedding))
+    return found
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

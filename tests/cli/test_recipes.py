@@ -133,10 +133,13 @@ def test_recipes_of_the_package_and_of_ones_own(tmp_path):
     assert [stage.name for stage in load_recipe("microbert-two-stage").with_values(nothing).active] == ["predictions"]
     own = tmp_path / "own.yaml"
     own.write_text(
-        "objective: microbert\nloss_weights: {soft: 1}\nlearning_rate: 1e-4\nmax_length: 64\nreport_to: [a, b]\n"
+        "objective: microbert\nloss_weights: {soft: 1e-1}\nlearning_rate: 1e-4\nmax_length: 64\nreport_to: [a, b]\n"
     )
     stage = load_recipe(own).stages[0]
     assert (stage.settings["learning_rate"], stage.settings["max_length"]) == (1e-4, 64) and stage.terms == ("soft",)
+    (stage,) = load_recipe(own).with_values({"objective_options.adversary.learning_rate": "2e-4"}).stages
+    assert stage.settings["loss_weights"] == {"soft": 0.1}
+    assert stage.settings["objective_options"] == {"adversary": {"learning_rate": 2e-4}}
     for text, message in (
         ("soft: [1", "config: expected YAML in "),
         ("- soft", "config: expected keys and values in "),

@@ -4,7 +4,8 @@ import importlib.util
 import json
 
 import pytest
-from transformers import AutoModel, AutoModelForSequenceClassification
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels import errors, serve
 from moebert_kernels.layers import moe_layers
@@ -33,8 +34,12 @@ def test_quantize_calibrates_by_texts_with_and_without_labels(base, data, studen
     assert "a scale for each token" not in done(*words, *TABLE, "--no-calibrate", "--output", tmp_path / "off")
     texts = tmp_path / "texts.csv"
     texts.write_text("text\n" + "the film was good\n" * 9)
-    output = done("quantize", "--model", base, "--data", texts, "--output", tmp_path / "texts")
+    by_texts = ("quantize", "--model", base, "--data", texts, "--output", tmp_path / "texts")
+    output = done(*by_texts)
     assert "a scale for each token in " in output and "as it was" not in output
+    assert "is there already" in done(*by_texts)
+    texts.write_text("text\n" + "the play was bad\n" * 9)
+    assert "is in use (--force replaces it)" in refused(*by_texts)
     assert isinstance(scales("task"), list) and isinstance(scales("texts"), list) and scales("off") is None
 
 
@@ -114,6 +119,22 @@ def test_bench_of_forms(student, teacher, data, tmp_path):
     assert all(0 <= metrics["accuracy"] <= 1 for metrics in result["scores"].values())
     assert "over against float32" in text and chart.read_bytes().startswith(b"\x89PNG")
     assert "model int8" in done(*both, "--length", 8)
+
+
+def test_bench_scores_each_model_with_its_own_tokenizer_and_classes(teacher, data, tmp_path):
+    turned = tmp_path / "turned"  # the same model, but for the numbers of its classes
+    model = AutoModelForSequenceClassification.from_pretrained(teacher / "best")
+    with torch.no_grad():
+        for part in (model.classifier.weight, model.classifier.bias):
+            part.copy_(part.flip(0))
+    names = [model.config.id2label[n] for n in (1, 0)]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: n for n, name in enumerate(names)}
+    model.save_pretrained(turned)
+    AutoTokenizer.from_pretrained(teacher / "best").save_pretrained(turned)
+    words = ("--form", "float32", "--rounds", 1, "--batch-size", 4, *TABLE, "--data", data)
+    done("bench", "--model", turned, "--against", teacher, *words, "--output", tmp_path / "bench.json")
+    ours, theirs = json.loads((tmp_path / "bench.json").read_text())["scores"].values()
+    assert ours == theirs
 
 
 def test_bench_of_a_model_as_it_was_saved(base, data, tmp_path):

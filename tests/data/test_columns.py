@@ -107,6 +107,15 @@ def test_questions_are_divided_and_judged(tmp_path):
     run = train(tmp_path, tiny_bert(0, qa=True, positions=32), task, QUESTIONS, tokenizer, 30, num_train_epochs=30)
     judged = run.evaluate()
     assert judged["eval_exact_match"] == 1.0 and judged["eval_f1_no_answer"] == 1.0
+    left = words()
+    left.padding_side = "left"  # which would shift the answers
+    batches = [
+        collator(task, pads)([{name: columns[row][name] for name in ("input_ids", "attention_mask")} for row in (0, 1)])
+        for pads in (tokenizer, left)
+    ]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"]) and left.padding_side == "left"
+    stream = QUESTIONS.to_iterable_dataset().map(lambda row: row)  # whose columns nobody knows
+    assert [row["row"] for row in tokenized(stream, task, tokenizer, max_length=12, doc_stride=2)] == [*columns["row"]]
     with pytest.raises(UserError, match="judge: expected the split and its columns for questions, got none"):
         judge(task)
     with pytest.raises(UserError, match="max_length: expected more than 9 for questions of up to 4 tokens"):

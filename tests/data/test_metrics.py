@@ -26,6 +26,13 @@ def test_glue_classification():
     assert compute_metrics(TASKS["cola"], predictions, references)["matthews"] == pytest.approx(matthews)
 
 
+def test_f1_is_of_the_tasks_second_class_whatever_number_it_has():
+    predictions, references = [1, 1, 0, 0, 1], [1, 0, 0, 0, 1]
+    turned = replace(TASKS["mrpc"], label_names=TASKS["mrpc"].label_names[::-1])
+    others = compute_metrics(turned, [1 - p for p in predictions], [1 - r for r in references])
+    assert others == compute_metrics(TASKS["mrpc"], predictions, references)
+
+
 def test_regression():
     predictions = [1.0, 2.0, 4.0, 3.5]
     metrics = compute_metrics(TASKS["stsb"], predictions, [1.0, 2.0, 3.0, 4.0])

@@ -284,6 +284,15 @@ def test_reads_glue_from_the_hub(monkeypatch):
     assert data.train[0] == {"premise": "text 0", "hypothesis": "text 0", "label": 2, "example_id": 0}
 
 
+def test_a_first_label_of_minus_one_is_a_label(monkeypatch):
+    hub(
+        monkeypatch, train=Dataset.from_dict({"text": ["a", "b"], "label": [-1.0, 0.5]}),
+        unlabelled=Dataset.from_dict({"text": ["a", "b"], "label": [-1.0, -1.0]}),
+    )  # fmt: skip
+    data = load_task(custom_task(["text"], regression=True), "somebody/scores")
+    assert list(data.splits) == ["train"] and list(data.train["label"]) == [-1.0, 0.5]
+
+
 def test_reads_squad_and_other_datasets_from_the_hub(monkeypatch):
     answers = [{"text": ["b"], "answer_start": [2]}]
     squad = Dataset.from_dict({"id": ["x"], "question": ["a?"], "context": ["a b"], "answers": answers, "title": ["t"]})

@@ -116,6 +116,14 @@ def test_warms_up_and_is_logged(tmp_path):
         assert 0 <= line["discriminator_accuracy"] <= 1 and line["discriminator_loss"] > 0
 
 
+def test_an_evaluation_is_not_trained_on(tmp_path):
+    """Of text without labels, whose loss is the objective's."""
+    texts = tiny_data(9, labels=False)
+    objective = MicroBertObjective("classification", TERMS)
+    run = trainer(tmp_path, tiny_bert(0), texts, tiny_bert(1), objective, judged_on=texts, eval_strategy="epoch")
+    assert run.train().global_step == 6 and not objective.adversary._window
+
+
 def test_ends_where_it_wins_for_long(tmp_path):
     """Outputs that anybody can tell apart: after the warm-up, `stop_steps` right ones end the term."""
     teacher = tiny_bert(1)

@@ -140,13 +140,16 @@ def test_fits_models_and_routing():
         ({"hidden_size": 32}, "hidden_size: expected the teacher's 32, got 16"),
         ({"vocab_size": 61}, "vocab_size: expected the teacher's 61, got 60"),
         ({"num_labels": 2}, "num_labels: expected the teacher's 2, got 3"),
+        ({"label_names": ("a", "c", "b")}, "labels: expected the teacher's a, c, b, got a, b, c"),
         ({"num_layers": 1}, "layer_map: expected 1 to 1 student layers, as many as the teacher has, got 2"),
         ({"layers": (0, 2)}, r"teacher: expected hidden states \[0, 1, 2\], got only \[0, 2\]"),
     ],
 )
 def test_check_rejects(change, message):
     with pytest.raises(UserError, match=message):
-        LayerwiseObjective("classification").check(tiny_bert(), replace(teacher_info(tiny_bert(1)), **change))
+        student = tiny_bert()
+        student.config.id2label = dict(enumerate("abc"))
+        LayerwiseObjective("classification").check(student, replace(teacher_info(tiny_bert(1)), **change))
 
 
 def test_rejects():

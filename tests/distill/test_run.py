@@ -64,6 +64,24 @@ def test_evaluates_every_few_steps_and_at_the_end(tmp_path):
     assert [entry["step"] for entry in result.history] == [5, 10, 12]
 
 
+def test_what_is_evaluated_is_saved(tmp_path):
+    """Else the best evaluation's weights would be lost, and its scores given for others."""
+    judge = {"evaluate": constant([1, 3, 2, 0, 0]), "best_metric": "score"}
+    result = run(tmp_path, settings={"eval_strategy": "steps", "logging_steps": 4, "num_train_epochs": 2}, **judge)
+    assert (result.best_step, result.step) == (8, 12) and (tmp_path / "final").exists()
+    with pytest.raises(UserError, match="save_steps: expected eval_steps' 5, since the weights of the best"):
+        run(tmp_path / "other", settings={"eval_steps": 5, "save_steps": 10}, **judge)
+    with pytest.raises(UserError, match="best_metric: expected the name of a metric that evaluate gives, got None"):
+        run(tmp_path / "other", evaluate=constant([1]), best_metric=None)
+
+
+def test_a_run_that_is_refused_drops_nothing(tmp_path):
+    run(tmp_path, settings=SHORT)
+    with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers"):
+        run(tmp_path, settings=SHORT | {"router_learning_rate": 0.1}, resume=False)
+    assert (tmp_path / "best/model.safetensors").exists() and run(tmp_path, settings=SHORT).step == 6
+
+
 def test_metrics_are_named(tmp_path):
     with pytest.raises(UserError, match="metric_for_best_model: expected one of score, got 'accuracy'"):
         run(tmp_path, evaluate=constant([1, 2, 3]))

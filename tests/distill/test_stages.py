@@ -94,6 +94,10 @@ def test_a_folder_of_another_run_is_refused_before_the_first_stage_trains(tmp_pa
     assert train(tmp_path, resume=False).step == 8
 
 
+def test_a_stage_that_nobody_judges_does_not_stop_early(tmp_path):
+    assert train(tmp_path, TWO_STAGES.with_values({"early_stopping_patience": 9})).step == 8
+
+
 def test_stages_are_not_named_as_the_folders_of_a_run():
     for name in ("best", "final", "a/b", ".", ""):
         with pytest.raises(UserError, match="stages: expected names of letters, digits, - and _ other than best, fin"):

@@ -5,7 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import arguments
@@ -201,11 +202,45 @@ def test_a_term_that_breaks_stops_the_run_by_its_name(value, options, message, t
         ({"loss_weights": {"task": -1}}, "loss_weights.task: expected a number of at least 0, got -1"),
         ({"gradient_mask": "half"}, "gradient_mask: expected names and values, got 'half'"),
         ({"gradient_mask": {"probability": 0.5}}, "model: expected experts with central tensors"),
+        ({"early_stopping_patience": 2}, "early_stopping_patience: expected None without eval_strategy and metric"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(options, message, tmp_path):
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, **options)
+
+
+def test_what_trainer_takes_and_this_one_does_not_is_refused(tmp_path):
+    def made(model=None, args=None, **options):
+        options |= {"train_dataset": tiny_data(), "processing_class": tiny_tokenizer()}
+        return MoETrainer(model or tiny_bert(0), args or settings(tmp_path), **options)
+
+    with pytest.raises(UserError, match="args: expected MoETrainingArguments, got TrainingArguments"):
+        made(args=TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(UserError, match="compute_loss_func: expected None"):
+        made(compute_loss_func=lambda *given: None)
+    optimizer = torch.optim.SGD((model := tiny_bert(0)).parameters(), lr=0.1)
+    made(model, optimizers=(optimizer, None)).train()
+    with pytest.raises(UserError, match="optimizers: expected none with router_learning_rate"):
+        made(args=settings(tmp_path, router_learning_rate=0.1), optimizers=(optimizer, None))
+    with pytest.raises(UserError, match="optimizers: expected none with the objective's maps"):
+        with_maps = settings(tmp_path, objective="microbert")
+        made(args=with_maps, teacher=tiny_bert(1), optimizers=(optimizer, None))
+    with pytest.raises(UserError, match="teacher_dropout: expected False with kept outputs"):
+        options = {"objective": "layerwise", "teacher_dropout": True, "teacher_outputs": str(tmp_path / "kept")}
+        made(args=settings(tmp_path, **options), teacher=tiny_bert(1))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_images_are_trained_on(tmp_path):
+    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+                       patch_size=4, num_labels=3)  # fmt: skip
+    with pytest.warns(UserWarning, match="ranked at random"):
+        model = convert_to_moe(ViTForImageClassification(config), MoEConfig.moebert(router="gate-token"))
+    rows = Dataset.from_dict({"pixel_values": torch.randn(12, 3, 8, 8).tolist(), "labels": [0, 1, 2] * 4})
+    args = settings(tmp_path, gradient_accumulation_steps=2, remove_unused_columns=False)
+    run = MoETrainer(model, args, train_dataset=rows.with_format("torch"))
+    assert run.train().global_step == 4
 
 
 def test_weights_are_of_terms_that_there_are(tmp_path):
@@ -231,12 +266,16 @@ def test_objectives_by_name_take_what_is_open_from_the_model():
     assert make_objective("layerwise", None, tiny_bert(0, qa=True)).kind == "qa"
     assert make_objective("layerwise", None, tiny_bert(0, num_labels=1)).kind == "regression"
     assert make_objective("tokens", None, tiny_gpt2()).causal
+    several, scores = tiny_bert(0), tiny_bert(0)
+    several.config.problem_type, scores.config.problem_type = "multi_label_classification", "regression"
+    assert make_objective("layerwise", None, scores).kind == "regression"
     options = {"terms": ["soft", "adversarial"], "adversary": {"dropout": 0.2}}
     assert make_objective("microbert", options, tiny_bert(0)).adversary_config.dropout == 0.2
     for name, given, model, message in (
         ("layerwise", {"layers": 2}, tiny_bert(0), "objective_options: expected arguments of LayerwiseObjective"),
         ("layerwise", {"layer_map": "1"}, tiny_bert(0), "layer_map: expected pairs of layers, got '1'"),
         ("layerwise", None, tiny_gpt2(), "objective: expected a model for sequence classification or question"),
+        ("layerwise", None, several, "objective: expected a model with one class or with scores for each sequence"),
         ("distance", None, tiny_bert(0), "objective: expected layerwise, tokens, microbert or embedding"),
     ):
         with pytest.raises(UserError, match=message):

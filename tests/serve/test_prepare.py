@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    DebertaConfig,
+    DebertaModel,
     Trainer,
     TrainingArguments,
 )
@@ -165,10 +167,21 @@ def test_what_becomes_of_the_modules():
     assert type(prepared.classifier) is nn.Linear  # two outputs
     assert isinstance(prepared.bert.encoder.layer[0].attention.self.query, PackedLinear)
     assert isinstance(prepared.bert.embeddings.word_embeddings, PackedEmbedding)
-    assert positions == 64 and isinstance(prepared.bert.embeddings.position_embeddings, PackedEmbedding)
+    assert positions == 64 and type(prepared.bert.embeddings.position_embeddings) is nn.Embedding
     assert not any(parameter.requires_grad for parameter in prepared.parameters())
     lines = describe(prepared).splitlines()
     assert any(line.startswith("experts") and "32 -> 18" in line and "int8: " in line for line in lines)
+
+
+def test_embeddings_whose_weight_a_model_reads_are_left(tmp_path):
+    """DeBERTa's relative positions."""
+    config = DebertaConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, relative_attention=True, pos_att_type=["c2p", "p2c"],
+    )  # fmt: skip
+    prepared = prepare(DebertaModel(config).eval())
+    assert isinstance(prepared.embeddings.word_embeddings, PackedEmbedding)
+    assert prepared.encoder.rel_embeddings.num_embeddings >= 50 and run(prepared, make_inputs("bert")).isfinite().all()
 
 
 def test_padding_costs_nothing_and_changes_nothing():

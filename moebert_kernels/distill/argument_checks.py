@@ -1,0 +1,37 @@
+"""What `MoETrainer` refuses of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from moebert_kernels.distill.arguments import MoETrainingArguments
+from moebert_kernels.errors import UserError
+from moebert_kernels.nn import MPOWeight
+
+
+def check_given(model: Any, args: Any, options: Mapping[str, Any]) -> None:
+    """Raise UserError for what transformers' `Trainer` takes and this one does not."""
+    if model is None:
+        raise UserError("model: expected a model, got None (a search over settings makes a trainer for each)")
+    if not isinstance(args, MoETrainingArguments):
+        raise UserError(f"args: expected MoETrainingArguments, got {type(args).__name__}")
+    if options.get("compute_loss_func") is not None:
+        raise UserError("compute_loss_func: expected None, as the loss is a sum of terms (objective=), got a function")
+
+
+def check_experts(model: nn.Module, args: MoETrainingArguments, fsdp: bool) -> None:
+    """Raise UserError for settings of experts that the model does not have, or that FSDP cannot follow."""
+    if args.shared_fold and not any(isinstance(module, MPOWeight) for module in model.modules()):
+        raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
+    if fsdp and (args.shared_fold or args.gradient_mask is not None):
+        raise UserError("fsdp: expected no shared_fold and no gradient_mask, which look at whole weights, got one")
+
+
+def check_optimizer(optimizer: Any, maps: nn.Module | None, args: MoETrainingArguments) -> None:
+    """Raise UserError for an optimizer that was given where groups of parameters would have to be added to it."""
+    if optimizer is not None and (maps is not None or args.router_learning_rate is not None):
+        needed = "router_learning_rate" if maps is None else "the objective's maps"
+        raise UserError(f"optimizers: expected none with {needed}, which need groups of their own, got one")
