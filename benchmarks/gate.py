@@ -149,8 +149,9 @@ def poisoned_memory() -> Iterator[None]:
             tensor = allocate(*args, **kwargs)
             if tensor.is_meta or tensor.dtype == torch.bool:
                 return tensor
-            lowest = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
-            tensor.detach().fill_(lowest)
+            kind = tensor.dtype
+            wrong = float("nan") if kind.is_floating_point else 255 if kind == torch.uint8 else torch.iinfo(kind).min
+            tensor.detach().fill_(wrong)  # bytes, which may be scratch of any type, as those of NaN
             return tensor
 
         return wrapper

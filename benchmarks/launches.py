@@ -135,7 +135,8 @@ def _launch(name: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             constants[parameter.name] = value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            divisible.append(parameter.name)
+            if not parameter.do_not_specialize_on_alignment:
+                divisible.append(parameter.name)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -84,9 +84,11 @@ def _elsewhere() -> Iterator[None]:
     """On a stream of its own, behind the caller's and before it."""
     caller, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(caller)
-    with torch.cuda.stream(stream):
-        yield
-    caller.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # the caller goes on after an error too, and may free what is still read
+        caller.wait_stream(stream)
 
 
 @contextmanager

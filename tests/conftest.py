@@ -62,13 +62,16 @@ def pytest_fixture_setup(fixturedef) -> None:
 
 
 def poisoned(allocate):
-    """`allocate`, with NaN in every floating-point result: a kernel that forgets a store gives NaN, not luck."""
+    """`allocate`, with NaN in every floating-point result: a kernel that forgets a store gives NaN, not luck.
+
+    Bytes are those of NaN, as they may be scratch of any type.
+    """
 
     def wrapper(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if tensor.is_floating_point() and not tensor.is_meta:
+        if (tensor.is_floating_point() or tensor.dtype == torch.uint8) and not tensor.is_meta:
             with torch.no_grad():
-                tensor.fill_(float("nan"))
+                tensor.fill_(255 if tensor.dtype == torch.uint8 else float("nan"))
         return tensor
 
     return wrapper

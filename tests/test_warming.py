@@ -32,7 +32,8 @@ def specialised(kernel, arguments, constants):
     key = []
     for name, value in zip(kernel.arg_names, arguments, strict=False):
         if isinstance(value, torch.Tensor):
-            key.append((value.dtype, value.data_ptr() % 16 == 0))
+            anywhere = name in (kernel.kwargs["do_not_specialize_on_alignment"] or ())
+            key.append((value.dtype, anywhere or value.data_ptr() % 16 == 0))
         elif isinstance(value, float) or name in (kernel.kwargs["do_not_specialize"] or ()):
             key.append(type(value))
         else:

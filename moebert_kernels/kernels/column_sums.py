@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.launch import launch
-from moebert_kernels.kernels.tiles import ceil_div, chunks_of, padded_experts, row_chunk
+from moebert_kernels.kernels.tiles import MAPS, ceil_div, chunks_of, padded_experts, row_chunk
 
 SUMS_CHUNK = 64  # rows of a program that sums over rows
 _ROWS, _COLUMNS, _REDUCE_BLOCK = 16, 128, 128
@@ -29,7 +29,7 @@ class Summand(NamedTuple):
     gather: bool = False
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _column_sums_kernel(
     A0, stride_a0, N0,  # (rows or T, N0); columns are adjacent
     A1, stride_a1, N1,  # of the second summand, or the first again
@@ -78,7 +78,7 @@ def _store_columns(Y, expert, column, sums, first, N):
         tl.store(Y + expert.to(tl.int64) * N + (column - first), sums.to(Y.dtype.element_ty), mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _add_chunks_kernel(
     Partials,  # (chunks, N0 + N1 + N2 + N3) float32
     Y0, N0, Y1, N1, Y2, N2, Y3, N3,  # (E, N) each, or null; the columns of one that is null nobody needs

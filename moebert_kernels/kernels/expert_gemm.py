@@ -11,6 +11,7 @@ with the same rows are neighbours: A's rows come from HBM once, the weights of f
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import triton
@@ -30,6 +31,7 @@ from moebert_kernels.kernels.config import (
 )
 from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import (
+    MAPS,
     ceil_div,
     column_slices,
     num_expert_tiles,
@@ -127,7 +129,8 @@ def _finish_slice(
     if HAS_WEIGHTS:
         acc *= tl.load(Weights + assignment, mask=mask_m, other=0.0).to(tl.float32)[:, None]
     if HAS_RESIDUAL:
-        residual = tl.load(Residual + row[:, None] * stride_rm + offs_n[None, :], mask=mask, other=0.0)
+        read = mask & (expert != E)  # nobody may have written the residual of skipped rows
+        residual = tl.load(Residual + row[:, None] * stride_rm + offs_n[None, :], mask=read, other=0.0)
         acc += residual.to(tl.float32)
     if expert == E:
         acc = tl.zeros(acc.shape, tl.float32)
@@ -138,7 +141,7 @@ def _finish_slice(
     tl.store(Y + y_row[:, None] * stride_ym + offs_n[None, :], acc.to(Y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _expert_gemm_kernel(
     A, stride_am, stride_ak,  # (rows or T, K)
     W, stride_we, stride_wn, stride_wk,  # (E, N, K)
@@ -189,7 +192,7 @@ def _expert_gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _expert_gemm_descriptors_kernel(
     A, stride_am,  # (rows, K)
     W, stride_we, stride_w,  # (E, N, K), or (E, K, N) with TRANSPOSED
@@ -297,13 +300,17 @@ def expert_gemm(
 def can_be_described(a: Tensor, w: Tensor, tile: Config, device: Device) -> bool:
     """Whether TMA reads a (rows, K) and w (E, N, K) on this device, for tiles of many rows.
 
-    It wants 16 bits, adjacent columns of a and of w or its transpose, and rows that begin at multiples of 16 bytes.
+    It wants 16 bits, adjacent columns of a and of w or its transpose, and rows that begin at multiples of 16 bytes,
+    each at another one (no expanded tensors). Where the environment has MOEBERT_KERNELS_DESCRIPTORS=0, pointers do.
     """
-    if tile not in candidates("descriptors", precision_of(a.dtype), device.arch) or w.shape[2] == 0:
+    refused = os.environ.get("MOEBERT_KERNELS_DESCRIPTORS") == "0" or w.shape[2] == 0
+    if refused or tile not in candidates("descriptors", precision_of(a.dtype), device.arch):
         return False
     across = w.stride(1) if w.stride(2) == 1 else w.stride(2)
-    steps = (a.stride(0), w.stride(0), across, a.data_ptr() // 2, w.data_ptr() // 2)
-    return a.stride(1) == 1 and 1 in w.stride()[1:] and all(step % 8 == 0 for step in steps)
+    steps = (a.stride(0), w.stride(0), across)
+    begins = (a.data_ptr() // 2, w.data_ptr() // 2)
+    adjacent = a.stride(1) == 1 and 1 in w.stride()[1:]
+    return adjacent and all(steps) and all(step % 8 == 0 for step in (*steps, *begins))
 
 
 def described(a: Tensor, w: Tensor, tile: Config) -> tuple[tuple[Any, ...], dict[str, Any]]:

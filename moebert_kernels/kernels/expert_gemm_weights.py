@@ -23,7 +23,7 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.config import Config, precision_of
 from moebert_kernels.kernels.expert_gemm import INTERPRETED
 from moebert_kernels.kernels.launch import launch
-from moebert_kernels.kernels.tiles import ceil_div, num_chunks, padded_experts
+from moebert_kernels.kernels.tiles import MAPS, ceil_div, num_chunks, padded_experts
 
 _REDUCE_BLOCK = 1024
 
@@ -52,7 +52,7 @@ def _steps_of_experts(Offsets, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_K: t
     return e, first, end, steps.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _expert_gemm_weights_kernel(
     A0, stride_a0, B0, stride_b0, DW0, M0, N0,  # columns of A and B are adjacent
     A1, stride_a1, B1, stride_b1, DW1, M1, N1,  # of the second product, or null
@@ -72,8 +72,9 @@ def _expert_gemm_weights_kernel(
     units_to = tl.cumsum(steps_of * tiles, 0)
     total = tl.sum(steps_of, 0) * tiles
     program = tl.program_id(0).to(tl.int64)
-    unit = total * program // tl.num_programs(0)
-    last = total * (program + 1) // tl.num_programs(0)
+    programs = tl.minimum(tl.num_programs(0), total)  # the host knew an upper bound; the others do nothing
+    unit = total * program // programs
+    last = tl.minimum(total * (program + 1) // programs, total)
     while unit < last:
         expert = tl.sum((units_to <= unit).to(tl.int32), 0)
         own = e == expert
@@ -127,7 +128,7 @@ def _expert_gemm_weights_kernel(
         unit += count
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs"], do_not_specialize_on_alignment=MAPS)
 def _add_partials_kernel(
     Partials,  # (2 * programs, BLOCK_M, BLOCK_N) float32
     DW0, M0, N0, DW1, M1, N1, Offsets, programs,
@@ -141,6 +142,7 @@ def _add_partials_kernel(
         tiles += tl.cdiv(M1, BLOCK_M) * tl.cdiv(N1, BLOCK_N)
     e, _, _, steps_of = _steps_of_experts(Offsets, E, E_POW2, BLOCK_K)
     total = tl.sum(steps_of, 0) * tiles
+    programs = tl.minimum(programs, total)  # that have steps
     expert, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     steps = tl.sum(tl.where(e == expert, steps_of, 0), 0)
     unit = tl.sum(tl.where(e < expert, steps_of, 0), 0) * tiles + steps * tile
@@ -165,7 +167,7 @@ def _add_partials_kernel(
 
 
 def num_programs(products: Sequence[Product], grouping: Grouping, config: Config, slots: int) -> int:
-    """As many as run at once (`slots`), but no more than there are steps."""
+    """As many as run at once (`slots`), but no more than there can be steps."""
     tiles = sum(product.tiles(config) for product in products)
     return min(slots, tiles * num_chunks(grouping.num_rows, grouping.num_experts, config.BLOCK_K))
 

@@ -31,6 +31,7 @@ from moebert_kernels.kernels.expert_gemm import (
 )
 from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import (
+    MAPS,
     ceil_div,
     column_slices,
     next_power_of_2,
@@ -126,7 +127,7 @@ def _finish_tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _hidden_kernel(
     X, stride_xm, stride_xk,  # (T, K), or (rows, K) without GATHER
     W1, stride_we, stride_wn, stride_wk,  # (E, I or 2I, K)
@@ -174,7 +175,7 @@ def _hidden_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _hidden_descriptors_kernel(
     X, stride_xm,  # (rows, K)
     W1, stride_we, stride_w,  # (E, I, K), or (E, K, I) with TRANSPOSED

@@ -21,7 +21,7 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.column_sums import SUMS_CHUNK
 from moebert_kernels.kernels.dropout import keep_tile
 from moebert_kernels.kernels.launch import launch
-from moebert_kernels.kernels.tiles import ceil_div, expert_of_rows, next_power_of_2, padded_experts, row_chunk
+from moebert_kernels.kernels.tiles import MAPS, ceil_div, expert_of_rows, next_power_of_2, padded_experts, row_chunk
 
 _OUTPUT_STREAM: tl.constexpr = tl.constexpr(dropout.OUTPUT_STREAM)
 
@@ -35,7 +35,7 @@ def _normalised(z, mask, H, eps):
     return centred * rstd[:, None], rstd
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=MAPS)
 def _add_norm_kernel(
     X, stride_xt, stride_xh,  # (T, H)
     Ffn,  # (T, H) contiguous
@@ -72,7 +72,7 @@ def _add_norm_kernel(
     tl.store(Y + at_y[:, None] * H + column[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _add_norm_backward_kernel(
     DY, stride_yt, stride_yh,  # (T, H)
     X, stride_xt, stride_xh,  # (T, H)

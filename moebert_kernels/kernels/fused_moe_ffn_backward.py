@@ -32,6 +32,7 @@ from moebert_kernels.kernels.expert_gemm import (
 from moebert_kernels.kernels.fused_moe_ffn import HIDDEN_STREAM, gated_options
 from moebert_kernels.kernels.launch import launch
 from moebert_kernels.kernels.tiles import (
+    MAPS,
     ceil_div,
     column_slices,
     expert_of_rows,
@@ -108,7 +109,7 @@ def _finish_tile(
         tl.store(DWeights + row * tiles_n + tile_n, part, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _hidden_backward_kernel(
     DY, stride_ym, stride_yk,  # (T or rows, K)
     W2, stride_we, stride_wn, stride_wk,  # (E, I, K): w2 transposed
@@ -151,7 +152,7 @@ def _hidden_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _hidden_backward_descriptors_kernel(
     DY, stride_ym,  # (rows, K)
     W2, stride_we, stride_w,  # (E, I, K), or (E, K, I) with TRANSPOSED
@@ -184,7 +185,7 @@ def _hidden_backward_descriptors_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=MAPS)
 def _routing_weights_grad_kernel(
     Parts,  # (rows, PARTS) float32, contiguous
     DY, stride_yt, stride_yk,  # (T, N)

@@ -3,8 +3,8 @@
 Triton's own `kernel[grid](...)` binds some 40 arguments, looks at the value of each and builds the key of its cache
 from them, at every launch. But what an op allocates and launches follows from the layouts of its tensors and its other
 arguments. So the first call of a `recorded` function with such a key notes its allocations and launches, and later
-calls only repeat them with new addresses. Addresses that are no multiples of 16 bytes, overlapping arguments and hooks
-(profilers) run the function itself every time.
+calls only repeat them with new addresses. Addresses that are no multiples of 16 bytes (but for a Grouping's),
+overlapping arguments and hooks (profilers) run the function itself every time.
 """
 
 from __future__ import annotations
@@ -84,10 +84,13 @@ def recorded(function: Function) -> Function:
         if _local.recording is not None:
             return function(*args, **kwargs)
         tensors: list[Tensor] = []
-        inputs = _flat((*args, *kwargs.values()), tensors)
+        maps: list[Tensor] = []
+        inputs = _flat((*args, *kwargs.values()), tensors, maps)
         addresses = [tensor.data_ptr() for tensor in tensors]
         if functools.reduce(operator.or_, addresses, 0) % 16 or _hooked():
             return function(*args, **kwargs)
+        tensors += maps
+        addresses += [tensor.data_ptr() for tensor in maps]
         device = 0 if _INTERPRETED else driver.active.get_current_device()
         key = (device, *kwargs, *inputs)
         plan = ready.get(key)
@@ -109,8 +112,8 @@ def recorded(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def _flat(values: Iterable[Any], tensors: list[Tensor]) -> list[Hashable]:
-    """What decides about launches; tensors go into the list."""
+def _flat(values: Iterable[Any], tensors: list[Tensor], maps: list[Tensor]) -> list[Hashable]:
+    """What decides about launches; tensors go into the lists, those of Groupings into the second."""
     key: list[Hashable] = []
     float32 = torch.float32
     for value in values:
@@ -122,7 +125,7 @@ def _flat(values: Iterable[Any], tensors: list[Tensor]) -> list[Hashable]:
                 key.append(precision_of(dtype))
         elif isinstance(value, Grouping):  # whose maps kernels take as contiguous int32
             offsets, rows = value.offsets, value.row_to_assignment
-            tensors += (offsets, rows, value.assignment_to_row)
+            maps += (offsets, rows, value.assignment_to_row)
             key += (value.top_k, offsets.shape, rows.shape)
         else:
             key.append(value)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moebert_kernels.kernels.config import Precision, precision_of
 from moebert_kernels.kernels.launch import launch
-from moebert_kernels.kernels.tiles import ceil_div, next_power_of_2
+from moebert_kernels.kernels.tiles import MAPS, ceil_div, next_power_of_2
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -69,7 +69,7 @@ def _if_used(size, Offsets, expert):
     return size
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _fold_kernel(
     L, C, R, W, Offsets,  # (E, A, D), (D, slices, D_NEXT), (E, B, D_NEXT), (E, out, in), (E + 1,) or null
     A, B, D, D_NEXT, J, K, Q, MIDDLE_ROWS, MIDDLE_COLUMNS,
@@ -115,7 +115,7 @@ def _fold_kernel(
     tl.store(w_ptrs, acc.to(W.dtype.element_ty), mask=(a < A)[:, None] & (b < B)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=MAPS)
 def _permute_kernel(
     W, P, Offsets,  # (E, out, in), (E, A * slices, B), (E + 1,) or null
     A, B, J, K, Q, MIDDLE_ROWS, MIDDLE_COLUMNS,

@@ -34,6 +34,11 @@ def padded_experts(num_experts: int) -> int:
     return next_power_of_2(num_experts + 1)
 
 
+# Parameters that kernels call so begin anywhere: a layer's offsets and rows lie behind those of others. A kernel that
+# knew where they are aligned would be compiled twice, and gain nothing, as an expert's rows begin anywhere too.
+MAPS = ("Offsets", "RowToToken", "TokenToRow")
+
+
 @triton.jit
 def row_tile(Offsets, tile, rows, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK: tl.constexpr):
     """Expert, first row and the end of the expert's rows. Expert E: rows that no expert has; above: no such tile."""

@@ -84,7 +84,7 @@ def weight_gradients(pairs: Sequence[tuple[Tensor, Tensor, bool, bool]], groupin
 def _programs(
     config: Config, rows: int, num_experts: int, sizes: Sequence[tuple[int, int]], precision: Precision, device: Device
 ) -> int:
-    """How many programs share the steps: as many as run at once, but no more than there are steps."""
+    """How many programs share the steps: as many as run at once, but no more than there can be steps."""
     tiles = sum(ceil_div(m, config.BLOCK_M) * ceil_div(n, config.BLOCK_N) for m, n in sizes)
     slots = device.multiprocessors * max(1, programs_per_multiprocessor(config, "weights", precision, device))
     return min(slots, tiles * num_chunks(rows, num_experts, config.BLOCK_K))

@@ -52,6 +52,21 @@ def test_two_products(grouping, programs, device):
         torch.testing.assert_close(products[1].dw[e].double(), wanted.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+@pytest.mark.parametrize("more", [1, 2, 7, 100])
+def test_more_programs_than_steps(more, blocks, tiles, device):
+    """Their number is from an upper bound: some have nothing to do, also between two that share a tile."""
+    experts = torch.zeros(blocks * CONFIG.BLOCK_K, dtype=torch.long, device=device)  # the other experts are empty
+    grouping = group_tokens(experts, 2)
+    a, b = torch.randn(len(experts), 16, device=device), torch.randn(len(experts), 32 * tiles, device=device)
+    product = Product(a, b, a.new_empty(2, 16, 32 * tiles))
+    programs = (blocks + 1) * tiles + more
+    expert_gemm_weights([product], a.new_empty(2 * programs, 16, 32), grouping, config=CONFIG)
+    torch.testing.assert_close(product.dw[0].double(), a.double().T @ b.double(), rtol=1e-5, atol=1e-5)
+    assert not product.dw[1].any()
+
+
 def test_one_product_has_the_same_bits_every_time(grouping, device):
     a, b = torch.randn(grouping.num_rows, 20, device=device), torch.randn(grouping.num_rows, 40, device=device)
 

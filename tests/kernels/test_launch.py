@@ -17,9 +17,18 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from moebert_kernels import backend, expert_gemm, fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens
+from moebert_kernels import (
+    backend,
+    expert_gemm,
+    fused_moe_ffn,
+    fused_moe_ffn_add_norm,
+    group_tokens,
+    group_tokens_by_hash,
+    reference,
+)
 from moebert_kernels.kernels import launch
-from moebert_kernels.kernels.launch import empty, made, recorded
+from moebert_kernels.kernels.launch import empty, forget, made, recorded
+from moebert_kernels.triton_backend import expert_gemm as triton_expert_gemm
 from tests.helpers import ROOT
 
 
@@ -77,6 +86,19 @@ def test_addresses_that_are_not_aligned_run_the_function(twice, runs, device):
     for other in (y[:64], y[1:], y[1:], y[:64]):
         check(twice, x, other)
     assert len(runs) == 3
+
+
+def test_the_maps_of_every_layer_may_begin_anywhere(device):
+    """Those of all layers are in one tensor each."""
+    tables = torch.randint(0, 4, (3, 50), device=device)
+    groupings = group_tokens_by_hash(torch.randint(0, 50, (37,), device=device), tables, 4)
+    assert any(grouping.offsets.data_ptr() % 16 for grouping in groupings)
+    x, w = torch.randn(37, 24, device=device), torch.randn(4, 16, 24, device=device)
+    forget()
+    for grouping in groupings:
+        y = triton_expert_gemm.forward(x, w, None, grouping, True)
+        torch.testing.assert_close(y, reference.expert_gemm(x, w, grouping, gather=True))
+    assert len(triton_expert_gemm.forward.ready) == 1
 
 
 def test_a_call_whose_arguments_overlap_is_not_kept(twice, runs, device):
