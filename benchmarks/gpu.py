@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import tarfile
 import time
 from collections import Counter
@@ -87,9 +88,16 @@ def go_on(
     tried: set[str] = set()  # each once in a call
     running: dict[Step, tuple[Any, float, bool]] = {}  # command, start, whether the call's end is its limit
 
+    for step in steps:
+        if step.guards and record.steps.get(step.name, {}).get("status") == "failed":
+            machine.withhold(step.guards)
+
     def settle(step: Step, outcome: Outcome, start: float, by_call: bool) -> None:
         if outcome["status"] == "cut" and not by_call:  # it hangs, and would do so again
             outcome = outcome | {"status": "failed"}
+        if outcome["status"] == "failed" and step.guards:
+            machine.withhold(step.guards)
+            outcome = outcome | {"note": f"{outcome['note']}; what follows runs with {step.guards}=0"}
         seconds = machine.now() - start
         record.put(step, outcome, seconds, have)
         say(f"{machine.now() - begun:4.0f} s  {step.name}: {outcome['status']}, {seconds:.0f} s: {outcome['note']}")
@@ -97,7 +105,7 @@ def go_on(
             say(f"      {line}")
 
     def limit(step: Step) -> tuple[float, bool]:
-        patience, left = 4 * step.seconds + 60, end - machine.now()
+        patience, left = 3 * step.seconds + 30, end - machine.now()
         return min(patience, left), left <= patience
 
     def start(step: Step) -> None:
@@ -250,6 +258,10 @@ def main(arguments: list[str] | None = None) -> int:
         return found if built else found | {gpu_plan.NATIVE: None}  # that of another commit may lie there
 
     have = here()
+    if options.carried and have.get(gpu_plan.NATIVE, "") is None:
+        wanted = f"moebert_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        print(f"--carried: expected {wanted}, built for this Python, beside its _C.json, got none", file=sys.stderr)
+        return 2
     if have.get(gpu_plan.NATIVE, "") is None and record.steps.get(BUILD.name, {}).get("status") == "ok":
         del record.steps[BUILD.name]  # it was built on another machine
     os.environ[MARK] = str(folder)

@@ -75,6 +75,11 @@ class Machine:
         words = step.rehearsal if self.rehearse else step.command
         return Command(words, self.folder / f"{step.name.replace('/', '-')}.txt", limit_s)
 
+    def withhold(self, variable: str) -> None:
+        """Leave out from now on what the environment's `variable` is for."""
+        os.environ[variable] = "0"
+        self.close()  # the next worker sees it
+
     def close(self) -> None:
         if self.worker is not None:
             self.worker.kill()

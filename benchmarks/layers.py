@@ -6,6 +6,7 @@ functions sort by themselves, as they do in life.
 
 from __future__ import annotations
 
+import os
 import shutil
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import baselines
+from benchmarks.gpu_plan import CUDA_FORMS
 from benchmarks.inputs import Draws
 from benchmarks.measuring import Case, Limit, Outputs, Provider, Requirement, Skipped, Target
 from benchmarks.model import Cost, op_cost
@@ -255,6 +257,8 @@ def layer_case(
 
 def cuda_or_skipped(op: str, x: Tensor) -> Skipped | None:
     """Why the CUDA form of an op cannot run on `x`, or None."""
+    if os.environ.get(CUDA_FORMS) == "0":
+        return Skipped(f"{CUDA_FORMS}=0")
     try:
         with backend.use_backend("cuda", strict=True):
             backend.choose(op, x)

@@ -6,6 +6,7 @@ is `moebert doctor` without what the command line imports.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -13,8 +14,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +27,28 @@ from moebert_kernels.doctor_text import render
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 TOKENS, HIDDEN, INTERMEDIATE, EXPERTS = 64, 40, 56, 4
+Test: TypeAlias = Callable[[torch.device], str]
+Dtypes: TypeAlias = tuple[torch.dtype, ...]
+
+
+class Sizes(NamedTuple):
+    """Of the layers that are tested."""
+
+    tokens: int = TOKENS
+    hidden: int = HIDDEN
+    intermediate: int = INTERMEDIATE
+    experts: int = EXPERTS
+
+    @property
+    def of_ffn(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of x, w1, b1, w2 and b2."""
+        T, H, I, E = self
+        return (T, H), (E, I, H), (E, I), (E, H, I), (E, H)
+
+
+# Sizes at which a GPU takes the tiles of large layers, read by descriptors, and at which programs share the few tiles
+# of the weights' gradients.
+MANY_ROWS, FEW_TILES = Sizes(4096, 768, 768, 4), Sizes(512, 128, 128, 2)
 MANY_TOKENS = 400  # more than the kernels of few tokens take
 ADD_NORM, NORM_FORM = "fused_moe_ffn_add_norm", "expert_gemm_norm"
 
@@ -64,6 +87,15 @@ def self_test() -> dict[str, dict[str, Any]]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {op: _result(test, device) for op, test in _SELF_TESTS.items()}
+
+
+def tiles_self_test(some: Sequence[Sizes] = (MANY_ROWS, FEW_TILES)) -> dict[str, dict[str, Any]]:
+    """Run the ops that multiply at these sizes, as `self_test` does, in bfloat16 alone; by "op: tokens"."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        f"{op}: {sizes.tokens}": _result(make(sizes, (torch.bfloat16,)), device)
+        for sizes in some for op, make in _TESTS_OF_SIZES.items()
+    }  # fmt: skip
 
 
 def cuda_self_test(device: torch.device | None = None) -> dict[str, dict[str, Any]]:
@@ -160,8 +192,8 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)  # our own: a report must not move the caller's random state
 
 
-def _expert_ids(device: torch.device, tokens: int = TOKENS) -> Tensor:
-    ids = torch.randint(0, EXPERTS - 1, (tokens,), generator=_generator())  # the last expert gets nobody
+def _expert_ids(device: torch.device, tokens: int = TOKENS, experts: int = EXPERTS) -> Tensor:
+    ids = torch.randint(0, experts - 1, (tokens,), generator=_generator())  # the last expert gets nobody
     ids[::7] = -1  # skipped tokens
     return ids.to(device)
 
@@ -201,47 +233,41 @@ def _parts(grouping: moebert_kernels.Grouping) -> list[Tensor]:
     return [grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row]
 
 
-def _test_expert_gemm(device: torch.device) -> str:
-    grouping = moebert_kernels.group_tokens(_expert_ids(device), EXPERTS)
-    shapes = ((TOKENS, HIDDEN), (EXPERTS, INTERMEDIATE, HIDDEN), (EXPERTS, INTERMEDIATE))
-    return _as_accurate(
-        lambda x, w, bias: moebert_kernels.expert_gemm(x, w, grouping, bias),
-        lambda x, w, bias: reference.expert_gemm(x, w, grouping, bias),
-        shapes, device,
-    )  # fmt: skip
+def _expert_gemm_test(sizes: Sizes, dtypes: Dtypes = ()) -> Test:
+    def test(device: torch.device) -> str:
+        grouping = moebert_kernels.group_tokens(_expert_ids(device, sizes.tokens, sizes.experts), sizes.experts)
+        return _as_accurate(
+            lambda x, w, bias: moebert_kernels.expert_gemm(x, w, grouping, bias),
+            lambda x, w, bias: reference.expert_gemm(x, w, grouping, bias),
+            sizes.of_ffn[:3], device, dtypes,
+        )  # fmt: skip
+
+    return test
 
 
-_FFN_SHAPES = (
-    (TOKENS, HIDDEN), (EXPERTS, INTERMEDIATE, HIDDEN), (EXPERTS, INTERMEDIATE), (EXPERTS, HIDDEN, INTERMEDIATE),
-    (EXPERTS, HIDDEN),
-)  # fmt: skip
+def _layer_test(op: str, sizes: Sizes, dtypes: Dtypes = ()) -> Test:
+    def test(device: torch.device) -> str:
+        ids, of_norm = _expert_ids(device, sizes.tokens, sizes.experts), (sizes.experts, sizes.hidden)
+        return _as_accurate(
+            lambda x, *weights: getattr(moebert_kernels, op)(x, ids, *weights),
+            lambda x, *weights: getattr(reference, op)(x, ids, *weights),
+            (*sizes.of_ffn, *([of_norm] * 2 if op == ADD_NORM else ())), device, dtypes,
+        )  # fmt: skip
+
+    return test
 
 
-def _test_fused_moe_ffn(device: torch.device) -> str:
-    ids = _expert_ids(device)
-    return _as_accurate(
-        lambda x, *weights: moebert_kernels.fused_moe_ffn(x, ids, *weights),
-        lambda x, *weights: reference.fused_moe_ffn(x, ids, *weights),
-        _FFN_SHAPES, device,
-    )  # fmt: skip
+def _add_norm_in_order_test(sizes: Sizes, dtypes: Dtypes = ()) -> Test:
+    def test(device: torch.device) -> str:
+        T, H, _, E = sizes
+        grouping = reference.group_tokens(_expert_ids(device, T, E), E)
+        return _as_accurate(
+            lambda x, added, weight, bias: moebert_kernels.add_norm_in_order(x, added, weight, bias, grouping),
+            lambda x, added, weight, bias: reference.add_norm_in_order(x, added, weight, bias, grouping),
+            ((T, H), (T, H), (H,), (H,)), device, dtypes,
+        )  # fmt: skip
 
-
-def _test_fused_moe_ffn_add_norm(device: torch.device) -> str:
-    ids = _expert_ids(device)
-    return _as_accurate(
-        lambda x, *weights: moebert_kernels.fused_moe_ffn_add_norm(x, ids, *weights),
-        lambda x, *weights: reference.fused_moe_ffn_add_norm(x, ids, *weights),
-        (*_FFN_SHAPES, (EXPERTS, HIDDEN), (EXPERTS, HIDDEN)), device,
-    )  # fmt: skip
-
-
-def _test_add_norm_in_order(device: torch.device) -> str:
-    grouping = reference.group_tokens(_expert_ids(device), EXPERTS)
-    return _as_accurate(
-        lambda x, added, weight, bias: moebert_kernels.add_norm_in_order(x, added, weight, bias, grouping),
-        lambda x, added, weight, bias: reference.add_norm_in_order(x, added, weight, bias, grouping),
-        ((TOKENS, HIDDEN), (TOKENS, HIDDEN), (HIDDEN,), (HIDDEN,)), device,
-    )  # fmt: skip
+    return test
 
 
 def _test_mpo_expert_weights(device: torch.device) -> str:
@@ -329,15 +355,18 @@ def _outputs(
         return [y, *torch.autograd.grad(y, leaves, dy.to(device, dtype))]
 
 
-_SELF_TESTS = {
+_TESTS_OF_SIZES: dict[str, Callable[[Sizes, Dtypes], Test]] = {
+    "expert_gemm": _expert_gemm_test,
+    "fused_moe_ffn": functools.partial(_layer_test, "fused_moe_ffn"),
+    ADD_NORM: functools.partial(_layer_test, ADD_NORM),
+    "add_norm_in_order": _add_norm_in_order_test,
+}
+_SELF_TESTS: dict[str, Test] = {
     "hash_route": _test_hash_route,
     "group_tokens": _test_group_tokens,
     "group_tokens_by_hash": _test_group_tokens_by_hash,
-    "expert_gemm": _test_expert_gemm,
-    "fused_moe_ffn": _test_fused_moe_ffn,
-    "fused_moe_ffn_add_norm": _test_fused_moe_ffn_add_norm,
+    **{op: make(Sizes(), ()) for op, make in _TESTS_OF_SIZES.items()},
     "mpo_expert_weights": _test_mpo_expert_weights,
-    "add_norm_in_order": _test_add_norm_in_order,
 }
 # By op and by its kernel in moebert_kernels._C. A training step's forward and backward are Triton's but for the GEMMs.
 _CUDA_SELF_TESTS = {

@@ -16,11 +16,13 @@ class FakeMachine:
         done: names of steps in the order in which they ended.
         killed_at: on the clock, the end of the call.
         outcomes: of steps that end otherwise than well.
+        withheld: the variables that were set to 0.
     """
 
     def __init__(self, steps, pace=1.0, killed_at=float("inf"), outcomes=None):
         self.time, self.pace, self.killed_at, self.outcomes = 0.0, pace, killed_at, outcomes or {}
         self.done, self.of_task = [], {step.task: step for step in steps if step.task}
+        self.withheld = []
 
     def now(self):
         return self.time
@@ -57,6 +59,9 @@ class FakeMachine:
 
     def close(self):
         pass
+
+    def withhold(self, variable):
+        self.withheld.append(variable)
 
 
 def worker(pipe, folder, rehearse):
