@@ -12,9 +12,9 @@ from typing import Any
 from encoder_arms import ARMS, DTYPES, TEACHER
 from encoder_latency import PLAIN
 from encoder_tasks import FILES, task_named
-from scipy import stats
 
 from moebert_kernels.files import write_text
+from moebert_kernels.study.paired import paired_t
 
 MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
 BASELINE = "moe"  # the others are compared with it
@@ -111,9 +111,7 @@ class Summary:
         pairs = [100 * (ours - theirs) for ours, theirs in both if ours is not None and theirs is not None]
         if not pairs or arm == BASELINE:
             return None
-        varies = len(pairs) > 1 and max(pairs) > min(pairs)
-        p = float(stats.ttest_1samp(pairs, 0.0).pvalue) if varies else None
-        return statistics.mean(pairs), p, len(pairs)
+        return statistics.mean(pairs), paired_t(pairs), len(pairs)
 
     def missing(self) -> list[str]:
         """What is wanted and not there: an arm, and of which tasks which seeds."""

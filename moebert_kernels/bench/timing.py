@@ -36,7 +36,8 @@ def compare_models(
         `tokens_per_s`, of real tokens; `peak_mib` of one call beyond what was there, None on a CPU; `how`, on a GPU
         "graph" or "eager". `ffn_ms` is everything from a layer's attention to its output, summed over the layers, with
         the grouping of the tokens, on the inputs that the model gives them; without norm and residual connection where
-        these are not of the feed-forward's module, as in GPT-2 and T5.
+        these are not of the feed-forward's module, as in GPT-2 and T5, and of a dense model without the activation
+        where no module has it, as in BART and OPT.
     """
     device: Any = next(iter(models.values())).device
     batch = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,6 +23,7 @@ from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.convert.split import check_split, default_split
 from moebert_kernels.convert.text_pass import check_text, read_text
 from moebert_kernels.errors import UserError
+from moebert_kernels.files import write_tensors, write_text
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.layers.routing import stack_of
 
@@ -100,7 +100,7 @@ def choose_experts(
                         stacklevel=2,
                     )
                 if kept is not None:
-                    kept.check_text(text.ids)
+                    kept.check_text(text.ids, _stack_name(model, sites[n]))
                 site = sites[n]
                 chooser = SiteChooser(
                     site.name, SiteErrors(site.weights(), site.activation, text),
@@ -184,6 +184,11 @@ def _sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
     return max(1, _MEMORY // (max_tokens * weight.shape[0] * weight.element_size()))
 
 
+def _stack_name(model: nn.Module, site: Site) -> str:
+    stack: nn.Module = stack_of(model, site.name)
+    return next(str(name) for name, module in model.named_modules() if module is stack)
+
+
 def _digest(*tensors: Tensor) -> str:
     content = hashlib.sha256()
     for tensor in tensors:
@@ -205,7 +210,8 @@ class _Folder:
         self.facts = json.loads(json.dumps(facts))
         if self.facts_file.exists():
             found = json.loads(self.facts_file.read_text())
-            names = [*self.facts, *(found.keys() - self.facts.keys() - {"text"})]
+            texts = {name for name in found if name.split()[0] == "text"}
+            names = [*self.facts, *(found.keys() - self.facts.keys() - texts)]
             other = [name for name in names if found.get(name) != self.facts.get(name)]
             if other:
                 raise UserError(f"folder: expected the choice of this {other[0]}, got another one's in {path}")
@@ -215,14 +221,12 @@ class _Folder:
             self._write_facts()
 
     def _write_facts(self) -> None:
-        temporary = self.facts_file.with_suffix(".part")
-        temporary.write_text(json.dumps(self.facts, indent=2))
-        temporary.replace(self.facts_file)
+        write_text(self.facts_file, json.dumps(self.facts, indent=2))
 
-    def check_text(self, ids: Tensor) -> None:
-        """Raise a UserError where the files are of other text."""
+    def check_text(self, ids: Tensor, stack: str) -> None:
+        """Raise a UserError where the files are of other text; encoder and decoder have one each."""
         digest = _digest(ids)
-        if self.facts.setdefault("text", digest) != digest:
+        if self.facts.setdefault(f"text {stack}".rstrip(), digest) != digest:
             raise UserError(f"folder: expected the choice of this text, got another one's in {self.path}")
         self._write_facts()
 
@@ -234,10 +238,8 @@ class _Folder:
 
     def write(self, n: int, choice: SiteChoice) -> None:
         named = choice._asdict() | {f"dense.{name}": t for name, t in choice.dense._asdict().items()}
-        tensors = {name: t.contiguous() for name, t in named.items() if isinstance(t, Tensor)}
-        temporary = self._file(n).with_suffix(".part")
-        save_file(tensors, temporary, {"report": json.dumps(asdict(choice.report))})
-        temporary.replace(self._file(n))
+        tensors = {name: t for name, t in named.items() if isinstance(t, Tensor)}
+        write_tensors(self._file(n), tensors, {"report": json.dumps(asdict(choice.report))})
 
 
 def _read_choice(path: Path) -> SiteChoice:

@@ -119,7 +119,8 @@ def merge(model: nn.Module, task: str | None = None) -> Any:
     labels: dict[str, Any] = {}
     if config.task_labels is not None:
         head = head_name(model)
-        state |= {key: state[key][rows_of(config, task_id)] for key in (f"{head}.weight", f"{head}.bias")}
+        of_head = [key for key in (f"{head}.weight", f"{head}.bias") if key in state]
+        state |= {key: state[key][rows_of(config, task_id)] for key in of_head}
         classes = list(config.task_labels[str(task)]) or ["LABEL_0"]  # transformers' name for a score
         labels = {"id2label": dict(enumerate(classes)), "label2id": {name: k for k, name in enumerate(classes)}}
     targets = None if config.target_modules is None else tuple(config.target_modules)
@@ -176,7 +177,7 @@ def build_model(
     built.tie_weights()
     drawn = {key: t for key, t in built.state_dict().items() if key.startswith(new) and key not in state} if new else {}
     if like is not None:
-        built = built.to(device=like.device, dtype=like.dtype).train(like.training)
+        cast_like(built, like)
         if getattr(like, "generation_config", None) is not None:
             built.generation_config = copy.deepcopy(like.generation_config)
     try:
@@ -185,6 +186,16 @@ def build_model(
         reason = " ".join(str(error).split())
         raise UserError(f"model: expected the weights of a {model_class.__name__}, got others: {reason}") from error
     return built
+
+
+def cast_like(model: Any, like: Any) -> None:
+    """Give a model the device, the mode and the dtypes of another, of what checkpoints hold: frequencies of positions,
+    which they do not, stay float32."""
+    kinds = {key: tensor.dtype for key, tensor in like.state_dict().items()}
+    model.to(device=like.device).train(like.training)
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(kinds.get(key, like.dtype))
 
 
 def constructor_options(model: Any) -> dict[str, Any]:
@@ -214,7 +225,7 @@ def _dense_like(
     with torch.random.fork_rng(devices=[]), no_init_weights():
         dense = model_class(config, **constructor_options(model))
     dense.tie_weights()
-    dense = dense.to(device=model.device, dtype=model.dtype).train(model.training)
+    cast_like(dense, model)
     if getattr(model, "generation_config", None) is not None:
         dense.generation_config = copy.deepcopy(model.generation_config)
     sites = find_sites(dense, targets)

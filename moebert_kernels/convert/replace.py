@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,7 @@ from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts
 from moebert_kernels.layers.routing import install_routing, stack_of
 from moebert_kernels.layers.tasks import row_names
 from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts, SwitchRouter, TaskRouter, Top2Router
-from moebert_kernels.nn.context import plain_class
+from moebert_kernels.nn.context import drop_autocast, plain_class
 from moebert_kernels.nn.mpo_weight import check_factors
 
 _HEAD_STD = 0.02  # of a new classifier's rows, if the model's configuration has no initializer_range
@@ -74,6 +75,11 @@ def convert_to_moe(
     sites = find_sites(model, None if config is None or config.target_modules is None else tuple(config.target_modules))
     for site in sites:
         site.check()
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise UserError(
+            "model: expected one without accelerate's hooks, which call the forwards of before, got one that is spread"
+            " over devices (load it without device_map)"
+        )
     weights = [site.weights() for site in sites]
     has_text = batches is not None or chosen is not None
     config = config or (MoEConfig.chosen() if has_text else MoEConfig.moebert())
@@ -107,7 +113,9 @@ def convert_to_moe(
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
         neurons = [part for part in split if part is not None] or None
         chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
-        split, routers = _checked(chosen, config, weights), [{"router.table": made.table} for made in chosen]
+        vocabularies = [stack_of(model, site.name).get_input_embeddings().num_embeddings for site in sites]
+        split = _checked(chosen, config, weights, vocabularies)
+        routers = [{"router.table": made.table} for made in chosen]
     state = [
         expert_state(config, dense, site, indices, noise, generator)
         for site, dense, indices in zip(sites, weights, split, strict=True)
@@ -126,14 +134,19 @@ def convert_to_moe(
     return model
 
 
-def _checked(chosen: Sequence[SiteChoice], config: MoEConfig, weights: Sequence[DenseWeights]) -> list[Tensor]:
+def _checked(
+    chosen: Sequence[SiteChoice], config: MoEConfig, weights: Sequence[DenseWeights], vocabularies: Sequence[int]
+) -> list[Tensor]:
     """The neurons of the experts of each layer, after checking that the choice is for this model."""
-    wanted = (len(weights), config.num_experts, config.expert_size)
-    shapes = [tuple(made.indices.shape) for made in chosen]
-    D = weights[0].w2.shape[1]
-    if {(len(chosen), *shape) for shape in shapes} != {wanted} or max(int(made.indices.max()) for made in chosen) >= D:
+    size, D = (config.num_experts, config.expert_size), weights[0].w2.shape[1]
+    fits = len(chosen) == len(weights) and all(
+        made.indices.shape == size and int(made.indices.max()) < D
+        and made.table.shape == (V,) and made.dense.w2.shape[0] == dense.w2.shape[0]
+        for made, dense, V in zip(chosen, weights, vocabularies, strict=True)
+    )  # fmt: skip
+    if not fits:
         raise UserError(
-            f"chosen: expected {wanted[0]} choices of {wanted[1]} experts of {wanted[2]}, got another model's"
+            f"chosen: expected {len(weights)} choices of {size[0]} experts of {size[1]}, got another model's"
         )
     return [made.indices for made in chosen]
 
@@ -142,12 +155,13 @@ def _put_heads(model: Any, name: str, config: MoEConfig, generator: torch.Genera
     """Put a classifier with new rows for each task in the place of the model's."""
     rows, old = row_names(config), model.get_submodule(name)
     with torch.device("meta"):  # draws nothing
-        new = nn.Linear(old.in_features, len(rows), dtype=old.weight.dtype)
+        new = nn.Linear(old.in_features, len(rows), bias=old.bias is not None, dtype=old.weight.dtype)
     new = new.to_empty(device=old.weight.device)
     with torch.no_grad():
         std = getattr(model.config.get_text_config(), "initializer_range", _HEAD_STD)
         new.weight.copy_(torch.randn(new.weight.shape, generator=generator) * std)
-        new.bias.zero_()
+        if old.bias is not None:
+            new.bias.zero_()
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, new)
     model.config.id2label = dict(enumerate(rows))
@@ -162,12 +176,16 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         model: as for `convert_to_moe`; on the meta device too.
         config: with every choice made; the model's configuration gets it.
     """
+    drop_autocast(model)
     model.__class__ = plain_class(type(model))  # type(converted).from_pretrained makes instances of what was derived
     targets = None if config.target_modules is None else tuple(config.target_modules)
     sites = find_sites(model, targets)
     layers = []
     for site in sites:
-        w1 = site.weights().w1
+        w1, _, w2, _ = site.weights()
+        if w1.dtype != w2.dtype:
+            cast = f"from {w2.dtype} to {w1.dtype}"
+            warnings.warn(f"model: the second weight of {site.name} is cast {cast}", stacklevel=3)
         with torch.device("meta"):  # draws nothing
             layer = make_layer(model, config, site)
         layer.to(w1.dtype).to_empty(device=w1.device).train(site.module.training)

@@ -216,8 +216,8 @@ class MoEConfig(QuantizationConfigMixin):
             )
         if self.experts == "clustered" and not self.is_hash_routed:
             raise UserError(f"experts: 'clustered' needs routing by token ids, as 'hash-chosen', got {self.router!r}")
-        if self.experts == "clustered" and self.expert_bias != "expert":
-            raise UserError(f"expert_bias: expected 'expert' with experts='clustered', got {self.expert_bias!r}")
+        if self.experts in SPLITS and self.expert_bias != "expert":
+            raise UserError(f"expert_bias: expected 'expert' with experts={self.experts!r}, got {self.expert_bias!r}")
         _check_number("max_load", self.max_load)
         if self.max_load is None or self.max_load < 1:
             raise UserError(f"max_load: expected a number of at least 1, got {self.max_load!r}")

@@ -137,12 +137,12 @@ class MoEFeedForward(nn.Module):
             return y
         mask = None if tokens is None else tokens.token_mask
         shape = x.shape
+        if x.ndim == 2:  # a model that flattens its tokens
+            known = () if tokens is None else (mask, tokens.token_ids, tokens.task_ids)
+            sequences = next((len(tensor) for tensor in known if tensor is not None), 1)
+            x = x.view(sequences, -1, x.shape[-1])
         if mask is not None:
-            if x.ndim == 2:  # a model that flattens its tokens
-                x = x.view(mask.shape[0], -1, x.shape[-1])
             mask = mask[:, -x.shape[1] :]  # with a key-value cache it covers earlier tokens too
-        elif x.ndim == 2:
-            x = x.unsqueeze(0)
         if isinstance(self.router, TaskRouter):
             assert tokens is not None and tokens.task_ids is not None
             y = self.experts(x, *self.router(tokens.task_ids, x, mask, check=False))

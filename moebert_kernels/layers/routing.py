@@ -74,10 +74,14 @@ def install_routing(model: Any, names: list[str]) -> None:
             for layer in layers:
                 layer.is_told_tokens = True
     for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0  # it saves memory alone, and a chunk has neither its ids nor its mask
         if isinstance(module, PreTrainedModel):
             _change_class(module, resizing_class)
         if isinstance(module, GradientCheckpointingLayer) and not isinstance(module, RecomputedLayer):
             _change_class(module, recomputed_class)
+            if "_gradient_checkpointing_func" in vars(module):  # enabled before, and now taken note of
+                module._gradient_checkpointing_func = module._gradient_checkpointing_func
             if hasattr(module, "feed_forward_chunk") and CHUNKS_ARE_TRACED:
                 _change_class(module, chunked_class)
     config = model.config.quantization_config

@@ -199,6 +199,12 @@ def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...
     return type(base.__name__, bases, {**named, "_made_of": (make, base), "__reduce_ex__": _reduce, **members})
 
 
+def drop_autocast(model: Any) -> None:
+    """Remove the forward that accelerate leaves on a model it has trained under autocast, in the way of the class's."""
+    if "_original_forward" in vars(model):
+        del model.forward, model._original_forward
+
+
 def plain_class(named: Any) -> Any:
     """The class that other packages know, of one that `derived_class` made of it."""
     while made_of := named.__dict__.get("_made_of"):

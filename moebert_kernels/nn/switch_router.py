@@ -27,9 +27,9 @@ class SwitchRouter(nn.Module):
         scaling: "ratio" or "probability".
         jitter: in training the router's input is multiplied by uniform draws from [1 - jitter, 1 + jitter].
         noise: standard deviation of normal noise on the logits in training.
-        capacity_factor: c; an expert takes the first int(c * T / E) of its tokens, and the others are dropped (the
-            original keeps random ones). None: no limit.
-        route_padding: route padding like any token, and count it in the balance loss and the capacity.
+        capacity_factor: c; an expert takes the first max(1, int(c * T / E)) of its tokens, and the others are dropped
+            (the original keeps random ones). None: no limit.
+        route_padding: route padding like any token, and count it in the balance loss. T counts it in any case.
 
     Raises:
         UserError: a value out of its range.
@@ -76,7 +76,7 @@ class SwitchRouter(nn.Module):
             expert_ids = expert_ids.masked_fill(~counted, -1)
         if self.capacity_factor is not None:
             num_experts = probabilities.shape[-1]
-            capacity = int(self.capacity_factor * expert_ids.numel() / num_experts)
+            capacity = max(1, int(self.capacity_factor * expert_ids.numel() / num_experts))
             place = place_in_expert(expert_ids.reshape(1, -1), num_experts).view(expert_ids.shape)
             dropped = (expert_ids >= 0) & (place >= capacity)
             expert_ids = expert_ids.masked_fill(dropped, -1)

@@ -31,7 +31,7 @@ class Top2Router(nn.Module):
         capacity_factor, eval_capacity_factor: c; an expert takes max(4, min(T, int(c * T / E))) tokens of each
             sequence, first choices first, in order. None: no limit. The original code has 1.25 and 2.
         jitter, noise: as for `SwitchRouter`.
-        route_padding: route padding like any token, and count it in the balance loss and the capacity.
+        route_padding: route padding like any token, and count it in the balance loss. T counts it in any case.
 
     Raises:
         UserError: a value out of its range.

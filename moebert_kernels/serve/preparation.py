@@ -18,7 +18,7 @@ from moebert_kernels.cpu import aligned, warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.integrations.transformers import is_experts
 from moebert_kernels.layers.feed_forward import MoEFeedForward
-from moebert_kernels.nn.context import derived_class
+from moebert_kernels.nn.context import derived_class, drop_autocast
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.calibration import products_needing_token_scales
 from moebert_kernels.serve.config import PreparedConfig
@@ -64,8 +64,7 @@ def prepare(
         raise UserError(f"batches: expected them with dtype 'int8' alone, which they calibrate, got {dtype!r}")
     warn_if_slow(dtype)
     moe = moe_of(model)
-    if "_original_forward" in vars(model):  # accelerate leaves a training's autocast, and engines choose their dtypes
-        del model.forward, model._original_forward
+    drop_autocast(model)  # engines choose their dtypes
     scales = None if batches is None else _calibrated(model, batches)
     model.eval().requires_grad_(False)
     _replace(model, dtype)

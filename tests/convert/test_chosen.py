@@ -291,6 +291,18 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
         chosen_for(strong(), batches=batches, folder=tmp_path)
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_and_decoder_have_a_text_each(family, tmp_path):
+    model, batches = make(family), text(family)
+    config = MoEConfig.chosen(num_experts=2, expert_size=8)
+    made = choose_experts(model, batches, config, folder=tmp_path)
+    again = choose_experts(model, batches, config, folder=tmp_path)
+    assert all(torch.equal(one.table, other.table) for one, other in zip(made, again, strict=True))
+    (tmp_path / "feed-forward-000.safetensors").unlink()
+    with pytest.raises(UserError, match="folder: expected the choice of this text, got another one's"):
+        choose_experts(model, batches[::-1], config, folder=tmp_path)
+
+
 def test_the_report_is_a_table():
     reports = [choice.report for choice in chosen_for(strong())]
     table = report_table(reports).splitlines()

@@ -13,8 +13,10 @@ import transformers
 from safetensors.torch import save_file
 
 from moebert_kernels.convert import convert_to_moe, dense_student, merge
+from moebert_kernels.convert.sites import common_width, find_sites
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
+from tests.convert.families import make
 from tests.convert.models import CLASSES, D, L, dense_model, inputs, moe_model
 from tests.convert.test_tasks import LABELS, task_moe
 from tests.golden_arrays import assert_golden
@@ -114,6 +116,20 @@ def test_dtype_and_mode_are_kept():
     moe, _ = trained("bert-cls", LABELS)
     plain = merge(moe.bfloat16().train(), "mood")
     assert plain.dtype == torch.bfloat16 and plain.training
+
+
+@pytest.mark.parametrize("family", ["llama", "modernbert"])
+def test_frequencies_of_positions_stay_as_they_are(family):
+    model = make(family).bfloat16()
+    for name, buffer in model.named_buffers():
+        buffer.data = dict(make(family).named_buffers())[name]  # as from_pretrained leaves them
+    student = dense_student(model, torch.rand(2, common_width(find_sites(model))), 8)
+    wanted = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
+    got = dict(student.named_buffers())
+    assert wanted and all(
+        torch.equal(got[name], buffer) and got[name].dtype == torch.float32 for name, buffer in wanted.items()
+    )
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

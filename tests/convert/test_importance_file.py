@@ -105,7 +105,7 @@ def test_rejects(tmp_path, model):
 def test_a_failed_write_keeps_the_file_before(tmp_path, model):
     path = tmp_path / "i.safetensors"
     save_importance(path, torch.zeros(L, D), model=model, **FACTS)
-    (tmp_path / "i.safetensors.partial").mkdir()
+    (tmp_path / ".i.safetensors.partial").mkdir()
     with pytest.raises(UserError, match="path: expected a file that can be written"):
         save_importance(path, torch.ones(L, D), model=model, **FACTS)
     assert load_importance(path).scores.sum() == 0

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from moebert_kernels.convert import convert_to_moe, expert_indices
+from moebert_kernels.convert import convert_to_moe, expert_indices, merge
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
+from tests.convert.families import make, make_inputs
 from tests.convert.models import CLASSES, D, L, dense_model, inputs
 from tests.helpers import assert_same_model
 
@@ -110,6 +111,20 @@ def test_a_head_for_each_task(name, tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert again.config.quantization_config.task_labels == LABELS and again.config.num_labels == 6
     assert_same_model(again, moe, lambda model: model(**batch, task_ids=2).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_head_without_a_bias_stays_so(family, tmp_path):
+    dense = make(family, AutoModelForSequenceClassification, num_labels=2, pad_token_id=0)
+    moe, batch = task_moe(dense, LABELS, experts="copy"), make_inputs(family)
+    batch["input_ids"] = batch["input_ids"] * batch["attention_mask"]  # the last one that is not padding counts
+    assert moe.score.bias is None
+    wanted = moe(**batch, task_ids=2).logits
+    assert torch.allclose(merge(moe, "logic")(**batch).logits, wanted, atol=1e-5)
+    moe.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.allclose(again(**batch, task_ids=2).logits, wanted, atol=1e-6)
+    assert torch.allclose(merge(again, "logic")(**batch).logits, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "bert-qa", "roberta-tokens"])

@@ -20,10 +20,11 @@ HASHED = tuple(kind for kind in KINDS if kind.endswith("hash"))
 LEARNED = tuple(kind for kind in KINDS if kind.endswith(("switch", "top2", "gate", "sentence")))
 
 
-def model(kind, vocab_size=V, **changes):
+def model(kind, vocab_size=V, checkpointing=None, **changes):
     """In eval mode, the same in every call; classifiers have three labels.
 
     Args:
+        checkpointing: arguments of `gradient_checkpointing_enable`, called before the conversion; None: it is not.
         changes: of the MoEConfig.
     """
     torch.manual_seed(0)
@@ -33,6 +34,8 @@ def model(kind, vocab_size=V, **changes):
         dense = tf.BertForSequenceClassification(config).eval()
     else:
         dense = mpoe_models.dense(family)
+    if checkpointing is not None:
+        dense.gradient_checkpointing_enable(checkpointing)
     if method == "mpoe":
         config = MoEConfig.mpoe(**{"num_experts": 3, "router": _ROUTERS[router]} | changes)
         return convert_to_moe(dense, config, num_sites=3, noise=1.0)

@@ -155,6 +155,8 @@ def test_two_forwards_before_a_backward_with_recomputation(kind, reentrant):
     net = kinds.model(kind).train()
     batches = [kinds.batch(kind, seed, length, labels=True) for seed, length in ((0, 8), (1, 11))]
     wanted = gradients(net, batches, torch.Tensor.backward)
+    early = kinds.model(kind, checkpointing={"use_reentrant": reentrant}).train()  # enabled before the conversion
+    assert_same(gradients(early, batches, torch.Tensor.backward), wanted)
     net.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same(gradients(net, batches, torch.Tensor.backward), wanted)
     # the thread that runs backward need not be the one that ran forward

@@ -1,5 +1,6 @@
 """What a user of transformers expects of a converted encoder, and what hash routing promises."""
 
+import accelerate
 import pytest
 import torch
 from transformers import AutoModelForPreTraining
@@ -59,6 +60,39 @@ def test_without_a_mask_or_with_one_of_more_dimensions(router):
     got, wanted = model(ids, square).last_hidden_state, model(**batch).last_hidden_state
     if router != "gate-sentence":  # whose mean then includes the padding
         torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()])
+
+
+@pytest.mark.parametrize("router", ["gate-sentence", "top2", "task"])
+def test_sentences_of_a_model_that_flattens_them_stay_apart_without_a_mask(router):
+    own = {"experts": "copy"}
+    config = MoEConfig.task(["a", "b"], **own) if router == "task" else MoEConfig(router=router, num_experts=3, **own)
+    model, batch = convert_to_moe(make("opt"), config, noise=0.5), make_inputs("opt", padded=False)
+    more = {"task_ids": torch.tensor([0, 1])} if router == "task" else {}
+    mask = {"attention_mask": torch.ones_like(batch["input_ids"])}
+    got, wanted = model(**batch, **more).last_hidden_state, model(**batch, **mask, **more).last_hidden_state
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("router", ["hash-random", "switch"])
+def test_chunks_of_feed_forwards_are_not_made(router):
+    """A chunk would have another chunk's mask, and no grouping."""
+    batch = inputs()
+    whole, chunked = (
+        convert_to_moe(dense_model("bert", chunk_size_feed_forward=size), MoEConfig(router=router, experts="copy"))
+        for size in (0, 2)
+    )
+    assert torch.equal(whole(**batch).last_hidden_state, chunked(**batch).last_hidden_state)
+
+
+def test_a_forward_that_a_training_has_left_is_not_in_the_way():
+    """accelerate's, which is the dense class's."""
+    dense, batch = dense_model("bert-cls"), inputs() | {"labels": torch.tensor([0, 1, 2, 0])}
+    dense._original_forward, dense.forward = dense.forward, torch.autocast("cpu", torch.bfloat16)(dense.forward)
+    model = convert_to_moe(dense, MoEConfig(router="switch", load_balance=100.0))
+    assert "forward" not in vars(model) and model(**batch).loss > 50
+    hooked = accelerate.cpu_offload(dense_model("bert-cls"), torch.device("cpu"))
+    with pytest.raises(UserError, match="model: expected one without accelerate's hooks"):
+        convert_to_moe(hooked, MoEConfig(router="switch"))
 
 
 def test_all_groupings_are_built_once_before_the_first_layer(monkeypatch):

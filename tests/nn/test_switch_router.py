@@ -23,6 +23,12 @@ def test_ratio_has_value_one_and_the_routers_gradient():
         assert router(x)[1] is None
 
 
+def test_an_expert_has_room_for_one_token_at_least():
+    """Of a generation's few new ones, whose share is less than one."""
+    ids, *_, dropped = SwitchRouter(H, 8, capacity_factor=1.25)(torch.randn(1, 1, H))
+    assert ids.min() >= 0 and not dropped.any()
+
+
 def test_scaling_the_input_is_scaling_the_output_of_relu_experts_without_bias():
     x = torch.randn(2, 6, H)
     router, experts = SwitchRouter(H, E, scaling="probability"), small_experts()

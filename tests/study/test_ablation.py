@@ -14,6 +14,13 @@ from moebert_kernels.files import once
 from moebert_kernels.study.ablation import ARMS, draw, recipe_of_arm, repeated_arms, summary, table
 from moebert_kernels.study.paired import Judged, bootstrap_interval, bootstrap_scores, paired_t
 
+
+def test_equal_counts_of_examples_do_not_differ():
+    assert paired_t([900 / 1043 - 897 / 1043, 911 / 1043 - 908 / 1043]) is None
+    assert paired_t([0.1, 0.1]) is None and paired_t([0.1]) is None and paired_t([]) is None
+    assert 0 < paired_t([0.1, 0.2]) < 1
+
+
 NAMES = {name: TASKS[name] for name in ("sst2", "stsb")}
 
 
