@@ -142,12 +142,19 @@ def _teacher(name: str, loaded: Any, length: int | None) -> dict[str, Any]:
 
 
 def _judged(model: Any, tokenizer: Any, loaded: Any, length: int | None) -> dict[str, Any]:
-    """Predictions on the test split, if the data has one, else on validation, and their main metric."""
+    """Predictions on the test split, if the data has one, else on validation, and their main metric.
+
+    Classes have the task's numbers, whatever those of the model are.
+    """
     from moebert_kernels.data.metrics import compute_metrics
+    from moebert_kernels.data.tasks import label_order
 
     split = "test" if "test" in loaded.splits else "validation"
     evaluator = inputs.Reader(loaded, model.config, tokenizer, length).evaluator(split)
     predictions, references = evaluator.predict(model), evaluator.references
+    if loaded.task.kind == "classification":
+        number = label_order(loaded.task, evaluator.task.label_names)
+        predictions, references = ([number[answer] for answer in answers] for answers in (predictions, references))
     score = compute_metrics(loaded.task, predictions, references)[loaded.task.main_metric]
     return {"score": score, "split": split, "predictions": predictions, "references": references}
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.convert.batches import reading, tensors_of
-from moebert_kernels.convert.sample_loss import LABEL_KEYS, sample_loss
+from moebert_kernels.convert.sample_loss import is_causal, sample_loss, unread_labels
 from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.errors import UserError
 
@@ -82,12 +82,12 @@ def importance_scores(
 
 def _batch_scores(model: nn.Module, sites: list[Site], batch: dict[str, Tensor], accepted: set[str]) -> Tensor:
     """Scores of one batch, (L, D) float64."""
-    inputs = {name: value for name, value in batch.items() if name in accepted and name not in LABEL_KEYS}
+    inputs = {name: value for name, value in batch.items() if name in accepted and name not in unread_labels(model)}
     samples = next(iter(batch.values())).shape[0]
     with _recording(sites, samples) as (products, roots):
         with reading(model, inputs):
             outputs = model(**inputs, return_dict=True)
-        loss = sample_loss(outputs, batch, getattr(model, "config", None)).sum()
+        loss = sample_loss(outputs, batch, getattr(model, "config", None), is_causal(model)).sum()
         if not roots:
             raise UserError(f"model: expected its FFN layers to run in forward, got none from {type(model).__name__}")
         torch.autograd.grad(loss, roots, allow_unused=True)

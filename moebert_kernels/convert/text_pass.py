@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.convert.importance import frozen_eval
-from moebert_kernels.convert.sample_loss import LABEL_KEYS
+from moebert_kernels.convert.sample_loss import unread_labels
 from moebert_kernels.convert.sites import Site
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.routing import stack_of
@@ -148,7 +148,7 @@ def read_text(
     """
     recorders = [_Recorder(model, site, most) for site in sites]
     device = sites[0].weights().w1.device
-    accepted = set(inspect.signature(model.forward).parameters) - set(() if with_gradient else LABEL_KEYS)
+    accepted = set(inspect.signature(model.forward).parameters) - set(() if with_gradient else unread_labels(model))
     bar = tqdm(total=most, desc="reading text", unit=" tokens", disable=not progress, leave=False)
     with ExitStack() as stack, torch.no_grad(), torch.autocast(device.type, enabled=False), bar:
         stack.enter_context(frozen_eval(model))

@@ -45,7 +45,8 @@ def compute_metrics(task: Task, predictions: Sequence[Any], references: Sequence
         return squad_metrics(predictions, references, with_no_answer=task.name != "squad")
     answers, labels = np.asarray(predictions), np.asarray(references)
     known = TASKS.get(task.name)
-    if known is not None and "f1" in known.metrics and task.label_names == known.label_names[::-1]:
+    names = tuple(name.lower() for name in task.label_names)
+    if known is not None and "f1" in known.metrics and names == known.label_names[::-1]:
         # a model's order of the classes; the score is of the task's second one
         answers, labels = 1 - answers, 1 - labels
     return {name: _metric(name, answers, labels) for name in task.metrics}

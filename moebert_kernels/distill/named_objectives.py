@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from moebert_kernels.convert.sample_loss import is_causal
 from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.embedding import EmbeddingObjective, Pooling, read_pooling
 from moebert_kernels.distill.microbert import MicroBertObjective
-from moebert_kernels.distill.objectives import Kind, LayerwiseObjective, Objective, is_causal
+from moebert_kernels.distill.objectives import Kind, LayerwiseObjective, Objective
 from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config

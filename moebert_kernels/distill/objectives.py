@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
+from moebert_kernels.convert.sample_loss import IGNORED, next_token_labels, position_loss
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.loading import named_labels
 from moebert_kernels.errors import UserError
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["classification", "regression", "qa"]
 Preset = Literal["default", "paper"]
-
-IGNORED = -100  # as a label: no target; torch's and transformers' value
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -293,18 +292,6 @@ def named_output(outputs: Any, name: str) -> Any:
     return value
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether the model's logits at a position predict the token after it, while labels are not shifted."""
-    generates = getattr(model, "can_generate", None)
-    config: Any = model.config
-    return generates is not None and generates() and not config.is_encoder_decoder
-
-
-def next_token_labels(labels: Tensor) -> Tensor:
-    """(B, T) labels where a causal model's logits predict them: one position to the left, none at the last."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
 def sequences_in(batch: Batch) -> int:
     """B of a batch; images have no input_ids."""
     return len(batch["input_ids"] if "input_ids" in batch else next(iter(batch.values())))
@@ -352,11 +339,12 @@ def task_loss(
     if outputs.loss is None:
         raise UserError("labels: expected in each batch for the task's loss, got none")
     if "start_positions" in batch and "attention_mask" in batch and preset == "default":
+        mask = batch["attention_mask"]
         start, end = (
-            _position_loss(getattr(outputs, f"{name}_logits"), batch[f"{name}_positions"], batch["attention_mask"])
+            position_loss(getattr(outputs, f"{name}_logits"), batch[f"{name}_positions"], mask)
             for name in ("start", "end")
         )
-        return (start + end) / 2
+        return (start + end).mean() / 2
     return outputs.loss
 
 
@@ -367,10 +355,3 @@ def _loss_of_labelled(logits: Tensor, labels: Tensor, labelled: Tensor) -> Tenso
     else:
         losses = F.cross_entropy(logits, labels, reduction="none")
     return losses.masked_fill(~labelled, 0.0).mean()
-
-
-def _position_loss(logits: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-    """Mean over B of the cross-entropy over the valid tokens (B, T); 0 where the position is not one of them."""
-    inside = F.pad(mask != 0, (0, 1)).gather(1, positions.clamp(0, mask.shape[1])[:, None]).squeeze(1)
-    logits = at_least_float32(logits).masked_fill(mask == 0, torch.finfo(torch.float32).min)
-    return F.cross_entropy(logits, positions.where(inside, -100), ignore_index=-100, reduction="none").mean()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moebert_kernels.convert import model_fingerprint
-from moebert_kernels.convert.sample_loss import LABEL_KEYS
+from moebert_kernels.convert.sample_loss import unread_labels
 from moebert_kernels.cpu import aligned
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.loading import check_reach, named_labels
@@ -122,10 +122,7 @@ class LiveTeacher:
         self._dropout = dropout
         self._autocast = autocast
         self._recorder: Recorder | None = None
-        config: Any = model.config
-        # a decoder reads the labels' tokens
-        unread = LABEL_KEYS if not config.is_encoder_decoder else ()
-        self._keys = [key for key in forward_keys(model) if key not in unread]
+        self._keys = [key for key in forward_keys(model) if key not in unread_labels(model)]
 
     def record(self, layer: int) -> None:
         """From now on give queries, keys and values of this layer, from 1, too."""

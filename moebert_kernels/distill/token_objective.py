@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.sample_loss import IGNORED, is_causal, next_token_labels
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.objectives import (
-    IGNORED,
     Objective,
     check_sizes,
-    is_causal,
     label_weights,
-    next_token_labels,
 )
 from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from moebert_kernels.convert.sample_loss import is_causal
 from moebert_kernels.cpu import aligned
 from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer
 from moebert_kernels.distill.arguments import MoETrainingArguments
@@ -26,7 +27,7 @@ from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
 from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.kept_outputs import kept_outputs
 from moebert_kernels.distill.named_objectives import make_objective
-from moebert_kernels.distill.objectives import Objective, batch_weight, is_causal, sequences_in, task_loss
+from moebert_kernels.distill.objectives import Objective, batch_weight, sequences_in, task_loss
 from moebert_kernels.distill.orders import SeededLengthGroups, padded
 from moebert_kernels.distill.parameter_groups import add_groups, decayed
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state

@@ -78,7 +78,8 @@ class GateRouter(nn.Module):
 
 
 def gate_probabilities(gate: nn.Linear, x: Tensor, noise: float = 0.0) -> Tensor:
-    """softmax(gate(x)) in at least float32; `noise` is the standard deviation of what is added to the logits."""
+    """softmax(gate(x)), the gate in its own dtype and the softmax in at least float32; `noise` is the standard
+    deviation of what is added to the logits."""
     # Two experts' logits often differ by less than a bfloat16 step, so autocast does not reach the gate.
     with torch.autocast(x.device.type, enabled=False):
         logits: Tensor = gate(x.to(gate.weight.dtype))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.convert.batches import reading, tensors_of
-from moebert_kernels.convert.sample_loss import LABEL_KEYS
+from moebert_kernels.convert.sample_loss import unread_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import Packed, rounded_activation
@@ -45,8 +45,7 @@ def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any
         recorders[name] = _Recorder(packed, mask)
         packed.linear = recorders[name]
     accepted = set(inspect.signature(model.forward).parameters)
-    if not getattr(model.config, "is_encoder_decoder", False):  # which make a decoder's inputs of their labels
-        accepted -= set(LABEL_KEYS)  # nothing that a product sees depends on them
+    accepted -= set(unread_labels(model))  # nothing that a product sees depends on them
     if not isinstance(batches, Iterable):
         raise UserError(f"batches: expected a list of mappings with input_ids, got {type(batches).__name__}")
     for batch in tensors_of(batches, torch.device("cpu")):
@@ -97,9 +96,8 @@ class _Recorder:
 
         found = errors("int8")
         self.errors.append(found)
+        self.errors_of_tokens.append(errors("int8-token"))
         self.count += len(found)
-        if len(found) and found.median() > MOST_ERROR:
-            self.errors_of_tokens.append(errors("int8-token"))
         return y
 
     def needs_token_scales(self) -> bool:

@@ -69,7 +69,7 @@ class Int8Callback(TrainerCallback):
 
     Args:
         dtype: as for `int8_forward`.
-        start: share of the training, in [0, 1), that is in floating point before.
+        start: share of the training, in [0, 1), that is in floating point before. Of its evaluations none is the best.
     """
 
     def __init__(self, dtype: str = "int8", start: float = 0.0) -> None:
@@ -81,7 +81,10 @@ class Int8Callback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if self._inside is None and state.global_step >= self.start * state.max_steps:
+        first = self.start * state.max_steps
+        if self._inside is None and state.global_step >= first:
+            if state.global_step - 1 < first and state.global_step:  # scores until now were those of the other forward
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             self._inside = int8_forward(getattr(model, "module", model), self.dtype).__enter__()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -132,7 +135,10 @@ def rounded_experts_class(base: Any) -> Any:
         p = resolve_routing_weights(x, grouping.top_k, routing_weights)
         flat = x.reshape(-1, x.shape[-1])
         (w1, w2), (b1, b2) = self.weights(grouping.offsets), self.biases()
-        rows = expert_gemm(rounded_activation(flat, self.rounded_as), rounded_weight(w1), grouping, b1, gather=True)
+        skipped = grouping.assignment_to_row >= grouping.offsets[-1]
+        unread = skipped.view(len(flat), -1).all(1, keepdim=True)  # whose values would decide the scale of the others
+        read = rounded_activation(flat.masked_fill(unread, 0), self.rounded_as)
+        rows = expert_gemm(read, rounded_weight(w1), grouping, b1, gather=True)
         h = F.dropout(reference.activate(rows, self.activation), self.hidden_dropout, self.training)
         y = expert_gemm(rounded_activation(h, self.rounded_as), rounded_weight(w2), grouping, b2)
         y = y.index_select(0, grouping.assignment_to_row)
@@ -140,7 +146,6 @@ def rounded_experts_class(base: Any) -> Any:
             y = _normed(self, flat, y, grouping)
         if p is not None:
             y = y * p.reshape(-1, 1)
-        skipped = grouping.assignment_to_row >= grouping.offsets[-1]
         passed = y.new_zeros(())
         if self.adds_residual:
             padding = is_padding(len(flat))

@@ -30,6 +30,7 @@ from moebert_kernels.nn.hash_router import HashRouter
 from moebert_kernels.serve.modules import PackedModule
 from moebert_kernels.serve.onnx_decoder import PAST, PRESENT, CachedDecoder, example_of_decoder
 from moebert_kernels.serve.onnx_operator import OperatorExperts, check_operator, passes
+from moebert_kernels.serve.preparation import FEWEST_OUTPUTS
 
 OPSET = 20  # Gelu is an operator from here on
 EXPERTS = ("matrices", "operator")
@@ -93,12 +94,23 @@ def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts
 
 
 def quantise_onnx(source: str | Path, target: str | Path) -> None:
-    """ONNX Runtime's dynamic quantisation: weights int8 per channel, activations 8 bits per tensor in each call."""
+    """ONNX Runtime's dynamic quantisation: weights int8 per channel, activations 8 bits per tensor in each call.
+
+    As in `prepare`, gates and layers of fewer than 16 outputs stay in float32: of their logits close ones decide.
+    """
     require_extra("serve", "onnx", "onnxruntime")
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(str(source), load_external_data=False).graph
+    few = {weight.name for weight in graph.initializer if len(weight.dims) == 2 and min(weight.dims) < FEWEST_OUTPUTS}
+    kept = [
+        node.name for node in graph.node if node.op_type in ("MatMul", "Gemm")
+        and (not few.isdisjoint(node.input) or any(".router'" in entry.value for entry in node.metadata_props))
+    ]  # fmt: skip
     with _quiet():
-        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True)
+        kept += [f"{name}_MatMul" for name in kept]  # as the quantiser calls a Gemm that it takes apart
+        quantize_dynamic(str(source), str(target), weight_type=QuantType.QInt8, per_channel=True, nodes_to_exclude=kept)
 
 
 @contextmanager

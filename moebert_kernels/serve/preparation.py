@@ -151,7 +151,12 @@ def replace_modules(model: nn.Module, dtype: str) -> int:
 
 
 def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are no routers of ours nor of transformers' own mixtures, and not inside of one."""
     routers = {id(layer.router) for layer in model.modules() if isinstance(layer, MoEFeedForward)}
+    for parent in model.modules():
+        beside = [*parent.children()]
+        if any(map(is_experts, beside)):
+            routers |= {id(child) for child in beside if re.search("router|gate|topk", type(child).__name__.lower())}
     inside = {id(m) for r in model.modules() if id(r) in routers for m in r.modules()}
     yield from (module for module in model.modules() if id(module) not in inside)
 

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig, BertForSequenceClassification
 
-from moebert_kernels.convert import importance_scores
+from moebert_kernels.convert import choose_experts, importance_scores
 from moebert_kernels.convert.sample_loss import sample_loss
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig
+from tests.convert.families import make, make_inputs
 from tests.convert.models import dense_model, inputs, labels
 from tests.golden_arrays import assert_golden, golden
 
@@ -92,6 +94,43 @@ def test_does_not_depend_on_batching(name):
     batch |= labels(name, batch)
     single = [{key: tensor[n : n + 1] for key, tensor in batch.items()} for n in range(4)]
     assert_golden(importance_scores(model, single), importance_scores(model, [batch]), 1e-5)
+
+
+def test_does_not_depend_on_padding():
+    model, batch = dense_model("bert-qa"), inputs()
+    batch |= labels("bert-qa", batch)
+    last = int(batch["attention_mask"][0].sum()) - 1
+    batch |= {"start_positions": torch.tensor([1, 1, 1, 1]), "end_positions": torch.tensor([last, 2, 1, 2])}
+    wider = {name: torch.nn.functional.pad(t, (0, 4)) if t.ndim == 2 else t for name, t in batch.items()}
+    assert_golden(importance_scores(model, [wider]), importance_scores(model, [batch]), 1e-5)
+
+
+def test_a_causal_model_predicts_the_next_token():
+    model = make("gpt2", AutoModelForCausalLM).double()
+    batch = {name: tensor[:1] for name, tensor in make_inputs("gpt2").items()}
+    labels = batch["input_ids"].clone()
+    labels[0, :2] = -100
+    with torch.no_grad():
+        loss = sample_loss(model(**batch), batch | {"labels": labels}, model.config, causal=True)
+        assert torch.allclose(loss, model(**batch, labels=labels).loss.float())
+    scores = importance_scores(model, [batch | {"labels": labels}])
+    model.zero_grad()
+    model(**batch, labels=labels).loss.backward()
+    first, second = (part.weight for part in (model.transformer.h[0].mlp.c_fc, model.transformer.h[0].mlp.c_proj))
+    products = (first * first.grad).sum(0) + (second * second.grad).sum(1)
+    assert_golden(scores[0], products.abs(), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_decoder_reads_the_labels(family):
+    """Batches as collators make them: without decoder_input_ids."""
+    model = make(family, AutoModelForSeq2SeqLM)
+    model.config.decoder_start_token_id = 0
+    batch = make_inputs(family)
+    batch["labels"] = batch.pop("decoder_input_ids")
+    assert importance_scores(model, [batch]).min(1).values.max() > 0
+    made = choose_experts(model, [batch] * 12, MoEConfig.chosen(num_experts=2, expert_size=8))
+    assert len(made) == len(find_sites(model))
 
 
 def test_half_precision_models():

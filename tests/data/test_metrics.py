@@ -31,6 +31,8 @@ def test_f1_is_of_the_tasks_second_class_whatever_number_it_has():
     turned = replace(TASKS["mrpc"], label_names=TASKS["mrpc"].label_names[::-1])
     others = compute_metrics(turned, [1 - p for p in predictions], [1 - r for r in references])
     assert others == compute_metrics(TASKS["mrpc"], predictions, references)
+    turned = replace(turned, label_names=("Equivalent", "Not_Equivalent"))
+    assert others == compute_metrics(turned, [1 - p for p in predictions], [1 - r for r in references])
 
 
 def test_regression():

@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from moebert_kernels.convert.sample_loss import is_causal
 from moebert_kernels.data.tasks import get_task, load_task
 from moebert_kernels.distill import TokenObjective
 from moebert_kernels.distill.evaluation import Evaluator
-from moebert_kernels.distill.objectives import batch_weight, is_causal, task_loss
+from moebert_kernels.distill.objectives import batch_weight, task_loss
 from moebert_kernels.errors import UserError
 from tests.distill.tiny import tiny_bert
 from tests.distill.tiny_run import assert_same_tensors, interrupt, run, saved_weights

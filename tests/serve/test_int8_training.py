@@ -16,6 +16,7 @@ from transformers import (
 
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_layers
 from moebert_kernels.serve import Int8Callback, int8_forward, prepare
 from moebert_kernels.serve.int8_training import rounded_activation, rounded_weight
 from moebert_kernels.serve.packed import quantised
@@ -101,6 +102,35 @@ def test_the_callback(start, tmp_path):
     Trainer(model, settings, train_dataset=data, callbacks=[Int8Callback(start=start)]).train()
     assert seen == [step >= 4 * start for step in range(4)]
     assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+def test_scores_before_the_roundings_are_not_the_best(tmp_path):
+    """Else a score in float32 that int8 never has would choose the weights."""
+    model = made("bert", "hash", AutoModelForSequenceClassification)
+    data = [{**{k: v[0] for k, v in make_inputs("bert").items()}, "labels": i % 2} for i in range(4)]
+    scores = iter([0.9, 0.8, 0.3, 0.2])
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="score",
+    )  # fmt: skip
+    trainer = Trainer(
+        model, settings, train_dataset=data, eval_dataset=data, callbacks=[Int8Callback(start=0.5)],
+        compute_metrics=lambda _: {"score": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.3, 3)
+
+
+def test_a_row_that_no_expert_gets_decides_no_scale():
+    model = made("bert", "hash")
+    layer = moe_layers(model)[0]
+    x, ids = torch.randn(6, 32), torch.tensor([0, 1, -1, 0, 1, 0])
+    far = x.clone()
+    far[2] *= 1000
+    with int8_forward(model):
+        one, other = (layer.experts(rows, ids)[ids >= 0] for rows in (x, far))
+    assert torch.equal(one, other)
 
 
 def test_refusals():

@@ -106,6 +106,17 @@ def test_int8(tmp_path):
     )  # attention and experts of two layers, a pooler
 
 
+@needs_onnx
+@pytest.mark.slow
+def test_int8_leaves_gates_and_small_heads(tmp_path):
+    import onnx
+
+    model = made("bert", "gate", AutoModelForSequenceClassification)
+    session_of(model, tmp_path / "model.onnx", dtype="int8")
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [node.op_type for node in nodes].count("MatMulInteger") == 2 * (4 + 2 * 4) + 1
+
+
 def large_at_padding():
     """A model in which padding would decide the scale of attention's inputs, and attention matters."""
     model = made("bert", "hash")

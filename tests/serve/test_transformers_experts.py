@@ -74,6 +74,17 @@ def test_a_head_and_the_routers():
     assert half.self_attn.sinks.dtype == torch.float32 and half.mlp.router.weight.dtype == torch.bfloat16
 
 
+def test_a_router_that_is_a_linear_layer_inside_a_module_is_left():
+    """Which of 16 logits are the largest is not asked of 8 bits."""
+    config = AutoConfig.for_model(
+        "afmoe", **SMALL, intermediate_size=20, moe_intermediate_size=20, num_experts=16, num_experts_per_tok=2,
+        head_dim=16, num_dense_layers=0, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    layer = prepare(AutoModel.from_config(config, experts_implementation="eager").eval(), "int8").layers[0]
+    assert isinstance(layer.mlp.experts, PackedTransformersExperts) and type(layer.mlp.router.gate) is torch.nn.Linear
+    assert isinstance(layer.self_attn.q_proj, PackedLinear)
+
+
 @pytest.mark.parametrize("options", [
     {}, {"has_gate": False}, {"has_bias": True}, {"is_transposed": True, "has_bias": True},
     {"act": "relu2"}, {"own_gate": lambda self, h: torch.tanh(h[..., ::2]) * h[..., 1::2], "is_concatenated": False},
