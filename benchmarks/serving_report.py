@@ -15,7 +15,7 @@ ROWS = {
     "dense float32 plain": "dense, float32",
     "dense bfloat16": "dense, bfloat16",
     "dense int8": "dense, int8, by `prepare`",
-    "dense int8 onnx fused": "dense, int8, ONNX Runtime with its fusions",
+    "dense int8 onnx": "dense, int8, ONNX Runtime",
     "dense int8 openvino": "dense, int8, OpenVINO",
     "ideal int8": "dense of the same FLOPs, int8, by `prepare`",
     "moe float32 plain": "ours, float32",

@@ -19,6 +19,13 @@ from moebert_kernels.study.paired import paired_t
 MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
 BASELINE = "moe"  # the others are compared with it
 SHAPE = "8x128"  # of the table and the chart
+INTRODUCTION = (
+    "# Accuracy over latency\n\n"
+    "A section is a set of runs. Its name begins with the model; then come the training rows (2500) or the tokens that"
+    " chose experts (32k, 48k; without either the settings of the script), and what differs: w5 and w20 the weight of"
+    ' the distillation terms, u and u1 texts without labels, fp32 the precision. "Kept" is the mean of student /'
+    " teacher over the tasks that teacher, chosen experts, dense model and half depth all have; so are the means.\n\n"
+)
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
 Run = Mapping[str, Any]
 Cells = dict[tuple[str, str, int], Run]  # by arm, task and seed
@@ -281,8 +288,9 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         tries = sorted({len(rates) for rates in summary.rates.values()})
         parts.append(
             "Scores in %, means ± standard deviations over the seeds; the means of tasks have the error over the test"
-            f" examples. Learning rates tried by every student of a task: {', '.join(map(str, tries)) or 'none'}. "
-            f"At most {settings['rows']:,} training rows, of which a tenth is held out;"
+            " examples. Number of learning rates that every student of a task tried:"
+            f" {', '.join(map(str, tries)) or 'none'}. At most {settings['rows']:,} training rows, of which a tenth is"
+            " held out;"
             f" {settings['teacher_epochs']} epochs for the teacher,"
             f" {settings['epochs']} for students, in {settings['autocast']}. {settings['choosing']:,} tokens choose"
             f" experts; the layer-wise term and that of the predictions have the weight {settings['weight']:g};"
@@ -311,6 +319,6 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         if name in wanted or not wanted:
             missing = summary.missing()
             parts.append("Missing:\n\n" + "\n".join(missing) if missing else "Nothing is missing.")
-    text = "# Accuracy over latency\n\n" + "\n\n".join(parts) + "\n"
+    text = INTRODUCTION + "\n\n".join(parts) + "\n"
     write_text(output / "table.md", text)
     return text

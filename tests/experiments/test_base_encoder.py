@@ -86,13 +86,13 @@ def test_teacher_student_report(study):
     text = study("report")
     assert (out / "table.md").read_text() in text
     assert "| mean of cola |" in text and "- MPOE: everything" in text
-    assert "Learning rates tried by every student of a task: 1." in text and "Converted alone" not in text
+    assert "Number of learning rates that every student of a task tried: 1." in text and "Converted alone" not in text
 
     study("student", *tasks, "--arm", "moe", "--rate", 0)
     record = json.loads((out / "runs/tiny/cola-1-moe-0.0.json").read_text())
     assert record["steps"] == 0 and set(record["scores"]) == {"float32", "int8"}
     text = study("report")
-    assert "Learning rates tried by every student of a task: 1." in text and "Converted alone" in text
+    assert "Number of learning rates that every student of a task tried: 1." in text and "Converted alone" in text
 
     (study.folder / "data/CoLA/train.tsv").unlink()
     with pytest.raises(SystemExit) as stopped:
