@@ -42,7 +42,7 @@ def loop_over_experts(x: Tensor, row_to_assignment: Tensor, counts: list[int], *
     rows = x[row_to_assignment].split(counts)
     experts = zip(*(w.unbind() for w in weights), strict=True)
     outputs = [dense_ffn(r, *of_expert) for r, of_expert in zip(rows, experts, strict=True) if len(r)]
-    return torch.zeros_like(x).index_copy(0, row_to_assignment, torch.cat(outputs))
+    return torch.empty_like(x).index_copy_(0, row_to_assignment, torch.cat(outputs))
 
 
 class OriginalExpert(nn.Module):

@@ -15,7 +15,8 @@ from benchmarks.measuring import Target
 from benchmarks.results import requirement_text
 from benchmarks.views import BOUNDS, Row, is_ours, load_all, ours, rows_of
 
-SAME_EVERYWHERE = ("commit", "sources", "device", "cpu", "gpu", "torch")  # in the environments of a report's results
+# in the environments of a report's results
+SAME_EVERYWHERE = ("commit", "sources", "device", "cpu", "gpu", "threads", "torch", "transformers", "triton")
 
 
 INTRODUCTION = (

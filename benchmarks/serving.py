@@ -45,6 +45,7 @@ REQUIRED = (
     ("moe int8 onnx", "dense int8 onnx", (None, None, 1.4)),
     ("moe int8 openvino", "dense int8 openvino", (1.25, 1.5, 1.6)),
 )
+EXPORTED = ("float32 onnx", "int8 onnx", "int8 openvino")
 
 
 def of_model(model: nn.Module) -> Run:
@@ -73,7 +74,8 @@ def ways(layers: int, width: int, folder: Path, left_out: dict[str, str]) -> Ite
         ao = torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}, dtype=torch.qint8)
     yield "dense int8 torch.ao", Way(PLAIN, of_model(ao))
     if version("onnxruntime") is None or version("onnxscript") is None:
-        left_out["onnx"] = "pip install -e '.[serve]'"
+        exported = [f"{model} {way}" for model in ("dense", "moe") for way in EXPORTED]
+        left_out |= dict.fromkeys([*exported, "dense int8 onnx fused"], "pip install -e '.[serve]'")
         return
     for name, model in (("dense", dense), ("moe", moe)):
         file = folder / f"{name}.onnx"
@@ -100,7 +102,10 @@ def fused(file: Path, folder: Path, width: int) -> Run:
 
     sizes = {"num_heads": width // 64, "hidden_size": width}
     made = optimizer.optimize_model(str(file), model_type="bert", opt_level=1, **sizes)
-    print("ONNX Runtime's fusions:", {k: v for k, v in made.get_fused_operator_statistics().items() if v})
+    done = {name: count for name, count in made.get_fused_operator_statistics().items() if count}
+    print("ONNX Runtime's fusions:", done)
+    if not {"Attention", "MultiHeadAttention"} & done.keys():
+        raise RuntimeError(f"no attention is fused, only {', '.join(done) or 'nothing'}")
     made.save_model_to_file(str(folder / "fused.onnx"))
     quantise_onnx(folder / "fused.onnx", folder / "fused8.onnx")
     return of_model(OnnxModel(folder / "fused8.onnx"))

@@ -131,6 +131,11 @@ cudaError_t encode_map(EncodeTiled encode, CUtensorMap* map, const Tensor<kRank>
     for (int i = 0; i < kRank - 1; ++i) strides[i] = static_cast<cuuint64_t>(tensor.strides[i]) * sizeof(T);
     box[0] = kExpertGemmBlockK;
     box[1] = static_cast<cuuint32_t>(tensor.box_rows);
+    // The driver's encoder wants a context, which a thread that only read memory of others does not have yet; the
+    // runtime makes one here, in a capture too.
+    int current = 0;
+    MBK_RETURN_IF_ERROR(cudaGetDevice(&current));
+    MBK_RETURN_IF_ERROR(cudaSetDevice(current));
     CUtensorMap encoded;
     const CUresult status = encode(&encoded, kTensorMapType<T>, kRank, const_cast<void*>(tensor.data), sizes, strides,
                                    box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

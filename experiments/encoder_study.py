@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import concatenate_datasets
 from encoder_arms import ARMS, DTYPES, TEACHER, Arm, chosen_config
 from encoder_tasks import load
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from benchmarks.identity import commit
 from moebert_kernels.convert import SiteChoice, choose_experts, importance_scores, parameter_counts
 from moebert_kernels.convert.chosen import MOST_TOKENS
 from moebert_kernels.data.columns import collator, tokenized
@@ -283,6 +285,7 @@ class Cell:
             print(f"{time.strftime('%H:%M:%S')} {self.place.name} {file.stem}", flush=True)
             made = make(name)
             facts = {"task": self.name, "seed": self.seed, "arm": arm, "rate": rate, "device": self.place.device}
+            facts |= {"commit": commit(), "torch": torch.__version__, "transformers": transformers.__version__}
             write_text(file, json.dumps(facts | made, indent=1) + "\n")
             print(
                 f"{time.strftime('%H:%M:%S')} {made['held_out']:.4f} {made['scores']} {made['seconds']} s", flush=True

@@ -64,14 +64,15 @@ def pytest_fixture_setup(fixturedef) -> None:
 def poisoned(allocate):
     """`allocate`, with NaN in every floating-point result: a kernel that forgets a store gives NaN, not luck.
 
-    Bytes are those of NaN, as they may be scratch of any type.
+    Bytes are those of NaN, as they may be scratch of any type, and other integers the lowest.
     """
+    wrong = {torch.uint8: 255, torch.int32: torch.iinfo(torch.int32).min, torch.int64: torch.iinfo(torch.int64).min}
 
     def wrapper(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
-        if (tensor.is_floating_point() or tensor.dtype == torch.uint8) and not tensor.is_meta:
+        if (tensor.is_floating_point() or tensor.dtype in wrong) and not tensor.is_meta:
             with torch.no_grad():
-                tensor.fill_(255 if tensor.dtype == torch.uint8 else float("nan"))
+                tensor.fill_(wrong.get(tensor.dtype, float("nan")))
         return tensor
 
     return wrapper

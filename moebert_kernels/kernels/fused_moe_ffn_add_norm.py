@@ -32,7 +32,7 @@ def _normalised(z, mask, H, eps):
     mean = tl.sum(z, 1) / H
     centred = tl.where(mask, z - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / H + eps)
-    return centred * rstd[:, None], rstd
+    return tl.where(mask, centred * rstd[:, None], 0.0), rstd  # with an eps of 0 a row past the end has 0 * inf
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=MAPS)

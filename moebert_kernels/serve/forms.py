@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ class OnnxModel(nn.Module):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
+        # its threads would wait busily into what runs next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.config = config
         self.inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
@@ -118,13 +121,18 @@ def _made(model: Any, name: str, tokens: int, folder: Path) -> Any:
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, one after the other: what else runs on the machine slows all alike."""
+    """Milliseconds of each call in each round, one after the other: what else runs on the machine slows all alike.
+
+    Every round has another order, so that none always follows the same other one.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, draws = list(runs), random.Random(0)
     with torch.inference_mode():
         for number in range(-warm_up, rounds):
-            for name, run in runs.items():
+            draws.shuffle(order)
+            for name in order:
                 start = time.perf_counter()
-                run()
+                runs[name]()
                 if number >= 0:
                     times[name].append((time.perf_counter() - start) * 1e3)
     return times

@@ -1,6 +1,7 @@
 """Runs in their folders: what is kept, what goes on, and what is refused."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.run import RUN
+from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import recover_folder, write_folder
 from moebert_kernels.layers import MoEConfig
@@ -157,8 +159,13 @@ def test_another_run_in_the_folder(two_runs, state, change, message):
         run(two_runs / state, **change)
 
 
-def test_how_often_it_saves_may_change(two_runs, tmp_path):
-    run(two_runs / "stopped", settings={"logging_steps": 1, "save_total_limit": 3})
+def test_how_often_it_reports_may_change(two_runs, tmp_path, monkeypatch):
+    shutil.copytree(two_runs / "stopped", tmp_path / "stopped")
+    original, steps = MoETrainer.training_step, []
+    monkeypatch.setattr(MoETrainer, "training_step", lambda *args: steps.append(1) or original(*args))
+    result = run(tmp_path / "stopped", settings={"logging_steps": 1, "save_total_limit": 3})
+    assert (len(steps), result.step) == (18 - 4, 18)  # it was stopped in the fourth
+    assert_same_tensors(saved_weights(tmp_path / "stopped/best"), saved_weights(two_runs / "finished/best"))
 
 
 def test_a_run_can_begin_anew(tmp_path):

@@ -52,6 +52,11 @@ def test_matches_reference(routing, dtype):
         compare(ids, dtype, p=torch.rand(len(ids)))
 
 
+def test_an_eps_of_zero_counts_no_row_past_the_end():
+    """Which would have a deviation of 0."""
+    compare(torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2]), torch.float32, eps=0.0)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations(activation):
     compare(ROUTINGS[HARDEST](), torch.float32, activation=activation)

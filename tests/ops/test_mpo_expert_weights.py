@@ -165,6 +165,15 @@ def test_any_strides_of_inputs_and_gradient():
         torch.testing.assert_close(tensor.double(), truth, rtol=1e-4, atol=1e-4)
 
 
+def test_offsets_with_strides():
+    position, tensors = sites("five")
+    dw, stacked = output_gradient("five"), torch.tensor([[0, 0], [3, 0], [3, 0], [5, 0]], dtype=torch.int32)
+    options = {"central_site": position}
+    got = run(mpo_expert_weights, tensors, dw, torch.float32, offsets=stacked[:, 0], **options)
+    wanted = run(mpo_expert_weights, tensors, dw, torch.float32, offsets=stacked[:, 0].contiguous(), **options)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True)) and not got[0][1].any()
+
+
 def test_opcheck_compile_and_export():
     position, tensors = sites("five")
     tensors = [t.requires_grad_() for t in tensors]

@@ -60,7 +60,7 @@ def dense():
 @pytest.fixture
 def converted():
     """The outlier is in the expert of the first token."""
-    model = made("bert", "hash", **WIDE)
+    model = made("bert", "hash", wider=1, **WIDE)
     layer = moe_layers(model)[0]
     ids = INPUTS["input_ids"][INPUTS["attention_mask"] != 0]
     expert = int(layer.router.table[ids[0]])
@@ -145,7 +145,7 @@ def test_without_need_nothing_changes():
 
 
 def test_an_expert_that_the_text_does_not_reach_gets_them():
-    model = made("bert", "hash", **WIDE)
+    model = made("bert", "hash", wider=1, **WIDE)
     for layer in moe_layers(model):
         layer.router.table.fill_(2)
     names = prepare(model, batches=[INPUTS]).prepared.token_scales

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import PreparedConfig, describe, prepare
@@ -42,15 +43,24 @@ KINDS = {
     "mpoe": MoEConfig.mpoe(num_experts=3),
 }
 # relative distance of the hidden states of tiny models
+WIDER = 15.0
 CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06}
 
 
-def made(family, kind, auto=AutoModel, **changes):
+def made(family, kind, auto=AutoModel, wider=WIDER, **changes):
+    """Converted, with feed-forwards whose weights are `wider` than new ones: else they add nearly nothing."""
     model, config = make(family, auto, **changes), KINDS[kind]
+    for site in find_sites(model):
+        for weight in (module.weight for module in site.linear_modules):
+            weight.data.mul_(wider)
     if config is None:
         return model
     with pytest.warns(UserWarning, match="no importance") if config.experts == "split" else _nothing():
-        return convert_to_moe(model, config).eval()
+        moe = convert_to_moe(model, config).eval()
+    for layer in moe_layers(moe):
+        if hasattr(layer.router, "gate"):
+            layer.router.gate.weight.data.mul_(300)  # else rounding changes choices
+    return moe
 
 
 class _nothing:
@@ -73,6 +83,17 @@ def run(model, inputs):
     with torch.no_grad():
         output = model(**inputs)
     return next(output[name] for name in ("logits", "last_hidden_state") if name in output)
+
+
+def without_experts(model, inputs):
+    """What a model gives whose feed-forwards, of either kind, are zero."""
+    zeroed = copy.deepcopy(model)
+    parts = [layer.experts for layer in moe_layers(zeroed)]
+    for part in parts or [module for site in find_sites(zeroed) for module in site.linear_modules]:
+        for name, parameter in part.named_parameters():
+            if "norm" not in name:
+                parameter.data.zero_()
+    return run(zeroed, inputs)
 
 
 def distance(got, wanted):
@@ -115,6 +136,7 @@ def check_family(family, dtype, tmp_path, kinds):
         prepared = prepare(copy.deepcopy(model), dtype)
         got = run(prepared, inputs)
         assert distance(valid(family, got, inputs), valid(family, expected, inputs)) < CLOSE[dtype], kind
+        assert distance(without_experts(model, inputs), expected) > 3 * CLOSE[dtype], kind  # which is seen
         assert type(prepared).__name__ == type(model).__name__
         prepared.save_pretrained(tmp_path / kind)
         loaded = AutoModel.from_pretrained(tmp_path / kind)
