@@ -17,6 +17,7 @@ from moebert_kernels.files import write_text
 from moebert_kernels.study.paired import paired_t
 
 MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
+TOGETHER = ("minilm", "mpnet-32k")  # sets of runs of one kind, whose pairs are also taken together
 BASELINE = "moe"  # the others are compared with it
 SHAPE = "8x128"  # of the table and the chart
 INTRODUCTION = (
@@ -107,18 +108,20 @@ class Summary:
         found = [[run["agreement"] for run in self.of(arm, task) if "agreement" in run] for task in self.common]
         return 100 * statistics.mean(map(statistics.mean, found)) if found and all(found) else None
 
-    def difference(self, arm: str, of: Callable[[Run], float | None]) -> tuple[float, float | None, int] | None:
-        """BASELINE minus the arm in points, p of the paired t-test over tasks and seeds, and the number of pairs."""
+    def pairs(self, arm: str, of: Callable[[Run], float | None]) -> list[float]:
+        """BASELINE minus the arm in points, for each task and seed that both have."""
         places = [(task, seed) for task in self.tasks for seed in self.seeds]
         both = [
             (of(self.cells[BASELINE, *place]), of(self.cells[arm, *place]))
             for place in places
             if (BASELINE, *place) in self.cells and (arm, *place) in self.cells
         ]
-        pairs = [100 * (ours - theirs) for ours, theirs in both if ours is not None and theirs is not None]
-        if not pairs or arm == BASELINE:
-            return None
-        return statistics.mean(pairs), paired_t(pairs), len(pairs)
+        return [100 * (ours - theirs) for ours, theirs in both if ours is not None and theirs is not None]
+
+    def difference(self, arm: str, of: Callable[[Run], float | None]) -> tuple[float, float | None, int] | None:
+        """The mean of `pairs`, p of the paired t-test over tasks and seeds, and the number of pairs."""
+        pairs = [] if arm == BASELINE else self.pairs(arm, of)
+        return (statistics.mean(pairs), paired_t(pairs), len(pairs)) if pairs else None
 
     def missing(self) -> list[str]:
         """What is wanted and not there: an arm, and of which tasks which seeds."""
@@ -133,6 +136,21 @@ class Summary:
                 what = "everything" if lacking == self.tasks else ", ".join(lacking)
                 lines.append(f"- {LABELS[arm]}: {what}")
         return lines
+
+
+def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> list[str]:
+    """BASELINE minus the other main arms over the pairs of several models together."""
+    lines = ["| chosen MoE minus | | score | p | above 0 | agreement | p | above 0 |", "|---" * 8 + "|"]
+    for arm in MAIN[2:]:
+        for name, summaries in (("distilled", trained), ("converted alone", untrained)):
+            cells = []
+            for of in (lambda run: run["scores"]["float32"], lambda run: run.get("agreement")):
+                pairs = [pair for summary in summaries for pair in summary.pairs(arm, of)]
+                p = paired_t(pairs)
+                mean = f"{statistics.mean(pairs):+.2f}" if pairs else "missing"
+                cells += [mean, "" if p is None else f"{p:.4f}", f"{sum(pair > 0 for pair in pairs)} of {len(pairs)}"]
+            lines.append(f"| {LABELS[arm]} | {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def shown(value: float | None, digits: int = 1, sign: str = "") -> str:
@@ -272,6 +290,7 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
 def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]]]) -> str:
     """Write table.md and a chart for each model of `wanted` (its tasks and seeds) and each that has runs."""
     parts = []
+    together: dict[str, list[Summary]] = {"trained": [], "untrained": []}
     for name in dict.fromkeys((*wanted, *sorted(path.name for path in (output / "runs").glob("*")))):
         folder = output / "runs" / name
         runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*-*-*-*.json"))]
@@ -301,6 +320,9 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         untrained = Summary(
             [run for run in runs if run["arm"] == TEACHER or not run["rate"]], summary.tasks, summary.seeds
         )
+        if name in TOGETHER:
+            together["trained"].append(summary)
+            together["untrained"].append(untrained)
         if len(untrained.arms) > 1:
             parts.append("Converted alone, without any training of the student:")
             parts.append("\n".join(accuracy_table(untrained)))
@@ -319,6 +341,9 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
         if name in wanted or not wanted:
             missing = summary.missing()
             parts.append("Missing:\n\n" + "\n".join(missing) if missing else "Nothing is missing.")
+    if together["trained"]:
+        parts.append(f"## {' and '.join(TOGETHER)} together\n\nOver the pairs of a task and a seed of both:")
+        parts.append("\n".join(joined_table(**together)))
     text = INTRODUCTION + "\n\n".join(parts) + "\n"
     write_text(output / "table.md", text)
     return text
