@@ -139,7 +139,8 @@ class MoEFeedForward(nn.Module):
         shape = x.shape
         if x.ndim == 2:  # a model that flattens its tokens
             known = () if tokens is None else (mask, tokens.token_ids, tokens.task_ids)
-            sequences = next((len(tensor) for tensor in known if tensor is not None), 1)
+            # a shape may be a symbol, which len is not
+            sequences = next((tensor.shape[0] for tensor in known if tensor is not None), 1)
             x = x.view(sequences, -1, x.shape[-1])
         if mask is not None:
             mask = mask[:, -x.shape[1] :]  # with a key-value cache it covers earlier tokens too

@@ -41,9 +41,9 @@ def launches(function, arguments):
 
     with mock.patch.object(torch.Tensor, "new_empty", keeping):
         outputs = function(*arguments)
-    tensors = []
-    launch._flat(arguments, tensors)
-    places = {tensor.data_ptr(): i for i, tensor in enumerate(tensors) if tensor.numel()}
+    tensors, maps = [], []
+    launch._flat(arguments, tensors, maps)
+    places = {tensor.data_ptr(): i for i, tensor in enumerate([*tensors, *maps]) if tensor.numel()}
 
     def place(value):
         if isinstance(value, torch.Tensor):
