@@ -136,7 +136,7 @@ def rounded_experts_class(base: Any) -> Any:
         flat = x.reshape(-1, x.shape[-1])
         (w1, w2), (b1, b2) = self.weights(grouping.offsets), self.biases()
         skipped = grouping.assignment_to_row >= grouping.offsets[-1]
-        unread = skipped.view(len(flat), -1).all(1, keepdim=True)  # whose values would decide the scale of the others
+        unread = skipped.view(-1, grouping.top_k).all(1, keepdim=True)  # their values would decide the scale
         read = rounded_activation(flat.masked_fill(unread, 0), self.rounded_as)
         rows = expert_gemm(read, rounded_weight(w1), grouping, b1, gather=True)
         h = F.dropout(reference.activate(rows, self.activation), self.hidden_dropout, self.training)
