@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.context import current
 from moebert_kernels.nn.experts import DenseExperts, Experts
@@ -127,6 +128,12 @@ class MoEFeedForward(nn.Module):
                     )
                 in_order: Tensor = self.experts(x, by, in_order=True, **options)
                 return in_order
+            if tokens.token_ids.numel() != x.shape[:-1].numel():
+                raise UserError(
+                    f"hidden_states: expected the tokens of input_ids, {tuple(tokens.token_ids.shape)}, got "
+                    f"{tuple(x.shape[:-1])}; if the model pads its texts itself, as Longformer does, pad them before, "
+                    "to a multiple of its window (pad_to_multiple_of)"
+                )
             # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
             grouping = None if torch.compiler.is_compiling() else tokens.layers.get(self)
             if grouping is None:  # nor where one step could not make those of all, as with tables on several devices

@@ -3,7 +3,7 @@
 import accelerate
 import pytest
 import torch
-from transformers import AutoModelForPreTraining
+from transformers import AutoModelForPreTraining, LongformerConfig, LongformerModel
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.errors import UserError
@@ -126,6 +126,17 @@ def test_no_input_is_refused():
         moe_model("bert", router="task")()
     with pytest.raises(UserError, match=r"task_ids: expected none with router='hash-random', got some"):
         moe_model("bert")(**inputs(), task_ids=0)
+
+
+def test_a_model_that_pads_its_texts_itself_is_told_to_get_them_padded():
+    config = LongformerConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        attention_window=[8, 8], max_position_embeddings=40,
+    )  # fmt: skip
+    net = convert_to_moe(LongformerModel(config), MoEConfig(num_experts=2)).eval()
+    assert net(torch.randint(3, 50, (2, 16))).last_hidden_state.shape == (2, 16, 16)
+    with pytest.raises(UserError, match=r"expected the tokens of input_ids, \(2, 11\), got \(2, 16\).*pad_to_mult"):
+        net(torch.randint(3, 50, (2, 11)))
 
 
 def test_outputs_are_those_of_the_dense_class():
