@@ -29,6 +29,26 @@ class Grouping:
     assignment_to_row: Tensor
     top_k: int = 1
 
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> Grouping:
+        """The grouping of tokens that are sorted by expert already, as an all-to-all leaves them.
+
+        Args:
+            counts: (E,) integer, the tokens of each expert. They are read on the host: T is their sum.
+
+        Raises:
+            ValueError: another shape or dtype, or a negative count.
+        """
+        if not isinstance(counts, Tensor):
+            raise ValueError(f"counts: expected a tensor, got {type(counts).__name__}")
+        if counts.ndim != 1 or counts.shape[0] < 1 or counts.is_floating_point() or counts.dtype == torch.bool:
+            raise ValueError(f"counts: expected integers (E,), got {counts.dtype} of shape {tuple(counts.shape)}")
+        if int(counts.min()) < 0:
+            raise ValueError(f"counts: expected at least 0 for each expert, got {int(counts.min())}")
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        rows = torch.arange(int(offsets[-1]), dtype=torch.int32, device=counts.device)
+        return cls(offsets, rows, rows)
+
     @property
     def num_experts(self) -> int:
         return self.offsets.shape[0] - 1

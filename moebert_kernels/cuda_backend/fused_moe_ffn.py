@@ -16,7 +16,12 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.triton_backend import fused_moe_ffn as in_triton
 from moebert_kernels.triton_backend.fused_moe_ffn import backward, contiguous
 
-__all__ = ["backward", "forward", "from_ids", "gemms", "gemms_apply"]
+__all__ = ["backward", "forward", "from_ids", "gemms", "gemms_apply", "reads"]
+
+
+def reads(x: Tensor, routing_weights: Tensor | None) -> bool:
+    """Whether these kernels can read the routing weights: they have x's dtype."""
+    return routing_weights is None or routing_weights.dtype == x.dtype
 
 
 def gemms_apply(
@@ -59,6 +64,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y (T, H) and, if `save`, the pre-activations in row order."""
     drops = hidden_dropout_p > 0 and seed is not None
+    if not reads(x, routing_weights):
+        return in_triton.forward(x, grouping, w1, b1, w2, b2, routing_weights, activation, hidden_dropout_p, seed, save)
     if not save and not drops and tiny_ffn.applies(x, grouping.top_k, w1):
         return tiny_ffn.ffn(x, grouping, w1, b1, w2, b2, routing_weights, activation), x.new_empty(0, w1.shape[1])
     if gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed):
@@ -71,6 +78,6 @@ def from_ids(
     routing_weights: Tensor | None, activation: str,
 ) -> Tensor | None:  # fmt: skip
     """y (T, H) of expert ids (T, top_k) that nobody grouped; None where a Grouping is needed."""
-    if not tiny_ffn.applies(x, ids.shape[1], w1):
+    if not (reads(x, routing_weights) and tiny_ffn.applies(x, ids.shape[1], w1)):
         return None
     return tiny_ffn.ffn(x, ids, w1, b1, w2, b2, routing_weights, activation)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moebert_kernels.cuda_backend import expert_gemm_norm, tiny_ffn
-from moebert_kernels.cuda_backend.fused_moe_ffn import gemms, gemms_apply, hidden_rows
+from moebert_kernels.cuda_backend.fused_moe_ffn import gemms, gemms_apply, hidden_rows, reads
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.kernels.fused_moe_ffn_add_norm import add_norm
 from moebert_kernels.triton_backend import fused_moe_ffn_add_norm as in_triton
@@ -28,13 +28,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (T, H) in x's dtype and, if `save`, the pre-activations and the feed-forward's outputs, both in row order."""
     drops = seed is not None and (dropout_p > 0 or hidden_dropout_p > 0)
-    if not save and not drops and not in_order and tiny_ffn.applies(x, grouping.top_k, w1):
+    known_weights = reads(x, routing_weights)
+    if known_weights and not save and not drops and not in_order and tiny_ffn.applies(x, grouping.top_k, w1):
         y = tiny_ffn.add_norm(
             x, grouping, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation
         )  # fmt: skip
         return y, w1.new_empty(0, w1.shape[1]), w1.new_empty(0, x.shape[1])
     gemms_take_it = gemms_apply(x, grouping, w1, w2, activation, hidden_dropout_p, seed)
-    if gemms_take_it and not save and not drops and expert_gemm_norm.applies(x, w2):
+    if gemms_take_it and known_weights and not save and not drops and expert_gemm_norm.applies(x, w2):
         h, h_pre = hidden_rows(x, grouping, w1, b1, activation, False, gather=not in_order)
         y = x.new_empty(x.shape)
         expert_gemm_norm.expert_gemm_norm(
@@ -58,6 +59,6 @@ def from_ids(
     norm_weight: Tensor, norm_bias: Tensor, routing_weights: Tensor | None, eps: float, activation: str,
 ) -> Tensor | None:  # fmt: skip
     """y (T, H) of expert ids (T, 1) that nobody grouped; None where a Grouping is needed."""
-    if not tiny_ffn.applies(x, ids.shape[1], w1):
+    if not (reads(x, routing_weights) and tiny_ffn.applies(x, ids.shape[1], w1)):
         return None
     return tiny_ffn.add_norm(x, ids, w1, b1, w2, b2, norm_weight, norm_bias, routing_weights, eps, activation)

@@ -17,7 +17,6 @@ from transformers import activations
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, use_experts_implementation
 
 from moebert_kernels.activation import GATED
-from moebert_kernels.grouping import Grouping
 from moebert_kernels.ops._checks import FLOATS, autocast_dtype, check_integers, check_shape, check_tensor
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
@@ -69,8 +68,7 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         hidden_states: x, (T, H) float.
         top_k_index: (T, top_k) integer. Ids outside [0, E) (another device's experts) are skipped: they add nothing to
             y or to any gradient.
-        top_k_weights: p, (T, top_k) float. Of another dtype than the weights, it keeps that dtype where it has a
-            gradient, and is rounded to theirs where it has none and `fused_moe_ffn` runs.
+        top_k_weights: p, (T, top_k) float. In float32 it stays so, and its gradient too.
 
     Returns:
         (T, H), dtype of `hidden_states`. Computed in the dtype of the weights, under autocast in its dtype.
@@ -97,16 +95,11 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         y = _weighted_sum(
             rows.index_select(0, grouping.assignment_to_row), top_k_index, top_k_weights, grouping.num_experts
         )
-    elif top_k_weights.dtype == x.dtype or not (torch.is_grad_enabled() and top_k_weights.requires_grad):
-        p = top_k_weights.to(x.dtype)
-        y = fused_moe_ffn(x, grouping, w1, b1, w2, b2, routing_weights=p, activation=activation)
     else:
-        # The op has one dtype: a router in float32 would get a gradient rounded to x's, and what it learns from is the
-        # difference between experts. So each assignment is a token of its own here, and p keeps its dtype.
-        repeated = x.unsqueeze(1).expand(-1, grouping.top_k, -1).reshape(-1, x.shape[1])
-        single = Grouping(grouping.offsets, grouping.row_to_assignment, grouping.assignment_to_row)
-        assignments = fused_moe_ffn(repeated, single, w1, b1, w2, b2, activation=activation)
-        y = _weighted_sum(assignments, top_k_index, top_k_weights, grouping.num_experts)
+        p = top_k_weights
+        if p.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+            p = p.to(x.dtype)
+        y = fused_moe_ffn(x, grouping, w1, b1, w2, b2, routing_weights=p, activation=activation)
     return y.to(hidden_states.dtype)
 
 

@@ -75,7 +75,7 @@ def _dot_rows_pair(
 def _hidden_slice(
     acc, up, expert, assignment, row0, mask_m, first_n,  # (BLOCK_M, COLUMNS) and what belongs to its rows and columns
     B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, HALF: tl.constexpr,
-    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Store some columns of a tile's h and h_pre."""
@@ -84,15 +84,10 @@ def _hidden_slice(
     mask = mask_m[:, None] & mask_n[None, :]
     local = tl.arange(0, BLOCK_M)[:, None]  # one wide base and narrow offsets: half the registers of wide pointers
     if HAS_BIAS:
-        owner = tl.minimum(expert, E - 1).to(tl.int64)
-        bias_ptrs = B1 + owner * stride_be + offs_n.to(tl.int64) * stride_bn
+        bias_ptrs = B1 + expert.to(tl.int64) * stride_be + offs_n.to(tl.int64) * stride_bn
         acc += tl.load(bias_ptrs, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
             up += tl.load(bias_ptrs + tl.cast(I, tl.int64) * stride_bn, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if expert == E:
-        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-        if GATED:
-            up = acc
     if STORE_PRE:
         pre_width = 2 * I if GATED else I
         pre_ptrs = HPre + row0.to(tl.int64) * pre_width + (local * pre_width + offs_n[None, :])
@@ -113,7 +108,7 @@ def _hidden_slice(
 def _finish_tile(
     acc, up, expert, assignment, row0, mask_m, first_n, HALF: tl.constexpr,
     B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
-    E: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
     STORE_H: tl.constexpr, STORE_PRE: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of a tile, in slices, and its stores. Without GATED, `up` is not used."""
@@ -123,7 +118,7 @@ def _finish_tile(
         _hidden_slice(
             gates[i], ups[i], expert, assignment, row0, mask_m, first_n + i * (BLOCK_N // SLICES),
             B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale, HALF,
-            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
+            ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, BLOCK_M, BLOCK_N // SLICES,
         )  # fmt: skip
 
 
@@ -144,7 +139,7 @@ def _hidden_kernel(
 ):  # fmt: skip
     tiles_n = tl.cdiv(I, BLOCK_N)
     expert, row0, end = row_tile(Offsets, tl.program_id(0) // tiles_n, rows, E, E_POW2, BLOCK_M)
-    if expert > E:
+    if expert >= E:  # nobody reads rows without an expert
         return
     first_n = tl.program_id(0) % tiles_n * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -152,8 +147,7 @@ def _hidden_kernel(
     mask_m = row < end
     mask_n = offs_n < I
     assignment = tl.load(RowToToken + row, mask=mask_m, other=0).to(tl.int64)
-    depth = tl.where(expert < E, K, 0)  # rows without an expert: nothing to sum, zeros to write
-    owner = tl.minimum(expert, E - 1).to(tl.int64)
+    owner = expert.to(tl.int64)
     column = offs_n.to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     x_row = assignment // TOP_K if GATHER else tl.where(mask_m, row, row0).to(tl.int64)
@@ -163,15 +157,15 @@ def _hidden_kernel(
     if GATED:
         up_ptrs = w_ptrs + tl.cast(I, tl.int64) * stride_wn
         acc, up = _dot_rows_pair(
-            x_ptrs, stride_xk, w_ptrs, up_ptrs, stride_wk, mask_n, acc, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST
+            x_ptrs, stride_xk, w_ptrs, up_ptrs, stride_wk, mask_n, acc, acc, K, BLOCK_K, EVEN, PRECISION, UPCAST
         )
     else:
-        acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, depth, BLOCK_K, EVEN, PRECISION, UPCAST)
+        acc = dot_rows(x_ptrs, stride_xk, w_ptrs, stride_wk, mask_n, acc, K, BLOCK_K, EVEN, PRECISION, UPCAST)
         up = acc
     _finish_tile(
         acc, up, expert, assignment, row0, mask_m, first_n, X.dtype.element_ty != tl.float32,
         B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
-        E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
+        ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
@@ -205,18 +199,8 @@ def _hidden_descriptors_kernel(
         _finish_tile(
             acc, acc, expert, assignment, row0, mask_m, first_n, X.dtype.element_ty != tl.float32,
             B1, stride_be, stride_bn, H, HPre, Seed, I, threshold, scale,
-            E, ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
+            ACTIVATION, GATED, HAS_BIAS, DROPOUT, STORE_H, STORE_PRE, SLICES, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-    first_row = tl.load(Offsets + E)
-    for tile in range(tl.program_id(0), tl.cdiv(rows - first_row, BLOCK_M) * tiles_n, tl.num_programs(0)):
-        row = first_row + tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-        column = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (row < rows)[:, None] & (column < I)[None, :]
-        at = row.to(tl.int64)[:, None] * I + column[None, :]
-        if STORE_H:
-            tl.store(H + at, tl.zeros((BLOCK_M, BLOCK_N), H.dtype.element_ty), mask=mask)
-        if STORE_PRE:
-            tl.store(HPre + at, tl.zeros((BLOCK_M, BLOCK_N), HPre.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -246,7 +230,7 @@ def hidden(
     activation: str, hidden_dropout_p: float, seed: Tensor | None, config: Config | None = None, *, gather: bool = True,
     descriptors: bool | None = None,
 ) -> None:  # fmt: skip
-    """Launch: h (rows, I) and h_pre (rows, I or 2I), whichever is wanted; zero in rows without an expert.
+    """Launch: h (rows, I) and h_pre (rows, I or 2I), whichever is wanted. Rows without an expert are not written.
 
     x is (T, K), or (rows, K) in row order without `gather`.
     descriptors: whether TMA reads x and w1; None: where it can, without gates and dropout.

@@ -51,6 +51,7 @@ def _add_norm_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_H)
+    wide = column.to(tl.int64)  # where x is stored by columns, a column times its stride may pass 2^31
     row = tl.load(TokenToRow + token, mask=token < T, other=0).to(tl.int64)
     expert = expert_of_rows(Offsets, row, E, E_POW2).to(tl.int64)
     mask = (token < T)[:, None] & (column < H)[None, :]
@@ -58,7 +59,7 @@ def _add_norm_kernel(
     at_ffn = row if FFN_BY_ROW else token
     at_y = row if Y_BY_ROW else token
     routed = mask & (expert < E)[:, None]
-    x = tl.load(X + at_x[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
+    x = tl.load(X + at_x[:, None] * stride_xt + wide[None, :] * stride_xh, mask=mask, other=0.0)
     ffn = tl.load(Ffn + at_ffn[:, None] * H + column[None, :], mask=routed, other=0.0).to(tl.float32)
     if DROPOUT:
         ffn = tl.where(keep_tile(Seed, token, 0, threshold, BLOCK_H, _OUTPUT_STREAM), ffn * scale, 0.0)
@@ -95,6 +96,7 @@ def _add_norm_backward_kernel(
     if expert >= E:
         return
     column = tl.arange(0, BLOCK_H)
+    wide = column.to(tl.int64)
     inside = column < H
     owner = expert.to(tl.int64)
     weight = tl.load(NormWeight + owner * stride_we + column * stride_wh, mask=inside, other=0.0).to(tl.float32)
@@ -112,13 +114,13 @@ def _add_norm_backward_kernel(
         at_ffn = row if FFN_BY_ROW else token
         at_dy = row if DY_BY_ROW else token
         at_dz = row if DZ_BY_ROW else token
-        x = tl.load(X + at_x[:, None] * stride_xt + column[None, :] * stride_xh, mask=mask, other=0.0)
+        x = tl.load(X + at_x[:, None] * stride_xt + wide[None, :] * stride_xh, mask=mask, other=0.0)
         ffn = tl.load(Ffn + at_ffn[:, None] * H + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if DROPOUT:
             keep = keep_tile(Seed, token, 0, threshold, BLOCK_H, _OUTPUT_STREAM)
             ffn = tl.where(keep, ffn * scale, 0.0)
         normed, rstd = _normalised(x.to(tl.float32) + ffn, mask, H, eps)
-        dy = tl.load(DY + at_dy[:, None] * stride_yt + column[None, :] * stride_yh, mask=mask, other=0.0)
+        dy = tl.load(DY + at_dy[:, None] * stride_yt + wide[None, :] * stride_yh, mask=mask, other=0.0)
         dy = dy.to(tl.float32)
         if STORE_DWEIGHTS:
             dp = tl.sum(dy * (normed * weight[None, :] + bias[None, :]), 1)

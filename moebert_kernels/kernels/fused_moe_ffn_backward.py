@@ -196,7 +196,7 @@ def _routing_weights_grad_kernel(
     E: tl.constexpr, E_POW2: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    expert = expert_of_rows(Offsets, row, E, E_POW2)
+    expert = expert_of_rows(Offsets, row, E, E_POW2).to(tl.int64)
     routed = (row < rows) & (expert < E)
     assignment = tl.load(RowToToken + row, mask=row < rows, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -204,7 +204,7 @@ def _routing_weights_grad_kernel(
         total += tl.load(Parts + row * PARTS + part, mask=routed, other=0.0)
     if HAS_BIAS:
         for n in range(0, N, BLOCK_N):
-            column = n + tl.arange(0, BLOCK_N)
+            column = (n + tl.arange(0, BLOCK_N)).to(tl.int64)  # by columns, a column times its stride may pass 2^31
             mask = routed[:, None] & (column < N)[None, :]
             dy = tl.load(
                 DY + (assignment // TOP_K)[:, None] * stride_yt + column[None, :] * stride_yk, mask=mask, other=0.0

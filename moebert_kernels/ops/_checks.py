@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, is_traceable_wrapper_subclass
 
 from moebert_kernels import dropout
 from moebert_kernels.activation import ACTIVATIONS, is_gated
@@ -55,7 +55,7 @@ def checked_once(check: Callable[[], None], tensors: Sequence[Tensor | None], *v
     try:
         looks: list[object] = []
         for t in tensors:
-            looks += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout, t.is_neg())
+            looks += (None,) if t is None else (t.__class__, t.shape, t.dtype, t.device, t.layout, t.is_neg())
         key = (check.__code__, *looks, *values, *map(type, values))
         if key in _PASSED:
             return
@@ -74,6 +74,10 @@ def check_tensor(name: str, value: object) -> None:
     if value.layout != torch.strided or value.is_nested:
         got = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
         raise ValueError(f"{name}: expected a dense tensor, got {got}")
+    if is_traceable_wrapper_subclass(value) and not opaque(value):  # DTensor: kernels would read from address 0
+        raise ValueError(
+            f"{name}: expected a plain tensor, as to_local() or wait() gives it, got {type(value).__name__}"
+        )
     if not torch.compiler.is_compiling() and value.is_neg():  # kernels read memory as it is
         raise ValueError(f"{name}: expected the result of resolve_neg(), got a negative view, as .conj().imag gives it")
 
@@ -182,7 +186,8 @@ def check_grouping(name: str, grouping: Grouping, num_experts: int, x: Tensor, t
     if grouping.num_experts != num_experts:
         raise ValueError(f"{name}: expected a grouping over E={num_experts} experts, got {grouping.num_experts}")
     if tokens is not None and grouping.num_rows != tokens * grouping.top_k:
-        raise ValueError(f"{name}: expected a grouping of {tokens * grouping.top_k} rows, got {grouping.num_rows}")
+        got = f"{grouping.num_tokens} with top_k={grouping.top_k}"
+        raise ValueError(f"{name}: expected a grouping of {tokens} tokens, got one of {got}")
 
 
 def check_ffn_weights(

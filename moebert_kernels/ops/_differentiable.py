@@ -20,21 +20,28 @@ from torch.autograd import forward_ad
 from moebert_kernels import backend
 from moebert_kernels.ops._checks import transformed
 
+Output = Tensor | tuple[Tensor, ...]
+
+
+def _outputs(output: Output) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
 
 class Differentiable:
-    """An op made of `forward(*args) -> tuple[Tensor, ...]` and `backward(*args)`, which gives gradients or None.
+    """An op made of `forward(*args)` and `backward(*args)`, which gives gradients or None.
 
-    Only the first output is differentiable; the others are saved for backward, which takes dy, the first
-    `tensor_arguments` arguments, the other outputs, the other arguments and which of the `differentiable` arguments
-    need a gradient.
+    `forward` gives a tensor, or several as a tuple: not a tuple of one, whose clamp in a compiled model's training
+    torch 2.13 cannot make functional. Only the first is differentiable; the others are saved for backward, which takes
+    dy, the first `tensor_arguments` arguments, the other outputs, the other arguments and which of the
+    `differentiable` arguments need a gradient.
     """
 
     def __init__(
         self,
         name: str,
-        forward: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., Output],
         backward: Callable[..., Any],
-        fake_forward: Callable[..., tuple[Tensor, ...]],
+        fake_forward: Callable[..., Output],
         fake_backward: Callable[..., tuple[Tensor, ...]],
         tensor_arguments: int,
         differentiable: tuple[int, ...],
@@ -50,8 +57,8 @@ class Differentiable:
         backward_op.register_fake(fake_backward)
         backward_op.register_autograd(second_derivative(name))
 
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            ctx.save_for_backward(*inputs[:tensor_arguments], *output[1:])
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Output) -> None:
+            ctx.save_for_backward(*inputs[:tensor_arguments], *_outputs(output)[1:])
             ctx.constants = inputs[tensor_arguments:]
             ctx.preference = backend.preference()
 
@@ -74,12 +81,12 @@ class Differentiable:
 
         class Eager(first_order(name)):  # type: ignore[misc]
             @staticmethod
-            def forward(*args: Any) -> tuple[Tensor, ...]:
+            def forward(*args: Any) -> Output:
                 return forward(*args)
 
             @staticmethod
-            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-                ctx.mark_non_differentiable(*output[1:])
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Output) -> None:
+                ctx.mark_non_differentiable(*_outputs(output)[1:])
                 setup_context(ctx, inputs, output)
 
             @staticmethod
@@ -95,10 +102,10 @@ class Differentiable:
         """The first output; `trains`: what `needs_saving` says of the differentiable arguments."""
         check_forward_mode(self._name, *args)
         if opaque:
-            return self._forward_op(*args)[0]
+            return _outputs(self._forward_op(*args))[0]
         if trains or transformed():
-            return apply(self._eager, *args)[0]
-        return self._forward(*args)[0]
+            return _outputs(apply(self._eager, *args))[0]
+        return _outputs(self._forward(*args))[0]
 
     def needs_saving(self, *tensors: Tensor | None) -> bool:
         """Whether backward may run, and forward has something to keep for it."""

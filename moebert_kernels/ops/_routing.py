@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from moebert_kernels import backend
 from moebert_kernels.grouping import Grouping
-from moebert_kernels.ops._checks import check_grouping, check_tensor, inside_op
+from moebert_kernels.ops._checks import FLOATS, autocast_dtype, check_grouping, check_tensor, inside_op
 from moebert_kernels.ops.group_tokens import check_expert_ids, group_tokens
 
 
@@ -56,7 +57,11 @@ def inferred_from_ids(op: str, x: Tensor, ids: Tensor, *arguments: object) -> Te
 
 
 def resolve_routing_weights(x: Tensor, top_k: int, weights: Tensor | None) -> Tensor | None:
-    """(T, top_k) from (...), (..., top_k), (T,) or (T, top_k), as differentiable views."""
+    """(T, top_k) from (...), (..., top_k), (T,) or (T, top_k), differentiably: of x's dtype or float32.
+
+    Routers compute in float32. What they learn from is the difference between experts, which is lost where the
+    gradient of a weight is rounded to 16 bits; under autocast, too, it is float32.
+    """
     if weights is None:
         return None
     check_tensor("routing_weights", weights)
@@ -66,4 +71,11 @@ def resolve_routing_weights(x: Tensor, top_k: int, weights: Tensor | None) -> Te
         allowed += [leading, (num_tokens,)]
     if tuple(weights.shape) not in allowed:
         raise ValueError(f"routing_weights: expected shape {allowed[0]}, got {tuple(weights.shape)}")
-    return weights.reshape(num_tokens, top_k)
+    if weights.device != x.device:
+        raise ValueError(f"routing_weights: expected device {x.device} (as x), got {weights.device}")
+    weights = weights.reshape(num_tokens, top_k)
+    if autocast_dtype(x) is not None and weights.dtype in FLOATS and weights.dtype != torch.float64:
+        return weights.to(torch.float32)
+    if weights.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+        raise ValueError(f"routing_weights: expected dtype {x.dtype} (as x) or torch.float32, got {weights.dtype}")
+    return weights

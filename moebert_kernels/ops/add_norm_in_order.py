@@ -96,14 +96,13 @@ def _forward(
     residual: Tensor, added: Tensor, norm_weight: Tensor, norm_bias: Tensor, offsets: Tensor,
     row_to_assignment: Tensor, assignment_to_row: Tensor, seed: Tensor | None, eps: float, dropout_p: float,
     apart: bool,
-) -> tuple[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     grouping = Grouping(offsets, row_to_assignment, assignment_to_row)
     with inside_op(residual):
-        return (
-            backend.implementation("add_norm_in_order", residual).forward(
-                residual, added, norm_weight, norm_bias, grouping, eps, dropout_p, seed
-            ),
+        y: Tensor = backend.implementation("add_norm_in_order", residual).forward(
+            residual, added, norm_weight, norm_bias, grouping, eps, dropout_p, seed
         )
+    return y
 
 
 def _backward(
@@ -121,8 +120,8 @@ def _backward(
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def _fake_forward(residual: Tensor, *_: Any) -> tuple[Tensor]:
-    return (residual.new_empty(residual.shape),)
+def _fake_forward(residual: Tensor, *_: Any) -> Tensor:
+    return residual.new_empty(residual.shape)
 
 
 def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -68,10 +68,11 @@ def expert_gemm(
 def _forward(
     x: Tensor, w: Tensor, bias: Tensor | None, offsets: Tensor, row_to_assignment: Tensor, assignment_to_row: Tensor,
     top_k: int, gather: bool,
-) -> tuple[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     grouping = Grouping(offsets, row_to_assignment, assignment_to_row, top_k)
     with inside_op(x):
-        return (backend.implementation("expert_gemm", x).forward(x, w, bias, grouping, gather),)
+        y: Tensor = backend.implementation("expert_gemm", x).forward(x, w, bias, grouping, gather)
+    return y
 
 
 def _backward(
@@ -84,8 +85,8 @@ def _backward(
     return grads
 
 
-def _fake_forward(x: Tensor, w: Tensor, bias: Any, offsets: Any, row_to_assignment: Tensor, *_: Any) -> tuple[Tensor]:
-    return (x.new_empty(row_to_assignment.shape[0], w.shape[1]),)
+def _fake_forward(x: Tensor, w: Tensor, bias: Any, offsets: Any, row_to_assignment: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(row_to_assignment.shape[0], w.shape[1])
 
 
 def _fake_backward(dy: Tensor, x: Tensor, w: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, ...]:

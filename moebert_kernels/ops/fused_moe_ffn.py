@@ -41,12 +41,14 @@ def fused_moe_ffn(
         b1: (E, I) or (E, 2I), or None.
         w2: (E, H, I). Any strides.
         b2: (E, H), or None.
-        routing_weights: p, shape of the expert ids; None means 1.
+        routing_weights: p, shape of the expert ids and dtype of x or float32, in which its gradient is too; None
+            means 1.
         activation: gelu (erf), gelu_tanh, relu, relu2 (its square), silu, identity; gated: swiglu, geglu,
             geglu_tanh, reglu.
         hidden_dropout_p: probability of dropping an activation, in [0, 1 - 2^-17): masks have 16 bits per element.
         dropout_seed: () int64 on x's device; drawn from torch's generator when None.
-        recompute: keep only the inputs for backward instead of the pre-activations (T * top_k, I).
+        recompute: keep only the inputs for backward instead of the pre-activations, (T * top_k, rows of w1[e]). Under
+            autocast the inputs are its casts, of all experts' weights too.
 
     Returns:
         Shape of `x`. Its dtype; under autocast the autocast dtype, as torch.nn.functional.linear does it.
@@ -71,12 +73,10 @@ def fused_moe_ffn(
     checked_once(check, (x, w1, b1, w2, b2, dropout_seed), activation, hidden_dropout_p, cast_to)
     routing, top_k = check_routing(x, routing, w1.shape[0], max_top_k=None)
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
-    if routing_weights is not None:
-        check_dtypes_and_devices("x", x, {"routing_weights": routing_weights})
     if hidden_dropout_p > 0 and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
-    flat, *weights, routing_weights = to_dtype(cast_to, as_rows(x), w1, b1, w2, b2, routing_weights)
+    flat, *weights = to_dtype(cast_to, as_rows(x), w1, b1, w2, b2)
     trains, one_node = _FUSED_MOE_FFN.needs_saving(flat, *weights, routing_weights), opaque(x)
     if isinstance(routing, Tensor) and not (trains or one_node or hidden_dropout_p):
         y = inferred_from_ids("fused_moe_ffn", flat, routing, *weights, routing_weights, activation)
@@ -127,7 +127,7 @@ def _fake_forward(
 
 def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs, needs = rest[:6], rest[-1]  # x, w1, b1, w2, b2, routing_weights
-    return tuple(dy.new_empty(t.shape if need else 0) for t, need in zip(inputs, needs, strict=True))
+    return tuple(t.new_empty(t.shape) if need else dy.new_empty(0) for t, need in zip(inputs, needs, strict=True))
 
 
 _FUSED_MOE_FFN = Differentiable(

@@ -48,7 +48,8 @@ def fused_moe_ffn_add_norm(
         b2: (E, H), or None.
         norm_weight: (E, H).
         norm_bias: (E, H).
-        routing_weights: p, shape of the expert ids; None means 1.
+        routing_weights: p, shape of the expert ids and dtype of x or float32, in which its gradient is too; None
+            means 1.
         eps: added to the variance; finite, at least 0.
         activation: gelu (erf), gelu_tanh, relu, relu2 (its square), silu, identity; gated: swiglu, geglu,
             geglu_tanh, reglu.
@@ -94,14 +95,13 @@ def fused_moe_ffn_add_norm(
     if in_order and isinstance(routing, Tensor):
         raise ValueError("routing: expected with in_order the Grouping by which x is ordered, got expert ids")
     routing_weights = resolve_routing_weights(x, top_k, routing_weights)
-    if routing_weights is not None:
-        check_dtypes_and_devices("x", x, {"routing_weights": routing_weights})
     if (dropout_p > 0 or hidden_dropout_p > 0) and dropout_seed is None:
         dropout_seed = dropout.draw_seed(x.device)
 
     weights = to_dtype(gemm_dtype, w1, b1, w2, b2)
     add_dtype = None if gemm_dtype is None else torch.float32
-    flat, *norm = to_dtype(add_dtype, as_rows(x), norm_weight, norm_bias, routing_weights)
+    flat, *norm = to_dtype(add_dtype, as_rows(x), norm_weight, norm_bias)
+    norm.append(routing_weights)
     trains, one_node = _FUSED_MOE_FFN_ADD_NORM.needs_saving(flat, *weights, *norm), opaque(x)
     if isinstance(routing, Tensor) and not (trains or one_node or dropout_p or hidden_dropout_p):
         y = inferred_from_ids("fused_moe_ffn_add_norm", flat, routing, *weights, *norm, float(eps), activation)

@@ -23,7 +23,8 @@ def group_tokens(expert_ids: Tensor, num_experts: int) -> Grouping:
     """Group tokens by expert.
 
     Args:
-        expert_ids: (T,) or (T, top_k) integer. Ids outside [0, num_experts) are skipped.
+        expert_ids: (T,) or (T, top_k) integer; flatten other shapes, such as (B, T, top_k), to these. Ids outside
+            [0, num_experts) are skipped.
         num_experts: E >= 1.
 
     Returns:

@@ -114,7 +114,7 @@ def ffn_rows_backward(
         h = activate(h_pre, activation, inplace=False)
         if keep is not None:
             h = (h * keep).mul_(factor)
-    dy_weighted = dy_rows if p_rows is None else dy_rows * p_rows
+    dy_weighted = dy_rows if p_rows is None else (dy_rows * p_rows).to(dy_rows.dtype)
     dw2, db2 = (
         weight_gradients(dy_weighted, h if h is not None else dy_weighted, bounds, w2.shape[0], need_dw2, need_db2)
         if need_dw2 or need_db2
@@ -124,9 +124,9 @@ def ffn_rows_backward(
     if need_dx or need_dw1 or need_db1 or need_dp:
         dh = dy_rows.new_empty(routed, w2.shape[2])
         grouped_linear(dy_rows, w2.transpose(1, 2), None, bounds, dh)
-        if need_dp:
+        if need_dp and p_rows is not None:
             # <dy, w2 h + b2> without computing the expert's output again: <w2' dy, h> + <dy, b2>
-            dp = (dh * h).sum(1)
+            dp = (dh * h).sum(1, dtype=p_rows.dtype)
             if b2 is not None:
                 for e, lo, hi in spans(bounds):
                     dp[lo:hi] += dy_rows[lo:hi] @ b2[e]

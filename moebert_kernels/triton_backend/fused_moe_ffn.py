@@ -91,8 +91,8 @@ def hidden_gradients(
             gather=gather, config=config,
         )  # fmt: skip
     dweights = None
-    if parts is not None:
-        dweights = empty(dy, grouping.num_tokens, grouping.top_k)
+    if parts is not None and weights is not None:
+        dweights = empty(weights, grouping.num_tokens, grouping.top_k)
         routing_weights_grad(parts, dy, b2, dweights, grouping)
     pairs = []
     if need_dw1:

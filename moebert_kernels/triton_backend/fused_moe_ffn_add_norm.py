@@ -64,7 +64,9 @@ def backward(
     dffn = empty(w1, rows, x.shape[1]) if apart else dz
     H = x.shape[1]
     sums = sums_of_chunks(x, grouping, (2 + need_db2) * H + need_db1 * w1.shape[1])
-    dweights = made(lambda t: t.new_zeros(t.shape[0], 1), x) if need_dweights else None
+    dweights = None
+    if need_dweights and routing_weights is not None:
+        dweights = made(lambda t: t.new_zeros(t.shape), routing_weights)
     add_norm_backward(
         dy, x, ffn, norm_weight, norm_bias, contiguous(routing_weights), dz, dffn if apart else None,
         sums, dweights, grouping, eps, dropout_p, seed, sum_dffn=need_db2,

@@ -18,7 +18,7 @@ E, H, I, T, TOP_K = 5, 24, 20, 37, 2
 
 
 def interleaved_gate(self, gate_up):
-    return torch.tanh(gate_up[..., ::2]) * (gate_up[..., 1::2] + 1)
+    return torch.tanh(gate_up[..., ::2]) * (gate_up[..., 1::2].clamp(-1, 1) + 1)  # clamped, as gpt-oss has it
 
 
 def make_experts(act="silu", own_gate=None, **options):

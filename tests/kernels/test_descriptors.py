@@ -95,10 +95,11 @@ def test_hidden(activation, hopper, device):
     x, w = product(40, 24, False, torch.bfloat16, device)
     bias, results = torch.randn(E, 40, dtype=x.dtype, device=device), []
     for descriptors in (False, True):
-        h, h_pre = x.new_empty(T, 40), x.new_empty(T, 40)
+        h, h_pre = x.new_full((2, T, 40), 7.0)
         hidden(x, w, bias, h, h_pre, grouping, activation, 0.0, None, TILE, gather=False, descriptors=descriptors)
         results.append((h, h_pre))
     assert all(torch.equal(by_pointers, by_tma) for by_pointers, by_tma in zip(*results, strict=True))
+    assert all((t[int(grouping.offsets[-1]) :] == 7).all() for t in results[0])  # rows without an expert: not written
 
 
 def test_what_tma_cannot_read(device):

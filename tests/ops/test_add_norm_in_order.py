@@ -123,7 +123,10 @@ def test_rejects():
         ((residual, added.double(), weight, bias, grouping), r"added: expected dtype torch.float32 \(as residual\)"),
         ((residual, added, weight, bias, torch.zeros(T)), r"grouping: expected a top-1 Grouping, got Tensor"),
         ((residual, added, weight, bias, of_two), r"grouping: expected a top-1 Grouping, got one of top_k=2"),
-        ((residual[1:], added[1:], weight, bias, grouping), rf"grouping: expected a grouping of {T - 1} rows, got {T}"),
+        (
+            (residual[1:], added[1:], weight, bias, grouping),
+            rf"grouping: expected a grouping of {T - 1} tokens, got one of {T} ",
+        ),
         ((None, added, weight, bias, grouping), r"residual: expected a tensor, got NoneType"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -87,6 +87,21 @@ def test_inference_equals_training(count, lowest, top_k, bias):
     torch.testing.assert_close(inference, training, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_routing_weights_in_float32(autocast):
+    """Of 16-bit layers: neither they nor their gradient are rounded."""
+    x, dy, ids, p = torch.randn(T, H), torch.randn(T, H), torch.randint(-1, E + 1, (T, 2)), torch.rand(T, 2)
+    inputs = [t if autocast else t.bfloat16() for t in (x, *parameters(torch.float32))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = fused_moe_ffn(inputs[0], ids, *inputs[1:], routing_weights=p.requires_grad_())
+    (dp,) = torch.autograd.grad(y, p, dy.bfloat16())
+    assert y.dtype == torch.bfloat16 and dp.dtype == torch.float32 and not torch.equal(dp, dp.bfloat16().float())
+    same = run(call(reference.fused_moe_ffn), [*inputs, p], dy.bfloat16(), torch.bfloat16, ids=ids)
+    exact = run(call(reference.fused_moe_ffn), [*inputs, p], dy.bfloat16(), torch.float64, ids=ids)
+    assert_as_accurate(y, same[0], exact[0], name="y", factor=slack(torch.bfloat16))
+    assert_as_accurate(dp.bfloat16(), same[-1], exact[-1], name="dp", factor=slack(torch.bfloat16))
+
+
 def test_equals_the_composition_of_two_expert_gemms():
     x, ids, (w1, b1, w2, b2) = torch.randn(T, H), torch.randint(-1, E, (T,)), parameters(torch.float32)
     grouping = group_tokens(ids, E)
@@ -170,7 +185,8 @@ def test_rejects():
             (x, ids[1:], w1, b1, w2, b2),
         r"routing: expected an integer dtype, got torch.float32": (x, ids.float(), w1, b1, w2, b2),
         rf"routing: expected a grouping over E={E} experts, got 3": (x, group_tokens(ids, 3), w1, b1, w2, b2),
-        rf"routing: expected a grouping of {T} rows, got 5": (x, group_tokens(ids[:5], E), w1, b1, w2, b2),
+        rf"routing: expected a grouping of {T} tokens, got one of 5 with top_k=1":
+            (x, group_tokens(ids[:5], E), w1, b1, w2, b2),
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             fused_moe_ffn(*arguments)
@@ -178,6 +194,8 @@ def test_rejects():
         fused_moe_ffn(x, ids, w1, b1, w2, b2, activation="gelu_new")
     with pytest.raises(ValueError, match=rf"routing_weights: expected shape \({T}, 1\), got \(2,\)"):
         fused_moe_ffn(x, ids, w1, b1, w2, b2, routing_weights=torch.ones(2))
+    with pytest.raises(ValueError, match=r"routing_weights: expected dtype torch.float32 \(as x\) or .*, got torch.f"):
+        fused_moe_ffn(x, ids, w1, b1, w2, b2, routing_weights=torch.ones(T).double())
     with pytest.raises(ValueError, match=r"hidden_dropout_p: expected a probability in \[0, 1\), got -0.1"):
         fused_moe_ffn(x, ids, w1, b1, w2, b2, hidden_dropout_p=-0.1)
     with pytest.raises(ValueError, match=r"w1: expected shape \(E=4, 2I=72, H=40\), got \(4, 36, 40\)"):

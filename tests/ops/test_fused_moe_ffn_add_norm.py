@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moebert_kernels import fused_moe_ffn_add_norm, group_tokens, reference
+from moebert_kernels import fused_moe_ffn, fused_moe_ffn_add_norm, group_tokens, reference
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from tests.helpers import assert_as_accurate
 from tests.ops.cases import (
@@ -106,6 +106,26 @@ def test_autocast_adds_and_normalises_in_float32():
     assert 0 < (y - exact).abs().max() < 0.1
     dx, dw1 = torch.autograd.grad(y.sum(), [x, weights[0]])
     assert dx.dtype == dw1.dtype == torch.float32
+
+
+def test_a_column_times_its_stride_passes_2_31(device):
+    """x and dy by columns, 2^23 + 2^15 elements apart, in memory of which nobody touches the most."""
+    hidden, apart, ids = 256, 2**23 + 2**15, torch.arange(4, device=device) % 2
+
+    def by_columns():
+        wide = torch.Tensor(torch.UntypedStorage(2 * hidden * apart, device=device)).view(torch.bfloat16)
+        return wide.as_strided((4, hidden), (1, apart)).copy_(torch.randn(4, hidden))
+
+    shapes = ((2, 8, hidden), (2, 8), (2, hidden, 8), (2, hidden), (2, hidden), (2, hidden))
+    weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
+    x, dy, p = by_columns(), by_columns(), torch.rand(4, device=device, dtype=torch.bfloat16)
+    for op, given in ((fused_moe_ffn_add_norm, weights), (fused_moe_ffn, weights[:4])):
+        results = []
+        for inputs in ((x, dy), (x.contiguous(), dy.contiguous())):
+            leaves = [t.detach().requires_grad_() for t in (inputs[0], *given, p)]
+            y = op(leaves[0], ids, *leaves[1:-1], routing_weights=leaves[-1])
+            results.append([y, *torch.autograd.grad(y, leaves, inputs[1])])
+        torch.testing.assert_close(*results)
 
 
 def test_leading_dimensions_and_prebuilt_grouping():

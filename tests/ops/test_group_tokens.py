@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from moebert_kernels import Grouping, group_tokens, group_tokens_by_hash, reference
+from moebert_kernels import Grouping, expert_gemm, group_tokens, group_tokens_by_hash, reference
 from tests.ops.cases import HARDEST, ROUTINGS, E
 
 
@@ -48,6 +48,23 @@ def test_grouping_is_a_pytree():
     assert len(leaves) == 3 and pytree.tree_unflatten(leaves, spec).top_k == 2
     with pytest.raises(AttributeError):
         grouping.top_k = 3
+
+
+def test_of_counts_is_that_of_sorted_ids():
+    counts = torch.tensor([3, 0, 5, 1], dtype=torch.int16)
+    grouping, wanted = Grouping.from_counts(counts), group_tokens(torch.arange(4).repeat_interleave(counts.long()), 4)
+    assert_same(grouping, wanted)
+    assert grouping.num_experts == 4 and grouping.num_tokens == 9
+    x, w = torch.randn(9, 8), torch.randn(4, 6, 8)
+    assert torch.equal(expert_gemm(x, w, grouping), expert_gemm(x, w, wanted))
+    for message, wrong in {
+        "counts: expected a tensor, got list": [1, 2],
+        r"counts: expected integers \(E,\), got torch.float32 of shape \(2,\)": torch.ones(2),
+        r"counts: expected integers \(E,\), got torch.int64 of shape \(0,\)": torch.ones(0, dtype=torch.int64),
+        "counts: expected at least 0 for each expert, got -1": torch.tensor([2, -1]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Grouping.from_counts(wrong)
 
 
 def test_opcheck_and_compile():

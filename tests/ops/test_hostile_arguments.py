@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from moebert_kernels import (
     Grouping,
@@ -75,6 +76,7 @@ def no_dense_tensors(tensor: torch.Tensor) -> dict[str, object]:
         "list": tensor.tolist(), "array": tensor.cpu().numpy(), "string": "x", "number": 1.5, "None": None, "set": {1},
         "sparse": tensor.to_sparse(), "complex": tensor + 0j, "float8": tensor.to(torch.float8_e4m3fn),
         "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "wrapper": TwoTensor(tensor, tensor),  # as DTensor is one
     }  # fmt: skip
 
 
