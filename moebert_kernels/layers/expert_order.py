@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
-from moebert_kernels.nn.context import Call, Tokens, current, derived_class, entered, plain_class
+from moebert_kernels.nn.context import Call, Groupings, Tokens, current, derived_class, entered, plain_class
 from moebert_kernels.ops.add_norm_in_order import add_norm_in_order
 from moebert_kernels.ops.group_tokens import group_tokens
 
@@ -82,7 +82,7 @@ def ordered_class(base: Any) -> type:
         tokens, layer, norm = current().tokens, self.moe_layer, self.LayerNorm
         if torch.compiler.is_compiling() or tokens is None or tokens.in_order is None:
             return base.forward(self, hidden_states, input_tensor)
-        grouping = tokens.layers.get(layer)
+        grouping = tokens.groupings.of(layer)
         hooked = norm._forward_hooks or norm._forward_pre_hooks or type(norm) is not nn.LayerNorm
         if grouping is None or hooked or not layer.can_read_in_order:
             return base.forward(self, hidden_states, input_tensor)
@@ -120,7 +120,8 @@ def _on_random_numbers(owner: Any) -> Tensor | None:
         return None
     ids = torch.arange(12, device=weight.device) % (layer.experts.num_experts + 1) - 1  # some are skipped
     x = torch.linspace(-1.0, 1.0, 12 * weight.shape[2], device=weight.device).mul(97).sin().view(2, 6, -1)
-    call = Call(Tokens({layer: group_tokens(ids, layer.experts.num_experts)}, ids.view(2, 6), in_order=[]))
+    groupings = Groupings({layer: group_tokens(ids, layer.experts.num_experts)})
+    call = Call(Tokens(groupings, ids.view(2, 6), in_order=[]))
     owner.eval()
     try:
         with entered(call):

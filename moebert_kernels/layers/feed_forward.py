@@ -128,14 +128,13 @@ class MoEFeedForward(nn.Module):
                     )
                 in_order: Tensor = self.experts(x, by, in_order=True, **options)
                 return in_order
-            if tokens.token_ids.numel() != x.shape[:-1].numel():
+            if tokens.token_ids.numel() * x.shape[-1] != x.numel():
                 raise UserError(
                     f"hidden_states: expected the tokens of input_ids, {tuple(tokens.token_ids.shape)}, got "
                     f"{tuple(x.shape[:-1])}; if the model pads its texts itself, as Longformer does, pad them before, "
                     "to a multiple of its window (pad_to_multiple_of)"
                 )
-            # what Dynamo compiles for one layer it runs for the others too, with the first one's entry
-            grouping = None if torch.compiler.is_compiling() else tokens.layers.get(self)
+            grouping = None if torch.compiler.is_compiling() else tokens.groupings.of(self)
             if grouping is None:  # nor where one step could not make those of all, as with tables on several devices
                 ids, mask = tokens.token_ids.to(x.device), tokens.token_mask
                 mask = None if mask is None else mask[:, -ids.shape[-1] :].to(x.device)

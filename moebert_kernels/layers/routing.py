@@ -26,6 +26,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers.feed_forward import MoEFeedForward
 from moebert_kernels.layers.tasks import install_tasks, task_ids_of
 from moebert_kernels.nn.context import (
+    Groupings,
     RecomputedLayer,
     Tokens,
     argument_names,
@@ -38,7 +39,7 @@ from moebert_kernels.nn.context import (
 from moebert_kernels.nn.hash_router import HashRouter, group_by_hash
 
 _NO_TEXT = {"pixel_values", "input_features", "input_values"}  # inputs of image and audio encoders
-# Dynamo of torch 2.11 cannot trace what `chunked_class` gives it; models without that class are only slower.
+# Dynamo of torch 2.11 could not trace a form of `chunked_class`; models without that class are only slower.
 CHUNKS_ARE_TRACED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
@@ -130,9 +131,9 @@ def tokens_of(stack: Any, inputs: Mapping[str, Any]) -> Tokens:
         if ids is None:
             got = "none" if inputs.get("inputs_embeds") is None else "inputs_embeds alone"
             raise UserError(f"input_ids: expected token ids, which hash routing needs, got {got}")
-        if not torch.compiler.is_compiling():  # Dynamo takes the first layer's entry for those of the others
+        if not torch.compiler.is_compiling():  # see `Groupings`
             groupings = group_by_hash(routers, ids, None if mask is None else mask[:, -ids.shape[-1] :]) or groupings
-    return Tokens(dict(zip(layers, groupings, strict=True)), ids, mask, task_ids, in_order=[])
+    return Tokens(Groupings(dict(zip(layers, groupings, strict=True))), ids, mask, task_ids, in_order=[])
 
 
 @functools.cache
@@ -158,17 +159,15 @@ def chunked_class(base: Any) -> type:
 
     transformers inspects it in each layer of each forward, which takes a twentieth of a very small model's time.
     """
-    chunk, signature = base.feed_forward_chunk, inspect.signature(base.feed_forward_chunk)
-    signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    chunk: Any = base.feed_forward_chunk
 
-    def feed_forward_chunk(self: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return chunk.__get__(self)
-        bound: Any = functools.partial(chunk, self)
-        bound.__signature__ = signature
-        return bound
+    # A function: of a property that gives a bound one, Dynamo makes a call of itself after a graph break.
+    @functools.wraps(chunk)
+    def feed_forward_chunk(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return chunk(self, *args, **kwargs)
 
-    return derived_class(chunked_class, base, (base,), {"feed_forward_chunk": property(feed_forward_chunk)})
+    feed_forward_chunk.__signature__ = inspect.signature(chunk)  # type: ignore[attr-defined]
+    return derived_class(chunked_class, base, (base,), {"feed_forward_chunk": feed_forward_chunk})
 
 
 @contextmanager

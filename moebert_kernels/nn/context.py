@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,12 +27,26 @@ from moebert_kernels.grouping import Grouping
 Held = TypeVar("Held")
 
 
+class Groupings:
+    """The groupings of a stack's layers.
+
+    A class of its own, because Dynamo reads all of a tuple: of a dict in `Tokens`, whose keys are layers, it took the
+    first key for every layer that it compiled after a graph break, and ran the first layer in the place of the others.
+    """
+
+    def __init__(self, by_layer: Mapping[nn.Module, Grouping | None] | None = None) -> None:
+        self._by_layer = by_layer or {}
+
+    def of(self, layer: nn.Module) -> Grouping | None:
+        return self._by_layer.get(layer)
+
+
 class Tokens(NamedTuple):
     """What one forward of a stack of layers knows of its tokens.
 
     Attributes:
-        layers: for each feed-forward layer of the stack its grouping of the B * T tokens, if that is known before the
-            first layer runs; else None.
+        groupings: for each feed-forward layer of the stack that of the B * T tokens, if it is known before the first
+            layer runs; else None.
         token_ids: (B, T) integers, or None.
         token_mask: (B, T or more), 0 where a token is padding, or None. With a key-value cache it begins with the
             tokens of earlier calls.
@@ -41,7 +55,7 @@ class Tokens(NamedTuple):
             grouping by which they are. None: no module may.
     """
 
-    layers: dict[nn.Module, Grouping | None]
+    groupings: Groupings
     token_ids: Tensor | None = None
     token_mask: Tensor | None = None
     task_ids: Tensor | None = None

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from moebert_kernels.layers import moe_layers
+from moebert_kernels.serve import prepare
 from tests.layers import kinds
 
 KINDS = ("split-bert-hash", "split-bert-sentence", "split-bert-task")  # a gate per token is a part of one per sentence
@@ -46,3 +48,31 @@ def test_compile(kind):
             output.loss.backward()
             gradients.append([output.loss, output.logits, *(p.grad.clone() for p in model.parameters())])
         torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def breaks_before_experts(model):
+    for layer in moe_layers(model):
+        layer.experts.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+
+
+@pytest.mark.parametrize("kind", ["split-bert-hash", pytest.param("mpoe-gpt2-hash", marks=pytest.mark.slow)])
+def test_each_layer_has_its_own_experts_after_a_graph_break(kind):
+    model = kinds.model(kind)
+    breaks_before_experts(model)
+    compiled = torch.compile(model, backend="eager")
+    for seed in (0, 1):
+        inputs, results = kinds.batch(kind, seed, labels=True), []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(**inputs)
+            output.loss.backward()
+            gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            results.append([output.loss, output.logits, *gradients])
+        torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_prepared_model_under_compile():
+    model, inputs = prepare(kinds.model("split-bert-hash"), "int8"), kinds.batch("split-bert-hash")
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(**inputs)
+        torch.testing.assert_close(compiled.logits, model(**inputs).logits)

@@ -6,7 +6,7 @@ import torch
 from moebert_kernels import group_tokens, reference
 from moebert_kernels.layers import MoEFeedForward, NormedExperts
 from moebert_kernels.nn import DenseExperts, GateRouter, HashRouter, MPOExperts
-from moebert_kernels.nn.context import Call, Tokens, entered
+from moebert_kernels.nn.context import Call, Groupings, Tokens, entered
 from tests.nn.mpo import FACTORS, routed
 
 H, I, E = 12, 24, 3
@@ -76,7 +76,7 @@ def test_a_shared_norm_under_hash_routing_is_one_op_with_the_experts():
     for one_op in (True, False):
         layer.zero_grad()
         x.grad = None
-        with entered(Call(Tokens({}, ids, mask))):
+        with entered(Call(Tokens(Groupings(), ids, mask))):
             y = layer(x, x if one_op else x + 0)
         (y * dy)[mask != 0].sum().backward()
         results.append([y[mask != 0], x.grad, *(p.grad.clone() for p in layer.parameters())])
@@ -93,7 +93,7 @@ def test_dropout_only_in_training(kind):
     norm = torch.nn.LayerNorm(H) if kind == "shared norm" else None
     layer = MoEFeedForward(router, experts, output_dropout=0.5, norm=norm)
     x = torch.randn(1, 9, H)
-    with entered(Call(Tokens({}, torch.arange(9)[None]))):
+    with entered(Call(Tokens(Groupings(), torch.arange(9)[None]))):
         assert not torch.equal(layer(x, x), layer(x, x))
         torch.manual_seed(3)
         first = layer(x, x)

@@ -3,7 +3,7 @@
 from unittest import mock
 
 from moebert_kernels.nn import MPOExperts, mpo_weight
-from moebert_kernels.nn.context import Call, Tokens, entered
+from moebert_kernels.nn.context import Call, Groupings, Tokens, entered
 
 H, I, E = 12, 24, 4
 FACTORS = {"w1_factors": ([2, 3, 4], [2, 3, 2]), "w2_factors": ([2, 3, 2], [2, 3, 4])}
@@ -25,6 +25,6 @@ def counted_folds():
 def routed(layer, x, token_ids=None, token_mask=None):
     """y, and the balance loss or None, of a `MoEFeedForward` in a call with these tokens."""
     losses = []
-    with entered(Call(Tokens({}, token_ids, token_mask), losses)):
+    with entered(Call(Tokens(Groupings(), token_ids, token_mask), losses)):
         y = layer(x)
     return y, losses[0] if losses else None

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moebert_kernels.nn.context import (
     Call,
+    Groupings,
     RecomputedLayer,
     Tokens,
     checkpointed,
@@ -26,7 +27,7 @@ from moebert_kernels.nn.context import (
 
 
 def call_of(number):
-    return Call(Tokens({}, torch.full((1, 1), number)))
+    return Call(Tokens(Groupings(), torch.full((1, 1), number)))
 
 
 def test_calls_nest_belong_to_their_thread_and_end_with_an_error():
@@ -54,7 +55,7 @@ class Stack(nn.Module):
 
 
 def routed_stack(base):
-    tokens_of = lambda stack, inputs: Tokens({}, inputs["input_ids"], inputs.get("attention_mask"))  # noqa: E731
+    tokens_of = lambda stack, inputs: Tokens(Groupings(), inputs["input_ids"], inputs.get("attention_mask"))  # noqa: E731
     return derived_class(routed_stack, base, (base,), {"forward": routed(base.forward, tokens_of)})
 
 
