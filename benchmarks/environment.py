@@ -13,6 +13,7 @@ import torch
 
 import moebert_kernels
 from benchmarks import identity
+from benchmarks.gpu_plan import CUDA_FORMS, DESCRIPTORS
 from benchmarks.measuring import Target
 
 
@@ -38,6 +39,7 @@ def environment(target: Target) -> dict[str, Any]:
         **gpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "withheld": [name for name in (DESCRIPTORS, CUDA_FORMS) if os.environ.get(name) == "0"] or None,
         "load_average_before": load_average(),
     }
 

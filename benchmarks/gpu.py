@@ -88,16 +88,17 @@ def go_on(
     tried: set[str] = set()  # each once in a call
     running: dict[Step, tuple[Any, float, bool]] = {}  # command, start, whether the call's end is its limit
 
-    for step in steps:
-        if step.guards and record.steps.get(step.name, {}).get("status") == "failed":
-            machine.withhold(step.guards)
+    for outcome in record.steps.values():  # also of steps that this call does not do
+        if outcome.get("status") == "failed" and "guards" in outcome:
+            machine.withhold(outcome["guards"])
 
     def settle(step: Step, outcome: Outcome, start: float, by_call: bool) -> None:
         if outcome["status"] == "cut" and not by_call:  # it hangs, and would do so again
             outcome = outcome | {"status": "failed"}
         if outcome["status"] == "failed" and step.guards:
             machine.withhold(step.guards)
-            outcome = outcome | {"note": f"{outcome['note']}; what follows runs with {step.guards}=0"}
+            note = f"{outcome['note']}; what follows runs with {step.guards}=0"
+            outcome = outcome | {"note": note, "guards": step.guards}
         seconds = machine.now() - start
         record.put(step, outcome, seconds, have)
         say(f"{machine.now() - begun:4.0f} s  {step.name}: {outcome['status']}, {seconds:.0f} s: {outcome['note']}")
@@ -105,7 +106,8 @@ def go_on(
             say(f"      {line}")
 
     def limit(step: Step) -> tuple[float, bool]:
-        patience, left = 3 * step.seconds + 30, end - machine.now()
+        times = 6 if step.guards else 3  # a slow compiler is no reason to leave kernels out
+        patience, left = times * step.seconds + 30, end - machine.now()
         return min(patience, left), left <= patience
 
     def start(step: Step) -> None:

@@ -41,7 +41,7 @@ WIDE_SPREAD = 0.2  # between the quartiles, of the median
 # A ratio of two times is read to two digits: 0.996 is not a loss against 1.0.
 DIGITS = 2
 # in the environments of runs that go on with each other
-SAME = ("commit", "sources", "cpu", "gpu", "threads", "torch", "transformers", "triton")
+SAME = ("commit", "sources", "cpu", "gpu", "threads", "torch", "transformers", "triton", "withheld")
 # GPUs that requirements are judged on. Limits are of an H200 that copies at this rate; see `at_most_ms`.
 JUDGED_GPUS, GBYTES_PER_S = ("H100", "H200"), 4300.0
 

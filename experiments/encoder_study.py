@@ -33,6 +33,7 @@ from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import replacing, write_tensors, write_text
+from moebert_kernels.nn.context import drop_autocast
 from moebert_kernels.serve import prepare
 
 REDRAWN = 200  # times the test examples, for a score's error
@@ -216,8 +217,7 @@ class Cell:
         start = time.monotonic()
         trainer = self._trainer(model, name, rate, epochs, **options)
         trainer.train(resume_from_checkpoint=True)
-        for attribute in ("forward", "_original_forward"):  # accelerate leaves the model under autocast
-            vars(model).pop(attribute, None)
+        drop_autocast(model)
         model.eval()
         return {"steps": trainer.state.global_step, "seconds": round(time.monotonic() - start, 1)}
 

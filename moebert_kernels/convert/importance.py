@@ -25,6 +25,7 @@ from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.convert.sample_loss import is_causal, sample_loss, unread_labels
 from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.errors import UserError
+from moebert_kernels.nn.context import drop_autocast
 
 
 def importance_scores(
@@ -139,14 +140,16 @@ def _recording(sites: list[Site], samples: int) -> Iterator[tuple[dict[int, Tens
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode without weight gradients; both are put back, module by module and parameter by parameter."""
+    """Eval mode without weight gradients or accelerate's autocast; all is put back, module by module."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    dropped = drop_autocast(model)
     try:
         model.eval()
         model.requires_grad_(False)
         yield
     finally:
+        vars(model).update(dropped)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, mode in modes:

@@ -147,7 +147,7 @@ class Site:
         """Raise a UserError unless the module computes w2 act(w1 x + b1) + b2 with the weights that were read."""
         w1, b1, w2, b2 = (None if t is None else t.float() for t in self.weights())
         assert w1 is not None and w2 is not None
-        if w1.is_meta or self.shape == "inline":
+        if w1.is_meta:
             return
         x = torch.linspace(-1.0, 1.0, 2 * w1.shape[1], device=w1.device).sin().view(2, -1)
         want = F.linear(reference.activate(F.linear(x, w1, b1), self.activation), w2, b2)
@@ -158,7 +158,10 @@ class Site:
                 module.eval()
             typed = x.to(self.weights().w1.dtype)
             with torch.no_grad():
-                if self.shape == "split":
+                if self.shape == "inline":
+                    h = reference.activate(modules[0](typed).float(), self.activation)
+                    got = modules[1](h.to(typed.dtype))
+                elif self.shape == "split":
                     residual, norm = torch.zeros_like(typed), self.norm
                     got = modules[1](modules[0](typed), residual)
                     want = want if norm is None else norm(want.to(typed.dtype))
@@ -204,6 +207,7 @@ def find_sites(model: nn.Module, target_modules: tuple[str, ...] | None = None) 
     if kind in _REFUSED:
         raise UserError(f"model: {kind} cannot be converted: {_REFUSED[kind]}")
     sites = [site for name, module in model.named_modules() for site in _sites_of(model, name, module, kind)]
+    sites = [site for site in sites if any(part.isdigit() for part in site.name.split("."))]  # of layers, not of a head
     if target_modules is not None:
         unused = [t for t in target_modules if not any(_ends_in(site.name, t) for site in sites)]
         if unused:

@@ -40,6 +40,7 @@ from moebert_kernels.distill.teacher import check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import check_writable, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.nn.context import drop_autocast
 
 RUN = "run.json"
 MAPS = "maps.safetensors"  # the objective's maps as a finished run left them
@@ -349,7 +350,7 @@ class _Run:
             write_text(self.folder / RUN, json.dumps({"identity": self.identity, "result": facts}))
             self._drop_checkpoints()
         self._wait()
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        drop_autocast(self.student)
         return replace(result, model_dir=self.folder / name)
 
     def _write(self, folder: Path, scores: Metrics, previous: Path) -> None:

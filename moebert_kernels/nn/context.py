@@ -213,10 +213,20 @@ def derived_class(make: Callable[[Any], Any], base: type, bases: tuple[type, ...
     return type(base.__name__, bases, {**named, "_made_of": (make, base), "__reduce_ex__": _reduce, **members})
 
 
-def drop_autocast(model: Any) -> None:
-    """Remove the forward that accelerate leaves on a model it has trained under autocast, in the way of the class's."""
-    if "_original_forward" in vars(model):
-        del model.forward, model._original_forward
+def drop_autocast(model: Any) -> dict[str, Any]:
+    """Remove the forward that accelerate leaves on a model it has trained under autocast, in the way of the class's.
+
+    Its unwrapping leaves the innermost function of the class's forward, without all decorators, so without routing
+    too. A forward of the user's own stays.
+
+    Returns:
+        The attributes that were removed; `vars(model).update` puts them back.
+    """
+    own, function = vars(model), getattr(vars(model).get("forward"), "__func__", None)
+    of_classes = [inspect.unwrap(base.__dict__["forward"]) for base in type(model).__mro__ if "forward" in vars(base)]
+    if "_original_forward" not in own and function not in of_classes:
+        return {}
+    return {name: own.pop(name) for name in ("forward", "_original_forward") if name in own}
 
 
 def plain_class(named: Any) -> Any:

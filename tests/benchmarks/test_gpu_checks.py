@@ -20,10 +20,10 @@ GUARDS = {step.name: step.guards for step in STEPS if step.guards}
 def test_what_a_failed_check_tried_is_left_out_from_then_on(name, tmp_path):
     steps = [step for step in STEPS if step.name in (name, "tiny/fused_moe_ffn_add_norm-forward-T8")]
     record, said = gpu.Record(tmp_path, WHO), []
-    for withheld in ([GUARDS[name]], [GUARDS[name]]):  # also in the call after it
+    for left in (steps, steps, steps[1:]):  # also in calls after it, with the check or without
         machine = FakeMachine(steps, outcomes={name: {"status": "failed", "note": "no"}})
-        gpu.go_on(record, machine, lambda: ALL, end=500, steps=steps, build=None, say=said.append)
-        assert machine.withheld == withheld
+        gpu.go_on(record, machine, lambda: ALL, end=500, steps=left, build=None, say=said.append)
+        assert machine.withheld == [GUARDS[name]]
     assert f"no; what follows runs with {GUARDS[name]}=0" in said[0]
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     CLIPConfig,
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from moebert_kernels.convert import convert_to_moe, importance_scores
+from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, NormedExperts, moe_layers
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs, one_layer, valid
@@ -290,6 +292,32 @@ def test_the_images_of_a_model_for_text_and_images_are_no_tokens():
 def test_what_does_not_fit_a_model_is_refused(family, config, message):
     with pytest.raises(UserError, match=message):
         convert_to_moe(make(family), MoEConfig(**config))
+
+
+@pytest.mark.parametrize("family", ["bart", "opt", "bert", "llama"])
+def test_linear_layers_that_compute_more_are_refused(family):
+    class Adapted(torch.nn.Module):
+        """As adapters wrap a linear layer."""
+
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x):
+            return self.base(x) + 2 * x[..., :1]
+
+    model = make(family)
+    site = find_sites(model)[0]
+    owner, _, name = site.first[0].rpartition(".")
+    setattr(site.owner.get_submodule(owner), name, Adapted(site.first_modules[0]))
+    with pytest.raises(UserError, match="does not compute w2 act"):
+        convert_to_moe(model, MoEConfig())
+
+
+def test_a_head_of_two_linear_layers_is_no_feed_forward():
+    model = make("big_bird", AutoModelForQuestionAnswering)
+    assert hasattr(model.qa_classifier, "intermediate")
+    assert [site.name for site in find_sites(model)] == [f"bert.encoder.layer.{n}.output" for n in range(2)]
 
 
 def test_a_converted_model_and_a_model_without_token_ids_are_refused():

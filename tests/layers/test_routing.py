@@ -1,11 +1,13 @@
 """What a user of transformers expects of a converted encoder, and what hash routing promises."""
 
+import types
+
 import accelerate
 import pytest
 import torch
 from transformers import AutoModelForPreTraining, LongformerConfig, LongformerModel
 
-from moebert_kernels.convert import convert_to_moe
+from moebert_kernels.convert import convert_to_moe, importance_scores
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, balance_losses, moe_layers, summed_losses
 from moebert_kernels.nn import hash_router
@@ -84,12 +86,32 @@ def test_chunks_of_feed_forwards_are_not_made(router):
     assert torch.equal(whole(**batch).last_hidden_state, chunked(**batch).last_hidden_state)
 
 
-def test_a_forward_that_a_training_has_left_is_not_in_the_way():
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_a_forward_that_a_training_has_left_is_not_in_the_way(unwrapped):
     """accelerate's, which is the dense class's."""
     dense, batch = dense_model("bert-cls"), inputs() | {"labels": torch.tensor([0, 1, 2, 0])}
-    dense._original_forward, dense.forward = dense.forward, torch.autocast("cpu", torch.bfloat16)(dense.forward)
+    wanted = importance_scores(dense, [batch])
+    dense = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(dense)
+    if unwrapped:
+        dense = accelerate.utils.extract_model_from_parallel(dense, keep_fp32_wrapper=False)
+    before = dict(vars(dense))
+    assert "forward" in before
+    torch.testing.assert_close(importance_scores(dense, [batch]), wanted)  # without its autocast, which comes back
+    assert vars(dense) == before
     model = convert_to_moe(dense, MoEConfig(router="switch", load_balance=100.0))
     assert "forward" not in vars(model) and model(**batch).loss > 50
+
+
+def test_a_forward_of_the_users_own_stays():
+    def states(self, input_ids=None, attention_mask=None):
+        return type(self).forward(self, input_ids, attention_mask).last_hidden_state
+
+    dense, batch = dense_model("bert"), inputs()
+    dense.forward = types.MethodType(states, dense)
+    assert convert_to_moe(dense, MoEConfig())(**batch).shape[:2] == batch["input_ids"].shape
+
+
+def test_hooks_of_accelerate_are_refused():
     hooked = accelerate.cpu_offload(dense_model("bert-cls"), torch.device("cpu"))
     with pytest.raises(UserError, match="model: expected one without accelerate's hooks"):
         convert_to_moe(hooked, MoEConfig(router="switch"))
