@@ -26,7 +26,7 @@ LAYERS = (
     ("cuda_backend",),
     ("ops", "warming"),
     ("__init__",),
-    ("nn", "integrations"),
+    ("nn", "integrations", "flops"),
     ("layers",),
     ("convert",),
     ("serve", "data", "bench"),

@@ -189,10 +189,10 @@ def replace_feed_forwards(model: Any, config: MoEConfig) -> list[MoEFeedForward]
         with torch.device("meta"):  # draws nothing
             layer = make_layer(model, config, site)
         layer.to(w1.dtype).to_empty(device=w1.device).train(site.module.training)
-        if config.norm == "layer":
-            layer.norm = site.norm
         for parameter in layer.parameters():
             parameter.requires_grad_(True)
+        if config.norm == "layer":
+            layer.norm = site.norm
         site.install(layer)
         layers.append(layer)
     set_config(model, config)

@@ -5,6 +5,7 @@ from moebert_kernels.errors import require_extra
 
 require_extra("train", "transformers")
 
+import moebert_kernels.flops  # noqa: F401  so that torch counts the FLOPs of converted models
 from moebert_kernels.layers.config import MoEConfig, moe_config
 from moebert_kernels.layers.expert_order import set_expert_order
 from moebert_kernels.layers.feed_forward import MoEFeedForward, NormedExperts

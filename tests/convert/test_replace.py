@@ -76,6 +76,15 @@ def test_a_copy_of_the_dense_model_is_not_changed():
     assert type(dense) is CLASSES["bert-cls"][1] and not hasattr(dense.config, "quantization_config")
 
 
+def test_what_was_frozen_and_is_kept_stays_frozen():
+    dense = dense_model("bert-cls")
+    dense.base_model.requires_grad_(False)
+    model = converted(dense, norm="layer")
+    layer = moe_layers(model)[0]
+    assert not layer.norm.weight.requires_grad and not model.base_model.embeddings.word_embeddings.weight.requires_grad
+    assert all(parameter.requires_grad for parameter in layer.experts.parameters())  # new, and to be trained
+
+
 def test_settings_of_the_dense_layers_are_carried_over():
     dense = dense_model("bert-cls", hidden_act="relu", layer_norm_eps=1e-5, hidden_dropout_prob=0.2)
     for norm in ("expert", "layer"):
