@@ -4,12 +4,10 @@ import argparse
 import importlib.util
 import json
 import sys
-from itertools import product
 
 import pytest
 from filelock import FileLock
 
-from moebert_kernels.distill.embedding import Pooling, read_pooling
 from tests.cli.tiny import BAD, GOOD, write_base
 from tests.helpers import ROOT
 
@@ -202,40 +200,3 @@ def test_microbert_at_tiny_size(microbert, tmp_path, monkeypatch, capsys):
     (data / "CoLA/dev.tsv").write_text((data / "CoLA/dev.tsv").read_text().replace("x\t1", "x\t0", 1))
     with pytest.raises(SystemExit, match=r"got .*work with results of other files of CoLA"):
         run("--report")
-
-
-@pytest.mark.slow
-def test_minilm_embeddings_at_tiny_size(tmp_path, monkeypatch, capsys):
-    """A student that was trained is not trained again, and is saved as a sentence-transformers model."""
-    study = experiment("minilm_embeddings")
-    base = write_base(tmp_path / "base")
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds]
-    (base / "modules.json").write_text(json.dumps(modules))
-    (base / "1_Pooling").mkdir()
-    (base / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    headers = {"STS-B": "sentence1\tsentence2\tscore", "SICK": "sentence_A\tsentence_B\trelatedness_score"}
-    for folder, columns in headers.items():
-        (tmp_path / folder).mkdir()
-        pairs = [(f"the film was {a}", f"a play is {b}", n % 5) for n, (a, b) in enumerate(product(GOOD, BAD))]
-        rows = [columns, *("\t".join(map(str, pair)) for pair in pairs)]
-        for split in ("train", "dev", "test"):
-            (tmp_path / folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
-    for name, value in (("SIZE", 8), ("SHARED", 4), ("BATCH", 4), ("HERE", tmp_path / "out")):
-        monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(study, "base_model", lambda: base)
-
-    def run(*more):
-        command = ["minilm_embeddings.py", "--data", tmp_path, "--work", tmp_path / "work", "--seeds", 0, *more]
-        monkeypatch.setattr("sys.argv", [str(word) for word in command])
-        study.main()
-        return capsys.readouterr().out
-
-    assert "| moe | 0.0 M | 0.0 M |" in run()
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert set(results) == {"teacher", "moe-0", "dense-0"}
-    assert all(-1 <= value <= 1 for result in results.values() for value in result["after"].values())
-    assert results["moe-0"]["active_parameters"] < results["moe-0"]["total_parameters"]
-    assert read_pooling(tmp_path / "work/moe-0") == Pooling("mean", normalize=True)
-    monkeypatch.setattr(study, "student", None)  # nothing is made again
-    assert (tmp_path / "out/table.md").read_text() in run()
