@@ -11,8 +11,8 @@ all-MiniLM-L6-v2; a base-size one is all-mpnet-base-v2 (--model FOLDER --name mp
 A tenth of the training rows chooses between the learning rates of --rate, which all students try alike; with the rate 0
 a student is converted and not trained. The test part is labelled test rows where there are some, else the development
 rows, and chooses nothing. Every run is one file in experiments/base_encoder/runs: a run that is interrupted goes on
-from its last checkpoint in --work, one that is done is not made again, and several processes share the work. `split`
-and `join` take a folder with weights to another machine in parts of at most 60 MB, in bfloat16.
+from its last checkpoint in --work, one that is done is not made again, and several processes share the work. A model
+travels in small files by `model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60MB")`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from encoder_latency import measure_latency
 from encoder_report import report
 from encoder_study import Cell, Place, Settings, run_students
 from encoder_tasks import FILES
-from parts import PART_MB, join_folder, split_folder
 
 from moebert_kernels.demo.data import base_model
 from moebert_kernels.errors import UserError
@@ -88,10 +87,6 @@ def parser() -> argparse.ArgumentParser:
                 options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default, help=text)
     options = stages.add_parser("report")
     options.add_argument("--output", type=Path, default=HERE)
-    for stage, first, second in (("split", "folder", "parts"), ("join", "parts", "folder")):
-        options = stages.add_parser(stage)
-        options.add_argument(first, type=Path)
-        options.add_argument(second, type=Path)
     return made
 
 
@@ -105,12 +100,6 @@ def place_of(args: argparse.Namespace) -> Place:
 def run(args: argparse.Namespace) -> None:
     if args.stage == "report":
         print(report(args.output, WANTED if args.output.resolve() == HERE else {}))
-        return
-    if args.stage == "split":
-        print(f"{split_folder(args.folder, args.parts)} parts of at most {PART_MB} MB in {args.parts}")
-        return
-    if args.stage == "join":
-        join_folder(args.parts, args.folder)
         return
     place = place_of(args)
     cells = [Cell(place, task, seed) for seed in args.seed for task in args.task]

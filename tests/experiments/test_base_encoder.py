@@ -5,11 +5,8 @@ import json
 import shutil
 
 import pytest
-import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
-from moebert_kernels.errors import UserError
 from tests.cli.tiny import BAD, GOOD, write_base
 from tests.helpers import ROOT
 
@@ -21,7 +18,7 @@ def modules(monkeypatch):
     """The study's files, which import each other by their names alone."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     names = ("arms", "study", "latency", "report")
-    return {name: importlib.import_module(name) for name in ("base_encoder", "parts", *(f"encoder_{n}" for n in names))}
+    return {name: importlib.import_module(name) for name in ("base_encoder", *(f"encoder_{n}" for n in names))}
 
 
 def write_tasks(folder, rows=48):
@@ -232,26 +229,3 @@ def test_summary(modules, tmp_path):
     assert report.draw(summary, latency, tmp_path / "chart.png", "made up")
     assert (tmp_path / "chart.png").stat().st_size > 1000
     assert not report.draw(summary, {}, tmp_path / "none.png", "made up")
-
-
-def test_a_folder_travels_in_parts(modules, tmp_path):
-    parts, weights = modules["parts"], {"w": torch.randn(1000, 1000), "n": torch.arange(3)}
-    (tmp_path / "model").mkdir()
-    save_file(weights, tmp_path / "model/model.safetensors", {"format": "pt"})
-    (tmp_path / "model/config.json").write_text("{}")
-    assert parts.split_folder(tmp_path / "model", tmp_path / "parts", part_mb=1) == 3
-    assert all(file.stat().st_size <= 10**6 for file in (tmp_path / "parts").iterdir())
-    parts.join_folder(tmp_path / "parts", tmp_path / "again")
-    found = load_file(tmp_path / "again/model.safetensors")
-    assert found["w"].equal(weights["w"].bfloat16()) and found["n"].equal(weights["n"])
-    assert (tmp_path / "again/config.json").read_text() == "{}"
-
-    (tmp_path / "parts/part-001").write_bytes(b"x" * 10**6)
-    with pytest.raises(UserError, match="parts: expected the parts as they were written"):
-        parts.join_folder(tmp_path / "parts", tmp_path / "third")
-    (tmp_path / "parts/part-001").unlink()
-    with pytest.raises(UserError, match=r"parts: expected all parts and parts.json"):
-        parts.join_folder(tmp_path / "parts", tmp_path / "third")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="folder: expected files in"):
-        parts.split_folder(tmp_path / "empty", tmp_path / "parts")
