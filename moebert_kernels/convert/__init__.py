@@ -12,7 +12,7 @@ from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
 from moebert_kernels.convert.loading import MoELoader
-from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose, mpo_reconstruct
+from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
 from moebert_kernels.convert.mpoe import MPOEReport, mpoe_report, to_dense_experts
 from moebert_kernels.convert.original import from_original
@@ -51,7 +51,6 @@ __all__ = [
     "merge",
     "model_fingerprint",
     "mpo_decompose",
-    "mpo_reconstruct",
     "mpoe_report",
     "parameter_counts",
     "plan_factors",

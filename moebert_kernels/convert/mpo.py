@@ -17,7 +17,6 @@ from torch import Tensor
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn.mpo_weight import mpo_bonds
-from moebert_kernels.ops.mpo_expert_weights import mpo_expert_weights
 
 
 @dataclass(frozen=True)
@@ -130,25 +129,3 @@ def _sites(x: Tensor, vectors: list[Tensor], spectra: list[Tensor], pivot: int) 
             site = inverse[:, None] * site.mul_(next_inverse).view(before.shape[1], -1)
         sites.append(site)
     return sites
-
-
-def mpo_reconstruct(sites: Sequence[Tensor]) -> Tensor:
-    """The matrix (prod i_k, prod j_k) that site tensors (D_k, i_k, j_k, D_k+1) make. Differentiable once.
-
-    Raises:
-        ValueError: no sites, or bonds that do not fit together or are not 1 at the ends.
-    """
-    if len(sites) == 0:
-        raise ValueError("sites: expected at least one tensor (D, i, j, D'), got none")
-    bond = 1
-    for k, site in enumerate(sites):
-        if site.ndim != 4 or site.shape[0] != bond:
-            raise ValueError(f"sites[{k}]: expected shape ({bond}, i, j, D'), got {tuple(site.shape)}")
-        bond = site.shape[3]
-    if bond != 1:
-        raise ValueError(f"sites[{len(sites) - 1}]: expected a right bond of 1 (the outer bond), got {bond}")
-    if len(sites) == 1:
-        return sites[0][0, :, :, 0]
-    middle = (len(sites) - 1) // 2
-    aux = [site[None] for k, site in enumerate(sites) if k != middle]
-    return mpo_expert_weights(sites[middle], aux, central_site=middle)[0]

@@ -1,4 +1,4 @@
-"""How to factor a weight for `mpo_decompose`: proposals, and a check of the caps on its bonds."""
+"""How to factor a weight for `mpo_decompose`: a proposal, and a check of the caps on its bonds."""
 
 from __future__ import annotations
 
@@ -56,56 +56,35 @@ class FactorPlan:
         """The parameters that every further expert adds."""
         return sum(self.parameters) - self.central_parameters
 
-    @property
-    def dense_parameters(self) -> int:
-        return math.prod(self.row_factors) * math.prod(self.col_factors)
 
-    def ratio(self, num_experts: int) -> float:
-        """Parameters of E experts over those of E dense ones; 1 / E + aux / dense at full bonds."""
-        return (self.central_parameters + num_experts * self.aux_parameters) / (num_experts * self.dense_parameters)
-
-    def __str__(self) -> str:
-        rows, columns = (",".join(map(str, factors)) for factors in (self.row_factors, self.col_factors))
-        return (
-            f"rows {rows} x columns {columns}: bonds {','.join(map(str, self.bonds))}, central "
-            f"{self.central_parameters:,} and auxiliary {self.aux_parameters:,} parameters "
-            f"({self.aux_parameters / self.dense_parameters:.2%} of the dense matrix)"
-        )
-
-
-def plan_factors(
-    rows: int, columns: int, sites: int = 5, max_bond: int | Sequence[int] | None = None, count: int = 3
-) -> list[FactorPlan]:
-    """Proposals for a (rows, columns) matrix: what MPOE used for the shape, if it did, then the best by our rule.
+def plan_factors(rows: int, columns: int, sites: int = 5, max_bond: int | Sequence[int] | None = None) -> FactorPlan:
+    """Return factors of a (rows, columns) matrix: what MPOE used for the shape, if it did, else the best by our rule.
 
     The rule: factors as equal as the sizes allow, in the order that gives the smallest auxiliary tensors, which is also
-    the one that takes the fewest operations to multiply up. `print` a plan to read it.
+    the one that takes the fewest operations to multiply up.
 
     Args:
         rows, columns: of the matrix, >= 1.
         sites: n, 2 to 6.
         max_bond: caps, as for `mpo_decompose`.
-        count: most plans to return.
 
     Raises:
         UserError: a number out of range.
     """
     if not 2 <= sites <= MAX_SITES:
         raise UserError(f"sites: expected 2 to {MAX_SITES}, got {sites}")
-    for name, value in (("rows", rows), ("columns", columns), ("count", count)):
+    for name, value in (("rows", rows), ("columns", columns)):
         if value < 1:
             raise UserError(f"{name}: expected at least 1, got {value}")
+    if sites == 5 and (rows, columns) in PUBLISHED:
+        i, j = PUBLISHED[rows, columns]
+        return FactorPlan(i, j, mpo_bonds(i, j, max_bond))
     plans = {
         FactorPlan(i, j, mpo_bonds(i, j, max_bond))
         for i in set(permutations(_balanced(rows, sites)))
         for j in set(permutations(_balanced(columns, sites)))
     }
-    best = sorted(plans, key=lambda plan: (plan.aux_parameters, plan.row_factors, plan.col_factors))
-    if sites == 5 and (rows, columns) in PUBLISHED:
-        i, j = PUBLISHED[rows, columns]
-        published = FactorPlan(i, j, mpo_bonds(i, j, max_bond))
-        best = [published, *(plan for plan in best if plan != published)]
-    return best[:count]
+    return min(plans, key=lambda plan: (plan.aux_parameters, plan.row_factors, plan.col_factors))
 
 
 def _balanced(size: int, count: int) -> tuple[int, ...]:

@@ -252,7 +252,7 @@ def resolved(
         for name, weight in (("w1_factors", dense.w1), ("w2_factors", dense.w2)):
             factors = getattr(config, name)
             if factors is None:
-                plan = plan_factors(weight.shape[0], weight.shape[1], sites=num_sites)[0]
+                plan = plan_factors(weight.shape[0], weight.shape[1], sites=num_sites)
                 factors = (plan.row_factors, plan.col_factors)
             check_factors(name, factors, tuple(weight.shape))
             changes[name] = [list(part) for part in factors]
