@@ -18,7 +18,7 @@ from benchmarks.layers import runner
 from benchmarks.measuring import Case, Limit, Outputs, Provider, Requirement, Target
 from benchmarks.model import Cost, item_bytes, op_cost
 from moebert_kernels import group_tokens, mpo_expert_weights, reference
-from moebert_kernels.nn import DenseExperts, MPOExperts, MPOWeight
+from moebert_kernels.nn import DenseExperts, MPOExperts, MPOWeight, shared_fold
 
 Factors = tuple[tuple[int, ...], tuple[int, ...]]
 T5_BASE: Factors = ((4, 4, 8, 6, 4), (3, 4, 4, 4, 4))  # of wi; wo has them the other way round
@@ -202,7 +202,7 @@ def _accumulation(experts: MPOExperts | DenseExperts, T: int, target: Target, E:
 
         def run() -> Outputs:
             experts.activation = activation
-            with experts.shared_fold() if isinstance(experts, MPOExperts) else torch.enable_grad():
+            with shared_fold(experts):  # nothing to fold in dense ones
                 for _ in range(MICRO_BATCHES):
                     experts(x[:tokens], grouping).backward(dy[:tokens])
             return taken_gradients(experts)

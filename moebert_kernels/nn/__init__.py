@@ -5,7 +5,7 @@ from moebert_kernels.nn.experts import DenseExperts, Experts, MPOExperts, fold, 
 from moebert_kernels.nn.gate_router import GateRouter
 from moebert_kernels.nn.gradient_mask import GradientMask
 from moebert_kernels.nn.hash_router import HashRouter
-from moebert_kernels.nn.mpo_weight import MPOWeight, SharedFold, shared_fold
+from moebert_kernels.nn.mpo_weight import MPOWeight, shared_fold
 from moebert_kernels.nn.switch_router import SwitchRouter
 from moebert_kernels.nn.task_router import TaskRouter
 from moebert_kernels.nn.top2_router import Top2Router
@@ -19,7 +19,6 @@ __all__ = [
     "HashRouter",
     "MPOExperts",
     "MPOWeight",
-    "SharedFold",
     "SwitchRouter",
     "TaskRouter",
     "Top2Router",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.hot_experts import HotExperts
-from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, SharedFold, check_factors, shared_fold
+from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, check_factors
 from moebert_kernels.ops._routing import resolve_routing
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
@@ -218,10 +217,6 @@ class MPOExperts(Experts):
 
     def _nothing_kept(self) -> dict[str, Any]:
         return {"_kept": None, "_hot": None if self._hot is None else HotExperts(self._hot.size)}
-
-    def shared_fold(self) -> AbstractContextManager[SharedFold]:
-        """See `moebert_kernels.nn.shared_fold`."""
-        return shared_fold(self)
 
     def fold(self, hot_experts: int | None = None) -> None:
         """Make ready for inference.

@@ -314,23 +314,8 @@ def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-class SharedFold:
-    """The handle that `shared_fold` yields; it can run the folds' backward early."""
-
-    def __init__(self, weights: list[MPOWeight]) -> None:
-        self._weights = weights
-
-    def backward(self) -> None:
-        """Run the folds' backward into the parameters now, to clip and reduce gradients inside the context.
-
-        What runs after it in the context folds for itself.
-        """
-        for weight in self._weights:
-            weight.close_leaf(backward=True)
-
-
 @contextmanager
-def shared_fold(module: nn.Module) -> Iterator[SharedFold]:
+def shared_fold(module: nn.Module) -> Iterator[None]:
     """Fold every `MPOWeight` in `module` once for all forwards and backwards of an optimizer step.
 
     The gradients of the folded weights are summed over the micro-batches; leaving the context runs the folds' backward
@@ -345,9 +330,9 @@ def shared_fold(module: nn.Module) -> Iterator[SharedFold]:
         raise ValueError("shared_fold: expected no other one around it, got one")
     for weight in weights:
         weight.open_leaf()
-    fold, complete = SharedFold(weights), False
+    complete = False
     try:
-        yield fold
+        yield
         complete = True
     finally:
         for weight in weights:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from moebert_kernels.layers import MoEFeedForward
-from moebert_kernels.nn import GradientMask, SwitchRouter
+from moebert_kernels.nn import GradientMask, SwitchRouter, shared_fold
 from tests.nn.mpo import E, H, small_experts
 
 STEPS, MICRO_BATCHES, SENTENCES = 6, 2, 4
@@ -33,7 +33,7 @@ def train(made, unit, shared, rank=0, world=1):
     mask = GradientMask(made, 0.5, unit=unit, seed=3)
     optimizer = torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.1)
     for step, micro_batches in enumerate(data()):
-        with mask.step(step), made.experts.shared_fold() if shared else nullcontext():
+        with mask.step(step), shared_fold(made) if shared else nullcontext():
             for i, x in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
                 with nullcontext() if last or world == 1 else model.no_sync():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moebert_kernels.layers import MoEFeedForward
-from moebert_kernels.nn import GradientMask, MPOExperts, SwitchRouter, Top2Router
+from moebert_kernels.nn import GradientMask, MPOExperts, SwitchRouter, Top2Router, shared_fold
 from tests.golden_arrays import assert_golden, golden
 
 FACTORS = {"w1": ([2, 2, 4, 3, 2], [3, 2, 2, 2, 2]), "w2": ([3, 2, 2, 2, 2], [2, 2, 4, 3, 2])}
@@ -132,7 +132,7 @@ def test_gradient_mask_trajectory(rule, optimizer, shared, monkeypatch):
         steps = torch.optim.AdamW(layer.parameters(), lr=1e-2, weight_decay=0.01)
     losses, norms = [], []
     for step in range(6):
-        with mask.step(step), layer.experts.shared_fold() if shared else torch.enable_grad():
+        with mask.step(step), shared_fold(layer) if shared else torch.enable_grad():
             loss = 0.5 * (layer(arrays["x"]) - arrays["target"]).square().mean()
             loss.backward()
         steps.step()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.nn import DenseExperts, GradientMask, mpo_weight
+from moebert_kernels.nn import DenseExperts, GradientMask, mpo_weight, shared_fold
 from tests.helpers import ROOT
 from tests.nn import masked_run
 from tests.nn.mpo import E, H, I, small_experts
@@ -101,7 +101,7 @@ def test_shared_fold_opens_inside_the_masks_step():
     experts = small_experts()
     mask = GradientMask(experts, 1.0)
     inside = pytest.raises(ValueError, match="shared_fold: expected it inside the mask's step")
-    with experts.shared_fold(), inside, mask.step(0):
+    with shared_fold(experts), inside, mask.step(0):
         pass
 
 
