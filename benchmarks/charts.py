@@ -26,9 +26,6 @@ BARS_PER_PICTURE = 48  # more are continued in another picture
 
 def draw_all(rows: Sequence[Row], folder: Path) -> dict[str, list[str]]:
     """Draw what the results have; returns kind -> file names in `folder`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     for stem in STEMS:
         for path in folder.glob(f"{stem}*.png"):  # of an earlier report, which may have drawn more
             path.unlink()
@@ -183,9 +180,10 @@ def _ms(milliseconds: float) -> str:
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Any, Any]:
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)
     for ax in axes[0]:
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.set_axisbelow(True)
@@ -204,11 +202,9 @@ def _legend(ax: Any, below: bool = False) -> None:
 
 def _save(figure: Any, path: Path) -> None:
     """As a PNG of 64 colours, without the date or the software's version."""
-    from matplotlib import pyplot
     from PIL import Image
 
     raw = io.BytesIO()
     figure.savefig(raw, format="png", dpi=120, facecolor="white", metadata={"Software": None})
-    pyplot.close(figure)
     with replacing(path) as partial:
         Image.open(raw).convert("RGB").quantize(64).save(partial, format="PNG", optimize=True)

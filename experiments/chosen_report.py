@@ -120,15 +120,13 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(name: str, found: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     kind = next(kind for kind in KINDS if kind in found)
     of_kind = found[kind]
     layers = of_kind["choice"]
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for key, label in (("random", "MoEBERT's split, random table"), ("dense", "dense of the same FLOPs, corrected"),
                        ("chosen", "chosen"), ("best", "best expert for each token")):  # fmt: skip
         axes.plot([number(row) for row in layers], [row[key] for row in layers], "o-", label=label)
@@ -136,7 +134,6 @@ def draw(name: str, found: dict[str, Any]) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(HERE / f"chart-{name}.png", dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

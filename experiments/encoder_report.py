@@ -264,13 +264,12 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
                 points.append((arm, dtype, 1 / entry["speed"]["median"], mean[0] + change[0], mean[1]))
     if not points:
         return False
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    markers, colours = dict(zip(DTYPES, "osDPv", strict=True)), pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    figure, axis = pyplot.subplots(figsize=(9, 5.5), constrained_layout=True)
+    markers, colours = dict(zip(DTYPES, "osDPv", strict=True)), colormaps["tab20"].colors  # type: ignore[attr-defined]
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
     for arm, dtype, x, y, error in points:
         colour = colours[list(LABELS).index(arm) % len(colours)]
         axis.errorbar(x, y, yerr=error, color=colour, marker=markers[dtype], capsize=2, elinewidth=0.5, linestyle="")
@@ -283,7 +282,6 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
     axis.set_xlim(0, None)
     figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
     return True
 
 

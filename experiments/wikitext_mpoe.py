@@ -313,13 +313,11 @@ def table(runs: Mapping[str, Sequence[Result]], times: Mapping[str, float], fact
 
 def draw(runs: Mapping[str, Sequence[Result]], file: Path) -> None:
     """Test perplexity against parameters, and validation perplexity while training; every seed is shown."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     colours = dict(zip(ARMS, ("#777777", "#d98c21", "#0b3c5d", "#1b6ca8", "#6fb1e0"), strict=True))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for name, results in runs.items():
         if name == "base":
             continue
@@ -340,7 +338,6 @@ def draw(runs: Mapping[str, Sequence[Result]], file: Path) -> None:
     right.set_ylabel("perplexity on the validation text")
     figure.suptitle(f"From one pretrained model, {len(runs['dense'])} seeds (points, lines) and their mean (bars)")
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:

@@ -141,6 +141,12 @@ def test_import_loads_torch_and_nothing_heavier():
     assert new_modules(f"import {PACKAGE}") == {PACKAGE}
 
 
+def test_charts_leave_pyplot_alone():
+    """It keeps figures and a backend for the process, which is the caller's; `matplotlib.figure.Figure` does not."""
+    drawing = [path for path in CODE if not path.is_relative_to(ROOT / "tests")]
+    assert not [name_of(path) for path in drawing if re.search(r"\bpyplot\b|matplotlib\.use", path.read_text())]
+
+
 def test_files_stay_readable():
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in CODE}
     assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}

@@ -97,13 +97,11 @@ def forms_table(result: Mapping[str, Any]) -> str:
 
 def forms_chart(result: Mapping[str, Any], file: Path) -> None:
     """The first metric over the median time of the first batch, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     case, metric = result["cases"][0], next(iter(next(iter(result["scores"].values()))))
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for model, colour in COLOURS.items():
         names = [name for name in case["forms"] if name.startswith(f"{model} ")]
         ms = [case["forms"][name]["ms"]["median"] for name in names]
@@ -120,4 +118,3 @@ def forms_chart(result: Mapping[str, Any], file: Path) -> None:
     axes.legend(loc="best", fontsize=8)
     with replacing(file) as partial_file:
         figure.savefig(partial_file, format="png", dpi=120)
-    pyplot.close(figure)

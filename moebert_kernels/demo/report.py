@@ -51,14 +51,12 @@ def text_table(results: Sequence[Result]) -> str:
 
 def chart(results: Sequence[Result], file: Path, title: str) -> None:
     """Accuracy and times of the models side by side, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = [label_of(result["name"]) for result in results]
     colours = ["#777777", "#1b6ca8", "#d98c21", "#0b3c5d", "#a65e00"][: len(results)]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     accuracy = [100 * result["accuracy"] for result in results]
     errors = [100 * result["standard_error"] for result in results]
     before = [100 * result["accuracy_before"] for result in results if "accuracy_before" in result]
@@ -82,7 +80,6 @@ def chart(results: Sequence[Result], file: Path, title: str) -> None:
     figure.suptitle(title)
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def write_report(report: Mapping[str, Any], file: Path) -> None:

@@ -206,13 +206,11 @@ def table(report: Mapping[str, Any]) -> str:
 
 def draw(report: Mapping[str, Any], file: Path, title: str) -> None:
     """Averages over tasks of all arms, as PNG: each seed a point, means with standard errors, the teacher a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     arms = list(report["arms"].values())
-    figure, axis = pyplot.subplots(figsize=(1.2 * len(arms) + 2.5, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(1.2 * len(arms) + 2.5, 4.2), layout="constrained")
+    axis = figure.subplots()
     for at, entry in enumerate(arms):
         values = [100 * value for value in entry["average"]["values"]]
         axis.scatter([at] * len(values), values, color="#1b6ca8", alpha=0.4, s=22)
@@ -229,4 +227,3 @@ def draw(report: Mapping[str, Any], file: Path, title: str) -> None:
     axis.set_title(title)
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
