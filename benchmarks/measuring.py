@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.clocks import Timer
 from benchmarks.model import ROUTING, Cost
+from moebert_kernels.bench.clocks import quartiles
 
 Outputs = tuple[Tensor, ...]
 MAX_ROUNDS = 200
@@ -202,14 +203,6 @@ def measure(
     return samples
 
 
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, median, q3
-
-
 def latency(calls: list[float]) -> tuple[float, float] | None:
     """50th and 99th percentile of single calls; None of fewer than ENOUGH_FOR_P99."""
     if len(calls) < ENOUGH_FOR_P99:
@@ -226,7 +219,7 @@ def fastest(rounds: Mapping[str, list[float]], names: tuple[str, ...]) -> str | 
 
 def speed_ratio(
     rounds: Mapping[str, list[float]], provider: str, over: str | tuple[str, ...]
-) -> tuple[float, float, float] | None:
+) -> dict[str, float] | None:
     """How many times as fast as `over` the provider is: quartiles over rounds. None if one of them has no time.
 
     Rounds are paired; a provider that was timed once is compared with every round of the other. Over several: over the
@@ -238,4 +231,4 @@ def speed_ratio(
     theirs = rounds[other]
     most = max(len(ours), len(theirs))
     ours, theirs = (times * most if len(times) == 1 else times for times in (ours, theirs))
-    return spread([b / a for a, b in zip(ours, theirs, strict=True)])
+    return quartiles([b / a for a, b in zip(ours, theirs, strict=True)])

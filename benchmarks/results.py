@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,9 +32,9 @@ from benchmarks.measuring import (
     latency,
     measure,
     speed_ratio,
-    spread,
 )
 from benchmarks.model import Cost
+from moebert_kernels.bench.clocks import quartiles
 from moebert_kernels.files import write_text
 
 FORMAT_VERSION = 2
@@ -136,7 +137,7 @@ def judged(
     """A requirement as plain data, with what was measured, whether it passed, and notes on what was compared."""
     if isinstance(requirement, Limit):
         times = rounds.get(requirement.provider)
-        median = _digits(spread(times)[1]) if times else None
+        median = _digits(statistics.median(times)) if times else None
         passed = median is not None and median <= requirement.at_most_ms
         return {"provider": requirement.provider, "at_most_ms": requirement.at_most_ms, "median_ms": median,
                 "passed": passed}  # fmt: skip
@@ -151,7 +152,7 @@ def judged(
         "over": requirement.over if isinstance(requirement.over, str) else "best of " + ", ".join(requirement.over),
         "at_least": requirement.at_least,
         "speed": None if ratio is None else _quartiles(ratio),
-        "passed": fit and round(ratio[1], DIGITS) >= requirement.at_least,
+        "passed": fit and round(ratio["median"], DIGITS) >= requirement.at_least,
     } | ({"notes": notes} if notes else {})
 
 
@@ -351,8 +352,8 @@ def _times(samples: Samples) -> dict[str, Any]:
 
 
 def _median_and_quartiles(values: list[float]) -> dict[str, float]:
-    q1, median, q3 = spread(values)
-    return {"median_ms": _digits(median), "q1_ms": _digits(q1), "q3_ms": _digits(q3)}
+    found = quartiles(values)
+    return {f"{name}_ms": _digits(found[name]) for name in ("median", "q1", "q3")}
 
 
 def _cost(cost: Cost, roof: Mapping[str, float]) -> dict[str, Any]:
@@ -374,9 +375,8 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _quartiles(ratio: tuple[float, float, float]) -> dict[str, float]:
-    q1, median, q3 = ratio
-    return {"q1": _digits(q1), "median": _digits(median), "q3": _digits(q3)}
+def _quartiles(ratio: dict[str, float]) -> dict[str, float]:
+    return {name: _digits(value) for name, value in ratio.items()}
 
 
 def _ratio_text(ratio: dict[str, float]) -> str:

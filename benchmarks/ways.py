@@ -8,16 +8,17 @@ with their quartiles.
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from benchmarks.environment import environment, load_average, results_folder
-from benchmarks.measuring import Target, spread
-from moebert_kernels.serve.forms import interleaved
+from benchmarks.measuring import Target
+from moebert_kernels.bench.clocks import WallTimer, quartiles
+from moebert_kernels.bench.timing import interleaved
 
 # relative distance of the outputs from those of the float32 model, whose weights are random, by what a name contains
 ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
@@ -58,9 +59,9 @@ def check(
     return distances, left_out
 
 
-def ratio(times: Mapping[str, list[float]], ours: str, over: str) -> tuple[float, float, float]:
+def ratio(times: Mapping[str, list[float]], ours: str, over: str) -> list[float]:
     """Quartiles of how many times as fast `ours` is."""
-    return spread([b / a for a, b in zip(times[ours], times[over], strict=True)])
+    return list(quartiles([b / a for a, b in zip(times[ours], times[over], strict=True)]).values())
 
 
 def measured(
@@ -71,15 +72,14 @@ def measured(
 
     A requirement is `ours`, `over`, and how many times as fast.
     """
-    times = interleaved({name: partial(way.run, *inputs) for name, way in ways.items()}, rounds)
+    with torch.inference_mode():
+        times = interleaved({name: WallTimer(partial(way.run, *inputs)).warm_ms for name, way in ways.items()}, rounds)
     case: dict[str, Any] = {**title, "rounds": rounds, "load_average": load_average(), "ms": {}, "over": {}}
     print(f"\n{' '.join(f'{k}={v}' for k, v in title.items())}, {rounds} rounds, load {case['load_average']}")
     for name in ways:
-        case["ms"][name] = spread(times[name])
+        case["ms"][name] = list(quartiles(times[name]).values())
         q1, median, q3 = case["over"][name] = ratio(times, name, baseline)
-        print(
-            f"  {name:24} {statistics.median(times[name]):9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] of {baseline}"
-        )
+        print(f"  {name:24} {case['ms'][name][1]:9.2f} ms   {median:5.2f} [{q1:.2f}, {q3:.2f}] of {baseline}")
     for ours, over, least in required:
         if least is not None and ours in ways and over in ways:
             q1, median, q3 = ratio(times, ours, over)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.measuring import Target
-from moebert_kernels.bench.clocks import timer
-from moebert_kernels.bench.timing import quartiles
+from moebert_kernels.bench.clocks import quartiles, timer
+from moebert_kernels.bench.timing import interleaved
 from moebert_kernels.files import write_text
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
@@ -79,15 +77,8 @@ def in_turns(models: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, Any]
     """`ms` and `speed` over PLAIN's time in the same round, as quartiles."""
     mask = torch.ones_like(ids)
     with torch.inference_mode():
-        timers = {name: timed(partial(model, ids, attention_mask=mask), ids.device) for name, model in models.items()}
-        times: dict[str, list[float]] = {name: [] for name in models}
-        for number in range(-2, rounds):
-            order = list(models)
-            random.Random(number).shuffle(order)
-            for name in order:
-                elapsed_ms = statistics.median(timers[name]())
-                if number >= 0:
-                    times[name].append(elapsed_ms)
+        runs = {name: timed(partial(model, ids, attention_mask=mask), ids.device) for name, model in models.items()}
+        times = interleaved(runs, rounds)
     return {
         name: {
             "ms": quartiles(of),

@@ -31,7 +31,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from moebert_kernels.bench.clocks import WallTimer
 from moebert_kernels.bench.tables import millions
+from moebert_kernels.bench.timing import interleaved
 from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.data.files import find_split_files, read_text
 from moebert_kernels.data.split import TokenizedSplit
@@ -243,15 +245,8 @@ def step_times(recipe: Recipe, rounds: int = 11) -> dict[str, float]:
     """Median milliseconds of a training step of each kind of model, in turns; "mpoe, masked" never trains C."""
     kinds = {"dense": ARMS["dense"], "switch": ARMS["switch"], "mpoe": ARMS["mpoe"], "mpoe, masked": ARMS["mpoe"]}
     ids = torch.randint(recipe.vocab_size, (recipe.batch_size, recipe.block))
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
-    steps = {kind: _training_step(kind, arm, recipe, ids) for kind, arm in kinds.items()}
-    for number in range(-2, rounds):
-        for kind, take in steps.items():
-            started = time.perf_counter()
-            take()
-            if number >= 0:
-                times[kind].append(1e3 * (time.perf_counter() - started))
-    return {kind: statistics.median(values) for kind, values in times.items()}
+    steps = {kind: WallTimer(_training_step(kind, arm, recipe, ids)).warm_ms for kind, arm in kinds.items()}
+    return {kind: statistics.median(values) for kind, values in interleaved(steps, rounds).items()}
 
 
 def _training_step(kind: str, arm: Arm, recipe: Recipe, ids: torch.Tensor) -> Callable[[], None]:

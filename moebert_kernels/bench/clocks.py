@@ -7,6 +7,7 @@ calls that take Python longer than the device are timed as Python makes them.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -162,3 +163,10 @@ def _flushed(device: torch.device) -> torch.Tensor:
     if device not in _BUFFERS:
         _BUFFERS[device] = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
     return _BUFFERS[device]
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"q1": values[0], "median": values[0], "q3": values[0]}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"q1": q1, "median": median, "q3": q3}

@@ -7,17 +7,18 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.bench.clocks import peak_mib, timer
+from moebert_kernels.bench.clocks import peak_mib, quartiles, timer
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.layers.routing import moe_layers, tokens_of
 from moebert_kernels.nn.context import Call, current, entered
 
 WARM_UP = 3
+Name = TypeVar("Name")
 
 
 def compare_models(
@@ -47,14 +48,7 @@ def compare_models(
         for name, model in models.items():
             timers[name, "model"] = timer(partial(model, **inputs[name]), device)
             timers[name, "ffn"] = timer(feed_forwards(model, inputs[name]), device)
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
-        order, shuffle = list(timers), random.Random(0).shuffle
-        for number in range(-WARM_UP, rounds):
-            shuffle(order)
-            for key in order:
-                elapsed_ms = statistics.median(timers[key].warm_ms())
-                if number >= 0:
-                    times[key].append(elapsed_ms)
+        times = interleaved({key: timer.warm_ms for key, timer in timers.items()}, rounds)
         peaks = {name: peak_mib(partial(model, **inputs[name]), device) for name, model in models.items()}
     *_, last = models
     real_tokens = int(attention_mask.sum())
@@ -70,11 +64,25 @@ def compare_models(
     return result
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    if len(values) == 1:
-        return {"q1": values[0], "median": values[0], "q3": values[0]}
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"q1": q1, "median": median, "q3": q3}
+def interleaved(runs: Mapping[Name, Callable[[], list[float]]], rounds: int) -> dict[Name, list[float]]:
+    """The milliseconds of each in each round, one after the other: what else runs on the machine slows all alike.
+
+    Every round has another order, so that none always follows the same other one.
+
+    Args:
+        runs: by name what runs one for a round and gives the milliseconds of its calls, whose median counts, as a
+            timer's `warm_ms` does.
+        rounds: those that count; WARM_UP come before them.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    for number in range(-WARM_UP, rounds):
+        shuffle(order)
+        for name in order:
+            elapsed_ms = statistics.median(runs[name]())
+            if number >= 0:
+                times[name].append(elapsed_ms)
+    return times
 
 
 def random_inputs(vocab_size: int, B: int, T: int, seed: int = 0) -> tuple[Tensor, Tensor]:

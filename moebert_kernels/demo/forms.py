@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moebert_kernels.bench.clocks import WallTimer, quartiles
 from moebert_kernels.bench.tables import aligned
-from moebert_kernels.bench.timing import evaluating, quartiles
+from moebert_kernels.bench.timing import evaluating, interleaved
 from moebert_kernels.files import replacing
-from moebert_kernels.serve.forms import forms_of, interleaved
+from moebert_kernels.serve.forms import forms_of
 
 COLOURS = {"model": "#c8321e", "against": "#444444"}
 
@@ -61,8 +63,12 @@ def compare_forms(
         )
         cases = []
         for ids, mask in batches:
-            runs = {name: partial(form, input_ids=ids, attention_mask=mask) for name, form in made.items()}
-            times = interleaved(runs, rounds, warm_up=2)
+            runs = {
+                name: WallTimer(partial(form, input_ids=ids, attention_mask=mask)).warm_ms
+                for name, form in made.items()
+            }
+            with torch.inference_mode():
+                times = interleaved(runs, rounds)
             entries = {
                 name: {
                     "ms": quartiles(ms),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +116,3 @@ def _made(model: Any, name: str, tokens: int, folder: Path) -> Any:
         file = folder / "model8.onnx"
         quantise_onnx(folder / "model.onnx", file)
     return OnnxModel(file, model.config)
-
-
-def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, *, warm_up: int = 1) -> dict[str, list[float]]:
-    """Milliseconds of each call in each round, one after the other: what else runs on the machine slows all alike.
-
-    Every round has another order, so that none always follows the same other one.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order, draws = list(runs), random.Random(0)
-    with torch.inference_mode():
-        for number in range(-warm_up, rounds):
-            draws.shuffle(order)
-            for name in order:
-                start = time.perf_counter()
-                runs[name]()
-                if number >= 0:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return times

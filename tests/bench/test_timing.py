@@ -6,7 +6,15 @@ from transformers import BertConfig, BertModel
 
 from moebert_kernels.bench import timing
 from moebert_kernels.bench.benchmark import sizes_of
-from moebert_kernels.bench.timing import compare_models, decoder_inputs, feed_forwards, quartiles, random_inputs
+from moebert_kernels.bench.clocks import WallTimer, quartiles
+from moebert_kernels.bench.timing import (
+    WARM_UP,
+    compare_models,
+    decoder_inputs,
+    feed_forwards,
+    interleaved,
+    random_inputs,
+)
 from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.layers import MoEConfig, moe_layers, routing
 from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, TWO_STACKS, make, make_inputs
@@ -116,6 +124,14 @@ def test_ratios_are_of_the_same_round(monkeypatch):
     assert result["a"]["model_speed"] == {"q1": 3.0, "median": 3.0, "q3": 3.0}  # clocks 10, 20; 30, 40
     assert result["a"]["ffn_speed"] == {"q1": 2.0, "median": 2.0, "q3": 2.0}
     assert result["b"]["ffn_speed"]["median"] == 1 and result["a"]["model_ms"] == {"q1": 10, "median": 15, "q3": 20}
+
+
+def test_calls_take_turns():
+    calls = []
+    runs = {name: WallTimer(lambda name=name: calls.append(name)).warm_ms for name in "ab"}
+    times, rounds = interleaved(runs, 3), WARM_UP + 3
+    assert all(sorted(calls[n : n + 2]) == ["a", "b"] for n in range(0, 2 * rounds, 2)) and len(set(calls[::2])) == 2
+    assert len(calls) == 2 * rounds and [len(ms) for ms in times.values()] == [3, 3]
 
 
 def test_quartiles():

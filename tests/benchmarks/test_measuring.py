@@ -22,7 +22,6 @@ from benchmarks.measuring import (
     latency,
     measure,
     speed_ratio,
-    spread,
 )
 from benchmarks.model import Cost
 
@@ -86,21 +85,16 @@ def test_percentiles_want_enough_calls():
     assert latency([float(i) for i in range(101)]) == (50.0, 99.0)
 
 
-def test_spread_is_quartiles():
-    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == (2.0, 3.0, 4.0)
-    assert spread([7.0]) == (7.0, 7.0, 7.0)
-
-
 def test_ratio_pairs_rounds():
     rounds = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}  # the machine was slow in the second round
-    assert speed_ratio(rounds, "ours", "theirs") == (2.0, 2.0, 2.0)
-    assert speed_ratio({"ours": [1.0, 2.0, 4.0], "once": [100.0]}, "ours", "once")[1] == 50.0
+    assert speed_ratio(rounds, "ours", "theirs") == {"q1": 2.0, "median": 2.0, "q3": 2.0}
+    assert speed_ratio({"ours": [1.0, 2.0, 4.0], "once": [100.0]}, "ours", "once")["median"] == 50.0
     assert speed_ratio(rounds, "ours", "refused") is None
 
 
 def test_ratio_over_several_is_over_the_fastest_that_has_a_time():
     rounds = {"ours": [1.0], "eager": [4.0], "compiled": [3.0]}
-    assert speed_ratio(rounds, "ours", ("eager", "compiled", "skipped"))[1] == 3.0
+    assert speed_ratio(rounds, "ours", ("eager", "compiled", "skipped"))["median"] == 3.0
     assert speed_ratio(rounds, "ours", ("skipped",)) is None
 
 

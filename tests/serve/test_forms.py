@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve import prepare
-from moebert_kernels.serve.forms import forms_of, interleaved
+from moebert_kernels.serve.forms import forms_of
 from tests.convert.families import make, make_inputs, valid
 from tests.serve.test_prepare import distance, made, run
 
@@ -54,10 +54,3 @@ def test_a_form_that_does_not_run_is_a_reason(tmp_path, monkeypatch):
 def test_a_prepared_model_has_one_form(options, name, tmp_path):
     model = prepare(make("bert", num_hidden_layers=1), **options)
     assert list(forms_of(model, ("float32", "int8", "onnx"), make_inputs("bert"), tmp_path)) == [(name, model)]
-
-
-def test_calls_take_turns():
-    calls = []
-    times = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3, warm_up=1)
-    assert all(sorted(calls[n : n + 2]) == ["a", "b"] for n in range(0, 8, 2)) and len(set(calls[::2])) == 2
-    assert len(calls) == 8 and [len(ms) for ms in times.values()] == [3, 3]
