@@ -113,8 +113,8 @@ def tune(target: Any, folder: Path, kind: str) -> dict[str, Any]:
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"suite": suite, "check": check, "tune": tune}
 
 
-def write(path: Path, content: str | bytes) -> None:
-    """The whole file or none of it."""
+def write(path: Path, text: str) -> None:
+    """The whole file or none of it; `moebert_kernels.files` does so too, but imports torch, which gpu.py does not."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

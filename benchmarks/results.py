@@ -35,7 +35,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.model import Cost
 from moebert_kernels.bench.clocks import quartiles
-from moebert_kernels.files import write_text
+from moebert_kernels.files import write_json
 
 FORMAT_VERSION = 2
 WIDE_SPREAD = 0.2  # between the quartiles, of the median
@@ -300,7 +300,7 @@ def busy_warning(result: dict[str, Any]) -> str:
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Write `<folder>/<what>.json`, whole or not at all."""
     path = folder / f"{result['what']}.json"
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     return path
 
 

@@ -7,7 +7,6 @@ with their quartiles.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from benchmarks.environment import environment, load_average, results_folder
 from benchmarks.measuring import Target
 from moebert_kernels.bench.clocks import WallTimer, quartiles
 from moebert_kernels.bench.timing import interleaved
+from moebert_kernels.files import write_json
 
 # relative distance of the outputs from those of the float32 model, whose weights are random, by what a name contains
 ALLOWED = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.15}
@@ -109,7 +109,6 @@ def finished(result: dict[str, Any], name: str | None, required: Sequence[tuple[
     print(f"{len(left_out)} ways left out", *(f"{way}: {why}" for way, why in left_out.items()), sep="\n  ")
     if name is not None:
         file = results_folder(target) / "serving" / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(file, result)
         print(f"written to {file}")
     return 1 if missed else 0

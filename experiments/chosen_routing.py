@@ -43,7 +43,7 @@ from moebert_kernels.convert import (
     judge_experts,
     report_table,
 )
-from moebert_kernels.files import replacing, write_text
+from moebert_kernels.files import replacing, write_json
 from moebert_kernels.layers import MoEConfig, moe_layers
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
@@ -125,7 +125,7 @@ def errors(args: argparse.Namespace) -> None:
         own = [asdict(choice.report) for choice in choices]
         note = "" if args.tokens == CHOOSING else f", {args.tokens:,} tokens"
         found[kind] = {"note": note, "seconds": seconds, "choice": own, "judged": judged}
-        write_text(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def students(teacher: Any, tokenizer: Any, texts: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def distil(args: argparse.Namespace) -> None:
             done[arm] = distilled(made.pop(arm), tokenizer, targets, steps, args)
             done[arm] |= {"seconds": time.time() - start, **settings_of(args, arm)}
             print(seed, arm, json.dumps(done[arm]), flush=True)
-            write_text(file, json.dumps(found, indent=1) + "\n")
+            write_json(file, found)
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -313,7 +313,7 @@ def speed(args: argparse.Namespace) -> None:
         }  # fmt: skip
         found[kind] = {"ratios": ratios, "fullest expert": loads, "rounds": args.rounds, "tokens": args.tokens}
         print(kind, json.dumps(found[kind]), flush=True)
-    write_text(HERE / f"speed-{args.name}.json", json.dumps(found, indent=1) + "\n")
+    write_json(HERE / f"speed-{args.name}.json", found)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from benchmarks.environment import environment
 from benchmarks.measuring import Target
 from moebert_kernels.bench.clocks import quartiles, timer
 from moebert_kernels.bench.timing import interleaved
-from moebert_kernels.files import write_text
+from moebert_kernels.files import write_json
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
 ROUNDS = {(1, 32): 41, (1, 128): 21, (8, 32): 21, (8, 128): 11}
@@ -49,7 +48,7 @@ def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str]) -> N
         result = {"environment": where, "task": cell.name, "seed": cell.seed, "shapes": {}}
         for B, T in SHAPES:
             result["shapes"][f"{B}x{T}"] = in_turns(models, real_text(cell, B, T), ROUNDS[B, T])
-        write_text(cell.place.runs / f"latency-{cell.place.device}-{dtype}.json", json.dumps(result, indent=1) + "\n")
+        write_json(cell.place.runs / f"latency-{cell.place.device}-{dtype}.json", result)
         print(f"{time.strftime('%H:%M:%S')} latency in {dtype}", flush=True)
 
 

@@ -32,7 +32,7 @@ from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.files import replacing, write_tensors, write_text
+from moebert_kernels.files import replacing, write_json, write_tensors
 from moebert_kernels.nn.context import drop_autocast
 from moebert_kernels.serve import prepare
 
@@ -83,7 +83,7 @@ class Place:
         self.runs.mkdir(parents=True, exist_ok=True)
         with self.lock("settings"):
             if not file.exists():
-                write_text(file, json.dumps(wanted, indent=1) + "\n")
+                write_json(file, wanted)
             found = json.loads(file.read_text())
         other = [
             f"{name} ({found.get(name)}, now {value})" for name, value in wanted.items() if found.get(name) != value
@@ -233,7 +233,7 @@ class Cell:
                     f"work: expected the weights of the teachers that {self.place.runs} has results of, got none in"
                     f" {self.folder} (copy them, or take another --output)"
                 )
-            write_text(self.folder / "teacher.json", json.dumps(best))
+            write_json(self.folder / "teacher.json", best)
 
     def _fine_tuned(self, name: str, rate: float) -> Result:
         torch.manual_seed(self.seed)
@@ -286,7 +286,7 @@ class Cell:
             made = make(name)
             facts = {"task": self.name, "seed": self.seed, "arm": arm, "rate": rate, "device": self.place.device}
             facts |= {"commit": commit(), "torch": torch.__version__, "transformers": transformers.__version__}
-            write_text(file, json.dumps(facts | made, indent=1) + "\n")
+            write_json(file, facts | made)
             print(
                 f"{time.strftime('%H:%M:%S')} {made['held_out']:.4f} {made['scores']} {made['seconds']} s", flush=True
             )

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout  # comes with torch
 
+from moebert_kernels.bench.benchmark import environment
 from moebert_kernels.bench.tables import millions
 from moebert_kernels.bench.timing import compare_models, random_inputs
 from moebert_kernels.convert import StudentShape, convert_to_moe, make_student, merge, parameter_counts
@@ -35,8 +36,7 @@ from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, TaskData, load_task
 from moebert_kernels.demo.data import base_model
-from moebert_kernels.demo.report import write_report
-from moebert_kernels.demo.run import machine, step
+from moebert_kernels.demo.run import step
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.identity import changed, described, files_of
 from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
@@ -45,7 +45,7 @@ from moebert_kernels.distill.multi_task import MEAN, JoinedTasks, MultiTaskEvalu
 from moebert_kernels.distill.recipe import Recipe, Stage, load_recipe
 from moebert_kernels.distill.run import train_stages
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.files import once, write_text
+from moebert_kernels.files import once, write_json, write_text
 from moebert_kernels.layers import MoEConfig
 from moebert_kernels.study.ablation import ARMS, draw, summary, table
 
@@ -328,7 +328,8 @@ def report_of(study: Study, seeds: Sequence[int], measure: Callable[[], Result])
     ablated = {name: TASKS[name] for name in ABLATED}
     moe = {key: value for key, value in study.moe().items() if key != "path"}
     return {
-        "command": command(study.settings, seeds), "settings": asdict(study.settings), "machine": machine(),
+        "command": command(study.settings, seeds), "settings": asdict(study.settings),
+        "environment": environment(torch.device("cpu"), torch.float32),
         "rows": {task: len(study.split(task, "train")) for task in FOLDERS}, "moe_teacher": moe,
         "main": summary(records, {name: TASKS[name] for name in FOLDERS}, references, MAIN),
         "ablation": summary(records, ablated, references, ABLATION), **measure(),
@@ -344,7 +345,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f" {', '.join(f'{count} {task}' for task, count in report['rows'].items())} rows. All four tasks:", "",
         table(report["main"]), "On SST-2 and MRPC, with parts left out:", "", table(report["ablation"]),
         f"Milliseconds on random ids, length {LENGTH}, median [quartiles] of interleaved runs, fp32,"
-        f" {report['machine']['torch_threads']} threads:", "",
+        f" {report['environment']['threads']} threads:", "",
         f"| model | parameters | {' | '.join(f'B = {B}' for B in BATCHES)} |", "|---" * (len(BATCHES) + 2) + "|",
     ]  # fmt: skip
     for name, entry in report["speeds"].items():
@@ -386,7 +387,7 @@ def main() -> None:
         study, complete, lambda: {"speeds": speeds(study, complete[0]), "cache": cache_speed(study)}
     )  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_report(report, arguments.output / "results.json")
+    write_json(arguments.output / "results.json", report)
     write_text(arguments.output / "table.md", markdown(report))
     draw(report["main"], arguments.output / "chart.png", f"Students on {', '.join(FOLDERS.values())}")
     draw(report["ablation"], arguments.output / "ablation.png", "Parts left out, SST-2 and MRPC")

@@ -38,7 +38,7 @@ from moebert_kernels.convert import convert_to_moe, parameter_counts
 from moebert_kernels.data.files import find_split_files, read_text
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import get_task
-from moebert_kernels.demo.run import machine, step
+from moebert_kernels.demo.run import step
 from moebert_kernels.distill.evaluation import Evaluator
 from moebert_kernels.distill.identity import changed, described
 from moebert_kernels.distill.recipe import Recipe as Stages
@@ -378,7 +378,7 @@ def report(runs: Path, output: Path, recipe: Recipe, splits: Mapping[str, Tokeni
         print("no arm is complete yet")
         return
     facts = {
-        "threads": machine()["torch_threads"],
+        "threads": torch.get_num_threads(),
         **{name: sum(sum(label != -100 for label in labels) for labels in part.columns["labels"])
            for name, part in splits.items()},
     }  # fmt: skip

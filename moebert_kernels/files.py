@@ -50,10 +50,15 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all, in a folder that is made if missing."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def once(file: Path, make: Callable[[], Any]) -> Any:
     """What `make` gives, as JSON keeps it; made and written only where `file` does not hold it yet."""
     if not file.exists():
-        write_text(file, json.dumps(make(), indent=None))
+        write_text(file, json.dumps(make()))
     return json.loads(file.read_text(encoding="utf-8"))
 
 

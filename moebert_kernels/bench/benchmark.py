@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 import moebert_kernels
@@ -42,6 +43,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "moebert_kernels": moebert_kernels.__version__,
     }
 

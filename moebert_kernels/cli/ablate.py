@@ -51,10 +51,9 @@ def ablate(
             --dense-teacher.
         seeds: Runs of each arm on each task.
     """
-    from moebert_kernels.demo.report import write_report
     from moebert_kernels.distill.identity import check_same, model_files, row_facts
     from moebert_kernels.distill.recipe import flat
-    from moebert_kernels.files import once, write_text
+    from moebert_kernels.files import once, write_json, write_text
     from moebert_kernels.study.ablation import ARMS, DEFAULT_ARMS, draw, repeated_arms, summary, table
 
     require_extra("demo", "matplotlib")  # for the chart at the end of hours of training
@@ -113,7 +112,7 @@ def ablate(
                 references[name] = record["references"]
                 records.append(record | {"task": name, "arm": one, "seed": seed, "teacher_score": of_teacher["score"]})
     report = summary(records, tasks, references, arms)
-    write_report(report, output / "report.json")
+    write_json(output / "report.json", report)
     write_text(output / "table.md", table(report))
     draw(report, output / "chart.png", f"Students by {config}, {seeds} seeds")
     print(table(report))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +43,7 @@ def evaluate(
         result["splits"][name] = metrics | {"examples": examples}
         print_metrics(metrics, f"{name} ({examples} examples)")
     if output is not None:
-        _write_json(output, result)
+        _save(output, result)
 
 
 def bench(
@@ -116,7 +115,7 @@ def bench(
         if chart is not None:
             forms_chart(result, chart)
         if output is not None:
-            _write_json(output, result)
+            _save(output, result)
         return
     models = {name: encoder.to(device, wanted) for name, encoder in load_encoders(paths).items()}
     result = {
@@ -126,7 +125,7 @@ def bench(
     }  # fmt: skip
     print(text_table(result))
     if output is not None:
-        _write_json(output, result)
+        _save(output, result)
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For bug reports.")] = False) -> None:
@@ -185,8 +184,8 @@ def _task_batches(
     return batches
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from moebert_kernels.files import write_text
+def _save(path: Path, content: dict[str, Any]) -> None:
+    from moebert_kernels.files import write_json
 
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_json(path, content)
     print(f"saved in {path}")

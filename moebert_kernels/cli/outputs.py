@@ -134,12 +134,12 @@ def write_model(
     `reports` of chosen experts, dataclasses, are in choice.json.
     """
     from moebert_kernels.convert.card import save_with_card
+    from moebert_kernels.files import write_json
 
     def save(at: Path) -> None:
         save_with_card(model, at, previous=folder)
         if reports:
-            text = json.dumps([asdict(report) for report in reports], indent=1)
-            (at / "choice.json").write_text(text + "\n", encoding="utf-8")
+            write_json(at / "choice.json", [asdict(report) for report in reports])
 
     write_files(folder, save, identity, tokenizer)
     print(f"saved in {folder}")

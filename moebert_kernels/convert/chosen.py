@@ -23,7 +23,7 @@ from moebert_kernels.convert.sites import Site, common_width, find_sites
 from moebert_kernels.convert.split import check_split, default_split
 from moebert_kernels.convert.text_pass import check_text, read_text
 from moebert_kernels.errors import UserError
-from moebert_kernels.files import write_tensors, write_text
+from moebert_kernels.files import write_json, write_tensors
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.layers.routing import stack_of
 
@@ -221,7 +221,7 @@ class _Folder:
             self._write_facts()
 
     def _write_facts(self) -> None:
-        write_text(self.facts_file, json.dumps(self.facts, indent=2))
+        write_json(self.facts_file, self.facts)
 
     def check_text(self, ids: Tensor, stack: str) -> None:
         """Raise a UserError where the files are of other text; encoder and decoder have one each."""

@@ -1,4 +1,4 @@
-"""What came out of the demo, as a table, a chart and JSON."""
+"""What came out of the demo, as a table and a chart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_kernels.bench.tables import aligned, millions, percent
-from moebert_kernels.files import replacing, write_text
+from moebert_kernels.files import replacing
 
 Result = Mapping[str, Any]
 LABELS = {"teacher": "teacher (dense)", "moe": "MoE student", "dense": "dense of the same FLOPs"}
@@ -80,10 +80,3 @@ def chart(results: Sequence[Result], file: Path, title: str) -> None:
     figure.suptitle(title)
     with replacing(file) as partial:
         figure.savefig(partial, format="png", dpi=120)
-
-
-def write_report(report: Mapping[str, Any], file: Path) -> None:
-    """Write JSON whole or not at all."""
-    import json
-
-    write_text(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
+from moebert_kernels.bench.benchmark import environment
 from moebert_kernels.bench.tables import percent
 from moebert_kernels.bench.timing import compare_models, random_inputs
 from moebert_kernels.demo.data import DATA_PACKAGE, MODEL_PACKAGE, REVIEWS, base_model, cache_folder, movie_reviews
-from moebert_kernels.demo.report import chart, difference, text_table, write_report
+from moebert_kernels.demo.report import chart, difference, text_table
 from moebert_kernels.demo.study import FULL, QUICK, Recipe, Study
 from moebert_kernels.distill.loading import load_model, quiet_transformers
+from moebert_kernels.files import write_json
 
 EXPERT_SIZE = 384
 TIMED_SHAPE = (8, 128)
@@ -61,7 +60,7 @@ def run_demo(
     results = with_times([teacher, moe, dense])
 
     report = make_report(results, recipe, seed) | {"seconds": time.monotonic() - started}
-    write_report(report, output / "report.json")
+    write_json(output / "report.json", report)
     title = f"all-MiniLM-L6-v2 on movie reviews, {report['test_examples']} test sentences{', quick' if quick else ''}"
     chart(results, output / "chart.png", title)
     print(summary(report, output))
@@ -95,23 +94,11 @@ def make_report(results: Sequence[Mapping[str, Any]], recipe: Recipe, seed: int)
         "seed": seed,
         "recipe": asdict(recipe),
         "test_examples": len(results[0]["correct"]),
-        "timed": "B={} T={}, medians of interleaved runs, {}".format(*TIMED_SHAPE, "fp32"),
-        "machine": machine(),
+        "timed": "B={} T={}, medians of interleaved runs, fp32".format(*TIMED_SHAPE),
+        "environment": environment(torch.device("cpu"), torch.float32),
         "results": [{name: value for name, value in result.items() if name != "correct"} for result in results],
         "moe_minus_dense": difference(by_kind["moe"], by_kind["dense"]),
         "moe_minus_teacher": difference(by_kind["moe"], by_kind["teacher"]),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where a measurement was made."""
-    return {
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cuda": torch.cuda.is_available(),
     }
 
 
