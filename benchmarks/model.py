@@ -19,7 +19,6 @@ import torch
 
 from moebert_kernels.nn.hash_router import table_dtype
 
-Direction = Literal["forward", "forward_backward"]
 DIRECTIONS = ("forward", "forward_backward")
 ID_BYTES, MAP_BYTES = 8, 4  # token ids and masks are int64; expert ids, offsets and maps int32
 

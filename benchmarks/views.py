@@ -108,8 +108,8 @@ def is_model(row: Row) -> bool:
     return "model" in row.case["parameters"]
 
 
-def series_over_tokens(rows: Iterable[Row], least: int = 3) -> list[Series]:
-    """Ops that were timed at `least` or more numbers of tokens; at equal ones, the first suite's case counts."""
+def series_over_tokens(rows: Iterable[Row]) -> list[Series]:
+    """Ops that were timed at three or more numbers of tokens; at equal ones, the first suite's case counts."""
     found: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
         parameters = row.case["parameters"]
@@ -119,5 +119,5 @@ def series_over_tokens(rows: Iterable[Row], least: int = 3) -> list[Series]:
     return [
         Series((op, direction), shape, [some[tokens] for tokens in sorted(some)])
         for (op, direction, shape), some in found.items()
-        if len(some) >= least
+        if len(some) >= 3
     ]

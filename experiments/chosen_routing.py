@@ -48,7 +48,7 @@ from moebert_kernels.layers import MoEConfig, moe_layers
 
 HERE = Path(__file__).resolve().parent / "chosen_routing"
 KINDS = ("reviews", "news", "questions")
-MAX_LENGTH = 48
+MAX_LENGTH, AT_ONCE = 48, 32  # tokens of a sentence, sentences of a batch that is read
 CHOOSING, JUDGING = 24000, 6000  # tokens
 BATCHES, B, T = 2, 8, 128  # of `speed`
 ARMS = ("dense", "random", "chosen")
@@ -87,12 +87,12 @@ def scored_pairs(data: Path, name: str) -> tuple[list[str], list[str], list[floa
 class Texts:
     """Batches of tokenized sentences; can be read again."""
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], size: int = 32) -> None:
-        self.tokenizer, self.texts, self.size = tokenizer, texts, size
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, texts
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self.texts), self.size):
-            yield encoded(self.tokenizer, self.texts[start : start + self.size])
+        for start in range(0, len(self.texts), AT_ONCE):
+            yield encoded(self.tokenizer, self.texts[start : start + AT_ONCE])
 
 
 def encoded(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -153,8 +153,8 @@ def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> li
     return lines
 
 
-def shown(value: float | None, digits: int = 1, sign: str = "") -> str:
-    return "missing" if value is None else f"{value:{sign}.{digits}f}"
+def shown(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.1f}"
 
 
 def cpu_text(where: Mapping[str, Any]) -> str:
@@ -215,9 +215,7 @@ def dtype_table(summary: Summary, latency: Mapping[str, Any], device: str) -> li
             cells.append(change_text(summary.change(arm, dtype), len(summary.common)))
         for dtype in dtypes:
             speed = speed_of(latency, arm, dtype)
-            cells.append(
-                "missing" if speed is None else f"{speed['median']:.2f} [{speed['q1']:.2f}, {speed['q3']:.2f}]"
-            )
+            cells.append("missing" if speed is None else quartiles_text(speed))
         lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
     return lines
 
@@ -228,10 +226,10 @@ def change_text(change: tuple[float, int] | None, tasks: int) -> str:
     return f"{change[0]:+.2f}" + (f" ({change[1]} of {tasks} tasks)" if change[1] < tasks else "")
 
 
-def speed_of(latency: Mapping[str, Any], arm: str, dtype: str, shape: str = SHAPE) -> Any:
+def speed_of(latency: Mapping[str, Any], arm: str, dtype: str) -> Any:
     """Quartiles of the speed over the teacher's in float32; None where it was not measured."""
     timed = arm if arm == TEACHER else ARMS[arm].timed_as or arm
-    entry = latency.get(dtype, {}).get("shapes", {}).get(shape, {}).get(timed)
+    entry = latency.get(dtype, {}).get("shapes", {}).get(SHAPE, {}).get(timed)
     return None if entry is None else entry["speed"]
 
 

@@ -279,7 +279,7 @@ def speeds(study: Study, seed: int) -> Result:
     }
 
 
-def cache_speed(study: Study, rows: int = 640) -> Result:
+def cache_speed(study: Study) -> Result:
     """Seconds of a lean epoch with a live teacher and from the cache, and how far apart the students end.
 
     Times of two epochs minus those of one: what an epoch adds, without loading and saving.
@@ -287,7 +287,7 @@ def cache_speed(study: Study, rows: int = 640) -> Result:
     task = TASKS["mrpc"]
     teacher: Any = load_model(study.teacher("mrpc")["path"], task)
     data = study.data("mrpc").train
-    some = data.select(range(min(rows, len(data))))
+    some = data.select(range(min(640, len(data))))
     train = TokenizedSplit(some, task, study.tokenizer, max_length=study.settings.max_length)
     seconds: dict[str, list[float]] = {"live": [], "cached": []}
     students = {}

@@ -241,12 +241,12 @@ def converted(model: nn.Module, arm: Arm, recipe: Recipe, seed: int) -> nn.Modul
     return convert_to_moe(model, config, seed=seed)
 
 
-def step_times(recipe: Recipe, rounds: int = 11) -> dict[str, float]:
+def step_times(recipe: Recipe) -> dict[str, float]:
     """Median milliseconds of a training step of each kind of model, in turns; "mpoe, masked" never trains C."""
     kinds = {"dense": ARMS["dense"], "switch": ARMS["switch"], "mpoe": ARMS["mpoe"], "mpoe, masked": ARMS["mpoe"]}
     ids = torch.randint(recipe.vocab_size, (recipe.batch_size, recipe.block))
     steps = {kind: WallTimer(_training_step(kind, arm, recipe, ids)).warm_ms for kind, arm in kinds.items()}
-    return {kind: statistics.median(values) for kind, values in interleaved(steps, rounds).items()}
+    return {kind: statistics.median(values) for kind, values in interleaved(steps, rounds=11).items()}
 
 
 def _training_step(kind: str, arm: Arm, recipe: Recipe, ids: torch.Tensor) -> Callable[[], None]:

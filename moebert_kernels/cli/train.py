@@ -36,7 +36,7 @@ def finetune(
     check_output(output, "finetune", model)
     inputs.check_models(model=model)
     inputs.check_trainable(model)
-    settings = _preset(ctx, task[0] if len(task) == 1 else "", config)
+    settings = _preset(ctx, task[0] if len(task) == 1 else "")
     if len(task) > 1:
         known_tasks(task)
         refuse_for_tasks(
@@ -91,7 +91,7 @@ def distill(
             raise UserError("teacher: expected one, got none")
         if is_moe(of_teacher := load_config(teacher)):
             raise UserError(f"teacher: expected a dense model, got a MoE (model_type {of_teacher.model_type!r})")
-        settings = _preset(ctx, task, config)
+        settings = _preset(ctx, task)
         weight, given = settings.pop("distill_weight", 1.0), arguments(ctx.args)
         if "objective" not in given:
             by_token = task == "lm" or load_config(model).is_encoder_decoder
@@ -109,7 +109,7 @@ def distill(
     finish(result, loaded.task.main_metric)
 
 
-def _preset(ctx: typer.Context, task: str, config: str | None) -> dict[str, Any]:
+def _preset(ctx: typer.Context, task: str) -> dict[str, Any]:
     """The settings of a task; a batch is its share of what is listed where steps accumulate several."""
     settings = o.preset_for(task)
     del settings["max_length"]  # which holds as far as the model reaches

@@ -13,7 +13,7 @@ import torch
 from moebert_kernels.bench.benchmark import environment
 from moebert_kernels.bench.tables import percent
 from moebert_kernels.bench.timing import compare_models, random_inputs
-from moebert_kernels.demo.data import DATA_PACKAGE, MODEL_PACKAGE, REVIEWS, base_model, cache_folder, movie_reviews
+from moebert_kernels.demo.data import DATA_PACKAGE, MODEL_PACKAGE, REVIEWS, base_model, movie_reviews
 from moebert_kernels.demo.report import chart, difference, text_table
 from moebert_kernels.demo.study import FULL, QUICK, Recipe, Study
 from moebert_kernels.distill.loading import load_model, quiet_transformers
@@ -23,14 +23,11 @@ EXPERT_SIZE = 384
 TIMED_SHAPE = (8, 128)
 
 
-def run_demo(
-    output: str | Path = "demo", *, quick: bool = False, seed: int = 0, cache: Path | None = None
-) -> dict[str, Any]:
+def run_demo(output: str | Path = "demo", *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     """Run or finish the demo, print its table, and write `report.json` and `chart.png` into `output`.
 
     Args:
         quick: a shorter recipe on a part of the training sentences; shows the way, not the accuracy.
-        cache: where downloads are kept; None: `cache_folder()`.
 
     Returns:
         the report.
@@ -41,10 +38,9 @@ def run_demo(
     started = time.monotonic()
     recipe = QUICK if quick else FULL
     output = Path(output)
-    cache = cache or cache_folder()
     folder = output / f"{'quick' if quick else 'full'}-seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(folder, base_model(cache), movie_reviews(folder / "data", cache), recipe, seed)
+    study = Study(folder, base_model(), movie_reviews(folder / "data"), recipe, seed)
 
     step("1/4", f"fine-tuning the teacher, {recipe.finetune_epochs} epochs")
     teacher = study.teacher()
@@ -72,13 +68,13 @@ def step(number: str, text: str) -> None:
     print(f"\n[{number}] {text}", flush=True)
 
 
-def with_times(results: Sequence[Mapping[str, Any]], rounds: int = 21) -> list[dict[str, Any]]:
+def with_times(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The results with `ffn_ms` and `model_ms` of their saved models, which are measured in turns."""
     with quiet_transformers():
         models = {result["name"]: load_model(result["path"], REVIEWS) for result in results}
     B, T = TIMED_SHAPE
     vocabulary = min(model.config.vocab_size for model in models.values())
-    times = compare_models(models, *random_inputs(vocabulary, B, T), rounds=rounds)
+    times = compare_models(models, *random_inputs(vocabulary, B, T))
     return [
         dict(result) | {unit: times[result["name"]][unit]["median"] for unit in ("ffn_ms", "model_ms")}
         for result in results

@@ -84,15 +84,14 @@ def _does(recipe: Recipe, dense_teacher: bool) -> str:
 
 def summary(
     records: Iterable[Record], tasks: Mapping[str, Task], references: Mapping[str, Sequence[Any]],
-    arms: Sequence[str], baseline: str | None = None, rounds: int | None = None,
+    arms: Sequence[str], rounds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores, retentions and differences of arms over tasks and seeds, JSON-able.
 
     Args:
         records: runs; seeds for which an arm or a task lacks one are left out.
         tasks, references: by name; the examples' true labels or scores, in the order of the predictions.
-        arms: in the order of the table.
-        baseline: the arm that the others are compared with; None: the first.
+        arms: in the order of the table; the first is the baseline, which the others are compared with.
         rounds: of the bootstrap; None: `ROUNDS`.
 
     Returns:
@@ -105,7 +104,7 @@ def summary(
     Raises:
         UserError: no seed is complete.
     """
-    baseline = baseline or arms[0]
+    baseline = arms[0]
     runs = {(record["arm"], record["task"], record["seed"]): record for record in records}
     seeds = [
         seed

@@ -34,7 +34,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def write_reviews(folder, cache=None):
+def write_reviews(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for number, (split, rows) in enumerate((("train", 48), ("validation", 16), ("test", 24))):
         generator = torch.Generator().manual_seed(number)
@@ -50,7 +50,7 @@ def write_reviews(folder, cache=None):
 
 @pytest.fixture
 def tiny_demo(base, monkeypatch):
-    monkeypatch.setattr(run, "base_model", lambda cache: base)
+    monkeypatch.setattr(run, "base_model", lambda: base)
     monkeypatch.setattr(run, "movie_reviews", write_reviews)
     monkeypatch.setattr(run, "QUICK", RECIPE)
     monkeypatch.setattr(run, "TIMED_SHAPE", (2, 16))
