@@ -59,6 +59,7 @@ def mpo_expert_weights(
     """
     check_not_traced(_NAME)
     central_site = _check(central, aux, offsets, central_site)
+    offsets = None if offsets is None else offsets.contiguous()  # as kernels read them
     tensors = to_dtype(autocast_dtype(central), central, *aux)
     check_forward_mode(_NAME, *tensors)
     if opaque(central):

@@ -13,7 +13,6 @@ from moebert_kernels.torch_backend.mpo_expert_weights import sides
 
 def forward(central: Tensor, aux: Sequence[Tensor], offsets: Tensor | None, central_site: int) -> Tensor:
     """(E, out, in); zeros for experts without rows."""
-    offsets = None if offsets is None else offsets.contiguous()
     left, right = sides(aux, central_site)
     i, j = central.shape[1:3]
     w = central.new_empty(aux[0].shape[0], left.rows * i * right.rows, left.columns * j * right.columns)
@@ -29,7 +28,6 @@ def backward(
 
     All experts at once, so that dC is one GEMM that sums over them; an expert without rows has zeros for its dW.
     """
-    offsets = None if offsets is None else offsets.contiguous()
     need_c, need_left, need_right = needs[0], any(needs[1 : 1 + central_site]), any(needs[1 + central_site :])
     left, right = sides(aux, central_site)
     bond, i, j, next_bond = central.shape
