@@ -80,8 +80,7 @@ def bench(
     import torch
 
     from moebert_kernels.bench.benchmark import chosen_dtype, compare, environment, sizes_of, text_table
-    from moebert_kernels.cli.bench_forms import check_forms, load_encoders, run_forms
-    from moebert_kernels.demo.forms import forms_chart, forms_table
+    from moebert_kernels.cli.bench_forms import check_forms, forms_chart, forms_table, load_encoders, run_forms
     from moebert_kernels.distill.loading import is_prepared, load_config
     from moebert_kernels.doctor import self_test
 

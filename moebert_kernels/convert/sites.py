@@ -1,6 +1,6 @@
 """Where the feed-forward layers of a transformers model are, how their weights are read, and how they are replaced.
 
-Every feed-forward of transformers 5 has one of four shapes. A `Site` is one feed-forward of a model:
+Every feed-forward of transformers 5 has one of three shapes. A `Site` is one feed-forward of a model:
 
 | shape | families | what `install` does |
 |---|---|---|
@@ -10,8 +10,8 @@ residual; `intermediate` becomes the identity |
 | "inline" | BART's: `fc1` and `fc2` of the encoder layer itself | `fc1` becomes the layer; the activation and `fc2` \
 become the identity |
 
-The fourth shape, a gated module, is "module" with a gated activation. A module that computes
-anything else than w2 act(w1 x + b1) + b2 is refused: `check` compares both on random numbers.
+A gated module is "module" with a gated activation. A module that computes anything else than w2 act(w1 x + b1) + b2 is
+refused: `check` compares both on random numbers.
 """
 
 from __future__ import annotations
