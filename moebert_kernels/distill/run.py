@@ -230,6 +230,9 @@ class _Run:
                 "load_best_model_at_end": True, "metric_for_best_model": best_metric, "greater_is_better": greater,
             }  # fmt: skip
             self.settings = {**given, **self.settings, "eval_strategy": strategy}
+            if not self.settings["load_best_model_at_end"]:
+                raise UserError("load_best_model_at_end: expected True, since the best evaluation's model is kept, got"
+                                f" {self.settings['load_best_model_at_end']}")  # fmt: skip
             if strategy == "steps" and self.settings["save_steps"] != steps:
                 raise UserError(
                     f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept, got"
