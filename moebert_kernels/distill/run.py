@@ -220,6 +220,7 @@ class _Run:
         self.settings = {**DEFAULTS, **settings, "loss_weights": stage.weights}
         if train.pad_to is not None:
             self.settings["train_sampling_strategy"] = settings.get("train_sampling_strategy", "random")
+        facts = _facts(stage)
         strategy = self.settings.get("eval_strategy") or ("steps" if "eval_steps" in settings else "epoch")
         if evaluate is None:
             self.settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": None}
@@ -233,12 +234,14 @@ class _Run:
             if not self.settings["load_best_model_at_end"]:
                 raise UserError("load_best_model_at_end: expected True, since the best evaluation's model is kept, got"
                                 f" {self.settings['load_best_model_at_end']}")  # fmt: skip
-            if strategy == "steps" and self.settings["save_steps"] != steps:
-                raise UserError(
-                    f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept, got"
-                    f" {self.settings['save_steps']}"
-                )
-        self.identity = json.loads(json.dumps({**_facts(stage), **identity}, default=str))
+            if strategy == "steps":
+                facts["eval_steps"] = steps  # which may be logging_steps, that is free otherwise
+                if self.settings["save_steps"] != steps:
+                    raise UserError(
+                        f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept,"
+                        f" got {self.settings['save_steps']}"
+                    )
+        self.identity = json.loads(json.dumps({**facts, **identity}, default=str))
         processes = self._arguments()
         self.writes, self._wait = processes.should_save, processes.distributed_state.wait_for_everyone
 

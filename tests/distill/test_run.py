@@ -79,6 +79,14 @@ def test_what_is_evaluated_is_saved(tmp_path):
         run(tmp_path / "other", evaluate=constant([1]), best_metric=None)
 
 
+def test_how_often_it_reports_may_not_change_where_that_says_when_it_is_judged(tmp_path):
+    run(tmp_path, settings={"eval_strategy": "steps", "logging_steps": 4} | SHORT)
+    with pytest.raises(UserError, match=r"run of other eval_steps \(it was 4 and is 2 now\)"):
+        run(tmp_path, settings={"eval_strategy": "steps", "logging_steps": 2} | SHORT)
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 2}
+    assert run(tmp_path, settings=settings | SHORT).history[0]["step"] == 4
+
+
 def test_a_run_that_is_refused_drops_nothing(tmp_path):
     run(tmp_path, settings=SHORT)
     with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers"):
