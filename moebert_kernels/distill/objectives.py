@@ -273,9 +273,13 @@ def check_sizes(student: Any, teacher: TeacherInfo, *names: str) -> None:
 
 
 def check_classes(student: Any, teacher: TeacherInfo) -> None:
-    """Raise UserError unless the student's classes, if both models name theirs, are the teacher's in the same order."""
+    """Raise UserError unless the student's classes, if both models name theirs, are the teacher's in the same order.
+
+    Case is ignored, as where a task's classes are compared with a model's.
+    """
     ours = named_labels(student)
-    if ours and teacher.label_names and ours != teacher.label_names:
+    lowered, theirs = ([name.lower() for name in names] for names in (ours, teacher.label_names))
+    if ours and theirs and lowered != theirs:
         raise UserError(f"labels: expected the teacher's {', '.join(teacher.label_names)}, got {', '.join(ours)}")
 
 

@@ -152,6 +152,15 @@ def test_check_rejects(change, message):
         LayerwiseObjective("classification").check(student, replace(teacher_info(tiny_bert(1)), **change))
 
 
+def test_the_case_of_class_names_is_ignored():
+    student = tiny_bert()
+    student.config.id2label = dict(enumerate("abc"))
+    info = replace(teacher_info(tiny_bert(1)), label_names=("A", "B", "C"))
+    LayerwiseObjective("classification").check(student, info)
+    with pytest.raises(UserError, match="labels: expected the teacher's A, C, B, got a, b, c"):
+        LayerwiseObjective("classification").check(student, replace(info, label_names=("A", "C", "B")))
+
+
 def test_rejects():
     with pytest.raises(UserError, match="kind: expected one of classification, regression, qa, got 'span'"):
         LayerwiseObjective("span")
