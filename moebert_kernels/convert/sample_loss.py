@@ -63,10 +63,13 @@ def _labels(batch: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def position_loss(logits: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(B,) cross-entropy over the valid tokens of logits (B, T); 0 where the position is not one of them."""
+    """(B,) cross-entropy over the valid tokens of logits (B, T); 0 where the position is not one of them.
+
+    A negative position is that of the first token, as transformers' own loss counts it.
+    """
     mask = torch.ones_like(logits) if mask is None else mask
-    positions = positions.reshape(len(logits))
-    inside = F.pad(mask != 0, (0, 1)).gather(1, positions.clamp(0, mask.shape[1])[:, None]).squeeze(1)
+    positions = positions.reshape(len(logits)).clamp(0, mask.shape[1])
+    inside = F.pad(mask != 0, (0, 1)).gather(1, positions[:, None]).squeeze(1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wide = wide.masked_fill(mask == 0, torch.finfo(torch.float32).min)
     return F.cross_entropy(wide, positions.where(inside, IGNORED), ignore_index=IGNORED, reduction="none")

@@ -158,6 +158,18 @@ def test_answers_outside_the_sequence_count_nothing():
     assert importance_scores(model, [batch | {"start_positions": outside, "end_positions": outside}]).sum() == 0
 
 
+@pytest.mark.parametrize("position", [-1, -100, 0, 2])
+def test_a_position_counts_as_transformers_counts_it(position):
+    """Its own loss takes a negative one for the first token."""
+    model = dense_model("bert-qa").eval()
+    batch = {"input_ids": inputs()["input_ids"][:1]}
+    batch |= {"start_positions": torch.tensor([position]), "end_positions": torch.tensor([3])}
+    with torch.no_grad():
+        outputs = model(**batch)
+    torch.testing.assert_close(sample_loss(outputs, batch), outputs.loss[None])
+    assert importance_scores(model, [batch]).sum() > 0
+
+
 def test_the_model_is_as_before():
     model = dense_model("bert-cls").train()
     model.bert.encoder.layer[0].eval()
