@@ -255,7 +255,8 @@ def _texts(
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
     config = load_config(model)
     reads_windows = tasks[0] == "custom" and inputs.is_running_text(data) and inputs.generates(config)
-    wanted = inputs.Table(data, text_column, label_column).make_task("lm" if reads_windows else tasks[0])
+    table = inputs.Table(data, text_column, "label" if reads_windows else label_column)  # of custom, which no one reads
+    wanted = table.make_task("lm" if reads_windows else tasks[0])
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")
     reader = inputs.Reader(loaded, config, load_tokenizer(model), max_length, labels=False)
     return reader.split("train")

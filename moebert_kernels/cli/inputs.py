@@ -107,17 +107,17 @@ class Table:
         from moebert_kernels.distill.loading import is_unnamed, label_names, load_config
 
         columns = self.text_column
-        if name == "lm" and columns:
-            if len(columns) > 1:
-                raise UserError(f"text-column: expected one with --task lm, got {len(columns)}")
-            return replace(get_task(name), text_columns=tuple(columns))
         if name != "custom":
-            if columns:
-                raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
             for option, given in (("regression", self.regression), ("label-column", self.label_column != "label")):
                 if given:
                     raise UserError(f"{option}: expected it with --task custom alone, got it with --task {name}")
-            return get_task(name)
+            if not columns:
+                return get_task(name)
+            if name != "lm":
+                raise UserError(f"text-column: expected it with --task custom or lm alone, got it with --task {name}")
+            if len(columns) > 1:
+                raise UserError(f"text-column: expected one for a language model, got {len(columns)}")
+            return replace(get_task(name), text_columns=tuple(columns))
         names: list[str] = []
         if model is not None and not self.regression:
             names = label_names(load_config(model), name)

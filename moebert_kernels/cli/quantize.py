@@ -53,6 +53,9 @@ def quantize(
     calibrates = calibrate is not False and dtype == "int8"
     if task is None and texts.data and not calibrates:
         raise UserError("data: expected --task too, since without it texts only calibrate int8, got none")
+    for name in ("label_column", "regression", "hold_out", "doc_stride") if task is None else ():
+        if (given := getattr(texts, name)) != getattr(inputs.Texts, name):
+            raise UserError(f"{name}: it is used only with --task; leave it out (got {given!r})")
     identity = call_of(ctx, **{"files of data": data_files(texts.data)})
     if already_written(output, identity, force, model):
         return

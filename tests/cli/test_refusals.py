@@ -232,6 +232,14 @@ def test_bad_options(base, data, tmp_path):
     write_base(tmp_path / "wide", hidden_act="gelu_new")
 
 
+@pytest.mark.parametrize("task", [("sst2",), ("lm",), ("lm", "--text-column", "body")])
+def test_options_of_a_table_that_a_task_does_not_read(base, data, task):
+    words = ("eval", "--model", base, "--data", data, "--task", *task)
+    for option in (("regression",), ("label-column", "mood")):
+        line = refused(*words, f"--{option[0]}", *option[1:])
+        assert line == f"{option[0]}: expected it with --task custom alone, got it with --task {task[0]}"
+
+
 def test_bench(base, data):
     both = ("--model", base, "--against", base)
     assert refused("bench", *both, "--length", 8, "--length", 25) == (

@@ -76,6 +76,12 @@ def test_quantize_refuses_what_cannot_calibrate(base, data, tmp_path):
         *words, *both, "--calibrate"
     )
     assert "data: expected --task too, since without it texts only calibrate int8" in refused(*words, *both)
+    for option, got in (
+        (("label-column", "mood"), "'mood'"), (("regression",), "True"), (("hold-out", "halves"), "'halves'"),
+        (("doc-stride", 4), "4"),
+    ):  # fmt: skip
+        line = refused(*words, "--data", data, f"--{option[0]}", *option[1:])
+        assert line == f"{option[0]}: it is used only with --task; leave it out (got {got})"
 
 
 def test_quantize_refusals(moe, base, tmp_path):

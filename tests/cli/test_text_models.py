@@ -57,6 +57,12 @@ def test_a_language_model_learns_and_follows(gpt2, language_model, texts, tmp_pa
     assert any({"task", "prediction", "loss"} <= line.keys() for line in lines)
 
 
+def test_conversion_reads_no_column_of_labels(gpt2, texts, tmp_path):
+    """Not of running text either, which it reads as a language model's though the task is called custom."""
+    words = ("convert", "--model", gpt2, "--router", "hash-balance", "--expert-size", 8)
+    done(*words, "--data", texts / "train.txt", *TABLE, "--output", tmp_path / "moe")
+
+
 def test_a_text_to_text_model_learns_classes_and_names_them(data, tmp_path):
     base = tmp_path / "t5"
     words = "custom text: film play book the was good fine great warm bad dull poor cold"
@@ -94,7 +100,10 @@ def test_what_language_models_refuse(base, gpt2, language_model, texts, data, tm
     line = refused("eval", "--model", gpt2, "--task", "lm", "--data", texts, "--hold-out", "halves")
     assert line == "hold-out: expected rows to divide, got running text; divide its files"
     two = ("--text-column", "a", "--text-column", "b")
-    assert refused("eval", "--model", gpt2, "--task", "lm", *two) == "text-column: expected one with --task lm, got 2"
+    line = refused("eval", "--model", gpt2, "--task", "lm", *two)
+    assert line == "text-column: expected one for a language model, got 2"
+    line = refused("quantize", "--model", gpt2, "--data", texts, *two, *output)
+    assert line == "text-column: expected one for a language model, got 2"
     student = ("distill", "--model", gpt2, "--teacher", language_model, "--task", "lm", "--data", texts, *output)
     line = refused(*student, "--teacher_outputs", tmp_path)
     assert line == "teacher: expected a model, got cached outputs, which hold no predictions by token"
