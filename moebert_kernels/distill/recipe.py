@@ -167,7 +167,7 @@ def load_recipe(name: str | Path) -> Recipe:
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UserError(f"config: expected one of {', '.join(recipe_names())}, or a YAML file, got {name}")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config: expected YAML in {path}, got something else ({reason})") from None

@@ -25,20 +25,25 @@ _DECIDED = (
 )  # fmt: skip
 
 
-class _Yaml(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Reads 1e-4 as a number, as YAML 1.2 and Python do; PyYAML's own loader wants 1.0e-4."""
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+_POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def read_yaml(text: str) -> Any:
-    """What a text in YAML says.
+    """What a text in YAML says, with `powers`.
 
     Raises:
         YAMLError: it is none.
     """
-    return yaml.load(text, _Yaml)
+    return powers(yaml.safe_load(text))
+
+
+def powers(content: Any) -> Any:
+    """A copy with 1e-4 as a number, as YAML 1.2 and Python have it; to PyYAML, which wants 1.0e-4, it is a text."""
+    if isinstance(content, dict):
+        return {key: powers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [powers(value) for value in content]
+    return float(content) if isinstance(content, str) and _POWER.fullmatch(content) else content
 
 
 @cache
@@ -89,7 +94,7 @@ def _typed(name: str, value: Any) -> Any:
     if value is None:
         return None
     if name in MoETrainingArguments._VALID_DICT_FIELDS and not isinstance(value, str):
-        return value  # which the arguments check
+        return powers(value)  # which the arguments check
     if name in MoETrainingArguments._VALID_DICT_FIELDS and (value.strip().startswith("{") or name in _OURS):
         try:
             content = read_yaml(value)

@@ -134,17 +134,19 @@ def test_recipes_of_the_package_and_of_ones_own(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
         "objective: microbert\nloss_weights: {soft: 1e-1}\nlearning_rate: 1e-4\nmax_length: 64\nreport_to: [a, b]\n"
+        "run_name: 1e5\n"
     )
     stage = load_recipe(own).stages[0]
     assert (stage.settings["learning_rate"], stage.settings["max_length"]) == (1e-4, 64) and stage.terms == ("soft",)
     (stage,) = load_recipe(own).with_values({"objective_options.adversary.learning_rate": "2e-4"}).stages
-    assert stage.settings["loss_weights"] == {"soft": 0.1}
+    assert stage.settings["loss_weights"] == {"soft": 0.1} and stage.settings["run_name"] == "1e5"
     assert stage.settings["objective_options"] == {"adversary": {"learning_rate": 2e-4}}
     for text, message in (
         ("soft: [1", "config: expected YAML in "),
         ("- soft", "config: expected keys and values in "),
         ("stages: {a: 3}", "config: expected keys and values in "),
         ("max_length: 2.5", "max_length: expected another value, got 2.5 (invalid int"),
+        ("max_steps: 1e3", "max_steps: expected another value, got '1e3' (invalid int"),
         ("bf16: 3", "bf16: expected another value, got 3 (Truthy value exp"),
         (
             "objective: microbert\nloss_weights: {soft: -1}",
