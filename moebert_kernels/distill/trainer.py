@@ -305,9 +305,10 @@ class MoETrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        embeds = isinstance(self.objective, EmbeddingObjective)
-        predicted = self.objective.embed(outputs, dict(inputs)) if embeds else outputs.logits
-        return loss.detach(), predicted.detach(), None
+        if isinstance(self.objective, EmbeddingObjective):
+            return loss.detach(), self.objective.embed(outputs, dict(inputs)), None
+        ends = (outputs.get("start_logits"), outputs.get("end_logits"))  # which questions have instead
+        return loss.detach(), outputs.get("logits", ends), None
 
     def create_optimizer(self, model: Any = None) -> Any:
         made = self.optimizer is None

@@ -80,6 +80,21 @@ def test_a_converted_model_of_each_kind_follows_its_teacher(name, tmp_path):
     assert 0 < judged["eval_loss"] < 10
 
 
+def test_questions_without_positions_are_judged_by_the_objective(tmp_path):
+    """As validation data of SQuAD has none; start and end are the predictions."""
+    make, objective, _ = KINDS["questions"]
+    student, teacher, data = make(0), make(1), tiny_data(9, labels=False)
+    run = trainer(tmp_path, student, data, teacher=teacher, objective=make_objective(objective, None, student))
+    judged = run.predict(data)
+    with torch.no_grad():
+        alone = student(input_ids=torch.tensor([data["input_ids"][0]]))
+    length = len(data["input_ids"][0])
+    for predicted, logits in zip(judged.predictions, (alone.start_logits, alone.end_logits), strict=True):
+        assert len(predicted) == 9
+        torch.testing.assert_close(torch.tensor(predicted[0, :length]), logits[0], rtol=0, atol=1e-5)
+    assert run.evaluate(data)["eval_loss"] == judged.metrics["test_loss"] > 0
+
+
 def test_several_tasks_are_trained_in_mixed_batches(tmp_path):
     """A model that routes by task, with a head for each; the third class of the one is none of the other."""
     tasks = {"three": ["a", "b", "c"], "two": ["no", "yes"]}
