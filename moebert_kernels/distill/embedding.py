@@ -169,7 +169,7 @@ class EmbeddingObjective(Objective):
         config: Any = student.config
         check_sizes(config, teacher, "vocab_size", "hidden_size")
         followed = self.pairs(config.num_hidden_layers, teacher.num_layers).values()
-        check_states({*followed, teacher.num_layers}, teacher)
+        check_states({*followed, teacher.num_layers}, student, teacher)
         if teacher.pooled and not self.pooled:
             raise UserError("teacher: expected states by token for the term 'hidden', got pooled ones")
 

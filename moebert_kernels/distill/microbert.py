@@ -158,7 +158,7 @@ class MicroBertObjective(Objective):
                 f"project: expected True for a student of hidden_size {config.hidden_size} and a teacher of"
                 f" {teacher.hidden_size}, got False"
             )
-        check_states(needed, teacher)
+        check_states(needed, student, teacher)
         by_token = [term for term in _BY_TOKEN if term in self.terms]
         if teacher.pooled and by_token:
             raise UserError(f"teacher: expected states by token for the term {by_token[0]!r}, got pooled ones")

@@ -7,6 +7,7 @@ mean over labels, so that gradient accumulation weighted by sequences (`batch_we
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -199,7 +200,8 @@ class LayerwiseObjective(Objective):
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         config: Any = student.config
-        check_states(self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers).values(), teacher)
+        pairs = self.pairs(config.get_text_config().num_hidden_layers, teacher.num_layers)
+        check_states(pairs.values(), student, teacher)
         check_sizes(config, teacher, "hidden_size", "vocab_size", "num_labels")
         if self.kind == "classification":
             check_classes(config, teacher)
@@ -266,7 +268,7 @@ def check_sizes(student: Any, teacher: TeacherInfo, *names: str) -> None:
     for name in names:
         wanted, got = (
             getattr(teacher, name),
-            getattr(student if name == "num_labels" else student.get_text_config(), name),
+            getattr(student if name == "num_labels" else student.get_text_config(), name, None),
         )
         if wanted != got:
             raise UserError(f"{name}: expected the teacher's {wanted}, got {got}")
@@ -283,8 +285,16 @@ def check_classes(student: Any, teacher: TeacherInfo) -> None:
         raise UserError(f"labels: expected the teacher's {', '.join(teacher.label_names)}, got {', '.join(ours)}")
 
 
-def check_states(needed: Iterable[int], teacher: TeacherInfo) -> None:
-    """Raise UserError unless the teacher gives these hidden states."""
+def has_two_stacks(model: nn.Module) -> bool:
+    """Whether a model is an encoder with a decoder, whose outputs name the hidden states of the two apart."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def check_states(needed: Iterable[int], student: nn.Module, teacher: TeacherInfo) -> None:
+    """Raise UserError unless the student gives hidden states of one stack, and the teacher these."""
+    if has_two_stacks(student):
+        got = f"both in a {type(student).__name__}"
+        raise UserError(f"model: expected an encoder or a decoder, whose states can follow others, got {got}")
     if not {*needed} <= set(teacher.layers):
         raise UserError(f"teacher: expected hidden states {sorted({*needed})}, got only {list(teacher.layers)}")
 

@@ -17,6 +17,7 @@ from moebert_kernels.convert.sample_loss import unread_labels
 from moebert_kernels.cpu import aligned
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.loading import check_reach, named_labels
+from moebert_kernels.distill.objectives import has_two_stacks
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
@@ -69,14 +70,17 @@ def forward_keys(model: nn.Module) -> tuple[str, ...]:
 
 
 def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> TeacherInfo:
-    """Facts of a transformers model; `layers` None: all hidden states.
+    """Facts of a transformers model; `layers` None: all hidden states. An encoder with a decoder gives none.
 
     Raises:
-        UserError: a layer that the model does not have, or a model with a head for each of several tasks.
+        UserError: a layer that the model does not have, a model without a vocabulary, or one with a head for each of
+            several tasks.
     """
     check_one_head("teacher", model)
     config: Any = model.config
     sizes = config.get_text_config()
+    if not hasattr(sizes, "vocab_size"):
+        raise UserError(f"teacher: expected a model of texts, got a {type(model).__name__}, which has no vocabulary")
     available = sizes.num_hidden_layers + 1
     chosen = tuple(range(available)) if layers is None else tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= available:
@@ -87,7 +91,7 @@ def teacher_info(model: nn.Module, layers: Sequence[int] | None = None) -> Teach
         hidden_size=sizes.hidden_size,
         vocab_size=sizes.vocab_size,
         num_labels=config.num_labels,
-        layers=chosen,
+        layers=() if has_two_stacks(model) else chosen,
         num_attention_heads=getattr(sizes, "num_attention_heads", 1),
         label_names=named_labels(config),
     )
@@ -138,7 +142,7 @@ class LiveTeacher:
             outputs = self._model(**inputs, output_hidden_states=True)
         self._model.eval()
         return TeacherOutputs(
-            tuple(getattr(outputs, "hidden_states", None) or ()),  # a text-to-text model names its two stacks apart
+            tuple(getattr(outputs, "hidden_states", None) or ()),  # none of two stacks
             getattr(outputs, "logits", None),
             getattr(outputs, "start_logits", None),
             getattr(outputs, "end_logits", None),

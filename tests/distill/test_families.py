@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import LayerwiseObjective
+from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.distill.teacher import LiveTeacher
@@ -88,6 +89,31 @@ def test_relations_of_shared_projections_are_those_of_the_tokens():
         queries = recorder.take()[0]
     projection = model.deberta.encoder.layer[0].attention.self.query_proj
     torch.testing.assert_close(queries, projection(outputs.hidden_states[0]))
+
+
+TWO = "model: expected an encoder or a decoder, whose states can follow others, got both in a BartFor"
+NONE = r"teacher: expected hidden states \[0, 1, 2\], got only \[\]"
+IMAGE = "teacher: expected a model of texts, got a ViTFor.*, which has no vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("objective", "ours", "theirs", "message"),
+    [
+        (LayerwiseObjective("classification"), "bart", "bart", TWO),
+        (LayerwiseObjective("classification"), "bart", "bert", TWO),
+        (LayerwiseObjective("classification"), "bert", "bart", NONE),
+        (MicroBertObjective("classification", ("soft",)), "bart", "bart", TWO),
+        (EmbeddingObjective(layer_map={}), "bart", "bart", TWO),
+        (EmbeddingObjective(), "vit", "vit", IMAGE),
+        (EmbeddingObjective(), "vit", "bert", "vocab_size: expected the teacher's 100, got None"),
+    ],
+)
+def test_what_no_objective_can_follow_is_refused_before_training(objective, ours, theirs, message, tmp_path):
+    auto = {"vit": AutoModelForImageClassification}
+    student, teacher = (make(name, auto.get(name, AutoModelForSequenceClassification)) for name in (ours, theirs))
+    for kept in (None, str(tmp_path / "kept")):
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, student, teacher=teacher, objective=objective, teacher_outputs=kept)
 
 
 @pytest.mark.parametrize("family", ["distilbert", "modernbert"])
