@@ -9,6 +9,7 @@ from torch import nn
 
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import moe_config, moe_layers
 from moebert_kernels.nn import MPOWeight
 
 
@@ -23,7 +24,15 @@ def check_given(model: Any, args: Any, options: Mapping[str, Any]) -> None:
 
 
 def check_experts(model: nn.Module, args: MoETrainingArguments, fsdp: bool) -> None:
-    """Raise UserError for settings of experts that the model does not have, or that FSDP cannot follow."""
+    """Raise UserError for settings of experts that the model does not have, or that FSDP cannot follow.
+
+    For a model, too, whose configuration says experts and which has none.
+    """
+    if moe_config(getattr(model, "config", None)) is not None and not moe_layers(model):
+        raise UserError(
+            f"model: expected experts, as its configuration says, got a dense {type(model).__name__}"
+            " (from_config makes it dense; from_pretrained loads the experts)"
+        )
     if args.shared_fold and not any(isinstance(module, MPOWeight) for module in model.modules()):
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
     if fsdp and (args.shared_fold or args.gradient_mask is not None):

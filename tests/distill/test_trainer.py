@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import arguments
@@ -190,6 +197,14 @@ def test_a_term_that_breaks_stops_the_run_by_its_name(value, options, message, t
     with pytest.raises(UserError, match=message):
         run.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_dense_model_of_a_converted_ones_configuration_is_refused(tmp_path):
+    """transformers makes one, whose folder could not be loaded."""
+    convert_to_moe(tiny_bert(0), MoEConfig.moebert(), importance=torch.rand(2, 32)).save_pretrained(tmp_path / "moe")
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path / "moe"))
+    with pytest.raises(UserError, match=r"model: expected experts, as its configuration says, got a dense BertForSeq"):
+        trainer(tmp_path, model)
 
 
 @pytest.mark.parametrize(
