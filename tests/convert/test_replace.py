@@ -8,6 +8,7 @@ import torch
 from moebert_kernels.convert import balanced_hash_table, convert_to_moe, expert_indices, random_hash_table
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
+from tests.convert.families import make
 from tests.convert.models import CLASSES, D, H, L, V, dense_model, inputs, labels, moe_model
 from tests.golden_arrays import assert_golden
 
@@ -218,3 +219,14 @@ def test_layers_of_other_widths_are_refused():
     dense.encoder.layer[1].output.dense = torch.nn.Linear(20, H)
     with pytest.raises(UserError, match=r"model: expected feed-forwards of one width, got \[20, 48\]"):
         convert_to_moe(dense, MoEConfig(**SMALL), importance=torch.rand(L, D))
+
+
+def test_a_second_weight_of_another_dtype_is_cast_with_a_warning():
+    """T5 keeps its second weights in float32, and experts have one dtype, that of the first weight."""
+    dense = make("t5").to(torch.bfloat16)
+    seconds = [module.float().weight.clone() for name, module in dense.named_modules() if name.endswith(".wo")]
+    cast = r"the second weight of encoder.block.0.layer.1.DenseReluDense is cast from torch.float32 to torch.bfloat16"
+    with pytest.warns(UserWarning, match=cast):
+        convert_to_moe(dense, MoEConfig.switch(num_experts=2))
+    for layer, second in zip(moe_layers(dense), seconds, strict=True):
+        assert torch.equal(layer.experts.w2, second.to(torch.bfloat16).expand_as(layer.experts.w2))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moebert_kernels.distill import MoETrainingArguments
 from moebert_kernels.distill.alignment import VIEWS, FeatureMaps, pool, vector_distance
 from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
@@ -15,6 +16,7 @@ from moebert_kernels.distill.teacher import LiveTeacher, teacher_info
 from moebert_kernels.errors import UserError
 from tests.convert.families import make
 from tests.distill.tiny import TinyBatches, tiny_bert
+from tests.distill.tiny_trainer import trainer
 
 CPU = torch.device("cpu")
 
@@ -191,6 +193,21 @@ def test_check_rejects(options, change, message):
     info = replace(teacher_info(tiny_bert(1)), **change)
     with pytest.raises(UserError, match=message):
         MicroBertObjective("classification", **options).check(student, info)
+
+
+def test_a_map_of_a_term_without_a_weight_is_left_out_between_processes(tmp_path, monkeypatch):
+    """It has no gradient to share."""
+    objective = MicroBertObjective("classification", ("embedding", "hidden"))
+    run = trainer(tmp_path, teacher=tiny_bert(1), objective=objective, loss_weights={"embedding": 0.0}, max_steps=1)
+    run.train()
+    gradients = {name: p.grad for name, p in objective.maps.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None] == ["layers.0.weight"]
+    monkeypatch.setattr(MoETrainingArguments, "world_size", 2)
+    monkeypatch.setattr(run.accelerator, "reduce", lambda gradient, how: gradient / 2 if how == "mean" else gradient)
+    run._end_window()
+    unused, *used = objective.maps.named_parameters()
+    assert unused[1].grad is None
+    assert used and all(torch.equal(parameter.grad, gradients[name] / 2) for name, parameter in used)
 
 
 def test_relation_heads_divide_both_sizes():
