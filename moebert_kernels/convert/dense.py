@@ -177,9 +177,7 @@ def build_model(
     built.tie_weights()
     drawn = {key: t for key, t in built.state_dict().items() if key.startswith(new) and key not in state} if new else {}
     if like is not None:
-        cast_like(built, like)
-        if getattr(like, "generation_config", None) is not None:
-            built.generation_config = copy.deepcopy(like.generation_config)
+        _settle_like(built, like)
     try:
         built.load_state_dict({**drawn, **state})
     except RuntimeError as error:
@@ -188,14 +186,18 @@ def build_model(
     return built
 
 
-def cast_like(model: Any, like: Any) -> None:
-    """Give a model the device, the mode and the dtypes of another, of what checkpoints hold: frequencies of positions,
-    which they do not, stay float32."""
+def _settle_like(model: Any, like: Any) -> None:
+    """Give a model the device, mode, settings for generation and dtypes of another.
+
+    The dtypes are those of what checkpoints hold: frequencies of positions, which they do not, stay float32.
+    """
     kinds = {key: tensor.dtype for key, tensor in like.state_dict().items()}
     model.to(device=like.device).train(like.training)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(kinds.get(key, like.dtype))
+    if getattr(like, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(like.generation_config)
 
 
 def constructor_options(model: Any) -> dict[str, Any]:
@@ -225,9 +227,7 @@ def _dense_like(
     with torch.random.fork_rng(devices=[]), no_init_weights():
         dense = model_class(config, **constructor_options(model))
     dense.tie_weights()
-    cast_like(dense, model)
-    if getattr(model, "generation_config", None) is not None:
-        dense.generation_config = copy.deepcopy(model.generation_config)
+    _settle_like(dense, model)
     sites = find_sites(dense, targets)
     if common_width(sites) != width:
         raise UserError(f"model: cannot build a {model_class.__name__} with feed-forwards of another width")

@@ -13,6 +13,10 @@ LABEL_KEYS = ("labels", "start_positions", "end_positions")
 IGNORED = -100  # the label of a token without one, as transformers marks it
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def unread_labels(model: nn.Module) -> tuple[str, ...]:
     """The labels that a forward without a loss does not need; a decoder reads their tokens."""
     config: Any = getattr(model, "config", None)
@@ -70,8 +74,7 @@ def position_loss(logits: Tensor, positions: Tensor, mask: Tensor | None = None)
     mask = torch.ones_like(logits) if mask is None else mask
     positions = positions.reshape(len(logits)).clamp(0, mask.shape[1])
     inside = F.pad(mask != 0, (0, 1)).gather(1, positions[:, None]).squeeze(1)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    wide = wide.masked_fill(mask == 0, torch.finfo(torch.float32).min)
+    wide = at_least_float32(logits).masked_fill(mask == 0, torch.finfo(torch.float32).min)
     return F.cross_entropy(wide, positions.where(inside, IGNORED), ignore_index=IGNORED, reduction="none")
 
 

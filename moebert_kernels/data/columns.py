@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = Mapping[str, list[Any]]
-IGNORED = -100
+IGNORED = -100  # as in moebert_kernels.convert, which takes seconds to import
 WINDOW = ("offset_mapping", "row")  # of questions: the characters of each token in the context, and the window's row
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import EvalPrediction
 
-from moebert_kernels.data.columns import IGNORED
+from moebert_kernels.convert.sample_loss import IGNORED, next_token_labels
 from moebert_kernels.data.metrics import Metrics, Window, answers_from_spans, compute_metrics
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
@@ -48,7 +48,7 @@ def judge(task: Task, rows: Any = None, columns: Any = None) -> dict[str, Any]:
 def label_losses(logits: Any, labels: Tensor) -> Tensor:
     """(B, T) the loss at each position, -1 where no label follows: what a perplexity needs of logits (B, T, V)."""
     logits = logits[0] if isinstance(logits, tuple) else logits
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    shifted = next_token_labels(labels)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), reduction="none", ignore_index=IGNORED)
     return torch.where(shifted == IGNORED, -1.0, losses.view_as(shifted))
 

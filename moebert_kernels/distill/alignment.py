@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebert_kernels.distill.objectives import at_least_float32
+from moebert_kernels.convert.sample_loss import at_least_float32
 
 View = Literal["cls", "max", "mean"]
 VIEWS: tuple[View, ...] = ("cls", "max", "mean")

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.convert.sample_loss import at_least_float32
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import VIEWS, Distance, FeatureMaps, View, pool, vector_distance
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
@@ -22,7 +23,6 @@ from moebert_kernels.distill.discriminator import Adversary, AdversaryConfig
 from moebert_kernels.distill.objectives import (
     Kind,
     Objective,
-    at_least_float32,
     check_classes,
     check_sizes,
     check_states,

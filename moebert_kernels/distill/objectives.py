@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.convert import describe_layer_map
 from moebert_kernels.convert import layer_map as even_layer_map
-from moebert_kernels.convert.sample_loss import IGNORED, next_token_labels, position_loss
+from moebert_kernels.convert.sample_loss import IGNORED, at_least_float32, next_token_labels, position_loss
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.loading import named_labels
 from moebert_kernels.errors import UserError
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["classification", "regression", "qa"]
 Preset = Literal["default", "paper"]
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def symmetric_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moebert_kernels.distill.objectives import at_least_float32, sequence_weights
+from moebert_kernels.convert.sample_loss import at_least_float32
+from moebert_kernels.distill.objectives import sequence_weights
 from moebert_kernels.errors import UserError
 
 QKV = tuple[Tensor, ...]  # queries, keys and values, each (B, T, H)

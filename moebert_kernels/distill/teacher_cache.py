@@ -27,10 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from moebert_kernels.convert.sample_loss import at_least_float32
 from moebert_kernels.data.split import Batch
 from moebert_kernels.distill.alignment import pool
 from moebert_kernels.distill.identity import check_same
-from moebert_kernels.distill.objectives import at_least_float32
 from moebert_kernels.distill.teacher import LiveTeacher, TeacherInfo, TeacherOutputs, teacher_info
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import size_and_crc32, write_tensors
