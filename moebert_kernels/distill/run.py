@@ -234,13 +234,13 @@ class _Run:
             if not self.settings["load_best_model_at_end"]:
                 raise UserError("load_best_model_at_end: expected True, since the best evaluation's model is kept, got"
                                 f" {self.settings['load_best_model_at_end']}")  # fmt: skip
-            if strategy == "steps":
-                facts["eval_steps"] = steps  # which may be logging_steps, that is free otherwise
-                if self.settings["save_steps"] != steps:
-                    raise UserError(
-                        f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept,"
-                        f" got {self.settings['save_steps']}"
-                    )
+            if strategy == "steps" and self.settings["save_steps"] != steps:
+                raise UserError(
+                    f"save_steps: expected eval_steps' {steps}, since the weights of the best evaluation are kept, got"
+                    f" {self.settings['save_steps']}"
+                )
+            if strategy == "steps" and not self.settings.get("eval_steps"):
+                facts["logging_steps"] = steps  # which decide here what the best evaluation is
         self.identity = json.loads(json.dumps({**facts, **identity}, default=str))
         processes = self._arguments()
         self.writes, self._wait = processes.should_save, processes.distributed_state.wait_for_everyone

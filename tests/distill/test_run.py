@@ -81,10 +81,11 @@ def test_what_is_evaluated_is_saved(tmp_path):
 
 def test_how_often_it_reports_may_not_change_where_that_says_when_it_is_judged(tmp_path):
     run(tmp_path, settings={"eval_strategy": "steps", "logging_steps": 4} | SHORT)
-    with pytest.raises(UserError, match=r"run of other eval_steps \(it was 4 and is 2 now\)"):
+    with pytest.raises(UserError, match=r"run of other logging_steps \(it was 4 and is 2 now\)"):
         run(tmp_path, settings={"eval_strategy": "steps", "logging_steps": 2} | SHORT)
-    settings = {"eval_strategy": "steps", "eval_steps": 4, "logging_steps": 2}
-    assert run(tmp_path, settings=settings | SHORT).history[0]["step"] == 4
+    run(tmp_path / "own", settings={"eval_steps": 4, "logging_steps": 4} | SHORT)
+    result = run(tmp_path / "own", settings={"eval_steps": 4, "logging_steps": 2} | SHORT)
+    assert [entry["step"] for entry in result.history] == [4, 6]
 
 
 def test_a_run_that_is_refused_drops_nothing(tmp_path):
