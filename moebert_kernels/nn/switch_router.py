@@ -76,7 +76,8 @@ class SwitchRouter(nn.Module):
             expert_ids = expert_ids.masked_fill(~counted, -1)
         if self.capacity_factor is not None:
             num_experts = probabilities.shape[-1]
-            capacity = max(1, int(self.capacity_factor * expert_ids.numel() / num_experts))
+            # `int` and `max` of Python would make the traced size a constant of an exported file
+            capacity = torch.sym_max(1, torch.sym_int(self.capacity_factor * expert_ids.numel() / num_experts))
             place = place_in_expert(expert_ids.reshape(1, -1), num_experts).view(expert_ids.shape)
             dropped = (expert_ids >= 0) & (place >= capacity)
             expert_ids = expert_ids.masked_fill(dropped, -1)

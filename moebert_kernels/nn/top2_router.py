@@ -116,7 +116,8 @@ class Top2Router(nn.Module):
 def _within_capacity(first: Tensor, second: Tensor, num_experts: int, factor: float) -> tuple[Tensor, Tensor]:
     """Ids (B, T) with -1 where the expert is full: first choices take their places before all second ones."""
     length = first.shape[1]
-    capacity = max(MIN_CAPACITY, min(length, int(length * factor / num_experts)))
+    # `int`, `min` and `max` of Python would make the traced length a constant of an exported file
+    capacity = torch.sym_max(MIN_CAPACITY, torch.sym_min(length, torch.sym_int(length * factor / num_experts)))
     places = place_in_expert(torch.cat([first, second], 1), num_experts)
     first_place, second_place = places[:, :length], places[:, length:]
     # First choices beyond the capacity take no place, but then the expert is full anyway.

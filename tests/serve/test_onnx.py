@@ -15,7 +15,7 @@ from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.errors import MissingExtra, UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import export_onnx, prepare
-from moebert_kernels.serve.onnx import StandardExperts
+from moebert_kernels.serve.onnx import StandardExperts, standard
 from tests.convert.families import make, one_layer
 from tests.serve.test_prepare import made
 
@@ -155,6 +155,43 @@ def test_exported_model_on_ragged_batches(tmp_path):
     training = model.training
     check(model, session_of(model, tmp_path / "model.onnx"), 5)
     assert model.training == training and type(model.encoder.layer[0].output.experts).__name__ == "NormedExperts"
+
+
+LIMITED = (
+    MoEConfig.switch(num_experts=4, router_options={"capacity_factor": 0.5}),
+    MoEConfig(router="top2", experts="copy", num_experts=3, router_options={"eval_capacity_factor": 0.5}),
+)
+
+
+def limited(config):
+    model = convert_to_moe(make("bert", AutoModel, num_hidden_layers=1), config).eval()
+    moe_layers(model)[0].router.gate.weight.data.mul_(300)  # else rounding changes choices
+    return model
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("config", LIMITED)
+def test_the_capacity_is_that_of_the_batch(config, tmp_path):
+    """The exporter's example has two sequences of six tokens."""
+    model = limited(config)
+    session = session_of(model, tmp_path / "model.onnx")
+    for B, T in ((1, 3), (5, 41)):
+        ids = torch.randint(3, 99, (B, T), generator=torch.Generator().manual_seed(7))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            expected = model(**batch).last_hidden_state
+        assert (outputs_of(session, batch)["last_hidden_state"] - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("config", LIMITED)
+def test_a_traced_capacity_is_that_of_the_batch(config):
+    router, free = moe_layers(standard(limited(config), StandardExperts))[0].router, torch.export.Dim.DYNAMIC
+    traced = torch.export.export(router, (torch.randn(2, 6, 32),), dynamic_shapes=({0: free, 1: free},)).module()
+    for B, T in ((2, 3), (5, 41)):
+        x = torch.randn(B, T, 32)
+        assert torch.equal(traced(x)[0], router(x)[0])
+    assert (router(x)[0] < 0).any()
 
 
 def test_refusals(tmp_path):
