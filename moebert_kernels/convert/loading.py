@@ -82,10 +82,9 @@ def check_files(model: Any, files: Sequence[str]) -> set[str]:
         raise UserError(f"checkpoint: expected files of one folder in its index, got {', '.join(sorted(folders))}")
     ours, found = _tensors(model), set()
     tensors = model.state_dict()
-    base = f"{model.base_model_prefix}."  # the file may be of the model with a head, or without one
     num_experts = model.config.quantization_config.num_experts
-    for key, stored in _stored_tensors(files):
-        name = next((name for name in (key, base + key, key.removeprefix(base)) if name in tensors), None)
+    for key, stored in stored_tensors(files):
+        name = name_in(model, key, tensors)
         if name is None:
             continue
         found.add(name)
@@ -142,7 +141,13 @@ def _head_of(model: Any, name: str) -> str | None:
     return first if first in ("lm_head", "pooler", "qa_outputs") else None
 
 
-def _stored_tensors(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def name_in(model: Any, key: str, tensors: Collection[str]) -> str | None:
+    """Which of the model's tensors has this key in a file, which may be of the model with a head, or without one."""
+    base = f"{model.base_model_prefix}."
+    return next((name for name in (key, base + key, key.removeprefix(base)) if name in tensors), None)
+
+
+def stored_tensors(files: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Keys of safetensors files with their slices; with the tensors themselves for hash tables."""
     for file in files:
         if file.endswith(".safetensors"):

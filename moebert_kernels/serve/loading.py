@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.quantizers import register_quantization_config, register_quantizer
 
-from moebert_kernels.convert.loading import MoELoader, check_files, check_loaded
+from moebert_kernels.convert.loading import MoELoader, check_files, check_loaded, name_in, stored_tensors
 from moebert_kernels.convert.replace import replace_feed_forwards, set_config
 from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.errors import UserError
@@ -43,9 +43,11 @@ class PreparedLoader(MoELoader):
             replace_feed_forwards(model, self.moe)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        replace_modules(model, config.dtype)
+        files, tensors = checkpoint_files or (), model.state_dict()
+        keys = [key for key, _ in stored_tensors(files)]
+        replace_modules(model, config.dtype, stored={name_in(model, key, tensors) or key for key in keys})
         untie(model)
-        self.found = set() if self.moe is None else check_files(model, checkpoint_files or ())
+        self.found = set() if self.moe is None else check_files(model, files)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -71,7 +73,8 @@ def check_packed(model: Any) -> None:
     """Raise a UserError unless every tensor that is to be packed came from the checkpoint, on the CPU."""
     for prefix, module in model.named_modules():
         if isinstance(module, PackedModule):
-            for name, tensor in module.named_buffers():
+            shared = () if module.source is None else (("weight", module.source.weight),)
+            for name, tensor in (*module.named_buffers(), *shared):
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise UserError(f"checkpoint: expected a tensor {prefix}.{name}, got none")
                 if tensor.device.type != "cpu":

@@ -1,4 +1,4 @@
-"""The modules of a prepared model: linear layers, experts and embeddings whose weights are packed.
+"""The modules of a prepared model: linear layers and experts whose weights are packed.
 
 Each has two states. `empty` ones have the buffers of a checkpoint, for transformers to fill; `pack` turns them into the
 form of an engine, and `state_dict` turns that back into the same buffers, bit for bit.
@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
@@ -40,6 +39,13 @@ class PackedModule(nn.Module):
 
     dtype: str  # one of DTYPES
     token_scales: frozenset[str] = frozenset()  # those of `products` that get them in an int8 model
+    source: Any = None  # the embedding that has this module's weight and scale, where a model ties them
+
+    def tie(self, source: nn.Module) -> None:
+        """Take weight and scale from an embedding, nn's or packed, and keep none; checkpoints have them once."""
+        self._buffers.pop("weight", None)
+        self._buffers.pop("scale", None)
+        object.__setattr__(self, "source", source)  # no submodule: its tensors have one name
 
     def products(self) -> dict[str, Packed]:
         """The linear layers inside, once they are packed, by names that are this module's own."""
@@ -93,7 +99,7 @@ def products_of(model: nn.Module) -> dict[str, Packed]:
 class PackedLinear(PackedModule):
     """nn.Linear with a packed weight; inputs and outputs have the model's dtype.
 
-    Buffers: weight (N, K), scale (N,) of int8 ones, bias (N,) or none.
+    Buffers: weight (N, K), scale (N,) of int8 ones, bias (N,) or none; of a tied one bias alone.
     """
 
     def __init__(self, weights: Weights, dtype: str) -> None:
@@ -107,7 +113,7 @@ class PackedLinear(PackedModule):
     def of(cls, module: Any, dtype: str) -> PackedLinear:
         """From an nn.Linear, or from GPT-2's Conv1D, which keeps (in, out)."""
         weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
-        return cls(_weights(weight, module.bias, dtype), dtype)
+        return cls(as_weights(weight, module.bias, dtype), dtype)
 
     def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
         yield (self.out_features, self.in_features), False, [self._weights()]
@@ -124,11 +130,17 @@ class PackedLinear(PackedModule):
         return {} if self._packed is None else {"": self._packed}
 
     def _weights(self) -> Weights:
-        return Weights(*(self._buffers.get(name) for name in Weights._fields))
+        own = Weights(*(self._buffers.get(name) for name in Weights._fields))
+        if self.source is None:
+            return own
+        weight, scale = self.source.weight.detach(), getattr(self.source, "scale", None)
+        return Weights(weight.to(DTYPES[self.dtype]), scale, own.bias)
 
     def tensors(self) -> dict[str, Tensor]:
-        assert self._packed is not None
-        return {name: t for name, t in self._packed.weights()._asdict().items() if t is not None}
+        if self._packed is None:  # a tied one without a bias, which has no buffers
+            return {}
+        names = Weights._fields if self.source is None else ("bias",)
+        return {name: t for name, t in self._packed.weights()._asdict().items() if t is not None and name in names}
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
@@ -327,38 +339,6 @@ class PackedExperts(PackedModule):
         )
 
 
-class PackedEmbedding(PackedModule):
-    """nn.Embedding with int8 rows and a scale for each. Buffers: weight (V, H) int8, scale (V,) float32."""
-
-    dtype = "int8"
-
-    def __init__(self, weight: Tensor, scale: Tensor, padding_idx: int | None) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = weight.shape
-        self.padding_idx = padding_idx
-        self._fill({"weight": weight, "scale": scale})
-
-    @classmethod
-    def of(cls, module: Any) -> PackedEmbedding:
-        weight, scale = _weights(module.weight, None, "int8")[:2]
-        assert scale is not None
-        return cls(weight, scale, module.padding_idx)
-
-    def pack(self, engines: Engines) -> None:
-        """Nothing: it computes with its buffers."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-
-    def forward(self, ids: Tensor) -> Tensor:
-        weight, scale = self._buffers["weight"], self._buffers["scale"]
-        assert weight is not None and scale is not None
-        return F.embedding(ids, weight).float() * F.embedding(ids, scale.unsqueeze(1))
-
-    def extra_repr(self) -> str:
-        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype=int8"
-
-
 def is_padding(count: int) -> Tensor | None:
     """(count,) bool of the tokens of the forward that runs; None: nothing says which are padding."""
     tokens = current().tokens
@@ -366,7 +346,7 @@ def is_padding(count: int) -> Tensor | None:
     return None if mask is None else mask[:, -(count // len(mask)) :].reshape(-1) == 0
 
 
-def _weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
+def as_weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     """`converted`, on the meta device too, where there are no values."""
     if not weight.is_meta:
         return converted(weight, bias, dtype)
@@ -382,7 +362,7 @@ def expert_tensors(
     """The buffers of `PackedExperts` from w1 (E, I or 2I, H), b1, w2 (E, H, I), b2, of any strides."""
     tensors: dict[str, Tensor | None] = {}
     for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
-        made = [_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
+        made = [as_weights(weight[e], None if bias is None else bias[e], dtype) for e in range(len(weight))]
         for key, parts in zip((f"w{name}", f"w{name}_scale", f"b{name}"), zip(*made, strict=True), strict=True):
             tensors[key] = None if parts[0] is None else torch.stack(list(parts))
     return tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -22,7 +22,8 @@ from moebert_kernels.nn.context import derived_class, drop_autocast
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.calibration import products_needing_token_scales
 from moebert_kernels.serve.config import PreparedConfig
-from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear, PackedModule, products_of
+from moebert_kernels.serve.embedding import PackedEmbedding, embed_scale_of
+from moebert_kernels.serve.modules import PackedExperts, PackedLinear, PackedModule, products_of
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
@@ -114,13 +115,18 @@ def moe_of(model: Any) -> Any:
     return model.config.quantization_config if converted else None
 
 
-def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, type[PackedModule]]]:
-    """What `prepare` replaces: the module around it, its name there, itself, and the class that takes its place."""
+def packable(
+    model: Any, dtype: str, stored: Collection[str] = ()
+) -> list[tuple[nn.Module, str, Any, type[PackedModule]]]:
+    """What `prepare` replaces: the module around it, its name there, itself, and the class that takes its place.
+
+    `stored` is as for `replace_modules`.
+    """
     places = [(parent, name, child) for parent in _outside_routers(model) for name, child in parent.named_children()]
     # transformers' own Mixtures-of-Experts have routers of any kind beside their experts
     experts_beside = {id(parent): child.num_experts for parent, _, child in places if is_experts(child)}
     found: list[tuple[nn.Module, str, Any, type[PackedModule]]] = []
-    words = _word_embeddings(model)
+    words = _word_embeddings(model, stored)
     for parent, name, child in places:
         outputs: Any = child.nf if type(child).__name__ == "Conv1D" else getattr(child, "out_features", 0)
         if isinstance(parent, MoEFeedForward) and name == "experts":
@@ -135,19 +141,41 @@ def packable(model: nn.Module, dtype: str) -> list[tuple[nn.Module, str, Any, ty
     return found
 
 
-def replace_modules(model: nn.Module, dtype: str) -> int:
+def replace_modules(model: Any, dtype: str, stored: Collection[str] = ()) -> int:
     """Put empty packed modules in the place of what can be packed; on the meta device too.
+
+    Those whose weight a model ties to an embedding's have that embedding's.
+
+    Args:
+        stored: names of tensors of a checkpoint, which are not tied though the model ties them.
 
     Returns:
         How many of them are layers or experts, and no embeddings.
     """
-    count = 0
-    for parent, name, child, kind in packable(model, dtype):
+    count, tied = 0, _tied(model, stored)
+    for parent, name, child, kind in packable(model, dtype, stored):
         made: Any = PackedEmbedding.of(child) if kind is PackedEmbedding else kind.of(child, dtype)  # type: ignore[attr-defined]
         made.training = False
         setattr(parent, name, made)
         count += kind is not PackedEmbedding
+    for target, source in tied:
+        place, table = model.get_submodule(target), model.get_submodule(source)
+        # an embedding with too few rows for int8 has its head's weight in floating point
+        if isinstance(place, PackedModule) and isinstance(table, PackedEmbedding if is_int8(dtype) else nn.Embedding):
+            place.tie(table)
     return count
+
+
+def _tied(model: Any, stored: Collection[str]) -> list[tuple[str, str]]:
+    """Names of the modules whose weight is another module's, each with that other one's."""
+    found, weights = [], dict(model.named_parameters(remove_duplicate=False))
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        weight, table = weights.get(target), weights.get(source)
+        if weight is None or table is None or not target.endswith(".weight") or target in stored:
+            continue
+        if weight is table or weight.is_meta:  # which transformers ties after loading
+            found.append((target.removesuffix(".weight"), source.removesuffix(".weight")))
+    return found
 
 
 def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
@@ -161,8 +189,8 @@ def _outside_routers(model: nn.Module) -> Iterator[nn.Module]:
     yield from (module for module in model.modules() if id(module) not in inside)
 
 
-def _word_embeddings(model: nn.Module) -> set[int]:
-    """The ids of what models inside this one call word embeddings, where they are many.
+def _word_embeddings(model: Any, stored: Collection[str]) -> set[int]:
+    """The ids of what models inside this one call word embeddings, where they are many, and of what is tied to these.
 
     Of other embeddings, as DeBERTa's of relative positions, attention may read the weight itself.
     """
@@ -170,9 +198,13 @@ def _word_embeddings(model: nn.Module) -> set[int]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             with suppress(NotImplementedError):
-                embedding = module.get_input_embeddings()
-                if type(embedding) is nn.Embedding and embedding.num_embeddings >= FEWEST_ROWS:
+                embedding: Any = module.get_input_embeddings()
+                if embed_scale_of(embedding) is not None and embedding.num_embeddings >= FEWEST_ROWS:
                     found.add(id(embedding))
+    for names in _tied(model, stored):  # Marian calls the encoder's and the decoder's so, not the one that they share
+        both = [model.get_submodule(name) for name in names]
+        if not found.isdisjoint(map(id, both)):
+            found |= {id(module) for module in both if embed_scale_of(module) is not None}
     return found
 
 
@@ -209,7 +241,7 @@ def token_scales_in(model: Any, names: list[str] | None) -> list[str] | None:
 
 
 def untie(model: Any) -> None:
-    """Packed weights are nobody else's, also where the model's were: a head's and the embedding's."""
+    """What transformers is to tie: nothing packed, since `replace_modules` has done it."""
     packed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule))
     tied = model.all_tied_weights_keys
     model.all_tied_weights_keys = {
@@ -221,6 +253,7 @@ def untie(model: Any) -> None:
 
 def finish(model: Any, config: PreparedConfig) -> None:
     """Choose engines, pack all modules, and let the model know what it is."""
+    aligned(model)  # before a head is packed in the engine "plain", which keeps an embedding's own weight
     for stack in model.modules():
         routers = [layer.router for layer in getattr(stack, "moe_layers", ())]
         if routers and isinstance(routers[0], HashRouter):
@@ -235,7 +268,6 @@ def finish(model: Any, config: PreparedConfig) -> None:
             module.pack(lambda shape, experts: engines[shape, experts])
     if unknown := sorted(set(scales) - products_of(model).keys()):
         raise UserError(f"token_scales: expected names of this model's products, got {unknown[0]!r}")
-    aligned(model)  # what is not packed
     object.__setattr__(model, "prepared", config)
     object.__setattr__(model, "prepared_choices", choices)
     kind: Any = type(model)

@@ -11,7 +11,8 @@ from torch import nn
 from moebert_kernels import cpu, reference
 from moebert_kernels.errors import UserError
 from moebert_kernels.serve import packed as packing
-from moebert_kernels.serve.modules import PackedEmbedding, PackedExperts, PackedLinear
+from moebert_kernels.serve.embedding import PackedEmbedding
+from moebert_kernels.serve.modules import PackedExperts, PackedLinear
 from moebert_kernels.serve.packed import DTYPES, ENGINES, Weights, available, converted, fastest, pack, quantised
 from tests.helpers import assert_as_accurate
 from tests.serve.problems import SEVEN_BITS, Problem

@@ -1,0 +1,74 @@
+"""Files of prepared models: what they hold, and what transformers makes of them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+)
+
+from moebert_kernels.serve import prepare
+from moebert_kernels.serve.embedding import PackedEmbedding
+from moebert_kernels.serve.packed import available
+from tests.convert.families import FAMILIES, make, make_inputs
+from tests.serve.test_prepare import CLOSE, distance, made, run
+
+
+@pytest.fixture(autouse=True)
+def one_engine_and_small_embeddings(monkeypatch):
+    monkeypatch.setattr("moebert_kernels.serve.preparation.FEWEST_ROWS", 50)
+    monkeypatch.setattr("moebert_kernels.serve.packed.available", lambda dtype: available(dtype)[-1:])
+
+
+TIED = [
+    ("bert", AutoModelForMaskedLM, {}), ("gpt2", AutoModelForCausalLM, {}), ("gemma3_text", AutoModelForCausalLM, {}),
+    ("t5", AutoModelForSeq2SeqLM, {}), ("bart", AutoModelForSeq2SeqLM, {"scale_embedding": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, auto, changes", TIED)
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+def test_tied_tables_are_saved_once(family, auto, changes, dtype, tmp_path):
+    inputs, model = make_inputs(family), made(family, "dense", auto, vocab_size=1000, **changes)
+    expected = run(model, inputs)
+    model.save_pretrained(tmp_path / "dense")
+    prepared = prepare(model, dtype)
+    got = run(prepared, inputs)
+    assert distance(got, expected) < 2 * CLOSE[dtype]
+    prepared.save_pretrained(tmp_path / "first")
+    tables = [tensor for tensor in load_file(tmp_path / "first/model.safetensors").values() if len(tensor) == 1000]
+    assert sum(tensor.dim() == 2 for tensor in tables) == 1
+    loaded = auto.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+    again = auto.from_pretrained(tmp_path / "second")
+    for one in (loaded, copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded)), again):
+        assert torch.equal(run(one, inputs), got)
+    if dtype == "int8":
+        sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("dense", "first")]
+        assert sizes[1] < 0.5 * sizes[0]  # of tiny models, in which scales and norms count
+
+
+def test_tables_that_a_checkpoint_keeps_apart_stay_so(tmp_path):
+    """A head that somebody untied, and checkpoints of before."""
+    inputs, model = make_inputs("gpt2"), make("gpt2", AutoModelForCausalLM)
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
+    prepared = prepare(model)
+    prepared.save_pretrained(tmp_path)
+    got = run(prepared, inputs)
+    assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), got)
+
+
+def test_a_shared_embedding_that_no_model_calls_its_own_is_packed():
+    """Marian's encoder and decoder have one each, tied to a third."""
+    sizes = FAMILIES["bart"][1]
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("marian", **sizes)).eval()
+    expected, prepared = run(model, make_inputs("bart")), prepare(model)
+    assert isinstance(prepared.model.shared, PackedEmbedding)
+    assert distance(run(prepared, make_inputs("bart")), expected) < CLOSE["int8"]
