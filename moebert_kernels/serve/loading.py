@@ -5,6 +5,9 @@ The modules are empty until the weights are loaded; then engines are chosen anew
 
 from __future__ import annotations
 
+import inspect
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,6 +48,7 @@ class PreparedLoader(MoELoader):
             parameter.requires_grad_(False)
         files, tensors = checkpoint_files or (), model.state_dict()
         keys = [key for key, _ in stored_tensors(files)]
+        leave_out_pooler(model, keys)
         replace_modules(model, config.dtype, stored={name_in(model, key, tensors) or key for key in keys})
         untie(model)
         self.found = set() if self.moe is None else check_files(model, files)
@@ -67,6 +71,16 @@ class PreparedLoader(MoELoader):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def leave_out_pooler(model: Any, keys: Sequence[str]) -> None:
+    """Take the pooler off a model that can be without, if files of these keys have none: a drawn one is of no use."""
+    optional = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+    stored = any(re.search(r"(^|\.)pooler\.", key) for key in keys)
+    if keys and not stored and optional and getattr(model, "pooler", None) is not None:
+        model.pooler = None
+        message = "checkpoint: it has no pooler, so the model gets none, and its pooler_output is None"
+        warnings.warn(message, stacklevel=2)
 
 
 def check_packed(model: Any) -> None:

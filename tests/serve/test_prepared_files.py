@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
+from moebert_kernels.errors import UserError
 from moebert_kernels.serve import prepare
 from moebert_kernels.serve.embedding import PackedEmbedding
 from moebert_kernels.serve.packed import available
@@ -72,3 +77,24 @@ def test_a_shared_embedding_that_no_model_calls_its_own_is_packed():
     expected, prepared = run(model, make_inputs("bart")), prepare(model)
     assert isinstance(prepared.model.shared, PackedEmbedding)
     assert distance(run(prepared, make_inputs("bart")), expected) < CLOSE["int8"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "hash"])
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForMaskedLM])
+def test_a_model_without_a_pooler_is_loaded_without_a_head(auto, dtype, kind, tmp_path):
+    inputs, prepared = make_inputs("bert"), prepare(made("bert", kind, auto), dtype)
+    prepared.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = AutoModel.from_pretrained(tmp_path)
+    assert [str(one.message) for one in caught if "pooler" in str(one.message)] == [
+        "checkpoint: it has no pooler, so the model gets none, and its pooler_output is None"
+    ]
+    with torch.no_grad():
+        got, wanted = loaded(**inputs), prepared.bert(**inputs)
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state) and got.pooler_output is None
+    loaded.save_pretrained(tmp_path / "bare")
+    assert torch.equal(run(AutoModel.from_pretrained(tmp_path / "bare"), inputs), got.last_hidden_state)
+    with pytest.raises(UserError, match=r"checkpoint: expected a tensor bert\.pooler\.dense\.weight, got none"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
