@@ -5,10 +5,11 @@ The modules are empty until the weights are loaded; then engines are chosen anew
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,10 +53,12 @@ class PreparedLoader(MoELoader):
         replace_modules(model, config.dtype, stored={name_in(model, key, tensors) or key for key in keys})
         untie(model)
         self.found = set() if self.moe is None else check_files(model, files)
+        model.initialize_weights = functools.partial(_checked_initialize_weights, model, model.initialize_weights)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         config: Any = self.quantization_config
+        vars(model).pop("initialize_weights", None)
         if self.moe is not None:
             set_config(model, self.moe)
             check_loaded(model, self.found)
@@ -81,6 +84,12 @@ def leave_out_pooler(model: Any, keys: Sequence[str]) -> None:
         model.pooler = None
         message = "checkpoint: it has no pooler, so the model gets none, and its pooler_output is None"
         warnings.warn(message, stacklevel=2)
+
+
+def _checked_initialize_weights(model: Any, initialize_weights: Callable[[], None]) -> None:
+    """transformers draws what no file had, and some models draw the weights of layers that they know, int8 or not."""
+    check_packed(model)
+    initialize_weights()
 
 
 def check_packed(model: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     AutoModelForTokenClassification,
 )
 
@@ -98,3 +99,12 @@ def test_a_model_without_a_pooler_is_loaded_without_a_head(auto, dtype, kind, tm
     assert torch.equal(run(AutoModel.from_pretrained(tmp_path / "bare"), inputs), got.last_hidden_state)
     with pytest.raises(UserError, match=r"checkpoint: expected a tensor bert\.pooler\.dense\.weight, got none"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTextEncoding, AutoModelForTokenClassification])
+@pytest.mark.parametrize("family", ["t5", "umt5"])
+def test_an_encoder_alone_is_no_encoder_and_decoder(family, auto, tmp_path):
+    """T5's classes draw missing weights by name, which int8 ones refuse."""
+    prepare(made(family, "dense", auto)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint: expected a tensor decoder\..*weight, got none"):
+        AutoModel.from_pretrained(tmp_path)
