@@ -318,13 +318,17 @@ def _grouped(names: Iterable[str]) -> list[str]:
 
 @functools.cache
 def prepared_class(base: Any) -> type:
-    """The class of a prepared model: it does not train, and saves what it is, with a card."""
+    """The class of a prepared model: it does not train or grow, and saves what it is, with a card."""
 
     @functools.wraps(base.train)
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
             raise UserError("train: a prepared model is for inference; train the model that it was made of")
         return base.train(self, mode)
+
+    @functools.wraps(base.resize_token_embeddings)
+    def resize_token_embeddings(self: Any, *_: Any, **__: Any) -> Any:
+        raise UserError("resize_token_embeddings: expected a model that is not prepared; resize it, then prepare it")
 
     @functools.wraps(base.save_pretrained)
     def save_pretrained(
@@ -335,7 +339,8 @@ def prepared_class(base: Any) -> type:
         if is_main_process:
             write_card(self, save_directory)
 
-    return derived_class(prepared_class, base, (base,), {"train": train, "save_pretrained": save_pretrained})
+    members = {"train": train, "resize_token_embeddings": resize_token_embeddings, "save_pretrained": save_pretrained}
+    return derived_class(prepared_class, base, (base,), members)
 
 
 class saved_config:

@@ -108,3 +108,13 @@ def test_an_encoder_alone_is_no_encoder_and_decoder(family, auto, tmp_path):
     prepare(made(family, "dense", auto)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"checkpoint: expected a tensor decoder\..*weight, got none"):
         AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_prepared_vocabulary_stays(family, dtype):
+    prepared = prepare(make(family, AutoModelForCausalLM if family == "gpt2" else AutoModelForMaskedLM), dtype)
+    expected = run(prepared, make_inputs(family))
+    with pytest.raises(UserError, match="resize_token_embeddings: expected a model that is not prepared; resize it"):
+        prepared.resize_token_embeddings(120)
+    assert torch.equal(run(prepared, make_inputs(family)), expected)
