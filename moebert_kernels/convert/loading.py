@@ -121,9 +121,12 @@ def check_loaded(model: Any, found: Collection[str]) -> None:
     tied, may_be_missing = model.all_tied_weights_keys, model._keys_to_ignore_on_load_missing or ()
     tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
     missing = {name for name, tensor in tensors.items() if not _is_loaded(tensor) and not tensor.is_meta}
-    known = {_head_of(model, name) for name in tensors.keys() - missing} | {None}
+    present = tensors.keys() - missing
+    known = {_head_of(model, name) for name in present} | {None}
     for name in sorted(missing - set(found)):  # of another shape transformers has its own option and error
-        if _head_of(model, name) in known and not any(re.search(pattern, name) for pattern in may_be_missing):
+        if any(re.search(pattern, name) for pattern in may_be_missing) or _is_other_heads(model, name, present):
+            continue
+        if _head_of(model, name) in known:
             raise UserError(f"checkpoint: expected a tensor {name}, got none")
 
 
@@ -139,6 +142,17 @@ def _head_of(model: Any, name: str) -> str | None:
             return first
         first = rest.partition(".")[0]
     return first if first in ("lm_head", "pooler", "qa_outputs") else None
+
+
+def _is_other_heads(model: Any, name: str, present: Collection[str]) -> bool:
+    """Whether a tensor may be new since the checkpoint is of another class, whose head has fewer modules or no bias."""
+    if type(model).__name__ in (model.config.architectures or (type(model).__name__,)):
+        return False
+    module, _, leaf = name.rpartition(".")
+    head = _head_of(model, name)
+    if head is None:
+        return leaf == "mask_token"  # of images, which only models for masked ones have
+    return (leaf == "bias" and head != "pooler") or not any(other.startswith(f"{module}.") for other in present)
 
 
 def name_in(model: Any, key: str, tensors: Collection[str]) -> str | None:

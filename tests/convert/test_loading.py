@@ -14,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
+    AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -23,9 +28,11 @@ from transformers import (
     logging,
 )
 
+from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.convert.loading import MoELoader
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import moe_config, moe_layers
+from moebert_kernels.layers import MoEConfig, moe_config, moe_layers
+from tests.convert.families import make
 from tests.convert.models import CLASSES, ROUTERS, V, dense_model, inputs, moe_model
 from tests.helpers import ROOT, assert_same_model
 
@@ -274,6 +281,34 @@ def test_what_a_checkpoint_has_nothing_of_is_new(tmp_path):
     AutoModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "encoder")
     tied = AutoModelForMaskedLM.from_pretrained(tmp_path / "encoder")  # a new head, of which one matrix is there
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+SWAPS = [
+    ("bert", AutoModelForMaskedLM, AutoModelForPreTraining, {"cls.seq_relationship.weight"}),
+    ("bert", AutoModelForNextSentencePrediction, AutoModelForPreTraining, {"cls.predictions.transform.dense.weight"}),
+    ("bert", AutoModelForCausalLM, AutoModelForPreTraining, {"cls.seq_relationship.weight"}),
+    ("llama", AutoModelForSequenceClassification, AutoModelForTokenClassification, {"score.bias"}),
+    ("vit", AutoModelForImageClassification, AutoModelForMaskedImageModeling, {"vit.embeddings.mask_token"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family, saved, wanted, new", SWAPS)
+def test_another_class_may_have_more_of_a_head(family, saved, wanted, new, tmp_path):
+    convert_to_moe(make(family, saved), MoEConfig.switch(num_experts=2)).save_pretrained(tmp_path)
+    model, info = wanted.from_pretrained(tmp_path, output_loading_info=True)
+    assert new <= info["missing_keys"] and moe_layers(model)
+    model.save_pretrained(tmp_path / "again")
+    for name in new:  # the same class has to have it
+        change_tensor(tmp_path / "again", name, None)
+        with pytest.raises(UserError, match=f"checkpoint: expected a tensor {name}, got none"):
+            wanted.from_pretrained(tmp_path / "again")
+
+
+def test_another_class_does_not_make_a_broken_head_whole(tmp_path):
+    moe_model().save_pretrained(tmp_path)
+    change_tensor(tmp_path, "classifier.weight", None)
+    with pytest.raises(UserError, match=r"checkpoint: expected a tensor classifier\.weight, got none"):
+        AutoModelForTokenClassification.from_pretrained(tmp_path)
 
 
 def test_a_given_state_is_loaded_and_checked():
