@@ -18,14 +18,15 @@ from moebert_kernels.study.paired import paired_t
 
 MAIN = (TEACHER, "moe", "dense", "half-depth")  # means are over the tasks that all of these have
 TOGETHER = ("minilm", "mpnet-32k")  # sets of runs of one kind, whose pairs are also taken together
-BASELINE = "moe"  # the others are compared with it
+BASELINES = {"dense-eighth": "moe-eighth"}  # what an arm is compared with; the others with "moe"
 SHAPE = "8x128"  # of the table and the chart
 INTRODUCTION = (
     "# Accuracy over latency\n\n"
     "A section is a set of runs. Its name begins with the model; then come the training rows (2500) or the tokens that"
     " chose experts (32k, 48k; without either the settings of the script), and what differs: w5 and w20 the weight of"
     ' the distillation terms, u and u1 texts without labels, fp32 the precision. "Kept" is the mean of student /'
-    " teacher over the tasks that teacher, chosen experts, dense model and half depth all have; so are the means.\n\n"
+    " teacher over the tasks that teacher, chosen experts, dense model and half depth all have; so are the means. The"
+    " dense model of an eighth is compared with chosen experts of an eighth, all else with those of a quarter.\n\n"
 )
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
 Run = Mapping[str, Any]
@@ -109,18 +110,19 @@ class Summary:
         return 100 * statistics.mean(map(statistics.mean, found)) if found and all(found) else None
 
     def pairs(self, arm: str, of: Callable[[Run], float | None]) -> list[float]:
-        """BASELINE minus the arm in points, for each task and seed that both have."""
+        """The chosen experts of the arm's size minus the arm in points, for each task and seed that both have."""
+        base = BASELINES.get(arm, "moe")
         places = [(task, seed) for task in self.tasks for seed in self.seeds]
         both = [
-            (of(self.cells[BASELINE, *place]), of(self.cells[arm, *place]))
+            (of(self.cells[base, *place]), of(self.cells[arm, *place]))
             for place in places
-            if (BASELINE, *place) in self.cells and (arm, *place) in self.cells
+            if (base, *place) in self.cells and (arm, *place) in self.cells
         ]
         return [100 * (ours - theirs) for ours, theirs in both if ours is not None and theirs is not None]
 
     def difference(self, arm: str, of: Callable[[Run], float | None]) -> tuple[float, float | None, int] | None:
         """The mean of `pairs`, p of the paired t-test over tasks and seeds, and the number of pairs."""
-        pairs = [] if arm == BASELINE else self.pairs(arm, of)
+        pairs = [] if arm == "moe" else self.pairs(arm, of)
         return (statistics.mean(pairs), paired_t(pairs), len(pairs)) if pairs else None
 
     def missing(self) -> list[str]:
@@ -139,9 +141,9 @@ class Summary:
 
 
 def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> list[str]:
-    """BASELINE minus the other main arms over the pairs of several models together."""
+    """Chosen experts minus other arms over the pairs of several models together."""
     lines = ["| chosen MoE minus | | score | p | above 0 | agreement | p | above 0 |", "|---" * 8 + "|"]
-    for arm in MAIN[2:]:
+    for arm in (*MAIN[2:], *BASELINES):
         for name, summaries in (("distilled", trained), ("converted alone", untrained)):
             cells = []
             for of in (lambda run: run["scores"]["float32"], lambda run: run.get("agreement")):

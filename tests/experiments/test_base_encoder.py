@@ -202,13 +202,16 @@ def test_summary(modules, tmp_path):
     runs = [made_up("teacher", task, seed, 0.8) for task in ("rte", "cola") for seed in (1, 2)]
     runs += [made_up("moe", task, seed, 0.78) for task in ("rte", "cola") for seed in (1, 2)]
     runs += [made_up("dense", "rte", 1, 0.76), made_up("dense", "rte", 2, 0.72), made_up("dense", "cola", 1, 0.74)]
-    runs += [made_up("balanced", "rte", 1, 0.7)]
+    runs += [made_up("balanced", "rte", 1, 0.7), made_up("moe-eighth", "rte", 1, 0.7)]
+    runs += [made_up("dense-eighth", "rte", seed, 0.69) for seed in (1, 2)]
     summary = report.Summary(runs, ("rte", "cola"), (1, 2))
     assert summary.common == ["rte", "cola"]
     assert summary.mean("moe") == (pytest.approx(78.0), pytest.approx(3 / 2**0.5))
     assert summary.kept("moe") == pytest.approx(97.5)
     mean, p, pairs = summary.difference("dense", lambda run: run["scores"]["float32"])
     assert mean == pytest.approx(4.0) and pairs == 3 and p == pytest.approx(0.0742, abs=1e-4)
+    of_an_eighth = summary.difference("dense-eighth", lambda run: run["scores"]["float32"])
+    assert of_an_eighth == (pytest.approx(1.0), None, 1)  # over experts of an eighth
     assert summary.mean("balanced") is None
     missing = summary.missing()
     assert "- dense of the same FLOPs, 1/4: cola (seed 2)" in missing
