@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moebert_kernels.data.files import (
-    Columns,
-    find_split_files,
-    named_columns,
-    read_columns,
-    read_text,
-    reading,
-    require_columns,
-    split_name,
-)
+from moebert_kernels.data.files import Columns, require_columns
 from moebert_kernels.data.labels import class_names, label_text, score_of
+from moebert_kernels.data.sources import sources, wanted_columns
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +103,6 @@ TASKS: dict[str, Task] = {
         Task("lm", "lm", ("text",), ("perplexity", "loss")),
     )
 }  # fmt: skip
-_HUB_SPLITS = {"validation_matched": "validation", "test_matched": "test"}
 
 
 @dataclass(frozen=True)
@@ -227,11 +218,11 @@ def load_task(
     """
     task = get_task(task) if isinstance(task, str) else task
     tables: dict[str, tuple[Columns, str]] = {}
-    for split, columns, where in _sources(task, data, file_split):
+    for split, columns, where in sources(task, data, file_split):
         if not any(len(values) for values in columns.values()):
             raise UserError(f"data: expected rows in {where}, got none")
         hint = "; --{0}-column, or custom_task, names another" if task.name == "custom" else ""
-        chosen = require_columns(columns, _wanted(task), where, hint.format("text"))
+        chosen = require_columns(columns, wanted_columns(task), where, hint.format("text"))
         if task.has_label:
             names = (task.file_columns.get("label", task.label_column), task.label_column)
             if split == "test" and not set(names) & {*columns}:
@@ -242,70 +233,6 @@ def load_task(
         columns, where = tables.get("train") or next(iter(tables.values()))
         task = replace(task, label_names=class_names(task.label_column, columns["label"], where))
     return TaskData(task, {split: _dataset(task, columns, where) for split, (columns, where) in tables.items()})
-
-
-def _wanted(task: Task) -> dict[str, tuple[str, ...]]:
-    """The columns that are read as they are, each with the names that it may have."""
-    names = (*task.text_columns, *["answers"] * (task.kind == "qa"))
-    return {name: (task.file_columns.get(name, name), name) for name in names}
-
-
-def _sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Columns, str]]:
-    """Split, columns and where they are from."""
-    path = Path(data) if isinstance(data, (str, Path)) else None
-    if path is not None and any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        from datasets import Dataset, load_from_disk
-
-        with reading(f"a whole saved data set in {path}"):
-            loaded = load_from_disk(str(path))
-        yield from _splits({"train": loaded} if isinstance(loaded, Dataset) else loaded, task, str(path))
-    elif path is not None and path.is_dir():
-        yield from _files(find_split_files(path), task)
-    elif path is not None and path.exists():
-        yield from _files({file_split: path}, task)
-    elif isinstance(data, Mapping):
-        yield from _files(data, task)
-    elif path is None or (re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(data)) and not path.suffix):
-        from datasets import load_dataset
-
-        if path is None and not task.hub:
-            raise UserError(f"data: expected a file, a folder or a dataset's name for task {task.name}, got none")
-        repository = task.hub if path is None else (str(data),)
-        where = f"dataset {'/'.join(repository)}"
-        with reading(f"a local path or a reachable {where}"):
-            loaded = load_dataset(*repository)
-        yield from _splits(loaded, task, where)
-    else:
-        raise UserError(f"data: expected a file or a folder, got {data}, which does not exist")
-
-
-def _splits(loaded: Mapping[str, Dataset], task: Task, where: str) -> Iterator[tuple[str, Columns, str]]:
-    for split, data in loaded.items():
-        columns = named_columns(data)
-        # the Hub's copies of test sets without labels have -1 throughout
-        labels = columns.get(task.label_column, ())
-        if not task.has_label or not len(labels) or any(label not in (None, -1) for label in labels):
-            yield _HUB_SPLITS.get(split, split), columns, f"{where}, {split}"
-
-
-def _files(files: Mapping[str, str | Path], task: Task) -> Iterator[tuple[str, Columns, str]]:
-    splits: dict[Path, str] = {}
-    for split, file in files.items():
-        other = splits.setdefault(Path(file).resolve(), split)
-        if other != split:
-            raise UserError(
-                f"data: expected different files for {other} and {split}, got {file} for both (--hold-out 0.1 takes"
-                " a tenth of the training rows for validation)"
-            )
-        yield split, _read(task, Path(file)), str(file)
-
-
-def _read(task: Task, file: Path) -> Columns:
-    if task.kind == "lm" and split_name(file)[1] == ".txt":
-        text = read_text(file)
-        return {task.text_columns[0]: [text] * bool(text)}
-    wanted = _wanted(task).values()
-    return read_columns(file, lambda names: all(any(n in names for n in of) for of in wanted), task.without_header)
 
 
 def _check_answers(task: Task, contexts: Sequence[str], answers: Sequence[Any], where: str) -> None:
