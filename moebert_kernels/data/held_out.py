@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moebert_kernels.data.files import quiet_datasets
+from moebert_kernels.data.labels import by_name
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.errors import UserError
 
@@ -82,7 +83,9 @@ def _drawn(data: TaskData, share: float) -> np.ndarray:
         taken = np.cumsum(np.bincount(contexts)[order]) <= share * len(rows)
         return np.isin(contexts, order[: max(1, taken.sum())])
     classes: Any = np.array(rows["label"]) if data.task.kind == "classification" else np.zeros(len(rows), dtype=int)
-    for label in np.unique(classes):
+    # The generator goes through the classes by name: models number them in other ways, and write them in another case.
+    names = data.task.label_names if data.task.kind == "classification" else ("",)
+    for label in sorted(np.unique(classes), key=lambda label: (by_name(names[label].casefold()), names[label])):
         members = np.flatnonzero(classes == label)
         count = round(share * len(members)) if len(members) > 1 else 0
         chosen[generator.permutation(members)[: min(max(count, 1), len(members) - 1)]] = True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moebert_kernels.errors import UserError
@@ -23,11 +24,12 @@ def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ..
     Warns of two names that differ in upper and lower case, or in the way that a number is written, alone.
 
     Raises:
-        UserError: a missing label, scores in place of classes, or a number of classes below 2 or above 1,000.
+        UserError: a missing label, several in one row, scores in place of classes, or a number of classes below 2 or
+            above 1,000.
     """
     rows: dict[str, int] = {}  # the first row of each class
     for row, value in enumerate(values, 1):
-        name = label_text(value)
+        name = None if isinstance(value, (list, dict)) else label_text(value)
         if name is None:
             raise UserError(f"{column}: expected a label in {where}, row {row}, got {value!r}")
         rows.setdefault(name, row)
@@ -45,7 +47,20 @@ def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ..
         other = alike.setdefault(numbers.get(name, name.casefold()), name)
         if other != name:
             warnings.warn(f"{column}: {other!r} and {name!r} are two classes in {where}", stacklevel=2)
-    return tuple(sorted(rows, key=lambda name: (0, int(name), name) if name.isdigit() else (1, 0, name)))
+    return tuple(sorted(rows, key=by_name))
+
+
+def by_name(name: str) -> tuple[int, int, str]:
+    """What classes are sorted by: numbers first and by size."""
+    return (0, int(name), name) if name.isdigit() else (1, 0, name)
+
+
+def class_finder(names: Sequence[str]) -> Callable[[str], int | None]:
+    """What gives the number of a class by its name, also in another case if no second class has that name then."""
+    exact = {name: number for number, name in enumerate(names)}
+    alike = Counter(map(str.casefold, exact))
+    folded = {name.casefold(): number for name, number in exact.items() if alike[name.casefold()] == 1}
+    return lambda name: exact.get(name, folded.get(name.casefold()))
 
 
 def score_of(value: Any) -> float | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moebert_kernels.data.files import Columns, require_columns
-from moebert_kernels.data.labels import class_names, label_text, score_of
+from moebert_kernels.data.labels import class_finder, class_names, label_text, score_of
 from moebert_kernels.data.sources import sources, wanted_columns
 from moebert_kernels.errors import UserError
 
@@ -158,9 +158,9 @@ def label_order(task: Task, names: Sequence[str]) -> list[int]:
     if len(names) == len(task.label_names):
         if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
             return list(range(len(names)))
-        lowered = [name.lower() for name in task.label_names]
-        if sorted(lowered) == sorted(name.lower() for name in names):
-            return [lowered.index(name.lower()) for name in names]
+        order = [*map(class_finder(task.label_names), names)]
+        if {*order} == {*range(len(names))}:
+            return [number for number in order if number is not None]
     raise UserError(
         f"labels: expected the model's {len(names)} ({', '.join(names)}), got {len(task.label_names)} in task"
         f" {task.name} ({', '.join(task.label_names)})"
@@ -258,13 +258,13 @@ def _are(kind: type, values: Any) -> Any:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def _class_number(task: Task, value: Any, numbers: Mapping[str, int]) -> int | None:
+def _class_number(task: Task, value: Any, find: Callable[[str], int | None]) -> int | None:
     """The class of a label given by name or, as GLUE's own files do, by number."""
     name = label_text(value)
-    if name in numbers:
-        return numbers[name]
-    if name is None or task.name not in TASKS:  # the names of a table's own classes may be numbers themselves
-        return None
+    known = None if name is None else find(name)
+    # the names of a table's own classes may be numbers themselves
+    if name is None or known is not None or task.name not in TASKS:
+        return known
     try:
         number = int(name)
     except ValueError:
@@ -287,9 +287,9 @@ def _dataset(task: Task, given: Columns, where: str) -> Dataset:
     if task.kind == "qa":
         _check_answers(task, columns["context"], columns["answers"], where)
     elif task.has_label:
-        numbers = {name: number for number, name in enumerate(task.label_names)}
+        find = class_finder(task.label_names)
         for row, value in enumerate(columns["label"]):
-            label = score_of(value) if task.kind == "regression" else _class_number(task, value, numbers)
+            label = score_of(value) if task.kind == "regression" else _class_number(task, value, find)
             if label is None:
                 more = f" and {len(task.label_names) - _NAMED} more" * (len(task.label_names) > _NAMED)
                 wanted = f"one of {', '.join(task.label_names[:_NAMED])}{more}" if task.label_names else "a number"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,10 @@ REFUSED = {
         "kind: expected a label in .*x.jsonl, row 2, got None",
     ),
     "no label of a known task": ("x.tsv", "sentence\tlabel\na\t1\nb\t\n", "sst2", "label: expected one .*row 2, got"),
+    "several labels of a row": (
+        "x.jsonl", lines({"text": "a", "kind": [0, 1]}, {"text": "b", "kind": [1]}), TASK,
+        r"kind: expected a label in .*x.jsonl, row 1, got \[0, 1\]",
+    ),
     "scores as classes": (
         "x.csv", "text,kind\na,4\nb,3.75\n", TASK,
         r"kind: expected classes in .*x.csv, got scores such as 3.75 in row 2 \(--regression, or ",
@@ -208,6 +213,37 @@ def test_a_share_of_one_file_is_held_out(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             hold_out(splits, way)
+
+
+def test_the_same_rows_are_held_out_however_a_model_numbers_its_classes(tmp_path):
+    """`finetune` sorts the names of the classes, `eval` takes a model's: other numbers, and another case."""
+    file = write(tmp_path / "x.csv", *(f"text {n},{('POSITIVE', 'NEGATIVE', 'odd')[n % 3]}" for n in range(60)))
+    held = [
+        hold_out(load_task(task, file), "0.2").validation["text"]
+        for task in (TASK, *(replace(TASK, label_names=names) for names in (
+            ("POSITIVE", "NEGATIVE", "odd"), ("odd", "negative", "positive"), ("ODD", "Positive", "NEGATIVE"),
+        )))
+    ]  # fmt: skip
+    assert all(list(texts) == list(held[0]) for texts in held)
+
+
+def test_labels_that_differ_in_case_alone_are_two_classes(tmp_path):
+    with pytest.warns(UserWarning, match="kind: 'Good' and 'good' are two classes"):
+        data = load_task(TASK, write(tmp_path / "x.csv", "a,Good", "b,good", "c,bad", "d,bad"))
+    assert data.task.label_names == ("Good", "bad", "good")
+    assert list(data.with_label_order(["good", "Good", "bad"]).train["label"]) == [1, 0, 2, 2]
+    with pytest.raises(UserError, match=r"labels: expected the model's 3 \(GOOD, x, bad\), got 3 in task custom"):
+        data.with_label_order(["GOOD", "x", "bad"])
+    with pytest.raises(UserError, match=r"kind: expected one of Good, bad, good in .*, row 1, got 'GOOD'"):
+        load_task(data.task, write(tmp_path / "y.csv", "a,GOOD"))
+
+
+def test_a_models_classes_are_found_in_another_case(tmp_path):
+    """As fine-tuning takes them: `positive` in the file is the model's POSITIVE."""
+    data = load_task(replace(TASK, label_names=("POSITIVE", "NEGATIVE")), write(tmp_path / "x.csv", "a,negative"))
+    assert list(data.train["label"]) == [1]
+    with pytest.raises(UserError, match=r"kind: expected one of POSITIVE, NEGATIVE in .*, row 1, got 'neutral'"):
+        load_task(data.task, write(tmp_path / "y.csv", "a,neutral"))
 
 
 def test_questions_are_held_out_by_context(tmp_path):
