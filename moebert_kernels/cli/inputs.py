@@ -119,11 +119,13 @@ class Table:
                 raise UserError(f"text-column: expected one for a language model, got {len(columns)}")
             return replace(get_task(name), text_columns=tuple(columns))
         names: list[str] = []
+        unnamed = 0
         if model is not None and not self.regression:
             names = label_names(load_config(model), name)
             if is_unnamed(names):
-                names = []
-        return custom_task(columns or ["text"], self.label_column, regression=self.regression, label_names=names)
+                names, unnamed = [], len(names)
+        task = custom_task(columns or ["text"], self.label_column, regression=self.regression, label_names=names)
+        return replace(task, unnamed_classes=unnamed)
 
     def load(self, task: str, split: str = "train", model: str | None = None) -> TaskData:
         """The data of a task; a single file is `split`."""

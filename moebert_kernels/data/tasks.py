@@ -43,6 +43,7 @@ class Task:
     file_columns: Mapping[str, str] = field(default_factory=dict)  # ours -> the name in the task's own files
     # Columns by position, for files without a header line: number of fields -> name of each, "" where it is not used.
     without_header: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    unnamed_classes: int = 0  # of a model that names none: labels that are whole numbers below this are their numbers
 
     @property
     def main_metric(self) -> str:
@@ -231,7 +232,9 @@ def load_task(
         tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
     if task.kind == "classification" and not task.label_names and tables:
         columns, where = tables.get("train") or next(iter(tables.values()))
-        task = replace(task, label_names=class_names(task.label_column, columns["label"], where))
+        classes = class_names(task.label_column, columns["label"], where)
+        numbers = tuple(map(str, range(task.unnamed_classes)))
+        task = replace(task, label_names=numbers if {*classes} <= {*numbers} else classes)
     return TaskData(task, {split: _dataset(task, columns, where) for split, (columns, where) in tables.items()})
 
 

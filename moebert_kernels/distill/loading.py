@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 import moebert_kernels.convert  # transformers loads converted models
 import moebert_kernels.serve  # noqa: F401  and prepared ones
 from moebert_kernels.convert.batches import longest_input
-from moebert_kernels.data.tasks import Task, label_order
+from moebert_kernels.data.tasks import TASKS, Task, label_order
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
 from moebert_kernels.serve.config import METHOD as PREPARED
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_NAMED = 20  # classes that a message names
 _LENGTHS = "moebert_lengths"  # in tokenizer_config.json: by task
 
 
@@ -159,7 +160,10 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
             False: the checkpoint must hold every weight.
 
     Raises:
-        UserError: no such model, a damaged one, one without the task's head, or with other classes.
+        UserError: no such model, a damaged one, one without the task's head, with a head for several classes of a text
+            at once, or with other classes.
+
+    Warns of a model that does not name its classes, of which the order of the task's is then taken.
     """
     name = resolve_model(name)
     config = load_config(name)
@@ -178,10 +182,15 @@ def load_model(name: str | Path, task: Task, *, new_head: bool = False) -> Any:
     if has_head and architectures[0].endswith("ForQuestionAnswering") != (task.kind == "qa"):
         raise UserError(f"model: expected a head for {task.kind}, got {architectures[0]} in {name}")
     options: dict[str, Any] = {}
+    problem = getattr(config, "problem_type", None) if task.kind != "qa" else None
+    wanted = "regression" if task.kind == "regression" else "single_label_classification"
     if new_head and not has_head and task.kind != "qa":
-        options = {"num_labels": task.num_labels}
+        options = {"num_labels": task.num_labels, "problem_type": problem and wanted}
     elif has_head:
+        if problem not in (None, wanted):
+            raise UserError(f"model: expected a head for {task.kind}, got problem_type {problem!r} in {name}")
         check_labels(task, config)
+        _say_order_of_classes(task, config)
     model = _loaded(auto, name, f"a checkpoint fine-tuned on {task.name}", new_head, **options)
     if new_head and task.kind == "classification" and is_unnamed(label_names(model.config)):
         _name_classes(model.config, task)
@@ -260,6 +269,20 @@ def check_reach(name: str, config: Any, tokens: int) -> None:
 def _name_classes(config: Any, task: Task) -> None:
     config.id2label = dict(enumerate(task.label_names))
     config.label2id = {label: number for number, label in enumerate(task.label_names)}
+
+
+def _say_order_of_classes(task: Task, config: Any) -> None:
+    """Warn of a model that does not name its classes if the names in the data say nothing of their order either."""
+    names = task.label_names
+    known = task.name in TASKS or names == tuple(map(str, range(len(names))))
+    if task.kind == "classification" and is_unnamed(label_names(config)) and not known:
+        taken = [f"{number} = {name}" for number, name in enumerate(names)]
+        more = f" and {len(taken) - _NAMED} more" * (len(taken) > _NAMED)
+        warnings.warn(  # where it always is: once for a model and its teacher
+            f"the model does not name its classes: taken as {', '.join(taken[:_NAMED])}{more}, in the order of their"
+            " names (id2label in its config.json names them)",
+            stacklevel=1,
+        )
 
 
 def _is_new_in_fine_tuning(key: str, model: Any) -> bool:
