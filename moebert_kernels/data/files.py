@@ -34,7 +34,7 @@ SPLIT_STEMS = {
     "train": ("train", "msr_paraphrase_train"),
     "validation": ("dev", "validation", "valid", "val", "dev_matched", "validation_matched"),
     "validation_mismatched": ("dev_mismatched", "validation_mismatched"),
-    "test": ("test_labeled", "test"),
+    "test": ("test_labeled", "test", "test_matched"),
 }
 _FEW_MALFORMED = 0.01  # of a tsv file; a larger share of lines with other columns means another format, not damage
 
@@ -76,7 +76,7 @@ def find_split_files(folder: Path) -> dict[str, Path]:
 
 
 def _is_of_another_split(name: str, split: str) -> bool:
-    return split == "validation" and "mismatched" in name
+    return split in ("validation", "test") and "mismatched" in name
 
 
 def read_columns(
@@ -224,8 +224,10 @@ def _separated(
 ) -> Columns:
     is_csv, number = split_name(file)[1] == ".csv", 0
     lines: list[tuple[int, list[str]]] = []
+    limit = csv.field_size_limit()
     try:
         if is_csv:
+            csv.field_size_limit(max(limit, len(text)))  # a document may be one field
             reader = csv.reader(io.StringIO(text, newline=""), strict=True)
             for fields in reader:
                 number = reader.line_num
@@ -235,6 +237,8 @@ def _separated(
             lines = [(number, line.split("\t")) for number, line in split if line]
     except csv.Error as error:
         raise UserError(f"data: expected quoted csv in {file}, got {error} at line {number + 1} or behind it") from None
+    finally:
+        csv.field_size_limit(limit)
     header = [name.strip() for name in lines[0][1]] if lines else []
     width = Counter(len(fields) for _, fields in lines[:20]).most_common(1)[0][0] if lines else 0
     if not is_header(header) and width in without_header:  # one line may be damaged, the first one too

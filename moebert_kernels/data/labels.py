@@ -18,6 +18,11 @@ def label_text(value: Any) -> str | None:
     return None if text.casefold() in _MISSING else text
 
 
+def all_missing(values: Sequence[Any]) -> bool:
+    """Whether there are rows and none has a label: test sets without them have -1 throughout, or nothing."""
+    return len(values) > 0 and all(label_text(value) is None or score_of(value) == -1 for value in values)
+
+
 def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ...]:
     """The classes of a column, in the order of their sorted names, numbers first and by size.
 

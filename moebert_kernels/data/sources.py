@@ -16,6 +16,7 @@ from moebert_kernels.data.files import (
     reading,
     split_name,
 )
+from moebert_kernels.data.labels import all_missing
 from moebert_kernels.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Colum
 
         with reading(f"a whole saved data set in {path}"):
             loaded = load_from_disk(str(path))
-        yield from _splits({"train": loaded} if isinstance(loaded, Dataset) else loaded, task, str(path))
+        yield from _splits({file_split: loaded} if isinstance(loaded, Dataset) else loaded, task, str(path))
     elif path is not None and path.is_dir():
         yield from _files(find_split_files(path), task)
     elif path is not None and path.exists():
@@ -64,9 +65,7 @@ def sources(task: Task, data: Any, file_split: str) -> Iterator[tuple[str, Colum
 def _splits(loaded: Mapping[str, Dataset], task: Task, where: str) -> Iterator[tuple[str, Columns, str]]:
     for split, data in loaded.items():
         columns = named_columns(data)
-        # the Hub's copies of test sets without labels have -1 throughout
-        labels = columns.get(task.label_column, ())
-        if not task.has_label or not len(labels) or any(label not in (None, -1) for label in labels):
+        if not task.has_label or not all_missing(columns.get(task.label_column, ())):
             yield _HUB_SPLITS.get(split, split), columns, f"{where}, {split}"
 
 

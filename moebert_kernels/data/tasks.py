@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moebert_kernels.data.files import Columns, require_columns
-from moebert_kernels.data.labels import class_finder, class_names, label_text, score_of
+from moebert_kernels.data.labels import all_missing, class_finder, class_names, label_text, score_of
 from moebert_kernels.data.sources import sources, wanted_columns
 from moebert_kernels.errors import UserError
 
@@ -129,7 +129,7 @@ class TaskData:
         """
         if name not in self.splits:
             have = ", ".join(self.splits) or "none"
-            held = " or hold out training rows with --hold-out 0.1" * (name == "validation" and have == "train")
+            held = " or hold out training rows with --hold-out 0.1" * (name == "validation" and "train" in self.splits)
             raise UserError(f"data: expected a {name} split, got {have}; name a file with {name}=FILE{held}")
         return self.splits[name]
 
@@ -180,10 +180,13 @@ def custom_task(
     `label_names` () takes the classes of the training split, in the order of their sorted names.
 
     Raises:
-        UserError: no column of text, or more than two.
+        UserError: no column of text, more than two, or one with a name that the data has for other things.
     """
     if len(text_columns) not in (1, 2):
         raise UserError(f"text_columns: expected one or two names, got {len(text_columns)}")
+    taken = [name for name in text_columns if name in ("label", "example_id")]
+    if taken:
+        raise UserError(f"text_columns: expected other names than label and example_id, got {taken[0]}; rename it")
     kind: Kind = "regression" if regression else "classification"
     metrics = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
     return Task("custom", kind, tuple(text_columns), metrics, tuple(label_names), label_column=label_column)
@@ -209,7 +212,7 @@ def load_task(
         task: a `Task`, or the name of one in `TASKS`.
         data: a folder with the task's files or one that `datasets`' `save_to_disk` wrote, one file, files by split, or
             the name of a dataset on the Hub. None: the task's own dataset on the Hub.
-        file_split: the split that a single file is.
+        file_split: the split that a single file, or a saved data set without splits, is.
 
     Raises:
         UserError: unknown task, missing file or column, one file for two splits, a label that is missing or that the
@@ -229,6 +232,8 @@ def load_task(
             if split == "test" and not set(names) & {*columns}:
                 continue  # GLUE's own test files have no labels
             chosen |= require_columns(columns, {"label": names}, where, hint.format("label"))
+            if split == "test" and all_missing(columns[chosen["label"]]):
+                continue
         tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
     if task.kind == "classification" and not task.label_names and tables:
         columns, where = tables.get("train") or next(iter(tables.values()))

@@ -86,6 +86,33 @@ def test_test_files_without_labels_are_no_split(tmp_path):
     assert load_task("sst2", alone).splits == load_task(custom_task(["sentence"]), alone).splits == {}
 
 
+@pytest.mark.parametrize("labels", [[-1, -1], [None, None]])
+def test_a_test_file_whose_labels_are_all_missing_is_no_split(labels, tmp_path):
+    """As the Hub's folders of GLUE have them, and tables of one's own."""
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    for split, given in (("train", [1, 0]), ("test", labels)):
+        rows = Dataset.from_dict({"sentence": ["a", "b"], "label": given}, features)
+        rows.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    assert list(load_task("sst2", tmp_path).splits) == ["train"]
+    for split, given in (("train", "xy"), ("test", ("", " "))):
+        write(tmp_path / f"{split}.tsv", f"text\tlabel\na\t{given[0]}\nb\t{given[1]}\n")
+    own = {split: tmp_path / f"{split}.tsv" for split in ("train", "test")}
+    assert list(load_task(custom_task(["text"]), own).splits) == ["train"]
+    own["test"].write_text("text\tlabel\na\tx\nb\t\n")
+    with pytest.raises(UserError, match=r"label: expected one of x, y in .*test.tsv, row 2, got ''"):
+        load_task(custom_task(["text"]), own)
+
+
+def test_the_matched_test_rows_of_mnli_are_its_test_split(tmp_path):
+    text = FILES["mnli"][0]
+    for name in ("dev_matched", "dev_mismatched", "test_matched", "test_mismatched"):
+        (tmp_path / f"{name}.tsv").write_text(text.replace("A.", name))
+    data = load_task("mnli", tmp_path)
+    assert {split: rows[0]["premise"] for split, rows in data.splits.items()} == {
+        "validation": "dev_matched", "validation_mismatched": "dev_mismatched", "test": "test_matched",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
 def test_reads_tables_of_ones_own(suffix, tmp_path):
     rows = [{"a": "one, two", "b": "x", "kind": "yes"}, {"a": "three", "b": "y", "kind": "no"}]
@@ -141,6 +168,11 @@ def test_reads_binary_tables_and_saved_data_sets(name, write, tmp_path):
         assert data.task.label_names == ("bad", "good") and data.train["label"] == [1, 0]
         assert data.train["text"] == ["a film", "a book"] and data.train["example_id"] == [0, 1]
     assert ("validation" in load_task(task, folder).splits) == (name == "saved splits")
+
+
+def test_a_saved_data_set_without_splits_is_the_one_that_a_file_is(tmp_path):
+    own_table().save_to_disk(tmp_path)
+    assert list(load_task(custom_task(("text",)), tmp_path, file_split="validation").splits) == ["validation"]
 
 
 def test_a_file_that_is_replaced_is_read_anew(tmp_path):
@@ -218,6 +250,18 @@ REJECTED = {
     "no split": (
         lambda at: load_task("sst2", write(at / "x.tsv", FILES["sst2"][0])).validation,
         "data: expected a validation split, got train; name a file with validation=FILE",
+    ),
+    "train and test alone": (
+        lambda at: (
+            load_task(
+                "sst2", {name: write(at / f"{name}.tsv", FILES["sst2"][0]) for name in ("train", "test")}
+            ).validation
+        ),
+        "got train, test; name a file with validation=FILE or hold out training rows with --hold-out 0.1",
+    ),
+    "texts in a column called label": (
+        lambda at: custom_task(["text", "label"], "gold"),
+        "text_columns: expected other names than label and example_id, got label; rename it",
     ),
     "two files": (
         lambda at: (write(at / "dev_a.tsv", ""), write(at / "dev_b.tsv", ""), load_task("sst2", at)),
