@@ -254,7 +254,7 @@ def _texts(
         known = "a task of GLUE, or custom with --data FILE"
         raise UserError(f"task: expected one ({known}), whose training data {reads}, got {got}")
     config = load_config(model)
-    reads_windows = tasks[0] == "custom" and inputs.is_running_text(data) and inputs.generates(config)
+    reads_windows = tasks[0] == "custom" and inputs.generates(config)
     table = inputs.Table(data, text_column, "label" if reads_windows else label_column)  # of custom, which no one reads
     wanted = table.make_task("lm" if reads_windows else tasks[0])
     loaded = inputs.unlabelled(wanted, data) if wanted.name == "custom" else inputs.load_data(wanted, data, "train")

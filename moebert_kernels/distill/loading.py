@@ -224,15 +224,18 @@ def _load_generator(name: str, task: Task, config: Any, new_classes: bool) -> An
 
 
 def load_as_saved(name: str | Path) -> Any:
-    """A model with the head that its checkpoint holds.
+    """A model with the head that its checkpoint holds; without one, and with a warning, if no class is named there.
 
     Raises:
         UserError: no such model, a damaged one, or one of a class that transformers does not have.
     """
-    architecture = (load_config(name).architectures or ["none"])[0]
-    model_class = getattr(transformers, architecture, None)
+    architectures = load_config(name).architectures
+    if not architectures:  # as of old models on the Hub
+        warnings.warn(f"the config of {name} does not name the model's class: read without a head", stacklevel=2)
+        return _loaded(AutoModel, name)
+    model_class = getattr(transformers, architectures[0], None)
     if model_class is None:
-        raise UserError(f"model: expected a class of transformers, got {architecture} in {name}")
+        raise UserError(f"model: expected a class of transformers, got {architectures[0]} in {name}")
     return _loaded(model_class, name)
 
 

@@ -71,6 +71,17 @@ def test_held_out_rows_and_case_are_the_same_in_training_and_evaluation(base, tm
     assert kept[-1] == pytest.approx(scores(tmp_path, "--model", trained, *words)["accuracy"])
 
 
+def test_a_model_that_does_not_name_its_class_is_converted_without_its_head(base, tmp_path):
+    file = with_head(base, "3") / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"]
+    file.write_text(json.dumps(config))
+    result = moebert("convert", "--model", base, "--output", tmp_path / "moe")
+    assert result.exit_code == 0
+    assert f"the config of {base} does not name the model's class: read without a head" in result.stderr
+    assert AutoConfig.from_pretrained(tmp_path / "moe").architectures == ["BertModel"]
+
+
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 def test_a_head_of_another_loss_is_refused(problem, base, tmp_path):
     model, data = with_head(base, "x", "y", "z", problem_type=problem), table(tmp_path, "x", "y", "z")

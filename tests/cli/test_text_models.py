@@ -63,6 +63,12 @@ def test_conversion_reads_no_column_of_labels(gpt2, texts, tmp_path):
     done(*words, "--data", texts / "train.txt", *TABLE, "--output", tmp_path / "moe")
 
 
+def test_conversion_reads_the_rows_of_a_table_as_documents(gpt2, data, tmp_path):
+    """Without a padding token, as `quantize` does."""
+    words = ("convert", "--model", gpt2, "--router", "hash-balance", "--expert-size", 8)
+    done(*words, "--data", data, *TABLE, "--output", tmp_path / "moe")
+
+
 def test_a_text_to_text_model_learns_classes_and_names_them(data, tmp_path):
     base = tmp_path / "t5"
     words = "custom text: film play book the was good fine great warm bad dull poor cold"
