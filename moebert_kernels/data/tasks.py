@@ -45,6 +45,10 @@ class Task:
     without_header: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     unnamed_classes: int = 0  # of a model that names none: labels that are whole numbers below this are their numbers
 
+    def __post_init__(self) -> None:
+        if taken := [name for name in self.text_columns if name in ("label", "example_id")]:
+            raise UserError(f"text_columns: expected other names than label and example_id, got {taken[0]}; rename it")
+
     @property
     def main_metric(self) -> str:
         """The metric that says which checkpoint is best."""
@@ -184,9 +188,6 @@ def custom_task(
     """
     if len(text_columns) not in (1, 2):
         raise UserError(f"text_columns: expected one or two names, got {len(text_columns)}")
-    taken = [name for name in text_columns if name in ("label", "example_id")]
-    if taken:
-        raise UserError(f"text_columns: expected other names than label and example_id, got {taken[0]}; rename it")
     kind: Kind = "regression" if regression else "classification"
     metrics = ("spearman", "pearson") if regression else ("accuracy", "macro_f1")
     return Task("custom", kind, tuple(text_columns), metrics, tuple(label_names), label_column=label_column)

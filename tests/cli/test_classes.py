@@ -50,6 +50,10 @@ def test_classes_without_names_are_taken_in_order_with_a_word(base, tmp_path):
     said = moebert("finetune", *words, "--hold-out", "0.3", "--output", trained, *QUICK).stderr
     assert said.count("does not name its classes") == 1
     assert "does not name" not in moebert("eval", "--model", trained, *OWN, "--data", data).stderr
+    done("convert", "--model", model, "--output", tmp_path / "moe")
+    words = ("--model", tmp_path / "moe", "--teacher", model, *OWN, "--data", data, "--hold-out", "0.3")
+    said = moebert("distill", *words, "--output", tmp_path / "student", *QUICK)
+    assert said.exit_code == 0 and said.stderr.count("does not name its classes") == 1
 
 
 def test_numbers_are_the_classes_of_a_model_that_does_not_name_its_own(base, tmp_path):

@@ -105,6 +105,8 @@ def test_what_language_models_refuse(base, gpt2, language_model, texts, data, tm
     assert line == "doc-stride: expected between 1 and 15 tokens in windows of 16, got 16"
     line = refused("eval", "--model", gpt2, "--task", "lm", "--data", texts, "--hold-out", "halves")
     assert line == "hold-out: expected rows to divide, got running text; divide its files"
+    line = refused("eval", "--model", gpt2, "--task", "lm", "--text-column", "label")
+    assert line == "text-column: expected other names than label and example_id, got label; rename it"
     two = ("--text-column", "a", "--text-column", "b")
     line = refused("eval", "--model", gpt2, "--task", "lm", *two)
     assert line == "text-column: expected one for a language model, got 2"
