@@ -18,9 +18,14 @@ def label_text(value: Any) -> str | None:
     return None if text.casefold() in _MISSING else text
 
 
-def all_missing(values: Sequence[Any]) -> bool:
-    """Whether there are rows and none has a label: test sets without them have -1 throughout, or nothing."""
-    return len(values) > 0 and all(label_text(value) is None or score_of(value) == -1 for value in values)
+def all_missing(values: Sequence[Any], names: Sequence[str] = ()) -> bool:
+    """Whether there are rows and none has a label: test sets without them have -1 throughout, or nothing.
+
+    `names`: of the classes, of which -1 may be one.
+    """
+    stands_for_none = "-1" not in names
+    missing = (label_text(value) is None or (stands_for_none and score_of(value) == -1) for value in values)
+    return len(values) > 0 and all(missing)
 
 
 def class_names(column: str, values: Sequence[Any], where: str) -> tuple[str, ...]:

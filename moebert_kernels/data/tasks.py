@@ -233,14 +233,14 @@ def load_task(
             if split == "test" and not set(names) & {*columns}:
                 continue  # GLUE's own test files have no labels
             chosen |= require_columns(columns, {"label": names}, where, hint.format("label"))
-            if split == "test" and all_missing(columns[chosen["label"]]):
-                continue
         tables[split] = ({ours: columns[theirs][:] for ours, theirs in chosen.items()}, where)
     if task.kind == "classification" and not task.label_names and tables:
         columns, where = tables.get("train") or next(iter(tables.values()))
         classes = class_names(task.label_column, columns["label"], where)
         numbers = tuple(map(str, range(task.unnamed_classes)))
         task = replace(task, label_names=numbers if {*classes} <= {*numbers} else classes)
+    if task.has_label and "test" in tables and all_missing(tables["test"][0]["label"], task.label_names):
+        del tables["test"]
     return TaskData(task, {split: _dataset(task, columns, where) for split, (columns, where) in tables.items()})
 
 

@@ -98,6 +98,10 @@ def test_a_test_file_whose_labels_are_all_missing_is_no_split(labels, tmp_path):
         write(tmp_path / f"{split}.tsv", f"text\tlabel\na\t{given[0]}\nb\t{given[1]}\n")
     own = {split: tmp_path / f"{split}.tsv" for split in ("train", "test")}
     assert list(load_task(custom_task(["text"]), own).splits) == ["train"]
+    own["train"].write_text("text\tlabel\na\t-1\nb\t1\n")
+    own["test"].write_text("text\tlabel\na\t-1\n")  # which is a class here
+    assert list(load_task(custom_task(["text"]), own).split("test")["label"]) == [1]
+    own["train"].write_text("text\tlabel\na\tx\nb\ty\n")
     own["test"].write_text("text\tlabel\na\tx\nb\t\n")
     with pytest.raises(UserError, match=r"label: expected one of x, y in .*test.tsv, row 2, got ''"):
         load_task(custom_task(["text"]), own)
