@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from moebert_kernels.distill.discriminator import AdversaryConfig
 from moebert_kernels.distill.embedding import EmbeddingObjective, Pooling, read_pooling
 from moebert_kernels.distill.microbert import MicroBertObjective
 from moebert_kernels.distill.objectives import Kind, LayerwiseObjective, Objective
+from moebert_kernels.distill.settings import nearest
 from moebert_kernels.distill.token_objective import TokenObjective
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
@@ -94,7 +96,11 @@ def _layer_map(pairs: Any) -> dict[int, int]:
 
 
 def _made(made: Any, name: str, options: Mapping[str, Any]) -> Any:
+    known = list(inspect.signature(made).parameters)
+    if unknown := [option for option in options if option not in known]:
+        near = nearest(unknown[0], known)
+        raise UserError(f"{name}: expected names among {', '.join(known)}, got {unknown[0]!r}{near}")
     try:
         return made(**options)
-    except TypeError as error:  # an argument that it does not have
+    except TypeError as error:  # a value of another type
         raise UserError(f"{name}: expected arguments of {made.__name__}, got {dict(options)} ({error})") from None
