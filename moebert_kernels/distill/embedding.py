@@ -157,6 +157,7 @@ class EmbeddingObjective(Objective):
             raise UserError(f"distance: expected one of {', '.join(get_args(Distance))}, got {distance!r}")
         self.distance: Distance = distance
         self.layer_map, self.pooled = layer_map, layer_map == {}
+        self.terms = (EMBEDDING,) if self.pooled else (EMBEDDING, HIDDEN)
 
     def identity(self) -> dict[str, object]:
         return {"pooling": self.pooling.view, "normalize": self.pooling.normalize, "distance": self.distance,

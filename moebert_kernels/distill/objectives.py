@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -112,6 +112,7 @@ class Objective(ABC):
     """What a student is trained for besides its labels: named, unweighted terms of a batch.
 
     Attributes:
+        terms: the names of its terms. None: the first batch tells.
         preset: whether padding counts in the task's own loss.
         pooled: whether logits and sentence vectors are all that is needed of a teacher.
         relation_layer: the teacher's layer, from 1, whose queries, keys and values are needed; None: none are.
@@ -121,6 +122,7 @@ class Objective(ABC):
         adversary: a discriminator with its own optimizer, which steps after the student; made by `build`.
     """
 
+    terms: Sequence[str] | None = None
     preset: Preset = "default"
     pooled: bool = False
     relation_layer: int | None = None
@@ -178,6 +180,8 @@ class LayerwiseObjective(Objective):
     Raises:
         UserError: an unknown kind or preset, or an empty layer map.
     """
+
+    terms = ("hidden", "prediction")
 
     def __init__(self, kind: Kind, preset: Preset = "default", layer_map: Mapping[int, int] | None = None):
         for name, value, choices in (("kind", kind, get_args(Kind)), ("preset", preset, get_args(Preset))):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moebert_kernels.convert.sample_loss import LABEL_KEYS
+from moebert_kernels.distill.settings import nearest
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
+
+if TYPE_CHECKING:
+    from moebert_kernels.distill.objectives import Objective
 
 TASK, BALANCE = "task", "balance"
 GRACE_STEPS = 20  # a student that starts as its teacher's copy may have a zero term at first, but not for long
@@ -27,28 +31,32 @@ class Terms:
     Args:
         given: weights by name. A term that is not named has weight 1, "balance" that of the experts.
         experts: of the model; None of a dense one.
-        has_teacher: then "task", unless it is named, is a term where the data has labels alone.
+        objective: with one "task", unless it is named, is a term where the data has labels alone.
         reduce: sums over the processes.
 
     Raises:
-        UserError: a weight for the balance of a model without gates.
+        UserError: a weight for the balance of a model without gates, or for a term that the objective does not have; no
+            term with a weight.
     """
 
     def __init__(
         self,
         given: Mapping[str, float],
         experts: MoEConfig | None,
-        has_teacher: bool,
+        objective: Objective | None,
         reduce: Callable[[Tensor], Tensor],
     ) -> None:
         learned = experts is not None and experts.is_learned
-        self._given, self._has_teacher, self._reduce = dict(given), has_teacher, reduce
+        self._given, self._has_teacher, self._reduce = dict(given), objective is not None, reduce
         self.weights = {BALANCE: experts.balance_weight if learned else 0.0, **given}
         if self.weights[BALANCE] and not learned:
             raise UserError(
                 "balance: expected the weight 0 for a model without gates, whose balance would be a loss, got"
                 f" {self.weights[BALANCE]}"
             )
+        of_objective = () if objective is None else objective.terms
+        if of_objective is not None:  # else the first batch tells
+            self._check_names({*of_objective, TASK, *[BALANCE] * learned})
         self._counted: list[str] | None = None  # the terms that have a weight; the first batch tells
         # since the last report, on the device: one sum per name, then the weight
         self._names: list[str] = []
@@ -79,15 +87,22 @@ class Terms:
         return torch.stack([factors.get(name, 1.0) * self.weight(name) * terms[name] for name in self._counted]).sum()
 
     def _terms_that_count(self, terms: Mapping[str, Tensor]) -> list[str]:
-        unknown = sorted(set(self._given) - {*terms, TASK, BALANCE})
-        if unknown:
-            raise UserError(f"loss_weights: expected names among {', '.join(sorted(terms))}, got {unknown[0]!r}")
-        counted = [name for name in sorted(terms) if self.weight(name)]
-        if not counted:
-            raise UserError("loss_weights: expected a loss term with a weight above 0, got none")
+        counted = self._check_names(terms)
         for name in counted:
             if not terms[name].requires_grad:
                 raise UserError(f"{name}: expected a loss that depends on what is trained, got a constant")
+        return counted
+
+    def _check_names(self, terms: Iterable[str]) -> list[str]:
+        """Those of the terms that have a weight."""
+        known = sorted(terms)
+        unknown = sorted(set(self._given) - {*known, TASK, BALANCE})
+        if unknown:
+            near = nearest(unknown[0], known)
+            raise UserError(f"loss_weights: expected names among {', '.join(known)}, got {unknown[0]!r}{near}")
+        counted = [name for name in known if self.weight(name)]
+        if not counted:
+            raise UserError("loss_weights: expected a loss term with a weight above 0, got none")
         return counted
 
     def add(self, names: list[str], values: Tensor, count: int) -> None:

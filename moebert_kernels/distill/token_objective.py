@@ -28,6 +28,8 @@ class TokenObjective(Objective):
         causal: labels are of the position itself (False), or of the one after it (True), as transformers has them.
     """
 
+    terms = ("prediction",)
+
     def __init__(self, causal: bool):
         self.causal = causal
 

@@ -106,7 +106,7 @@ class MoETrainer(Trainer):
         self._keys = [key for key in forward_keys(model) if not (self._causal and key == "labels")]
         self._moe = moe_config(getattr(model, "config", None))
         check_experts(model, self.args, self.is_fsdp_enabled)
-        self._losses = Terms(self.args.weights, self._moe, objective is not None, self._sum)
+        self._losses = Terms(self.args.weights, self._moe, objective, self._sum)
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None
         if self.args.gradient_mask is not None:

@@ -92,6 +92,8 @@ def test_a_run_that_is_refused_drops_nothing(tmp_path):
     run(tmp_path, settings=SHORT)
     with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers"):
         run(tmp_path, settings=SHORT | {"router_learning_rate": 0.1}, resume=False)
+    with pytest.raises(UserError, match="loss_weights: expected names among task, got 'hiden'"):
+        run(tmp_path, settings=SHORT | {"loss_weights": {"hiden": 2.0}}, resume=False)
     assert (tmp_path / "best/model.safetensors").exists() and run(tmp_path, settings=SHORT).step == 6
 
 

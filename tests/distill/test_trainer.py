@@ -19,6 +19,7 @@ from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import arguments
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.discriminator import AdversaryConfig
+from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.named_objectives import make_objective
 from moebert_kernels.distill.objectives import LayerwiseObjective
@@ -259,11 +260,23 @@ def test_images_are_trained_on(tmp_path):
 
 
 def test_weights_are_of_terms_that_there_are(tmp_path):
-    run = trainer(tmp_path, loss_weights={"hiden": 1.0})
+    """Known before the first step, but for an objective that does not name its terms."""
     with pytest.raises(UserError, match="loss_weights: expected names among task, got 'hiden'"):
-        run.train()
+        trainer(tmp_path, loss_weights={"hiden": 1.0})
     with pytest.raises(UserError, match="loss_weights: expected a loss term with a weight above 0, got none"):
-        trainer(tmp_path, loss_weights={"task": 0.0}).train()
+        trainer(tmp_path, loss_weights={"task": 0.0})
+    for objective, names in (
+        (LayerwiseObjective("classification"), r"hidden, prediction, task, got 'hiden' \(the nearest is 'hidden'\)"),
+        (EmbeddingObjective(layer_map={}), "embedding, task, got 'hiden'"),
+        (MicroBertObjective("classification", ["soft"]), "soft, task, got 'hiden'"),
+    ):
+        with pytest.raises(UserError, match=f"loss_weights: expected names among {names}"):
+            trainer(tmp_path, loss_weights={"hiden": 1.0}, teacher=tiny_bert(1), objective=objective)
+    unnamed = LayerwiseObjective("classification")
+    unnamed.terms = None
+    run = trainer(tmp_path, loss_weights={"hiden": 1.0}, teacher=tiny_bert(1), objective=unnamed)
+    with pytest.raises(UserError, match="loss_weights: expected names among hidden, prediction, task, got 'hiden'"):
+        run.train()
     with pytest.raises(UserError, match="router_learning_rate: expected a model with trained routers"):
         trainer(tmp_path, router_learning_rate=0.1).train()
 
@@ -287,7 +300,13 @@ def test_objectives_by_name_take_what_is_open_from_the_model():
     options = {"terms": ["soft", "adversarial"], "adversary": {"dropout": 0.2}}
     assert make_objective("microbert", options, tiny_bert(0)).adversary_config.dropout == 0.2
     for name, given, model, message in (
-        ("layerwise", {"layers": 2}, tiny_bert(0), "objective_options: expected arguments of LayerwiseObjective"),
+        (
+            "layerwise",
+            {"layer_mep": 2},
+            tiny_bert(0),
+            "objective_options: expected names among kind, preset, layer_map,"
+            r" got 'layer_mep' \(the nearest is 'layer_map'\)",
+        ),
         ("layerwise", {"layer_map": "1"}, tiny_bert(0), "layer_map: expected pairs of layers, got '1'"),
         ("layerwise", None, tiny_gpt2(), "objective: expected a model for sequence classification or question"),
         ("layerwise", None, several, "objective: expected a model with one class or with scores for each sequence"),
