@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moebert_kernels.errors import UserError
+
+_ABANDONED_S = 2 * 24 * 3600  # nothing is written for so long
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -35,13 +41,22 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = _temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # what is there may be why the disk is full
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process writes; what one left that was killed days ago is removed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,24 +87,25 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder `path` by what `write(folder)` writes; the old one is kept until the new one is complete.
 
     A folder cannot be replaced in one step: for a moment the old one is called `<name>.previous`. `recover_folder`
-    repairs an interruption at that moment.
+    repairs an interruption at that moment. Of a link the folder is replaced that it leads to. Of several processes that
+    write the same folder one wins with all of its files.
     """
-    temporary, previous = path.with_name(f".{path.name}.partial"), path.with_name(f"{path.name}.previous")
-    shutil.rmtree(temporary, ignore_errors=True)
+    path = path.resolve()
+    temporary, previous = _temporary(path), path.with_name(f"{path.name}.previous")
     temporary.mkdir(parents=True)
     try:
         write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as handle:
+                    os.fsync(handle.fileno())
+        recover_folder(path)
+        if path.exists():
+            path.rename(previous)
+        temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as handle:
-                os.fsync(handle.fileno())
-    recover_folder(path)
-    if path.exists():
-        path.rename(previous)
-    temporary.rename(path)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -101,6 +117,28 @@ def recover_folder(path: Path) -> None:
             shutil.rmtree(previous)
         else:
             previous.rename(path)
+
+
+@contextmanager
+def alone_in(name: str, folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for the same out of `folder`, made if missing, until the block or the process ends.
+
+    Raises:
+        UserError: which begins with `name`; another process is in it, or it cannot be written.
+    """
+    check_writable(name, folder)
+    file = folder / ".lock"
+    lock = FileLock(file, timeout=0)  # the system releases it when a process is killed
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{name}: expected a folder that no other process writes, got {folder}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # where open files cannot be removed
+            file.unlink()
+        lock.release()
 
 
 def size_and_crc32(path: Path) -> list[int]:

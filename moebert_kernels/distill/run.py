@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from moebert_kernels.distill.task_trainer import TaskTrainer
 from moebert_kernels.distill.teacher import check_one_head
 from moebert_kernels.distill.teacher_cache import TeacherCache
 from moebert_kernels.errors import UserError
-from moebert_kernels.files import check_writable, recover_folder, write_folder, write_tensors, write_text
+from moebert_kernels.files import alone_in, check_writable, recover_folder, write_folder, write_tensors, write_text
 from moebert_kernels.nn.context import drop_autocast
 
 RUN = "run.json"
@@ -98,7 +98,8 @@ def train_stages(
 
     Raises:
         UserError: as `MoETrainer`; a recipe without terms, or one that needs a teacher and got none; texts longer than
-            one of the models takes; the folder cannot be written or belongs to another run.
+            one of the models takes; the folder cannot be written, belongs to another run or is written by another
+            process.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when a checkpoint is written.
     """
     stages, output_dir = recipe.active, Path(output_dir)
@@ -128,8 +129,13 @@ def train_stages(
                 None if objective is None else teacher, facts, **judging,
             )
         )  # fmt: skip
+    with alone_in("output_dir", output_dir) if runs[-1].writes else nullcontext():
+        return _train(runs, objectives, resume)
+
+
+def _train(runs: list[_Run], objectives: list[Objective | None], resume: bool) -> RunResult:
     if runs[-1].writes:
-        prepare_folder(output_dir)
+        prepare_folder(runs[-1].folder)
     for run in runs:
         run.check(resume)
     for run in () if resume else runs:

@@ -1,6 +1,7 @@
 """Runs in their folders: what is kept, what goes on, and what is refused."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -270,6 +271,33 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     assert (path / "a").read_text() == "1"
     write_folder(path, lambda folder: (folder / "b").write_text("2"))
     assert [file.name for file in path.iterdir()] == ["b"] and not previous.exists()
+
+
+def test_processes_that_write_one_folder_do_not_mix_their_files(tmp_path):
+    def write(folder):
+        (folder / "a").write_text("first")
+        write_folder(tmp_path / "best", lambda other: [(other / name).write_text("second") for name in "ab"])
+        (folder / "b").write_text("first")
+
+    write_folder(tmp_path / "best", write)
+    assert {(tmp_path / "best" / name).read_text() for name in "ab"} == {"first"}
+    left = tmp_path / ".best.of-a-killed-one.partial"
+    left.mkdir()
+    write_folder(tmp_path / "best", lambda folder: None)
+    assert left.exists()  # it may be at work
+    os.utime(left, (0, 0))
+    write_folder(tmp_path / "best", lambda folder: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_trains(tmp_path):
+    def judge(model):
+        with pytest.raises(UserError, match="output_dir: expected a folder that no other process writes, got "):
+            run(tmp_path, resume=False)
+        return {"score": 1.0}
+
+    result = run(tmp_path, settings=SHORT, evaluate=judge, best_metric="score")
+    assert result.step == 6 and not (tmp_path / ".lock").exists()
 
 
 def test_the_bar_shows_losses_and_standard_output_is_left_alone(tmp_path, capsys):
