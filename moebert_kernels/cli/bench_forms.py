@@ -17,6 +17,7 @@ from moebert_kernels.bench.clocks import WallTimer, quartiles
 from moebert_kernels.bench.tables import aligned
 from moebert_kernels.bench.timing import evaluating, interleaved
 from moebert_kernels.cli import inputs
+from moebert_kernels.cli.outputs import check_output_file
 from moebert_kernels.distill.loading import load_encoder, load_model, load_tokenizer
 from moebert_kernels.errors import UserError, require_extra
 from moebert_kernels.files import replacing
@@ -24,14 +25,17 @@ from moebert_kernels.layers import moe_config, set_task
 from moebert_kernels.serve.forms import FORMS, forms_of
 
 ALL = "all"
+CHART = "moebert bench"  # a chart says in its metadata what drew it
 COLOURS = {"model": "#c8321e", "against": "#444444"}
 
 
-def check_forms(forms: list[str], task: str | None, dtype: str | None, chart: Path | None) -> tuple[str, ...]:
+def check_forms(
+    forms: list[str], task: str | None, dtype: str | None, chart: Path | None, output: Path | None
+) -> tuple[str, ...]:
     """The forms that are meant.
 
     Raises:
-        UserError: a form that is none, or options that do not go together.
+        UserError: a form that is none, options that do not go together, or a chart that would replace another file.
         MissingExtra: a chart without matplotlib.
     """
     if unknown := [form for form in forms if form not in (*FORMS, ALL)]:
@@ -42,6 +46,9 @@ def check_forms(forms: list[str], task: str | None, dtype: str | None, chart: Pa
         if task is None:
             raise UserError("chart: expected --task too, whose score it shows, got none")
         require_extra("demo", "matplotlib")
+        check_output_file(chart, is_chart, "chart.png", "chart")
+        if output is not None and chart.resolve() == output.resolve():
+            raise UserError(f"chart: expected another file than --output, got {chart}")
     return FORMS if ALL in forms else tuple(dict.fromkeys(forms))
 
 
@@ -184,4 +191,10 @@ def forms_chart(result: Mapping[str, Any], file: Path) -> None:
         axes.set_xlim(left=0)
     axes.legend(loc="best", fontsize=8)
     with replacing(file) as partial_file:
-        figure.savefig(partial_file, format="png", dpi=120)
+        figure.savefig(partial_file, format="png", dpi=120, metadata={"Software": CHART})
+
+
+def is_chart(file: Path) -> bool:
+    """Whether `forms_chart` wrote a file."""
+    with file.open("rb") as content:
+        return f"Software\0{CHART}".encode() in content.read(1024)

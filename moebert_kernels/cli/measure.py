@@ -88,7 +88,7 @@ def bench(
         check_output_file(output, is_result("cases"), "bench.json")
     if chart is not None and not form:
         raise UserError("chart: expected --form too, whose forms it shows, got none")
-    forms = check_forms(form, task, dtype, chart) if form else ()
+    forms = check_forms(form, task, dtype, chart, output) if form else ()
     split = inputs.split_called(split)
     inputs.check_models(model=model, against=against)
     device = torch.device("cpu") if forms else inputs.device()
@@ -111,10 +111,11 @@ def bench(
         found = run_forms(paths, forms, rounds, batches_of, loaded, split)
         result: dict[str, Any] = {"environment": environment(device, wanted), **found}
         print(forms_table(result))
-        if chart is not None:
-            forms_chart(result, chart)
         if output is not None:
             _save(output, result)
+        if chart is not None:
+            forms_chart(result, chart)
+            print(f"saved in {chart}")
         return
     models = {name: encoder.to(device, wanted) for name, encoder in load_encoders(paths).items()}
     result = {

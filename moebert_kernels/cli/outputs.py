@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,7 +41,12 @@ def check_output(folder: Path, command: str, *models: str | Path | None) -> dict
     for model in models:
         if model is not None and _holds(folder.resolve(), Path(model)):
             raise UserError(f"output: expected another folder than that of a model which is read, got {folder}")
-    check_writable("output", folder if folder.exists() else folder.absolute().parent)
+    place = folder.resolve()
+    if command in _MODELS:
+        for kind, wrong in (("the current folder", place == Path.cwd()), ("a mount point", os.path.ismount(place))):
+            if wrong:
+                raise UserError(f"output: expected a folder that can be replaced whole, got {folder}, which is {kind}")
+    check_writable("output", place if place.exists() and command not in _MODELS else place.parent)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     note = read_note(folder)
@@ -169,13 +175,13 @@ def write_files(output: Path, save: Callable[[Path], Any], identity: Mapping[str
 def parts_of(folder: Path, identity: Mapping[str, Any]) -> Path:
     """Where an interrupted call of this identity leaves what it made so far: beside the folder that it is to write."""
     digest = sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    folder = folder.absolute()
+    folder = folder.resolve()
     return folder.with_name(f".{folder.name}.parts-{digest}")
 
 
 def drop_parts(folder: Path) -> None:
     """Remove what calls left beside a folder that is written now."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     for parts in folder.parent.glob(f".{glob.escape(folder.name)}.parts-????????"):
         shutil.rmtree(parts, ignore_errors=True)
 
@@ -195,15 +201,15 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str) -> None:
+def check_output_file(file: Path, is_ours: Callable[[Path], bool], example: str, option: str = "output") -> None:
     """Raise UserError unless a command may write `file`: there is none, or `is_ours` knows it as an earlier result."""
     if file.is_dir():
-        raise UserError(f"output: expected a file, such as {example}, got the folder {file}")
+        raise UserError(f"{option}: expected a file, such as {example}, got the folder {file}")
     from moebert_kernels.files import check_writable
 
-    check_writable("output", file.absolute().parent)
+    check_writable(option, file.absolute().parent)
     if file.exists() and not is_ours(file):
-        raise UserError(f"output: expected a new file, got {file}, which moebert did not write")
+        raise UserError(f"{option}: expected a new file, got {file}, which moebert did not write")
 
 
 def is_result(key: str) -> Callable[[Path], bool]:

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from typer.main import get_command
 
-from moebert_kernels.cli import app
+from moebert_kernels import files
+from moebert_kernels.cli import app, outputs
 from moebert_kernels.cli.outputs import NOTE, already_written, check_output, claim, write_model
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, done, moebert, refused
@@ -101,6 +102,18 @@ def test_a_file_of_somebody_else_is_refused(name, key, base, data, tmp_path):
     assert weights.read_bytes() == before
 
 
+def test_a_chart_replaces_nothing_but_a_chart(base, tmp_path, monkeypatch):
+    """And is looked at before the models are timed; the result is saved before it is drawn."""
+    words = ("bench", "--model", base, "--against", base, "--form", "float32", "--task", "sst2", "--output", "r.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "three.tsv").write_text("my data")
+    line = refused(*words, "--chart", "three.tsv")
+    assert line == "chart: expected a new file, got three.tsv, which moebert did not write"
+    assert (tmp_path / "three.tsv").read_text() == "my data"
+    assert refused(*words, "--chart", ".") == "chart: expected a file, such as chart.png, got the folder ."
+    assert refused(*words, "--chart", "./r.json") == "chart: expected another file than --output, got r.json"
+
+
 def test_an_earlier_result_is_replaced(teacher, data, tmp_path):
     words = ("eval", "--model", teacher, *TABLE, "--data", data, "--output", tmp_path / "result.json")
     done(*words)
@@ -120,6 +133,36 @@ def test_force_replaces_a_model_and_not_what_was_put_beside_it(tmp_path):
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"output: expected a folder with a model alone, .* which holds thesis\.txt"):
         already_written(folder, other, force=True)
+
+
+@pytest.mark.parametrize("name", ["convert", "merge", "student", "quantize", "export"])
+def test_a_folder_that_cannot_be_replaced_whole_is_refused_before_any_work(name, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, wanted = command_words(name, base, ""), "output: expected a folder that can be replaced whole, got"
+    assert refused(*words, "--output", ".") == f"{wanted} ., which is the current folder"
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(outputs.os.path, "ismount", lambda path: path == tmp_path / "disk")
+    assert refused(*words, "--output", "disk") == f"{wanted} disk, which is a mount point"
+
+
+def test_a_model_needs_a_parent_that_can_be_written_and_a_run_its_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(files, "check_writable", lambda name, folder: asked.append(folder))
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    for command in ("convert", "finetune"):
+        check_output(tmp_path / "link", command)
+    assert asked == [tmp_path / "disk", tmp_path / "disk" / "out"]
+
+
+def test_a_link_leads_to_the_model_that_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    for seed in (0, 1):
+        write_model(tmp_path / "link", dense_model("bert"), None, {"command": "convert", "seed": seed})
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/out/config.json").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*out*")) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
 def test_a_run_goes_on_only_in_its_own_folder(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels import errors, serve
+from moebert_kernels.cli import bench_forms
 from moebert_kernels.layers import moe_layers
 from moebert_kernels.serve import prepare
 from moebert_kernels.serve.modules import PackedExperts
@@ -112,7 +113,7 @@ def test_export_with_one_operator_is_refused_for_dense_models(base, tmp_path):
     )
 
 
-def test_bench_of_forms(student, teacher, data, tmp_path):
+def test_bench_of_forms(student, teacher, data, tmp_path, monkeypatch):
     out, chart = tmp_path / "bench.json", tmp_path / "chart.png"
     words = ("--form", "float32", "--form", "int8", "--form", "bfloat16", "--rounds", 2, "--batch-size", 4)
     both = ("bench", "--model", student, "--against", teacher, *words)
@@ -125,6 +126,10 @@ def test_bench_of_forms(student, teacher, data, tmp_path):
     assert all(0 <= metrics["accuracy"] <= 1 for metrics in result["scores"].values())
     assert "over against float32" in text and chart.read_bytes().startswith(b"\x89PNG")
     assert "model int8" in done(*both, "--length", 8)
+    assert bench_forms.is_chart(chart)  # and so a later call may replace it
+    monkeypatch.setattr(bench_forms, "forms_chart", lambda *_: 1 / 0)
+    out.unlink()
+    assert moebert(*both, *TABLE, "--data", data, "--output", out, "--chart", chart).exit_code == 1 and out.exists()
 
 
 def test_bench_scores_each_model_with_its_own_tokenizer_and_classes(teacher, data, tmp_path):
