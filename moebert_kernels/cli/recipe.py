@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,7 @@ def arguments(words: Sequence[str]) -> dict[str, Any]:
         values = [value] if equals else []
         while rest and not equals and not rest[0].startswith("--"):
             values.append(rest.pop(0))
+        values = [os.path.expanduser(one) for one in values]  # of --teacher_outputs=~/kept, which a shell leaves alone
         found[key.replace("-", "_")] = "true" if not values else values[0] if len(values) == 1 else values
     return found
 

@@ -11,10 +11,12 @@ import dataclasses
 import errno
 import functools
 import inspect
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -26,6 +28,11 @@ _OPTION_OF = {
     "text_columns": "text_column", "output_dir": "output", "tables": "hash_tables", "width": "expert_size",
     "num_hidden_layers": "layers", "num_attention_heads": "heads",
 }  # fmt: skip
+# options that name a file or a folder; a shell leaves the ~ of --output=~/out as it is
+_PLACES = (
+    "model", "against", "teacher", "dense_teacher", "init", "output", "data", "config", "importance", "hash_tables",
+    "from_original", "extra_text", "chart",
+)  # fmt: skip
 _ADVICE = {"resume=False": "--force", "another output_dir": "another --output"}  # as it is typed
 
 
@@ -44,6 +51,9 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(**given: Any) -> Any:
+        given |= {name: at_home(given[name]) for name in _PLACES if name in given}
+        if "ctx" in given:
+            given["ctx"].params.update({name: given[name] for name in _PLACES if name in given})
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in dataclasses.fields(kind)})
         with warnings.catch_warnings():
@@ -70,6 +80,15 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     run.__signature__ = signature.replace(parameters=documented)  # type: ignore[attr-defined]  # typer reads it
     run.__doc__ = text
     return run
+
+
+def at_home(place: Any) -> Any:
+    """A path, NAME=PATH or several of them with the user's folder in place of a ~ at a path's beginning."""
+    if isinstance(place, list):
+        return [at_home(one) for one in place]
+    if isinstance(place, Path):
+        return Path(os.path.expanduser(place))  # which leaves what names no user as it is
+    return "=".join(map(os.path.expanduser, place.split("="))) if isinstance(place, str) else place
 
 
 def _is_of_a_full_disk(error: Exception) -> bool:

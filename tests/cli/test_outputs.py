@@ -9,6 +9,8 @@ from typer.main import get_command
 from moebert_kernels import files
 from moebert_kernels.cli import app, outputs
 from moebert_kernels.cli.outputs import NOTE, already_written, check_output, claim, write_model
+from moebert_kernels.cli.recipe import arguments
+from moebert_kernels.cli.running import at_home
 from moebert_kernels.errors import UserError
 from tests.cli.tiny import TABLE, TRAINING, done, moebert, refused
 from tests.convert.models import dense_model
@@ -163,6 +165,18 @@ def test_a_link_leads_to_the_model_that_is_written(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/out/config.json").exists()
     assert sorted(path.name for path in tmp_path.rglob("*out*")) == ["out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_a_tilde_is_the_users_folder(base, data, tmp_path, monkeypatch):
+    """Also where the shell leaves it, behind the = of an option or of SPLIT=FILE."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, tmp_path / "bert")
+    done("convert", "--model=~/bert", "--output=~/out")
+    assert "is there already" in done("convert", "--model", tmp_path / "bert", "--output", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "out"]
+    assert at_home(["train=~/a.tsv", "a~b", "~/c"]) == [f"train={tmp_path}/a.tsv", "a~b", f"{tmp_path}/c"]
+    assert arguments(["--teacher_outputs=~/kept"]) == {"teacher_outputs": f"{tmp_path}/kept"}
 
 
 def test_a_run_goes_on_only_in_its_own_folder(tmp_path):
