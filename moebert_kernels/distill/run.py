@@ -231,6 +231,8 @@ class _Run:
         if evaluate is None:
             self.settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "early_stopping_patience": None}
         else:
+            if strategy == "no":
+                raise UserError("eval_strategy: expected steps or epoch, as the best one's model is kept, got no")
             steps = self.settings.get("eval_steps") or self.settings["logging_steps"]  # as transformers has it
             given = {
                 "eval_strategy": strategy, "save_strategy": strategy, "save_steps": steps,

@@ -76,6 +76,8 @@ def test_what_is_evaluated_is_saved(tmp_path):
         run(tmp_path / "other", settings={"eval_steps": 5, "save_steps": 10}, **judge)
     with pytest.raises(UserError, match=r"load_best_model_at_end: expected True, since the best .* is kept, got False"):
         run(tmp_path / "other", settings={"load_best_model_at_end": False}, **judge)
+    with pytest.raises(UserError, match=r"eval_strategy: expected steps or epoch, as the best .* is kept, got no"):
+        run(tmp_path / "other", settings={"eval_strategy": "no"}, **judge)
     with pytest.raises(UserError, match="best_metric: expected the name of a metric that evaluate gives, got None"):
         run(tmp_path / "other", evaluate=constant([1]), best_metric=None)
 
