@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from moebert_kernels import files
 from moebert_kernels.convert import importance_scores, load_importance, model_fingerprint, save_importance
 from moebert_kernels.errors import UserError
 from tests.convert.models import D, L, dense_model
@@ -102,10 +103,11 @@ def test_rejects(tmp_path, model):
         load_importance(tmp_path / "i.npz")
 
 
-def test_a_failed_write_keeps_the_file_before(tmp_path, model):
+def test_a_failed_write_keeps_the_file_before(tmp_path, model, monkeypatch):
     path = tmp_path / "i.safetensors"
     save_importance(path, torch.zeros(L, D), model=model, **FACTS)
-    (tmp_path / ".i.safetensors.partial").mkdir()
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr(files, "_temporary", lambda path: tmp_path / "taken")
     with pytest.raises(UserError, match="path: expected a file that can be written"):
         save_importance(path, torch.ones(L, D), model=model, **FACTS)
     assert load_importance(path).scores.sum() == 0
