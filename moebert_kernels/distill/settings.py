@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.errors import UserError
 
-OF_DATA = ("max_length", "doc_stride")  # which a file may say too; whole numbers
+OF_DATA = {"max_length": 8, "doc_stride": 0}  # which a file may say too: whole numbers of at least so much
 # what a run decides itself, by its folder and by being run again
 _DECIDED = (
     "output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
@@ -86,7 +86,9 @@ def typed(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key}: expected the name of a training argument, got an unknown one"
                 f"{nearest(name, [*dotted_names(), *names()])}"
             )
-        found[name] = _typed(name, value)
+        found[name] = one = _typed(name, value)
+        if name in OF_DATA and one is not None and one < OF_DATA[name]:
+            raise UserError(f"{name}: expected a number of at least {OF_DATA[name]}, got {one}")
     return found
 
 
