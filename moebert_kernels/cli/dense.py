@@ -9,7 +9,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, tokenizer_of, write_model
 from moebert_kernels.errors import UserError, about
 
 
@@ -22,14 +22,13 @@ def merge(
         task: One of the model's tasks. Default: none, for a model with one expert.
     """
     from moebert_kernels.convert import merge as merged
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved
 
     inputs.check_models(model=model)
     identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
-    tokenizer = load_tokenizer(model)
-    write_model(output, merged(load_as_saved(model), task), tokenizer, identity)
+    write_model(output, merged(load_as_saved(model), task), tokenizer_of(model), identity)
 
 
 def student(
@@ -63,11 +62,16 @@ def student(
     from moebert_kernels.convert import describe_layer_map, layer_map, make_student
     from moebert_kernels.distill.loading import load_as_saved, load_encoder, load_tokenizer
 
-    inputs.check_models(model=model, init=None if init in ("layers", "random") else init)
+    other = None if init in ("layers", "random") else init
+    inputs.check_models(model=model, init=other)
+    inputs.check_trainable(model)
+    if other is not None:
+        with about("init", "model"):
+            inputs.check_trainable(other)
     identity = call_of(ctx)
     if already_written(output, identity, force, model, init):
         return
-    teacher, tokenizer = _dense_teacher(load_as_saved(model), task), load_tokenizer(model)
+    teacher = _dense_teacher(load_as_saved(model), task)
     sizes = {
         "num_hidden_layers": layers, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
         "num_attention_heads": heads,
@@ -79,7 +83,7 @@ def student(
         wanted = replace(_shape(shape, teacher.config), **sizes)
     else:
         given = load_encoder(init)
-        if load_tokenizer(init).get_vocab() != tokenizer.get_vocab():
+        if load_tokenizer(init).get_vocab() != load_tokenizer(model).get_vocab():
             raise UserError(f"init: expected a model with the teacher's vocabulary, got {init} with another")
         if shape or sizes:
             wanted = replace(_shape(shape, given.config), **sizes)
@@ -88,7 +92,7 @@ def student(
     M, N = made.config.num_hidden_layers, teacher.config.num_hidden_layers
     pairs = layer_map(M, N) if teacher_layer is None else dict(enumerate(teacher_layer, 1))
     print(f"{sum(p.numel() for p in made.parameters()):,} parameters; {describe_layer_map(pairs)}")
-    write_model(output, made, tokenizer, identity)
+    write_model(output, made, tokenizer_of(model), identity)
 
 
 def _dense_teacher(model: Any, task: str | None) -> Any:

@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, write_files
+from moebert_kernels.cli.outputs import already_written, call_of, tokenizer_of, write_files
 
 
 def export(
@@ -28,21 +28,21 @@ def export(
         experts: matrices: standard operators alone, and padding costs nothing; operator: one com.microsoft.MoE for each
             layer, in float32.
     """
-    from moebert_kernels.distill.loading import load_as_saved, load_tokenizer
+    from moebert_kernels.distill.loading import load_as_saved
     from moebert_kernels.serve import export_onnx
 
     inputs.check_models(model=model)
     identity = call_of(ctx)
     if already_written(output, identity, force, model):
         return
-    loaded, tokenizer = load_as_saved(model), load_tokenizer(model)
+    loaded = load_as_saved(model)
 
     def save(folder: Path) -> None:
         export_onnx(loaded, folder / "model.onnx", dtype=dtype, experts=experts)
         if loaded.can_generate():
             loaded.generation_config.save_pretrained(folder)
 
-    write_files(output, save, identity, tokenizer, _plain(loaded.config))
+    write_files(output, save, identity, tokenizer_of(model), _plain(loaded.config))
     print(f"{(output / 'model.onnx').stat().st_size / 2**20:,.0f} MiB; saved in {output}")
 
 

@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -130,6 +131,17 @@ def already_written(folder: Path, identity: Mapping[str, Any], force: bool, *mod
     if is_there:
         print(f"{folder} is there already")
     return is_there
+
+
+def tokenizer_of(model: str | Path) -> Any:
+    """The tokenizer of a model, which is saved with what it becomes; None, with a warning, where there is none."""
+    from moebert_kernels.distill.loading import load_tokenizer
+
+    try:
+        return load_tokenizer(model)
+    except UserError as error:
+        warnings.warn(f"the model is saved without a tokenizer ({error})", stacklevel=2)
+        return None
 
 
 def write_model(

@@ -94,6 +94,10 @@ def test_quantize_refusals(moe, base, tmp_path):
     assert "expected one that is not prepared" in refused(
         "quantize", "--model", tmp_path / "bf16", "--output", tmp_path / "again"
     )
+    words = ("student", "--output", tmp_path / "small")
+    for name, models in (("model", (tmp_path / "bf16", "layers")), ("init", (base, tmp_path / "bf16"))):
+        line = refused(*words, "--model", models[0], "--init", models[1])
+        assert line.startswith(f"{name}: expected one that can be trained, got ")
 
 
 @pytest.mark.slow
