@@ -76,6 +76,9 @@ def ablate(
             inputs.check_models(**{option: one})
     files = data_by_task(data, task)
     chosen = recipe_of(ctx, config)
+    for stage in chosen.stages:
+        if (seed := stage.settings.get("seed")) is not None:
+            raise UserError(f"seed: expected none, as the runs of an arm have --seeds' from 0 on, got {seed}")
     repeated = repeated_arms(chosen, arms)
     if arm and repeated:
         name, first = next(iter(repeated.items()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,15 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, check_model_output, drop_parts, parts_of, write_model
+from moebert_kernels.cli.outputs import (
+    already_written,
+    call_of,
+    check_model_output,
+    drop_parts,
+    parts_of,
+    tokenizer_of,
+    write_model,
+)
 from moebert_kernels.cli.sizes import say_kept, say_sizes, sizes
 from moebert_kernels.cli.tasks import known_tasks
 from moebert_kernels.errors import UserError
@@ -99,36 +106,39 @@ def convert(
         "max_bond": max_bond,
     }  # fmt: skip
     of_mpo = {"sites": sites, "low_bonds": low_bonds}
-    _check_unused("--model", from_original is not None,
+    o.check_unused("--model", from_original is not None,
                   fields | of_mpo | {"importance": importance, "expert_size": expert_size, "noise": noise,
-                                     "method": method})  # fmt: skip
+                                     "method": method, "task": task or None})  # fmt: skip
     if method is None:
         by_text = bool(task or data) and router is None and experts is None and importance is None
         method = "chosen" if by_text else "moebert"
     if method not in METHODS:
         raise UserError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    _check_unused("--method moebert or mpoe", method == "dense",
+    o.check_unused("--method moebert or mpoe", method == "dense",
                   fields | of_mpo | {"noise": noise, "hash_tables": hash_tables})  # fmt: skip
     config = None
     if method != "dense" and from_original is None:
         from moebert_kernels.layers.config import SPLITS
 
-        config = _config(method, task or [], data, fields | {"expert_size": expert_size})
-        _check_unused("--experts split", config.experts != "split", {"importance": importance})
-        _check_unused("--experts mpo", config.experts != "mpo", of_mpo)
-        _check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
+        config = _config(method, task or [], fields | {"expert_size": expert_size})
+        o.check_unused("--experts split", config.experts != "split", {"importance": importance})
+        o.check_unused("--experts mpo", config.experts != "mpo", of_mpo)
+        o.check_unused("--experts copy or mpo", config.experts in SPLITS, {"noise": noise})
         given = config.router in ("hash-random", "hash-balance")
-        _check_unused("--router hash-random or hash-balance", not given, {"hash_tables": hash_tables})
+        o.check_unused("--router hash-random or hash-balance", not given, {"hash_tables": hash_tables})
+    counted = config is not None and config.router == "hash-balance" and hash_tables is None
+    by_text = config is None and from_original is None and bool(task or data)
+    reads = by_text or (config is not None and (counted or config.needs_text))
+    of_texts = inputs.Texts(data, text_column, label_column, max_length=max_length)
+    o.check_unused("--task and --method chosen or dense, or --router hash-balance", not reads, o.given(of_texts))
+    o.check_unused("--method dense without --task and --data", by_text, {"importance": importance})
     inputs.check_models(model=model)
     if model is not None:
         inputs.check_dense(model)
     identity = call_of(ctx)
     check_model_output(output, identity, force, model, from_original)  # before any text is read
-    counted = config is not None and config.router == "hash-balance" and hash_tables is None
-    by_text = config is None and from_original is None and bool(task or data)
-    _check_unused("--method dense without --task and --data", by_text, {"importance": importance})
     texts = None
-    if by_text or (config is not None and (counted or config.needs_text)):
+    if reads:
         texts = _texts(model or "", counted, task, data, text_column, label_column, max_length)
     identity["texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
@@ -147,11 +157,11 @@ def convert(
         parts = parts_of(output, identity)
         converted, reports = _converted(model, config, expert_size, importance, texts, parts, options)
     folder = from_original and (from_original if from_original.is_dir() else from_original.parent)
-    write_model(output, converted, _tokenizer(model or folder), identity, reports)
+    write_model(output, converted, tokenizer_of(model or folder), identity, reports)
     drop_parts(output)
 
 
-def _config(method: str, tasks: list[str], data: list[str] | None, fields: dict[str, Any]) -> Any:
+def _config(method: str, tasks: list[str], fields: dict[str, Any]) -> Any:
     """What a method makes, with the fields that are given; MoEConfig says what is wrong with them."""
     from moebert_kernels.layers import MoEConfig
 
@@ -161,9 +171,7 @@ def _config(method: str, tasks: list[str], data: list[str] | None, fields: dict[
         given |= {"tasks": list(labels), "task_labels": labels}
     config = getattr(MoEConfig, method)(**given)
     needs_task = config.is_task_routed or config.router == "hash-balance" or config.needs_text
-    _check_unused(
-        "--method chosen, --router hash-balance or task", not needs_task, {"task": tasks or None, "data": data or None}
-    )
+    o.check_unused("--method chosen, --router hash-balance or task", not needs_task, {"task": tasks or None})
     return config
 
 
@@ -221,24 +229,6 @@ def _chosen(model: Any, texts: Any, config: Any, seed: int, parts: Path) -> list
     print(report_table(reports))
     print(report_chart(reports))
     return chosen
-
-
-def _check_unused(where: str, unused: bool, options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        if unused and value is not None:
-            got = str(value) if isinstance(value, Path) else value
-            raise UserError(f"{name.replace('_', '-')}: it is used only with {where}; leave it out (got {got!r})")
-
-
-def _tokenizer(name: Any) -> Any:
-    """The tokenizer of a model, which is saved with what it becomes; None, with a warning, where there is none."""
-    from moebert_kernels.distill.loading import load_tokenizer
-
-    try:
-        return load_tokenizer(name)
-    except UserError as error:
-        warnings.warn(f"the model is saved without a tokenizer ({error})", stacklevel=2)
-        return None
 
 
 def _texts(

@@ -90,6 +90,8 @@ def bench(
         raise UserError("chart: expected --form too, whose forms it shows, got none")
     forms = check_forms(form, task, dtype, chart, output) if form else ()
     split = inputs.split_called(split)
+    judged = {"split": None if split == "validation" else split}
+    o.check_unused("--task", task is None, o.given(table) | judged)
     inputs.check_models(model=model, against=against)
     device = torch.device("cpu") if forms else inputs.device()
     wanted = chosen_dtype(dtype, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+
+from moebert_kernels.errors import UserError
 
 _TABLE = "A table of your own (--task custom)"
 _TASK = (
@@ -70,6 +74,20 @@ EXAMPLES = {
     "bench": "moebert bench --model student --against teacher --batch-size 1 --batch-size 32",
     "demo": "moebert demo --quick",
 }
+
+
+def given(options: Any, *but: str) -> dict[str, Any]:
+    """The fields of a dataclass of options that have another value than their default, `but` for these."""
+    pairs = ((field, getattr(options, field.name)) for field in fields(options) if field.name not in but)
+    return {field.name: value for field, value in pairs if value != field.default}
+
+
+def check_unused(where: str, unused: bool, options: Mapping[str, Any]) -> None:
+    """Raise UserError for the first of these options that is given and is not None, where they are `unused`."""
+    for name, value in options.items():
+        if unused and value is not None:
+            got = str(value) if isinstance(value, Path) else value
+            raise UserError(f"{name.replace('_', '-')}: it is used only with {where}; leave it out (got {got!r})")
 
 
 def _path(text: str) -> Path:

@@ -10,7 +10,7 @@ import typer
 
 from moebert_kernels.cli import inputs
 from moebert_kernels.cli import options as o
-from moebert_kernels.cli.outputs import already_written, call_of, data_files, write_model
+from moebert_kernels.cli.outputs import already_written, call_of, data_files, tokenizer_of, write_model
 from moebert_kernels.cli.running import print_metrics
 from moebert_kernels.errors import UserError
 
@@ -45,6 +45,10 @@ def quantize(
     from moebert_kernels.distill.loading import load_as_saved, load_model, load_tokenizer
     from moebert_kernels.serve import describe, prepare
 
+    reads = task is not None or texts.data
+    judging = {"split": None if split == "validation" else split, "batch_size": batch_size}
+    o.check_unused("--task", task is None, o.given(texts, "data", "text_column", "max_length") | judging)
+    o.check_unused("--task or --data", not reads, o.given(texts))
     inputs.check_models(model=model)
     if calibrate and dtype != "int8":
         raise UserError(f"calibrate: expected it with --dtype int8 alone, got --dtype {dtype}")
@@ -53,15 +57,12 @@ def quantize(
     calibrates = calibrate is not False and dtype == "int8"
     if task is None and texts.data and not calibrates:
         raise UserError("data: expected --task too, since without it texts only calibrate int8, got none")
-    for name in ("label_column", "regression", "hold_out", "doc_stride") if task is None else ():
-        if (given := getattr(texts, name)) != getattr(inputs.Texts, name):
-            raise UserError(f"{name}: it is used only with --task; leave it out (got {given!r})")
     identity = call_of(ctx, **{"files of data": data_files(texts.data)})
     if already_written(output, identity, force, model):
         return
     if calibrate is None and calibrates and task is None and not texts.data:
         inputs.say("int8 is not calibrated, for which texts are needed: --data FILE, or --task NAME")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model) if reads else tokenizer_of(model)
     evaluate: Callable[[Any], Any] | None = None
     reader: inputs.Reader | None = None
     if task is None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _OWN = ("seed", "max_length", "doc_stride")  # options of the commands that a recipe can say too
 
+_OF_TEACHER = ("objective_options", "teacher_dropout", "teacher_outputs", "teacher_outputs_dtype")
+
 
 def recipe_of(ctx: typer.Context, config: str | None, settings: Mapping[str, Any] | None = None) -> Recipe:
     """What a command was told: its --config, or else `settings`, with the values of the command line.
@@ -59,9 +61,16 @@ def arguments(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_settings(output: Path, recipe: Recipe, resume: bool, **facts: Any) -> None:
-    """Refuse an `output` with a run of other settings before any data is read; see `train_stages` for the rest."""
+    """Refuse an `output` with a run of other settings before any data is read; see `train_stages` for the rest.
+
+    And settings of a teacher where there is none to follow.
+    """
     from moebert_kernels.distill.run import check_folder
 
+    for name in () if recipe.needs_teacher else _OF_TEACHER:
+        for stage in recipe.active:
+            if value := stage.settings.get(name):
+                raise UserError(f"{name}: expected none without a teacher that is followed, got {value!r}")
     if resume:
         check_folder(output, recipe.active[-1], facts)
 

@@ -112,6 +112,7 @@ def test_refusals(setting, tmp_path):
         (("--dense-teacher", f"sst2={root}"), "dense-teacher: expected one for all tasks, .*, got none for stsb"),
         (("--task", "squad"), "task: expected tasks of GLUE"),
         (("--config", "bert"), "config: expected one of finetune, kd"),
+        (("--seed", "5"), "seed: expected none, as the runs of an arm have --seeds' from 0 on, got 5"),
         (("--temprature", "3"), "the nearest is 'objective_options.temperature'"),
     ):
         assert re.search(message, refused(*words(setting, tmp_path / "o", *more)))

@@ -1,5 +1,6 @@
 """Wrong input: one line that says what was wanted and what came, status 2, no traceback, and nothing lost."""
 
+import os
 import shutil
 
 import pytest
@@ -100,6 +101,11 @@ def test_conversion_needs_a_tokenizer_only_to_read_text(base, data, tmp_path):
         result = moebert(*words, "--method", method, "--force")
         assert result.exit_code == 0 and "the model is saved without a tokenizer (" in result.stderr
         assert (tmp_path / "moe/model.safetensors").exists() and not list((tmp_path / "moe").glob("token*"))
+    for command in ("student", "quantize"):
+        result = moebert(command, "--model", model, "--output", tmp_path / command)
+        assert result.exit_code == 0 and "the model is saved without a tokenizer (" in result.stderr
+    words = ("quantize", "--model", model, "--data", data, "--output", tmp_path / "int8")
+    assert refused(*words).startswith("tokenizer: expected ")
 
 
 @pytest.mark.parametrize("kind", ["teacher", "moe"])
@@ -135,6 +141,10 @@ def test_corrupt_checkpoint(kind, damage, teacher, moe, data, tmp_path):
         (("--method", "dense", "--num-experts", 4), "num-experts: it is used only with --method moebert or "),
         (("--method", "dense", "--route-padding"), "route-padding: it is used only with --method moebert or mpoe; "),
         (("--method", "dense", "--hash-tables", "a"), "hash-tables: it is used only with --method moebert or mpoe; "),
+        (("--router", "task", "--task", "sst2", "--data", "no.tsv"), "data: it is used only with --task and --method "),
+        (("--router", "task", "--task", "sst2", "--max-length", 8), "max-length: it is used only with --task and "),
+        (("--method", "moebert", "--text-column", "zzz"), "text-column: it is used only with --task and --method "),
+        (("--method", "dense", "--label-column", "zzz"), "label-column: it is used only with --task and --method "),
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_each_other(words, line, tmp_path):
@@ -143,12 +153,48 @@ def test_options_that_do_not_fit_each_other(words, line, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("bench --split test", "--task"), ("bench --data no.tsv", "--task"), ("bench --text-column a", "--task"),
+        ("quantize --split test", "--task"), ("quantize --data no.tsv --batch-size 2", "--task"),
+        ("quantize --text-column a", "--task or --data"), ("quantize --max-length 8", "--task or --data"),
+    ],
+)  # fmt: skip
+def test_options_of_texts_that_are_not_read(words, where):
+    """Before a model is read, where no task names them."""
+    name, *words = words.split()
+    given = ("--against", "never-read") if name == "bench" else ("--output", "never-written")
+    line = refused(name, "--model", "never-read", *given, *words)
+    got = int(words[-1]) if words[-1].isdigit() else [words[-1]] if words[-2] != "--split" else words[-1]
+    assert line == f"{words[-2][2:]}: it is used only with {where}; leave it out (got {got!r})"
+
+
+def test_settings_of_a_teacher_where_there_is_none(base, data, tmp_path):
+    words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
+    for value, option in (("'zz'", ("--teacher_outputs", "zz")), ("True", ("--teacher_dropout",))):
+        line = f"{option[0][2:]}: expected none without a teacher that is followed, got {value}"
+        assert refused("finetune", *words, *option) == line
+
+
+@pytest.mark.parametrize("length", ["-3", "0"])
+def test_lengths_that_are_training_arguments(length, base, data, tmp_path):
+    """The command's own option --max-length has a least value too."""
+    words = ("finetune", "--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
+    line = f"max-length: expected a number of at least 8, got {length}"
+    assert refused(*words, "--max_length", length) == line
+
+
+@pytest.mark.parametrize(
     "words",
-    [("method", "mpoe"), ("importance", "file"), ("expert-size", 7), ("experts", "mpo"), ("noise", 0.0), ("top-k", 2)],
-)
+    [
+        ("method", "mpoe"), ("task", ["sst2"]), ("importance", "file"), ("expert-size", 7), ("experts", "mpo"),
+        ("noise", 0.0), ("top-k", 2),
+    ],
+)  # fmt: skip
 def test_an_import_takes_no_options_of_a_conversion(words, tmp_path):
     name, value = words
-    line = refused("convert", "--from-original", tmp_path, f"--{name}", value, "--output", tmp_path / "out")
+    typed = value[0] if isinstance(value, list) else value
+    line = refused("convert", "--from-original", tmp_path, f"--{name}", typed, "--output", tmp_path / "out")
     assert line == f"{name}: it is used only with --model; leave it out (got {value!r})"
 
 
@@ -192,7 +238,8 @@ def test_another_run_in_the_output_is_not_overwritten(base, teacher, data):
 
 
 def test_a_half_written_importance_file_is_done_again(teacher, importance, data, tmp_path):
-    shutil.copy(importance, tmp_path / ".i.safetensors.partial")
+    left = shutil.copy(importance, tmp_path / ".i.safetensors.of-a-killed-one.partial")
+    os.utime(left, (0, 0))
     (tmp_path / "i.safetensors.unfinished").write_bytes(b"half")
     done("importance", "--model", teacher, *TABLE, "--data", data, "--output", tmp_path / "i.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i.safetensors"]
