@@ -140,7 +140,7 @@ def convert(
     texts = None
     if reads:
         texts = _texts(model or "", counted, task, data, text_column, label_column, max_length)
-    identity["texts"] = texts and texts.fingerprint
+    identity["training texts"] = texts and texts.fingerprint
     if already_written(output, identity, force, model, from_original):
         return
     tables = None if hash_tables is None else inputs.read_tables(hash_tables)

@@ -80,26 +80,37 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def call_of(ctx: Any, **facts: Any) -> dict[str, Any]:
-    """What decides what a command makes, JSON-able: its options, the files that they name, and further facts."""
+    """What decides what a command makes, JSON-able: its options, the files that they name, and further facts.
+
+    Where local files lie does not matter.
+    """
     from moebert_kernels.distill.identity import model_files
 
-    given = {name: value for name, value in ctx.params.items() if name not in ("output", "force")}
+    given = {
+        name: None if value in ((), []) else value
+        for name, value in ctx.params.items() if name not in ("output", "force", "data")
+    }  # fmt: skip
     for name in _READ:
-        if given.get(name) is not None:
-            path = Path(given[name])
-            given[name] = str(path)
-            facts[f"files of {name}"] = model_files(path) if path.exists() else None
+        if given.get(name) is not None and (path := Path(given[name])).exists():
+            del given[name]
+            found = model_files(path)
+            facts[f"files of {name}"] = [*found.values()] if path.is_file() else found
     return json.loads(json.dumps({"command": ctx.command.name, **given, **facts}, default=str))
 
 
-def data_files(data: Sequence[str] | None) -> dict[str, Any]:
-    """Sizes and CRC-32 of the local files that --data names."""
+def data_files(data: Sequence[str] | None) -> list[Any]:
+    """Of each local place that --data names its split, where it says one, sizes and CRC-32; other words as they are."""
     from moebert_kernels.distill.identity import files_of
     from moebert_kernels.files import size_and_crc32
 
-    named = [word if Path(word).exists() else word.partition("=")[2] for word in data or ()]
-    paths = [Path(name) for name in named if name and Path(name).exists()]
-    return {str(path): size_and_crc32(path) if path.is_file() else files_of(path) for path in paths}
+    found: list[Any] = []
+    for word in data or ():
+        split, _, place = ("", "", word) if Path(word).exists() else word.partition("=")
+        if place and (path := Path(place)).exists():
+            found.append([split, size_and_crc32(path) if path.is_file() else files_of(path)])
+        else:
+            found.append(word)
+    return found
 
 
 def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *models: str | Path | None) -> bool:
@@ -109,14 +120,23 @@ def check_model_output(folder: Path, identity: Mapping[str, Any], force: bool, *
         UserError: as `check_output`; the folder holds another model. `force` allows to replace that, and never files
             that were put beside it.
     """
+    from moebert_kernels.distill.identity import check_same
+
     note = check_output(folder, identity["command"], *models)
     if note is None:
         return False
     files = note.pop("files", [])
     if not force:
-        if {name: note.get(name) for name in identity} == identity:
-            return True
-        raise UserError(f"output: expected a new or empty folder, got {folder}, which is in use (--force replaces it)")
+        if note["command"] != identity["command"]:
+            raise UserError(
+                f"output: expected a new or empty folder, got {folder}, which moebert {note['command']} wrote"
+                " (--force replaces it)"
+            )
+        check_same(
+            {name: note.get(name) for name in identity}, identity,
+            f"output: expected a new or empty folder, got {folder} with a model of", " (--force replaces it)",
+        )  # fmt: skip
+        return True
     others = sorted({path.name for path in folder.iterdir()} - {NOTE, *files})
     if others:
         raise UserError(

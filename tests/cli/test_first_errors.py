@@ -22,7 +22,11 @@ def test_an_output_in_use_is_refused_before_any_data_is_read(teacher, moe, stude
     """The data does not exist, and is not what the refusals are about."""
     missing = ("--data", tmp_path / "none.tsv")
     line = refused("convert", "--model", teacher, "--method", "chosen", "--task", "custom", *missing, "--output", moe)
-    assert line == f"output: expected a new or empty folder, got {moe}, which is in use (--force replaces it)"
+    assert line == (
+        f"output: expected a new or empty folder, got {moe} with a model of other expert_size (it was 8 and is not"
+        " given now), method (it was not given and is chosen now), num_shared_neurons (it was 4 and is not given now),"
+        " task (it was not given and is ['custom'] now) (--force replaces it)"
+    )
     both = ("--model", moe, "--teacher", teacher)
     for command, folder, models in (("finetune", teacher, ("--model", moe)), ("distill", student, both)):
         words = (command, *models, *TABLE, *missing, "--output", folder, *TRAINING)

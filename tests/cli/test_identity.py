@@ -141,14 +141,22 @@ def test_products_of_other_models_and_files_are_not_there_already(teacher, impor
     for name, words in calls.items():
         done(*words, "--output", tmp_path / name)
         assert "is there already" in done(*words, "--output", tmp_path / name)
+    moved = {at: tmp_path / f"moved-{at.name}" for at in (model, scores, table)}
+    for at, place in moved.items():
+        at.rename(place)
+    for name, words in calls.items():
+        again = [moved.get(word, word) for word in words]
+        assert "is there already" in done(*again, "--output", tmp_path / name)
+    for at, place in moved.items():
+        place.rename(at)
     (table / "train.tsv").write_text((table / "dev.tsv").read_text())
-    assert "is in use" in refused(*calls["balanced"], "--output", tmp_path / "balanced")
+    assert "other training texts (--force" in refused(*calls["balanced"], "--output", tmp_path / "balanced")
     done("importance", "--model", model, *TABLE, "--data", data, "--split", "test", "--output", scores, "--force")
-    assert "is in use" in refused(*calls["moe"], "--output", tmp_path / "moe")
+    assert "other files of importance (--force" in refused(*calls["moe"], "--output", tmp_path / "moe")
     changed = AutoModelForSequenceClassification.from_pretrained(model)
     changed.classifier.bias.data += 1.0
     changed.save_pretrained(model)
-    assert "is in use" in refused(*calls["student"], "--output", tmp_path / "student")
+    assert "other files of model (--force" in refused(*calls["student"], "--output", tmp_path / "student")
 
 
 def test_scores_say_what_they_are_of(teacher, small, tmp_path):

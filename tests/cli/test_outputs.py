@@ -129,8 +129,10 @@ def test_force_replaces_a_model_and_not_what_was_put_beside_it(tmp_path):
     write_model(folder, dense_model("bert"), None, identity)
     assert already_written(folder, identity, force=False)
     other = {"command": "student", "seed": 0}
-    with pytest.raises(UserError, match=r"output: expected a new or empty folder, .* is in use \(--force replaces it"):
+    with pytest.raises(UserError, match=r"expected a new or empty folder, .* which moebert convert wrote \(--force"):
         already_written(folder, other, force=False)
+    with pytest.raises(UserError, match=r"with a model of other seed \(it was 0 and is 1 now\) \(--force replaces it"):
+        already_written(folder, identity | {"seed": 1}, force=False)
     assert not already_written(folder, other, force=True)
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"output: expected a folder with a model alone, .* which holds thesis\.txt"):

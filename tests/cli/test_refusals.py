@@ -210,7 +210,7 @@ def test_an_output_in_use_is_not_touched(teacher, importance, moe, tmp_path):
 
     other = copy(moe, tmp_path / "moe")
     words = ("convert", "--model", teacher, "--importance", importance, *sizes, "--output", other)
-    assert "is in use (--force replaces it)" in refused(*words)
+    assert "with a model of other num_shared_neurons (it was 4 and is 2 now) (--force" in refused(*words)
     assert moe_config(AutoConfig.from_pretrained(other)).num_shared_neurons == 4
     done(*words, "--force")
     assert moe_config(AutoConfig.from_pretrained(other)).num_shared_neurons == 2

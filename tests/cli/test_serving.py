@@ -40,7 +40,7 @@ def test_quantize_calibrates_by_texts_with_and_without_labels(base, data, studen
     assert "a scale for each token in " in output and "as it was" not in output
     assert "is there already" in done(*by_texts)
     texts.write_text("text\n" + "the play was bad\n" * 9)
-    assert "is in use (--force replaces it)" in refused(*by_texts)
+    assert "with a model of other files of data (--force replaces it)" in refused(*by_texts)
     assert isinstance(scales("task"), list) and isinstance(scales("texts"), list) and scales("off") is None
 
 
