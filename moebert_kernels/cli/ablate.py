@@ -43,6 +43,8 @@ def ablate(
     Args:
         model: The student before training, with or without a head; once, or as TASK=FOLDER once for each task.
         teacher: A task-routed MoE, or fine-tuned models; once, or as TASK=FOLDER once for each task.
+        data: TASK=FOLDER, or TASK=NAME for a dataset on the Hub, once for each task; with one --task also what moebert
+            finetune takes. Without it, the tasks' own datasets on the Hub.
         task: A task of GLUE (cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli); once for each.
         dense_teacher: For the arm no-moe: fine-tuned dense models; once, or as TASK=FOLDER once for each task. Default:
             none.

@@ -19,10 +19,11 @@ _TASK = (
     "cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli of GLUE; squad or squad_v2; lm for running text and a"
     " language model; or custom for a table of your own"
 )
-_CONFIG = (
-    "microbert, microbert-two-stage, microbert-lean, kd, finetune or a YAML file of training arguments, which the"
-    " command line overrides; --STAGE.NAME VALUE holds for one stage, --loss_weights.TERM VALUE for one term."
+_YAML = (
+    "finetune or a YAML file of training arguments, which the command line overrides; --STAGE.NAME VALUE holds for one"
+    " stage, --loss_weights.TERM VALUE for one term."
 )
+_CONFIG = f"microbert, microbert-two-stage, microbert-lean, kd, {_YAML}"
 _OTHERS = "others"  # STS-B, WNLI and tables of one's own
 
 
@@ -169,8 +170,9 @@ EvaluationBatchSize = Annotated[
 Split = Annotated[str, typer.Option(help="train, validation or test.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier call left in --output.")]
 
+FinetuneConfig = Annotated[str | None, typer.Option(help=f"{_YAML} Default: by task, see below.")]
 Config = Annotated[
     str | None,
-    typer.Option(help=f"{_CONFIG} Default: by task, see below; distill follows the teacher layer by layer."),
+    typer.Option(help=f"{_CONFIG} Default: by task, see below, and the teacher is followed layer by layer."),
 ]
 AblationConfig = Annotated[str, typer.Option(help=_CONFIG)]

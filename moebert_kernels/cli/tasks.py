@@ -85,10 +85,12 @@ def finetune_tasks(
 
 
 def data_by_task(data: Sequence[str] | None, tasks: Sequence[str]) -> dict[str, list[str]]:
-    """What --data says, by task."""
+    """What --data says, by task; of one task its name may be left out."""
     found: dict[str, list[str]] = {}
     for entry in data or ():
         task, equals, place = entry.partition("=")
+        if len(tasks) == 1 and task != tasks[0]:
+            task, equals, place = tasks[0], "=", entry
         if not equals or task not in tasks:
             raise UserError(_DATA.format(tasks=", ".join(tasks), got=entry))
         found.setdefault(task, []).append(place)

@@ -21,7 +21,7 @@ def finetune(
     task: o.TaskNames,
     output: o.OutputFolder,
     texts: inputs.Texts,
-    config: o.Config = None,
+    config: o.FinetuneConfig = None,
     seed: o.Seed = 0,
     task_temperature: Annotated[float, typer.Option(min=1.0)] = 1.0,
     force: o.Force = False,
@@ -36,20 +36,21 @@ def finetune(
     check_output(output, "finetune", model)
     inputs.check_models(model=model)
     inputs.check_trainable(model)
-    settings = _preset(ctx, task[0] if len(task) == 1 else "")
+    recipe = recipe_of(ctx, config, _preset(ctx, task[0] if len(task) == 1 else ""))
+    if recipe.needs_teacher:
+        name, got = ("config", config) if config is not None else ("objective", recipe.active[-1].objective)
+        raise UserError(f"{name}: expected one without a teacher, which moebert distill follows, got {got}")
     if len(task) > 1:
         known_tasks(task)
         refuse_for_tasks(
             text_column=texts.text_column, label_column=None if texts.label_column == "label" else texts.label_column,
             regression=texts.regression or None, doc_stride=texts.doc_stride,
         )  # fmt: skip
-        recipe = recipe_of(ctx, config, settings)
         check_settings(output, recipe, not force, task=task, hold_out=texts.hold_out)
         finetune_tasks(model, task, texts, output, recipe, task_temperature, not force)
         return
     if task_temperature != 1.0:
         raise UserError(f"task-temperature: expected it with several --task alone, got {task_temperature}")
-    recipe = recipe_of(ctx, config, settings)
     check_settings(output, recipe, not force, task=task[0], hold_out=texts.hold_out)
     loaded = texts.load(task[0])
     result, _ = train_by_recipe(

@@ -176,6 +176,14 @@ def test_settings_of_a_teacher_where_there_is_none(base, data, tmp_path):
         assert refused("finetune", *words, *option) == line
 
 
+def test_finetune_follows_no_teacher(base, tmp_path):
+    """Before its data is read."""
+    words = ("finetune", "--model", base, *TABLE, "--data", tmp_path / "none.tsv", "--output", tmp_path / "out")
+    for option in (("--config", "kd"), ("--objective", "layerwise")):
+        line = f"{option[0][2:]}: expected one without a teacher, which moebert distill follows, got {option[1]}"
+        assert refused(*words, *option) == line
+
+
 @pytest.mark.parametrize("length", ["-3", "0"])
 def test_lengths_that_are_training_arguments(length, base, data, tmp_path):
     """The command's own option --max-length has a least value too."""

@@ -15,6 +15,8 @@ from transformers import (
     BertForPreTraining,
 )
 
+from moebert_kernels.cli.tasks import data_by_task
+from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, set_task
 from tests.cli.test_workflow import logits_of
 from tests.cli.tiny import BAD, GOOD, TABLE, done, moebert, refused, write_base
@@ -176,6 +178,14 @@ def test_refusals_of_finetune(base, routed, tasks, tmp_path):
     assert line(routed, "--task", "sst2", "--task", "rte", "--data", f"rte={tasks / 'sst2'}").startswith(
         "task: expected one of the model's tasks, sst2, cola, stsb, got 'rte'"
     )  # fmt: skip
+
+
+def test_the_name_of_one_task_may_be_left_out():
+    for entry in ("folder", "train=a.tsv", "data/a=b"):
+        assert data_by_task([entry], ["sst2"]) == {"sst2": [entry]}
+        with pytest.raises(UserError, match=r"data: expected TASK=FOLDER, .* for tasks among sst2, cola, got"):
+            data_by_task([entry], ["sst2", "cola"])
+    assert data_by_task(["sst2=train=a.tsv"], ["sst2"]) == {"sst2": ["train=a.tsv"]}
 
 
 def test_refusals_of_merge_and_student(teacher, moe, trained, base, data, tmp_path):
