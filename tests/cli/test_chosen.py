@@ -107,4 +107,4 @@ def test_texts_without_labels_choose(base, data, tmp_path):
     line = refused(
         "convert", "--model", base, "--data", table, "--router", "hash-random", "--output", tmp_path / "other"
     )
-    assert line.startswith("data: it is used only with --method chosen, --router hash-balance or task; leave it out")
+    assert line.startswith("data: it is used only with --task and --method chosen or dense, or --router hash-balance; ")
