@@ -8,14 +8,13 @@ batch whatever the sizes in it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moebert_kernels.convert.sample_loss import is_causal
@@ -24,26 +23,26 @@ from moebert_kernels.distill.argument_checks import check_experts, check_given, 
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
-from moebert_kernels.distill.embedding import EmbeddingObjective
+from moebert_kernels.distill.judging_trainer import JudgingTrainer
 from moebert_kernels.distill.kept_outputs import kept_outputs
 from moebert_kernels.distill.named_objectives import make_objective
-from moebert_kernels.distill.objectives import Objective, batch_weight, sequences_in, task_loss
+from moebert_kernels.distill.objectives import Objective, batch_weight, sequences_in
 from moebert_kernels.distill.orders import SeededLengthGroups, padded
 from moebert_kernels.distill.parameter_groups import add_groups, decayed
 from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpoint, load_state, save_state
 from moebert_kernels.distill.step_graphs import StepGraphs, check_graphs
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.terms import BALANCE, TASK, Terms, has_labels
+from moebert_kernels.distill.terms import BALANCE, Terms
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import balance_losses, moe_config, summed_losses
+from moebert_kernels.layers import moe_config
 from moebert_kernels.nn import BalanceWindow, GradientMask, shared_fold
 
 # columns that no model's forward names, but the losses and the teacher's kept outputs need
 _OUR_COLUMNS = ("example_id", "labelled", "task_ids")
 
 
-class MoETrainer(Trainer):
+class MoETrainer(JudgingTrainer):
     """transformers' `Trainer` for models with or without experts, with or without a teacher.
 
     Everything that is not named here is as in `Trainer`: data, collators, `compute_metrics`, checkpoints, trackers,
@@ -68,9 +67,6 @@ class MoETrainer(Trainer):
             contributes nothing, and where a checkpoint is of another run.
     """
 
-    args: Any  # MoETrainingArguments
-    objective: Any  # an Objective, or None
-    teacher: Any  # a Teacher, or None
     _signature_columns: Any
 
     def __init__(
@@ -267,49 +263,6 @@ class MoETrainer(Trainer):
         loss = total * (self._share * self.args.world_size)
         return (loss, outputs) if return_outputs else loss
 
-    def _judged(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """The loss of a batch that is evaluated: of its labels, or where it has none the objective's."""
-        if has_labels(inputs):
-            outputs = model(**self._inputs(inputs))
-            return task_loss(outputs, dict(inputs), self._preset, self._causal), outputs
-        terms, outputs = self._terms(model, inputs, with_task=False)
-        return torch.stack([self._losses.weight(name) * term for name, term in sorted(terms.items())]).sum(), outputs
-
-    def _terms(self, model: nn.Module, inputs: Mapping[str, Any], with_task: bool) -> tuple[dict[str, Tensor], Any]:
-        """The named, unweighted terms of a batch, each (), and the student's outputs."""
-        objective, batch = self.objective, dict(inputs)
-        recording = nullcontext() if objective is None else objective.recording()
-        states = {} if objective is None else {"output_hidden_states": True}
-        with recording, balance_losses() as losses:
-            outputs = model(**self._inputs(inputs), **states)
-        terms = {}
-        if with_task:
-            smoothing = self.args.label_smoothing_factor
-            terms[TASK] = task_loss(outputs, batch, self._preset, self._causal, smoothing)
-        if self._losses.weights[BALANCE] and losses:
-            terms[BALANCE] = summed_losses(losses)
-        if objective is not None:
-            with torch.no_grad():
-                theirs = self.teacher(batch) if self._theirs is None else self._theirs
-            terms |= objective(outputs, theirs, batch)
-        return terms, outputs
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Any, Any, Any]:
-        """As `Trainer.prediction_step`; the objective judges what has no labels, and embeddings are predictions."""
-        if self.objective is None or has_labels(inputs):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        if isinstance(self.objective, EmbeddingObjective):
-            return loss.detach(), self.objective.embed(outputs, dict(inputs)), None
-        ends = (outputs.get("start_logits"), outputs.get("end_logits"))  # which questions have instead
-        return loss.detach(), outputs.get("logits", ends), None
-
     def create_optimizer(self, model: Any = None) -> Any:
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
@@ -333,10 +286,6 @@ class MoETrainer(Trainer):
             if self.objective is not None and self.objective.adversary is not None:
                 logs.update(self.objective.adversary.means(self.state.global_step, self._sum))
         super().log(logs, start_time)
-
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        self._losses.judge(self.state.global_step)  # not the metrics of a broken run
-        return super().evaluate(*args, **options)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._losses.judge(self.state.global_step)  # a broken run must not replace a good checkpoint
@@ -362,14 +311,6 @@ class MoETrainer(Trainer):
             return SeededLengthGroups(self, sampler.lengths, sampler.batch_size)
         return sampler
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """In the data's order always: predictions belong to its rows."""
-        strategy, self.args.train_sampling_strategy = self.args.train_sampling_strategy, "sequential"
-        try:
-            return super()._get_eval_sampler(eval_dataset)
-        finally:
-            self.args.train_sampling_strategy = strategy
-
     # Helpers
 
     @property
@@ -379,14 +320,6 @@ class MoETrainer(Trainer):
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
-
-    @property
-    def _preset(self) -> Any:
-        return "default" if self.objective is None else self.objective.preset
-
-    def _inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a batch the model's forward takes."""
-        return {key: inputs[key] for key in self._keys if key in inputs}
 
     def _identity(self) -> dict[str, Any]:
         """Facts that must agree for a run to go on; all other settings are compared by `Trainer`, which warns."""
