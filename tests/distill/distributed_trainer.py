@@ -2,9 +2,9 @@
 
     python distributed_trainer.py FOLDER KIND[:STEPS] ...     (behind torchrun: several processes)
 
-writes the weights of each run as FOLDER/KIND.safetensors. KIND is one of RUNS; with FSDP=2 in the environment models
-are sharded, each layer and the experts in it as units. A run writes a checkpoint every STEPS steps, and goes on from
-one that is there.
+writes the weights of each run as FOLDER/KIND.safetensors, and its model as FOLDER/KIND-model. KIND is one of RUNS; with
+FSDP=2 in the environment models are sharded, each layer and the experts in it as units. A run writes a checkpoint every
+STEPS steps, and goes on from one that is there.
 """
 
 import os
@@ -81,6 +81,7 @@ def shard_on_cpus() -> None:
         made(self, *args, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # which each new state takes over
 
     AcceleratorState.__init__ = init
 
@@ -109,6 +110,7 @@ def main(folder: Path, kinds: list[str]) -> None:
             key: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
             for key, tensor in run.model.state_dict().items()
         }
+        run.save_model(str(folder / f"{name}-model"))
         if run.args.should_save:
             save_file(state, folder / f"{name}.safetensors")
             print(name, "began after step", run._initial_global_step)

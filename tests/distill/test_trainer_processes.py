@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.distill.distributed_stages import main
 from tests.helpers import ROOT
@@ -48,6 +49,17 @@ def assert_same_ends(folder, one, kinds):
             torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=f"{kind}: {name}")
 
 
+def assert_saved(folder, kinds):
+    """The folder that `save_model` wrote loads as the model that was trained."""
+    for kind in kinds:
+        auto = AutoModelForCausalLM if kind == "mpo" else AutoModelForSequenceClassification
+        got, wanted = (
+            auto.from_pretrained(folder / f"{kind}-model").state_dict(), load_file(folder / f"{kind}.safetensors"),
+        )  # fmt: skip
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
 @pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(one, tmp_path):
     """Also where one of them has no token for an expert, with masks, maps and a discriminator."""
@@ -59,6 +71,7 @@ def test_two_processes_train_to_the_weights_of_one(one, tmp_path):
 def test_shards_train_to_the_weights_of_one_process_and_go_on_in_one(one, tmp_path):
     train(tmp_path / "2", 2, [f"{kind}:5" for kind in SHARDED], sharded=True)
     assert_same_ends(tmp_path / "2", one, SHARDED)
+    assert_saved(tmp_path / "2", SHARDED)
     for kind in SHARDED:
         shutil.copytree(tmp_path / "2" / kind / "checkpoint-5", tmp_path / "1" / kind / "checkpoint-5")
     said = train(tmp_path / "1", 1, SHARDED, sharded=True)
