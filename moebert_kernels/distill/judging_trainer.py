@@ -30,7 +30,8 @@ class JudgingTrainer(Trainer):
     def _judged(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss of a batch that is evaluated: of its labels, or where it has none the objective's."""
         if has_labels(inputs):
-            outputs = model(**self._inputs(inputs))
+            with balance_losses():  # which a model adds to its own loss otherwise
+                outputs = model(**self._inputs(inputs))
             return task_loss(outputs, dict(inputs), self._preset, self._causal), outputs
         terms, outputs = self._terms(model, inputs, with_task=False)
         return torch.stack([self._losses.weight(name) * term for name, term in sorted(terms.items())]).sum(), outputs
