@@ -25,11 +25,14 @@ class JudgingTrainer(Trainer):
     _losses: Terms
     _causal: bool
     _keys: list[str]  # of a batch that the student's forward takes
+    _takes_labels: bool  # the student's forward
     _theirs: Any  # what the teacher gives for the micro-batch, where it was asked before
+    _judging_teacher: Any  # which is asked for what is evaluated; a cache may have only the training data
+    _predicts = False
 
     def _judged(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """The loss of a batch that is evaluated: of its labels, or where it has none the objective's."""
-        if has_labels(inputs):
+        if self._has_labels(inputs):
             with balance_losses():  # which a model adds to its own loss otherwise
                 outputs = model(**self._inputs(inputs))
             return task_loss(outputs, dict(inputs), self._preset, self._causal), outputs
@@ -51,7 +54,8 @@ class JudgingTrainer(Trainer):
             terms[BALANCE] = summed_losses(losses)
         if objective is not None:
             with torch.no_grad():
-                theirs = self.teacher(batch) if self._theirs is None else self._theirs
+                teacher = self.teacher if model.training else self._judging_teacher
+                theirs = teacher(batch) if self._theirs is None else self._theirs
             terms |= objective(outputs, theirs, batch)
         return terms, outputs
 
@@ -59,17 +63,32 @@ class JudgingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """As `Trainer.prediction_step`; the objective judges what has no labels, and embeddings are predictions."""
-        if self.objective is None or has_labels(inputs):
+        if self._has_labels(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        if self.objective is None:
+            return super().prediction_step(model, self._inputs(inputs), prediction_loss_only, ignore_keys)
+        inputs, loss = self._prepare_inputs(inputs), None
+        embeds = isinstance(self.objective, EmbeddingObjective)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            if self._predicts:
+                outputs = model(**self._inputs(inputs), **({"output_hidden_states": True} if embeds else {}))
+            else:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                loss = loss.detach()
         if prediction_loss_only:
-            return loss.detach(), None, None
-        if isinstance(self.objective, EmbeddingObjective):
-            return loss.detach(), self.objective.embed(outputs, dict(inputs)), None
+            return loss, None, None
+        if embeds:
+            return loss, self.objective.embed(outputs, dict(inputs)), None
         ends = (outputs.get("start_logits"), outputs.get("end_logits"))  # which questions have instead
-        return loss.detach(), outputs.get("logits", ends), None
+        return loss, outputs.get("logits", ends), None
+
+    def predict(self, *args: Any, **options: Any) -> Any:
+        """As `Trainer.predict`: data without labels has no loss, so no teacher is asked."""
+        self._predicts = True
+        try:
+            return super().predict(*args, **options)
+        finally:
+            self._predicts = False
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         self._losses.judge(self.state.global_step)  # not the metrics of a broken run
@@ -82,6 +101,10 @@ class JudgingTrainer(Trainer):
             return super()._get_eval_sampler(eval_dataset)
         finally:
             self.args.train_sampling_strategy = strategy
+
+    def _has_labels(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a batch has labels for the student; `Trainer` keeps a column `label` for an encoder too."""
+        return self._takes_labels and has_labels(inputs)
 
     @property
     def _preset(self) -> Any:

@@ -350,7 +350,7 @@ def task_loss(
         return (losses.view_as(labels) * label_weights(labels, causal)).sum()
     if label_smoothing:
         raise UserError(f"label_smoothing: expected 0 for a task without labels by token, got {label_smoothing}")
-    if outputs.loss is None:
+    if getattr(outputs, "loss", None) is None:
         raise UserError("labels: expected in each batch for the task's loss, got none")
     if "start_positions" in batch and "attention_mask" in batch and preset == "default":
         mask = batch["attention_mask"]

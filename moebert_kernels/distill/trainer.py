@@ -33,7 +33,7 @@ from moebert_kernels.distill.run_state import check_same_run, last_whole_checkpo
 from moebert_kernels.distill.step_graphs import StepGraphs, check_graphs
 from moebert_kernels.distill.teacher import LiveTeacher, Teacher, forward_keys
 from moebert_kernels.distill.teacher_cache import TeacherCache
-from moebert_kernels.distill.terms import BALANCE, Terms
+from moebert_kernels.distill.terms import BALANCE, Terms, has_labels
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config
 from moebert_kernels.nn import BalanceWindow, GradientMask, shared_fold
@@ -99,7 +99,9 @@ class MoETrainer(JudgingTrainer):
         self.student: Any = model  # as it is without what distributes it
         self.objective, self._source = objective, teacher
         self._causal = is_causal(model)
-        self._keys = [key for key in forward_keys(model) if not (self._causal and key == "labels")]
+        keys = forward_keys(model)
+        self._keys = [key for key in keys if not (self._causal and key == "labels")]
+        self._takes_labels = has_labels(dict.fromkeys(keys))
         self._moe = moe_config(getattr(model, "config", None))
         check_experts(model, self.args, self.is_fsdp_enabled)
         self._losses = Terms(self.args.weights, self._moe, objective, self._sum)
@@ -133,15 +135,15 @@ class MoETrainer(JudgingTrainer):
         kept = isinstance(source, TeacherCache) or self.args.teacher_outputs is not None
         if kept and self.args.teacher_dropout:
             raise UserError("teacher_dropout: expected False with kept outputs, which do not change, got True")
+        live = None
         if isinstance(source, nn.Module):
-            if self.args.teacher_outputs is not None:
-                source = kept_outputs(self, source)
-            else:
-                source = LiveTeacher(
-                    source, self.args.device, dropout=self.args.teacher_dropout, autocast=self.accelerator.autocast
-                )
+            live = LiveTeacher(
+                source, self.args.device, dropout=self.args.teacher_dropout, autocast=self.accelerator.autocast
+            )
+            source = live if self.args.teacher_outputs is None else kept_outputs(self, source)
         elif (folder := self.args.teacher_outputs) is not None:
             raise UserError(f"teacher_outputs: expected none with a teacher's kept outputs, got {folder}")
+        self._judging_teacher = live or source
         objective.check(self.student, source.info)
         if isinstance(source, TeacherCache):
             source.check_rows(self.train_dataset)
@@ -254,7 +256,9 @@ class MoETrainer(JudgingTrainer):
         if not model.training:
             loss, outputs = self._judged(model, inputs)
             return (loss, outputs) if return_outputs else loss
-        terms, outputs = self._terms(model, inputs, with_task=self._losses.has_task(inputs))
+        terms, outputs = self._terms(
+            model, inputs, with_task=self._losses.has_task(inputs if self._takes_labels else {})
+        )
         adversary = None if self.objective is None else self.objective.adversary
         done = self.state.global_step / max(self.state.max_steps, 1)
         total = self._losses.total(terms, None if adversary is None else {ADVERSARIAL: adversary.factor(done)})

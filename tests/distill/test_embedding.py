@@ -69,12 +69,32 @@ def test_a_converted_student_comes_to_embed_as_its_teacher(family, tmp_path):
 def test_evaluation_judges_by_the_objective_and_predicts_embeddings(tmp_path):
     teacher, student, data = encoder(seed=1), encoder(), texts(9, 2)
     run = trainer(tmp_path, student, texts(), teacher=teacher, objective=EmbeddingObjective(layer_map={}))
-    seen = {}
-    run.compute_metrics = lambda given: seen.update(shape=given.predictions.shape) or {"length": 1.0}
-    judged = run.predict(data)
-    assert judged.metrics["test_loss"] == pytest.approx(distance_of(student, teacher, data), abs=1e-6)
-    np.testing.assert_allclose(judged.predictions, embedded(student, data).numpy(), atol=1e-6)
-    assert run.evaluate(data)["eval_loss"] == pytest.approx(judged.metrics["test_loss"])
+    run._judging_teacher = None  # whom predictions do not need
+    np.testing.assert_allclose(run.predict(data).predictions, embedded(student, data).numpy(), atol=1e-6)
+    run._judging_teacher = run.teacher
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(distance_of(student, teacher, data), abs=1e-6)
+
+
+def test_kept_outputs_leave_other_sentences_to_the_teacher(tmp_path):
+    teacher, student, data = encoder(seed=1), encoder(), texts(9, 2)
+    run = trainer(
+        tmp_path, student, texts(), teacher=teacher, objective=EmbeddingObjective(layer_map={}), judged_on=data,
+        teacher_outputs=str(tmp_path / "kept"), eval_strategy="epoch", num_train_epochs=1,
+    )  # fmt: skip
+    run.train()
+    assert terms_of(run, "eval_loss") == [pytest.approx(distance_of(student, teacher, data), abs=1e-6)]
+    np.testing.assert_allclose(run.predict(data).predictions, embedded(student, data).numpy(), atol=1e-6)
+
+
+def test_labels_are_not_for_an_encoder(tmp_path):
+    """A column `label` is kept by transformers, whatever the model."""
+    data = texts(12).add_column("label", [0, 1] * 6)
+    run = trainer(tmp_path, encoder(), data, teacher=encoder(seed=1), objective=EmbeddingObjective(), judged_on=data)
+    run.train()
+    assert not terms_of(run, "task") and run.evaluate()["eval_loss"] > 0
+    weighted = {"objective": EmbeddingObjective(), "loss_weights": {"task": 1.0}}
+    with pytest.raises(UserError, match="labels: expected in each batch for the task's loss"):
+        trainer(tmp_path, encoder(), data, teacher=encoder(seed=1), **weighted).train()
 
 
 @pytest.mark.parametrize("layer_map", [{}, {1: 1, 2: 2}])

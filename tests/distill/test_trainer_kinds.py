@@ -92,7 +92,7 @@ def test_questions_without_positions_are_judged_by_the_objective(tmp_path):
     for predicted, logits in zip(judged.predictions, (alone.start_logits, alone.end_logits), strict=True):
         assert len(predicted) == 9
         torch.testing.assert_close(torch.tensor(predicted[0, :length]), logits[0], rtol=0, atol=1e-5)
-    assert run.evaluate(data)["eval_loss"] == judged.metrics["test_loss"] > 0
+    assert run.evaluate(data)["eval_loss"] > 0 and "test_loss" not in judged.metrics
 
 
 def test_several_tasks_are_trained_in_mixed_batches(tmp_path):
