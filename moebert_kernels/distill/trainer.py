@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from moebert_kernels.convert.sample_loss import is_causal
+from moebert_kernels.convert.sample_loss import LABEL_KEYS, is_causal
 from moebert_kernels.cpu import aligned
 from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer
 from moebert_kernels.distill.arguments import MoETrainingArguments
@@ -321,7 +321,9 @@ class MoETrainer(JudgingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns = [*self._signature_columns, *_OUR_COLUMNS]
+            keys = forward_keys(self._source) if isinstance(self._source, nn.Module) else ()
+            theirs = [key for key in keys if key not in LABEL_KEYS]  # as token types that the student does without
+            self._signature_columns = [*self._signature_columns, *theirs, *_OUR_COLUMNS]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
