@@ -83,6 +83,10 @@ class MoETrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Stop after so many evaluations without a new best, where `metric_for_best_model` is set."},
     )
+    # Without it early stopping would count its evaluations anew in a run that goes on.
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Take up the states of callbacks, as of early stopping, from a checkpoint."}
+    )
     # transformers pins always, and torch then warns on a machine without an accelerator
     dataloader_pin_memory: bool | None = field(
         default=None, metadata={"help": "Keep batches in pinned memory. None: where they go to an accelerator."}

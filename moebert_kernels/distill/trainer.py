@@ -164,6 +164,8 @@ class MoETrainer(JudgingTrainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_same_run(resume_from_checkpoint, self._identity())
+        for stopping in self._early_stopping:
+            stopping.early_stopping_patience_counter = 0  # of this run; a checkpoint may know another
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self._losses.judge(self.state.global_step, last=True)
@@ -172,6 +174,18 @@ class MoETrainer(JudgingTrainer):
                 getattr(held, "release", lambda: None)()
             self._open.__exit__(*sys.exc_info())
         return result
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        for stopping in self._early_stopping if self.args.early_stopping_patience is not None else ():
+            stopping.early_stopping_patience = self.args.early_stopping_patience  # now, whatever it was
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """As `Trainer` has it, but a run that goes on from where it stopped early stops before a step."""
+        if any(stop.early_stopping_patience_counter >= stop.early_stopping_patience for stop in self._early_stopping):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **options)  # type: ignore[no-untyped-call]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -336,6 +350,10 @@ class MoETrainer(JudgingTrainer):
     @property
     def _saves_shards(self) -> bool:
         return self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    @property
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
 
     @property
     def _maps(self) -> Any:

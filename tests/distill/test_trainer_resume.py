@@ -17,7 +17,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig
 from tests.distill.killed_trainer import KINDS
 from tests.distill.tiny import assert_same_weights, tiny_bert, weights
-from tests.distill.tiny_trainer import mostly_slow, terms_of, trainer
+from tests.distill.tiny_trainer import mostly_slow, terms_of, tiny_data, trainer
 from tests.helpers import ROOT
 
 
@@ -66,6 +66,35 @@ def test_a_killed_run_goes_on_bitwise(tmp_path):
         assert whole.keys() == went_on.keys()
         for name, tensor in whole.items():
             assert torch.equal(went_on[name], tensor), name
+
+
+def stopping_early(folder, callbacks=None, patience=2):
+    """A run of 6 epochs of 6 steps, whose metric is known."""
+    metrics = {6: 0.5, 12: 0.4, 18: 0.3, 24: 0.6, 30: 0.5, 36: 0.4}
+    run = trainer(
+        folder, num_train_epochs=6, eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="known",
+        greater_is_better=True, load_best_model_at_end=True, early_stopping_patience=patience, judged_on=tiny_data(8),
+        callbacks=callbacks,
+    )  # fmt: skip
+    run.compute_metrics = lambda _: {"known": metrics[run.state.global_step]}
+    return run
+
+
+def test_early_stopping_counts_on_where_a_run_goes_on(tmp_path):
+    """And a call of a run that stopped early trains no more, unless the patience has grown."""
+    whole = stopping_early(tmp_path / "whole")
+    whole.train(resume_from_checkpoint=True)
+    stopping_early(tmp_path / "killed", [StopAt(12)]).train()
+    for folder in ("killed", "killed", "whole"):
+        run = stopping_early(tmp_path / folder)
+        run.train(resume_from_checkpoint=True)
+        assert (run.state.global_step, run.state.best_global_step) == (18, 6)
+        assert_same_weights(run.model, weights(whole.model))
+    patient = stopping_early(tmp_path / "killed", patience=3)
+    patient.train(resume_from_checkpoint=True)
+    assert (patient.state.global_step, patient.state.best_global_step) == (36, 24)
+    whole.train()  # anew
+    assert whole.state.global_step == 18
 
 
 def checkpoints(folder, **options):
