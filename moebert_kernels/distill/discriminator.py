@@ -131,6 +131,14 @@ class Adversary:
             self._window.append((student.detach().float(), teacher.detach().float()))
         return generator_loss(self.network(student.float()))
 
+    def drop_window(self) -> None:
+        """Forget features that no `step` has seen."""
+        self._window = []
+
+    def forget(self) -> None:
+        """Start the log's means anew."""
+        self._sums.zero_()
+
     def step(self, sequences: Sequence[int], total: int, share: float, reduce: Reduce = lambda x: x) -> None:
         """One step on the window's sequences, unless the term is stopped.
 

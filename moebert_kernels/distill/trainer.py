@@ -164,8 +164,6 @@ class MoETrainer(JudgingTrainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         if isinstance(resume_from_checkpoint, str):
             check_same_run(resume_from_checkpoint, self._identity())
-        for stopping in self._early_stopping:
-            stopping.early_stopping_patience_counter = 0  # of this run; a checkpoint may know another
         try:
             result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
             self._losses.judge(self.state.global_step, last=True)
@@ -174,6 +172,15 @@ class MoETrainer(JudgingTrainer):
                 getattr(held, "release", lambda: None)()
             self._open.__exit__(*sys.exc_info())
         return result
+
+    def _init_training_state(self, *args: Any, **options: Any) -> Any:
+        """As `Trainer` has it; forgets what an earlier training noted, before a checkpoint says what to take up."""
+        self._losses.load_state({"names": [], "sums": None, "contributed": []}, self.args.device, 0)
+        if self.objective is not None and self.objective.adversary is not None:
+            self.objective.adversary.forget()
+        for stopping in self._early_stopping:
+            stopping.early_stopping_patience_counter = 0
+        return super()._init_training_state(*args, **options)
 
     def _load_callback_state(self) -> None:
         super()._load_callback_state()
@@ -189,6 +196,8 @@ class MoETrainer(JudgingTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches:  # a stream has ended: `Trainer` would add them to the next epoch's first step
+            batches = []
         counts = [batch_weight(batch, self._causal) for batch in batches]
         total = int(self._sum(torch.tensor(sum(counts), device=device))) if self.args.world_size > 1 else sum(counts)
         if batches and not total:
@@ -233,6 +242,8 @@ class MoETrainer(JudgingTrainer):
     def _begin_window(self) -> None:
         if self._maps is not None:
             self._maps.zero_grad()
+        if self.objective is not None and self.objective.adversary is not None:
+            self.objective.adversary.drop_window()  # one that an error ended
         self._open = ExitStack()
         if self.args.shared_fold:
             self._open.enter_context(shared_fold(self.student))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from moebert_kernels.distill.discriminator import Adversary, AdversaryConfig, discriminator_losses, generator_loss
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
@@ -180,3 +180,33 @@ def test_a_loss_that_is_not_finite_is_named():
     with pytest.raises(UserError, match=r"discriminator_loss: expected a finite loss, got nan at .* step 7"):
         adversary.means(7)
     assert AdversaryConfig().input_for("regression") == "pooled"
+
+
+class Interrupted(TrainerCallback):
+    """Ends the first training within a window of several micro-batches."""
+
+    done = False
+
+    def on_substep_end(self, args, state, control, **_):
+        if state.global_step == 3 and not self.done:
+            self.done = True
+            raise KeyboardInterrupt
+
+
+def test_a_window_that_was_interrupted_is_forgotten(tmp_path):
+    """As are the sums of an earlier training, when the same trainer trains anew."""
+    objective = MicroBertObjective("classification", ("soft", "adversarial"), adversary=AdversaryConfig(warmup=0.0))
+    run = trainer(
+        tmp_path, teacher=tiny_bert(1), objective=objective, callbacks=[Interrupted()], gradient_accumulation_steps=2,
+        logging_steps=2, learning_rate=0.0,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.train()
+    first, *_ = lines_of(run)
+    alone = trainer(
+        tmp_path, teacher=tiny_bert(1), objective=objective, gradient_accumulation_steps=2, logging_steps=2,
+        learning_rate=0.0,
+    )  # fmt: skip
+    alone.train()
+    assert first["soft"] == pytest.approx(lines_of(alone)[0]["soft"], rel=1e-6)

@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -74,6 +75,32 @@ def test_accumulation_equals_the_large_batch(name, tmp_path):
     for key, tensor in large.items():
         torch.testing.assert_close(accumulated[key], tensor, rtol=0, atol=1e-6, msg=key)
     assert others == pytest.approx(losses, abs=1e-5)
+
+
+def test_a_streams_last_window_is_whole_or_left_out(tmp_path):
+    """3 batches are an epoch, and 2 a step: the third is in no step, neither of this epoch nor of the next."""
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+            norms.append(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None).item())
+
+    norms: list[float] = []
+    run = trainer(
+        tmp_path, data=tiny_data(12).to_iterable_dataset(), gradient_accumulation_steps=2, max_steps=4,
+        learning_rate=0.0, max_grad_norm=0.0, callbacks=[Norms()], logging_steps=1,
+    )  # fmt: skip
+    run.train()
+    assert norms == [pytest.approx(norms[0])] * 4
+    assert terms_of(run, "loss") == pytest.approx(terms_of(run, "task"))
+
+
+def test_a_second_training_logs_its_own_terms(tmp_path):
+    run = trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
+    logged = []
+    for _ in range(2):
+        run.train()
+        logged.append(terms_of(run, "task"))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6)
 
 
 def test_terms_are_logged_by_name_and_unweighted(tmp_path):
