@@ -19,7 +19,7 @@ def decayed(names: Iterable[str]) -> list[str]:
 
 
 def add_groups(optimizer: Any, model: nn.Module, maps: nn.Module | None, args: Any) -> None:
-    """Give the routers of `model` their learning rate, if they have one, and train `maps` as well.
+    """Give the routers of `model` their learning rate, if they have one, at their decay, and train `maps` as well.
 
     Raises:
         UserError: a learning rate for the routers of a model without trained ones.
@@ -31,10 +31,11 @@ def add_groups(optimizer: Any, model: nn.Module, maps: nn.Module | None, args: A
         }  # fmt: skip
         if not routers:
             raise UserError("router_learning_rate: expected a model with trained routers, got one without")
-        moved = []
-        for group in optimizer.param_groups:
-            moved += [p for p in group["params"] if id(p) in routers]
+        for group in list(optimizer.param_groups):
+            moved = [p for p in group["params"] if id(p) in routers]
             group["params"] = [p for p in group["params"] if id(p) not in routers]
-        optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": args.router_learning_rate})
+            if moved:
+                decay = group["weight_decay"]
+                optimizer.add_param_group({"params": moved, "weight_decay": decay, "lr": args.router_learning_rate})
     if maps is not None:
         optimizer.add_param_group({"params": list(maps.parameters()), "weight_decay": args.weight_decay})

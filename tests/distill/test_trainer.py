@@ -184,8 +184,11 @@ def test_routers_and_stacked_biases_have_groups_of_their_own(tmp_path):
     groups = [({named[id(p)] for p in group["params"]}, group) for group in optimizer.param_groups]
     decayed = next(names for names, group in groups if group["weight_decay"])
     assert {name.rpartition(".")[2] for name in decayed} == {"weight", "w1", "w2"}
-    routers = next(names for names, group in groups if group["lr"] == 1e-4)
-    assert routers and all(".router." in name for name in routers)
+    routers = [(names, group) for names, group in groups if group["lr"] == 1e-4]
+    assert routers and all(".router." in name for names, _ in routers for name in names)
+    for names, group in routers:
+        assert all(group["weight_decay"] == (0.1 if name.endswith(".weight") else 0.0) for name in names)
+    assert routers[0][1]["weight_decay"] == 0.1
     assert sum(len(names) for names, _ in groups) == len(named)
 
 
