@@ -24,14 +24,16 @@ Distance = Literal["mse", "cosine"]
 def pool(hidden: Tensor, mask: Tensor, views: Sequence[View] = VIEWS) -> Tensor:
     """Sentence vectors (B, len(views), H) of hidden states (B, T, H), in at least float32.
 
-    "cls" is position 0; "max" and "mean" are over the positions where `mask` (B, T) is not 0. What stands elsewhere has
-    no influence: the maximum sees the dtype's lowest number there.
+    "cls" is the first position where `mask` (B, T) is not 0, "max" and "mean" are over all of these. What stands
+    elsewhere has no influence: the maximum sees the dtype's lowest number there. A sequence of padding alone gives its
+    position 0, that number and 0.
     """
     hidden, valid = at_least_float32(hidden), (mask != 0).unsqueeze(-1)
     pooled = []
     for view in views:
         if view == "cls":
-            pooled.append(hidden[:, 0])
+            first = valid.long().argmax(1, keepdim=True)  # (B, 1, 1): padding may be on the left
+            pooled.append(hidden.gather(1, first.expand(-1, -1, hidden.shape[-1]))[:, 0])
         elif view == "max":
             pooled.append(hidden.masked_fill(~valid, torch.finfo(hidden.dtype).min).amax(1))
         else:

@@ -75,6 +75,7 @@ def test_padding_has_no_influence(attention):
 def test_pool(dtype):
     hidden = torch.tensor([[[-1.0, 5.0], [-2.0, 2.0], [9.0, float("nan")]]], dtype=dtype)
     got = pool(hidden, torch.tensor([[1, 1, 0]]))
+    assert pool(hidden, torch.tensor([[0, 1, 1]]), ("cls",)).equal(hidden[:, 1:2].float())
     torch.testing.assert_close(got, torch.tensor([[[-1.0, 5.0], [-1.0, 5.0], [-1.5, 3.5]]]))
     assert VIEWS == ("cls", "max", "mean")
     assert pool(hidden, torch.tensor([[1, 1, 0]]), ("mean",)).shape == (1, 1, 2)
