@@ -12,6 +12,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, moe_layers
 from moebert_kernels.nn import MPOWeight
 
+_BY_SEQUENCE = ("ForSequenceClassification", "ForQuestionAnswering", "ForImageClassification", "ForMultipleChoice")
+
 
 def check_given(model: Any, args: Any, options: Mapping[str, Any]) -> None:
     """Raise UserError for what transformers' `Trainer` takes and this one does not."""
@@ -37,6 +39,16 @@ def check_experts(model: nn.Module, args: MoETrainingArguments, fsdp: bool) -> N
         raise UserError(f"shared_fold: expected False for a model that folds no weights, got a {type(model).__name__}")
     if fsdp and (args.shared_fold or args.gradient_mask is not None):
         raise UserError("fsdp: expected no shared_fold and no gradient_mask, which look at whole weights, got one")
+
+
+def check_smoothing(model: nn.Module, args: MoETrainingArguments) -> None:
+    """Raise UserError for the smoothing of labels, which are not by token, of a model whose class says so."""
+    name = type(model).__name__
+    if args.label_smoothing_factor and name.endswith(_BY_SEQUENCE):
+        raise UserError(
+            f"label_smoothing_factor: expected 0 for a model without labels by token, a {name}, got"
+            f" {args.label_smoothing_factor}"
+        )
 
 
 def check_optimizer(optimizer: Any, maps: nn.Module | None, args: MoETrainingArguments) -> None:

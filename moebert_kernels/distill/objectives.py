@@ -339,17 +339,18 @@ def task_loss(
         UserError: the batch has no labels, or none by token that could be smoothed.
     """
     labels = batch.get("labels")
+    by_token = "labelled" not in batch and labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3
+    if label_smoothing and not by_token:
+        raise UserError(f"label_smoothing: expected 0 for a task without labels by token, got {label_smoothing}")
     if "labelled" in batch:
         return _loss_of_labelled(at_least_float32(outputs.logits), labels, batch["labelled"])
-    if labels is not None and labels.ndim == 2 and outputs.logits.ndim == 3:
+    if by_token:
         labels = next_token_labels(labels) if causal else labels
         logits = at_least_float32(outputs.logits)
         losses = F.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=label_smoothing
         )
         return (losses.view_as(labels) * label_weights(labels, causal)).sum()
-    if label_smoothing:
-        raise UserError(f"label_smoothing: expected 0 for a task without labels by token, got {label_smoothing}")
     if getattr(outputs, "loss", None) is None:
         raise UserError("labels: expected in each batch for the task's loss, got none")
     if "start_positions" in batch and "attention_mask" in batch and preset == "default":

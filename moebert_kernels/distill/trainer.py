@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moebert_kernels.convert.sample_loss import LABEL_KEYS, is_causal
 from moebert_kernels.cpu import aligned
-from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer
+from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer, check_smoothing
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
@@ -104,6 +104,7 @@ class MoETrainer(JudgingTrainer):
         self._takes_labels = has_labels(dict.fromkeys(keys))
         self._moe = moe_config(getattr(model, "config", None))
         check_experts(model, self.args, self.is_fsdp_enabled)
+        check_smoothing(model, self.args)
         self._losses = Terms(self.args.weights, self._moe, objective, self._sum)
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None

@@ -248,6 +248,10 @@ def test_a_dense_model_of_a_converted_ones_configuration_is_refused(tmp_path):
         ({"loss_weights": {"task": -1}}, "loss_weights.task: expected a number of at least 0, got -1"),
         ({"gradient_mask": "half"}, "gradient_mask: expected names and values, got 'half'"),
         ({"gradient_mask": {"probability": 0.5}}, "model: expected experts with central tensors"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "label_smoothing_factor: expected 0 for a model without labels by token",
+        ),
         ({"early_stopping_patience": 2}, "early_stopping_patience: expected None without eval_strategy and metric"),
     ],
 )
