@@ -376,11 +376,17 @@ class MoETrainer(JudgingTrainer):
         return self.accelerator.reduce(values, "sum") if self.args.world_size > 1 else values
 
     def _identity(self) -> dict[str, Any]:
-        """Facts that must agree for a run to go on; all other settings are compared by `Trainer`, which warns."""
-        facts: dict[str, Any] = {} if self._moe is None else {"experts": self._moe.to_dict()}
+        """Facts that must agree for a run to go on. Of others `Trainer` compares a few, and warns."""
+        args = self.args
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        facts: dict[str, Any] = {"seed": args.seed, "sequences_per_step": size}
+        facts |= {f"loss_weights.{name}": weight for name, weight in args.weights.items()}
+        if self._moe is not None:
+            facts["experts"] = self._moe.to_dict()
         if self._mask is not None:
             facts["gradient_mask"] = self._mask.mask.identity()
         if self.objective is not None:
             facts |= {"objective": type(self.objective).__name__, "teacher weights": self.teacher.info.fingerprint}
+            facts |= {"teacher_dropout": True} if args.teacher_dropout else {}
             facts |= {f"objective.{name}": value for name, value in self.objective.identity().items()}
         return facts

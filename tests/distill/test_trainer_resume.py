@@ -130,6 +130,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="with other experts"):
         moe = convert_to_moe(tiny_bert(0), MoEConfig.switch(num_experts=2, load_balance=0.0))
         trainer(tmp_path, moe, **options).train(resume_from_checkpoint=True)
+    for other, message in (
+        ({"seed": 4}, r"seed \(it was 3 and is 4 now\)"),
+        ({"gradient_accumulation_steps": 2}, r"sequences_per_step \(it was 4 and is 8 now\)"),
+        ({"loss_weights": {"hidden": 2.0}}, r"loss_weights.hidden \(it was not given and is 2.0 now\)"),
+        ({"teacher_dropout": True}, r"teacher_dropout \(it was not given and is True now\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            trainer(tmp_path, **options, **other).train(resume_from_checkpoint=True)
     trainer(tmp_path, **options).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-12" / FILE).unlink()
     with pytest.raises(UserError, match=f"expected a checkpoint of MoETrainer, got .* without {FILE}"):
@@ -139,4 +147,6 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 def test_the_state_is_read_without_running_code(tmp_path):
     checkpoints(tmp_path)
     state = torch.load(tmp_path / "checkpoint-4" / FILE, weights_only=True)
-    assert json.loads(json.dumps(state["identity"])) == {} and state["meter"]["names"] == ["task"]
+    assert json.loads(json.dumps(state["identity"])) == {"seed": 3, "sequences_per_step": 4} and state["meter"][
+        "names"
+    ] == ["task"]
