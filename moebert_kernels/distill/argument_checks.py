@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from moebert_kernels.distill.arguments import MoETrainingArguments
+from moebert_kernels.distill.objectives import Objective
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, moe_layers
 from moebert_kernels.nn import MPOWeight
@@ -49,6 +50,29 @@ def check_smoothing(model: nn.Module, args: MoETrainingArguments) -> None:
             f"label_smoothing_factor: expected 0 for a model without labels by token, a {name}, got"
             f" {args.label_smoothing_factor}"
         )
+
+
+def find_unused(args: MoETrainingArguments) -> None:
+    """Let DDP look for parameters without a gradient, such as an encoder's pooler, where layers are recomputed, too.
+
+    transformers turns this off there, as reentrant checkpointing needs.
+    """
+    if args.ddp_find_unused_parameters is None and args.gradient_checkpointing and not is_reentrant(args):
+        args.ddp_find_unused_parameters = True
+
+
+def is_reentrant(args: MoETrainingArguments) -> bool:
+    """Whether layers are recomputed by torch's reentrant checkpointing."""
+    options: Any = args.gradient_checkpointing_kwargs or {}
+    return bool(args.gradient_checkpointing and options.get("use_reentrant"))
+
+
+def check_built(objective: Objective, args: MoETrainingArguments, fsdp: bool) -> None:
+    """Raise UserError for what an objective has made, where it cannot be trained."""
+    if objective.maps is not None and fsdp:
+        raise UserError("project: expected False under FSDP, which does not know the maps, got True")
+    if objective.relation_layer is not None and is_reentrant(args):
+        raise UserError("use_reentrant: expected False with the term 'relation', which gets no gradient then, got True")
 
 
 def check_optimizer(optimizer: Any, maps: nn.Module | None, args: MoETrainingArguments) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moebert_kernels.convert.sample_loss import LABEL_KEYS, is_causal
 from moebert_kernels.cpu import aligned
-from moebert_kernels.distill.argument_checks import check_experts, check_given, check_optimizer, check_smoothing
+from moebert_kernels.distill import argument_checks
 from moebert_kernels.distill.arguments import MoETrainingArguments
 from moebert_kernels.distill.callbacks import DiscriminatorCallback, GradientMaskCallback, Window
 from moebert_kernels.distill.discriminator import TERM as ADVERSARIAL
@@ -80,7 +80,7 @@ class MoETrainer(JudgingTrainer):
         **options: Any,
     ) -> None:
         args = MoETrainingArguments("tmp_trainer") if args is None else args
-        check_given(model, args, options)
+        argument_checks.check_given(model, args, options)
         assert model is not None
         if objective is None and args.objective is not None:
             options_given: Any = args.objective_options
@@ -92,6 +92,8 @@ class MoETrainer(JudgingTrainer):
             ours = {id(parameter) for parameter in model.parameters()}
             if any(id(parameter) in ours for parameter in teacher.parameters()):
                 raise UserError("teacher: expected weights of its own, got some that the student trains")
+        if objective is not None:
+            argument_checks.find_unused(args)
         super().__init__(aligned(model), args, callbacks=callbacks, **options)
         self.model_accepts_loss_kwargs = True  # `_step` scales: a micro-batch counts by its share of the window
         if self.args.n_gpu > 1:
@@ -103,8 +105,8 @@ class MoETrainer(JudgingTrainer):
         self._keys = [key for key in keys if not (self._causal and key == "labels")]
         self._takes_labels = has_labels(dict.fromkeys(keys))
         self._moe = moe_config(getattr(model, "config", None))
-        check_experts(model, self.args, self.is_fsdp_enabled)
-        check_smoothing(model, self.args)
+        argument_checks.check_experts(model, self.args, self.is_fsdp_enabled)
+        argument_checks.check_smoothing(model, self.args)
         self._losses = Terms(self.args.weights, self._moe, objective, self._sum)
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None
@@ -113,7 +115,7 @@ class MoETrainer(JudgingTrainer):
             self._mask = GradientMaskCallback(mask)
             self.add_callback(self._mask)
         self.teacher = None if objective is None else self._prepared_teacher()
-        check_optimizer(self.optimizer, self._maps, self.args)
+        argument_checks.check_optimizer(self.optimizer, self._maps, self.args)
         if self.args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self._window, self._open = Window([], 0), ExitStack()
@@ -149,8 +151,7 @@ class MoETrainer(JudgingTrainer):
         if isinstance(source, TeacherCache):
             source.check_rows(self.train_dataset)
         objective.build(self.student, source.info, self.args.seed)
-        if objective.maps is not None and self.is_fsdp_enabled:
-            raise UserError("project: expected False under FSDP, which does not know the maps, got True")
+        argument_checks.check_built(objective, self.args, self.is_fsdp_enabled)
         if objective.relation_layer is not None:
             source.record(objective.relation_layer)
         return source

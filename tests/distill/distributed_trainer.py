@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.discriminator import AdversaryConfig
+from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.microbert import TERMS, MicroBertObjective
 from moebert_kernels.distill.objectives import LayerwiseObjective
 from moebert_kernels.distill.processes import end_processes
@@ -70,7 +71,17 @@ def microbert(**options):
     return trainer(teacher=tiny_bert(1, hidden=32), objective=objective, data=tiny_data(32), **options)
 
 
-RUNS = {"split": split, "gated": gated, "mpo": mpo, "masked": masked, "microbert": microbert}
+def recomputed(**options):
+    """An encoder whose layers are recomputed, and whose pooler gets no gradient."""
+    return trainer(
+        model=tiny_bert(0).bert, teacher=tiny_bert(1).bert, objective=EmbeddingObjective(), gradient_checkpointing=True,
+        data=tiny_data(32, labels=False), **options,
+    )  # fmt: skip
+
+
+RUNS = {
+    "split": split, "gated": gated, "mpo": mpo, "masked": masked, "microbert": microbert, "recomputed": recomputed,
+}  # fmt: skip
 
 
 def shard_on_cpus() -> None:

@@ -282,6 +282,13 @@ def test_what_trainer_takes_and_this_one_does_not_is_refused(tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+def test_relations_are_not_recomputed_without_gradients(tmp_path):
+    objective = MicroBertObjective("classification", ("soft", "relation"))
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(UserError, match="use_reentrant: expected False with the term 'relation'"):
+        trainer(tmp_path, teacher=tiny_bert(1), objective=objective, **options)
+
+
 def test_images_are_trained_on(tmp_path):
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
                        patch_size=4, num_labels=3)  # fmt: skip

@@ -14,7 +14,7 @@ from tests.distill.distributed_stages import main
 from tests.helpers import ROOT
 
 SCRIPT, STAGES = (str(ROOT / f"tests/distill/distributed_{name}.py") for name in ("trainer", "stages"))
-WHOLE = ("split", "gated", "mpo", "masked", "microbert")
+WHOLE = ("split", "gated", "mpo", "masked", "microbert", "recomputed")
 SHARDED = ("split", "gated", "mpo")
 
 
