@@ -174,8 +174,8 @@ class EmbeddingObjective(Objective):
         if teacher.pooled and not self.pooled:
             raise UserError("teacher: expected states by token for the term 'hidden', got pooled ones")
 
-    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
-        super().build(student, teacher, seed)
+    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int, device: torch.device | None = None) -> None:
+        super().build(student, teacher, seed, device)
         config: Any = student.config
         self._pairs = self.pairs(config.num_hidden_layers, teacher.num_layers)
 

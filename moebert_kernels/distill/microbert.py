@@ -167,10 +167,10 @@ class MicroBertObjective(Objective):
         if getattr(moe_config(outer), "route_padding", False):
             raise UserError("model: expected a student that skips padding, got a model that routes it")
 
-    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
+    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int, device: torch.device | None = None) -> None:
         outer: Any = student.config
         config = outer.get_text_config()
-        device = next(student.parameters()).device
+        device = next(student.parameters()).device if device is None else device
         self._pairs = self.pairs(config.num_hidden_layers, teacher.num_layers)
         self._last = config.num_hidden_layers
         self.maps = None

@@ -138,8 +138,8 @@ class Objective(ABC):
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
         """Raise UserError, before any step, where the two models, the cache or the routing do not fit."""
 
-    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int) -> None:
-        """Make `maps` and `adversary` anew, on the student's device, or leave them None."""
+    def build(self, student: nn.Module, teacher: TeacherInfo, seed: int, device: torch.device | None = None) -> None:
+        """Make `maps` and `adversary` anew, or leave them None. `device` is where they train; None: the student's."""
         self.maps = self.adversary = None
 
     def pairs(self, student_layers: int, teacher_layers: int) -> dict[int, int]:

@@ -150,7 +150,8 @@ class MoETrainer(JudgingTrainer):
         objective.check(self.student, source.info)
         if isinstance(source, TeacherCache):
             source.check_rows(self.train_dataset)
-        objective.build(self.student, source.info, self.args.seed)
+        # `Trainer` moves some students only when it trains
+        objective.build(self.student, source.info, self.args.seed, self.args.device)
         argument_checks.check_built(objective, self.args, self.is_fsdp_enabled)
         if objective.relation_layer is not None:
             source.record(objective.relation_layer)

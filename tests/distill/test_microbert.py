@@ -216,3 +216,11 @@ def test_relation_heads_divide_both_sizes():
     objective = MicroBertObjective("classification", ("relation",), relation_heads=3)
     with pytest.raises(UserError, match="relation_heads: expected a divisor of the hidden sizes 16 and 16, got 3"):
         objective.build(tiny_bert(), info, seed=0)
+
+
+def test_what_is_trained_beside_the_student_lies_where_the_run_is():
+    """A student may still be elsewhere, as under FSDP."""
+    objective = MicroBertObjective("classification")
+    objective.build(tiny_bert(), teacher_info(tiny_bert(1, hidden=32)), 0, torch.device("meta"))
+    made = [*objective.maps.parameters(), *objective.adversary.network.parameters()]
+    assert {parameter.device.type for parameter in made} == {"meta"}
