@@ -32,6 +32,8 @@ class TaskTrainer(MoETrainer):
             eval_dataset=None if judge is None else train.columns,  # which Trainer wants, and the judge has its own
             **options,
         )  # fmt: skip
+        if self.is_fsdp_enabled:  # each process judges the whole model, and one writes it
+            raise UserError("fsdp: expected one process or DDP for a recipe, got FSDP, with which MoETrainer trains")
         self.remove_callback(PrinterCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(BarCallback())

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill.run import RUN
+from moebert_kernels.distill.task_trainer import TaskTrainer
 from moebert_kernels.distill.trainer import MoETrainer
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import recover_folder, write_folder
@@ -307,3 +308,16 @@ def test_the_bar_shows_losses_and_standard_output_is_left_alone(tmp_path, capsys
     run(tmp_path, recipe=recipe)
     printed = capsys.readouterr()
     assert printed.out == "" and "loss=" in printed.err
+
+
+def test_fsdp_is_refused_before_training(tmp_path, monkeypatch):
+    made = TaskTrainer.create_accelerator_and_postprocess
+
+    def sharded(self):
+        made(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(TaskTrainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(UserError, match="fsdp: expected one process or DDP for a recipe, got FSDP"):
+        run(tmp_path)
+    assert not (tmp_path / "run.json").exists()
