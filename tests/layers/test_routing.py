@@ -91,7 +91,9 @@ def test_a_forward_that_a_training_has_left_is_not_in_the_way(unwrapped):
     """accelerate's, which is the dense class's."""
     dense, batch = dense_model("bert-cls"), inputs() | {"labels": torch.tensor([0, 1, 2, 0])}
     wanted = importance_scores(dense, [batch])
-    dense = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(dense)
+    # as `Accelerator.prepare_model`, without the state that a process has once
+    function = accelerate.utils.convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(dense.forward.__func__))
+    dense._original_forward, dense.forward = dense.forward, types.MethodType(function, dense)
     if unwrapped:
         dense = accelerate.utils.extract_model_from_parallel(dense, keep_fp32_wrapper=False)
     before = dict(vars(dense))
