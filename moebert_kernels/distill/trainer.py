@@ -323,18 +323,11 @@ class MoETrainer(JudgingTrainer):
         self._losses.judge(self.state.global_step)  # a broken run must not replace a good checkpoint
         super()._save_checkpoint(model, trial)
 
-    def whole_state(self) -> dict[str, Tensor] | None:
-        """The weights of a model in shards, gathered, in the process that saves; None of a model that is whole.
-
-        All processes call it together. The others get an empty dictionary.
-        """
-        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, and the whole model too where checkpoints hold shards. All processes call it."""
         is_checkpoint = _internal_call and output_dir is not None
         if self._saves_shards and not is_checkpoint:  # `Trainer` saves nothing then
-            self._save(output_dir, state_dict=self.whole_state())
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))  # gathered
         super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
