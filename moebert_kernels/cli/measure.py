@@ -92,6 +92,7 @@ def bench(
     split = inputs.split_called(split)
     judged = {"split": None if split == "validation" else split}
     o.check_unused("--task", task is None, o.given(table) | judged)
+    o.check_unused("random tokens, which --task replaces", task is not None, {"seed": seed or None})
     inputs.check_models(model=model, against=against)
     device = torch.device("cpu") if forms else inputs.device()
     wanted = chosen_dtype(dtype, device)

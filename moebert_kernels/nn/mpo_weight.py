@@ -328,10 +328,10 @@ def shared_fold(module: nn.Module) -> Iterator[None]:
     weights = [m for m in module.modules() if isinstance(m, MPOWeight)]
     if any(weight.has_leaf for weight in weights):
         raise ValueError("shared_fold: expected no other one around it, got one")
-    for weight in weights:
-        weight.open_leaf()
     complete = False
     try:
+        for weight in weights:
+            weight.open_leaf()
         yield
         complete = True
     finally:

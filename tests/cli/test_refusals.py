@@ -305,3 +305,5 @@ def test_bench(base, data):
     )  # fmt: skip
     line = refused("bench", *both, *TABLE, "--data", data, "--batch-size", 65)
     assert line == "batch-size: expected at most 64, the rows of validation, got 65"
+    line = refused("bench", *both, *TABLE, "--data", data, "--seed", 5)
+    assert line == "seed: it is used only with random tokens, which --task replaces; leave it out (got 5)"

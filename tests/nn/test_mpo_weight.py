@@ -150,6 +150,14 @@ def test_shared_fold_drops_gradients_of_an_error():
     assert experts.w1.central.grad is None and not experts.w1.has_leaf
 
 
+def test_shared_fold_closes_what_it_opened_before_an_error(monkeypatch):
+    experts = small_experts()
+    monkeypatch.setattr(experts.w2, "open_leaf", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), shared_fold(experts):
+        pass
+    assert not experts.w1.has_leaf
+
+
 @pytest.mark.parametrize(
     "build, message",
     [
