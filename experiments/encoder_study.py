@@ -28,6 +28,7 @@ from benchmarks.identity import commit
 from moebert_kernels.convert import SiteChoice, choose_experts, importance_scores, parameter_counts
 from moebert_kernels.convert.chosen import MOST_TOKENS
 from moebert_kernels.data.columns import collator, tokenized
+from moebert_kernels.data.extra import corrupted_copies
 from moebert_kernels.data.metrics import compute_metrics
 from moebert_kernels.data.tasks import TaskData
 from moebert_kernels.distill import MoETrainer, MoETrainingArguments, TeacherCache
@@ -50,6 +51,7 @@ class Settings:
     epochs: int = 3
     rows: int = 10000
     unlabelled: int = 0
+    corrupted: int = 0
     choosing: int = MOST_TOKENS
     scored: int = 1000
     weight: float = 1.0
@@ -132,7 +134,10 @@ class Cell:
         text, numbers = concatenate_datasets([train, more]).remove_columns("example_id"), range(len(train) + len(more))
         text = text.add_column("example_id", [*numbers]).add_column("labelled", [n < len(train) for n in numbers])
         followed = text.select(range(min(len(train) + self.settings.unlabelled, len(text))))
-        return found | {"text": text, "followed": followed if self.settings.unlabelled else train}
+        followed = followed if self.settings.unlabelled else train
+        if self.settings.corrupted:
+            followed = corrupted_copies(followed, self.tokenizer, self.settings.corrupted, self.seed)
+        return found | {"text": text, "followed": followed}
 
     def batches(self, split: str, rows: Iterable[int]) -> Iterator[dict[str, Tensor]]:
         """Batches of these rows, padded, on the device."""

@@ -107,7 +107,7 @@ def load_teacher(name: str, task: Task) -> Any:
 
 def train_by_recipe(
     command: str, recipe: Recipe, model: str, teacher: str | None, loaded: Any, output: Path, *, new_head: bool = True,
-    extra_text: Path | None = None, hold_out: str | None = None, resume: bool = True,
+    extra_text: Path | None = None, corrupted_copies: int = 0, hold_out: str | None = None, resume: bool = True,
 ) -> tuple[RunResult, Any]:  # fmt: skip
     """Train a model on a task; the run's result, and the model with the best weights."""
     import torch
@@ -120,7 +120,8 @@ def train_by_recipe(
     loaded.split("train"), loaded.split("validation")
     tokenizer = load_tokenizer(model)
     seed = recipe.common("seed")
-    torch.manual_seed(DEFAULTS["seed"] if seed is None else seed)  # a new head's weights come from torch's generator
+    seed = DEFAULTS["seed"] if seed is None else seed
+    torch.manual_seed(seed)  # a new head's weights come from torch's generator
     student = load_model(model, loaded.task, new_head=new_head)
     guide = None
     if recipe.needs_teacher:
@@ -135,10 +136,14 @@ def train_by_recipe(
     print_recipe(recipe, {"max_length": reader.max_length, "doc_stride": reader.doc_stride})
     train, evaluator, facts = prepared(reader)
     facts |= {"task": loaded.task.name, "hold_out": hold_out}
+    for name, asked in (("extra-text", extra_text), ("corrupted-copies", corrupted_copies)):
+        if asked and guide is None:
+            raise UserError(f"{name}: expected a teacher to follow on texts without labels, got none")
     if extra_text is not None:
-        if guide is None:
-            raise UserError("extra-text: expected a teacher to follow on texts without labels, got none")
         train = extra.with_extra_text(train, extra.extra_text(loaded.task, extra_text))
+    if corrupted_copies:
+        train = extra.with_corrupted_copies(train, corrupted_copies, seed)
+    if extra_text is not None or corrupted_copies:
         facts["texts without labels"] = train.fingerprint
     claim(output, command)
     result = train_stages(

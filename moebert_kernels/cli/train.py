@@ -68,6 +68,7 @@ def distill(
     teacher: str | None = None,
     config: o.Config = None,
     extra_text: Path | None = None,
+    corrupted_copies: Annotated[int, typer.Option(min=0)] = 0,
     seed: o.Seed = 0,
     force: o.Force = False,
 ) -> None:
@@ -80,6 +81,8 @@ def distill(
         teacher: The fine-tuned dense model; with --config also a task-routed MoE. Default: none, which a few recipes
             allow.
         extra_text: Texts without labels to follow the teacher on, a table with the task's text columns. Default: none.
+        corrupted_copies: Of each training text, with 15 % of its tokens exchanged, to follow the teacher on without
+            labels. Each costs as many steps as the texts.
     """
     from moebert_kernels.distill.loading import is_moe, load_config
 
@@ -105,7 +108,7 @@ def distill(
     loaded = texts.load(task, model=teacher)
     result, _ = train_by_recipe(
         "distill", recipe, model, teacher, loaded, output, new_head=config is not None, extra_text=extra_text,
-        hold_out=texts.hold_out, resume=not force,
+        corrupted_copies=corrupted_copies, hold_out=texts.hold_out, resume=not force,
     )  # fmt: skip
     finish(result, loaded.task.main_metric)
 

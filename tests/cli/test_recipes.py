@@ -72,9 +72,9 @@ def test_two_stages(small, teacher, data, tmp_path):
     assert first[-1]["hidden"] < first[0]["hidden"]
 
 
-def test_lean_with_the_cache_equals_without_and_takes_extra_text(small, teacher, data, tmp_path):
+def test_lean_with_the_cache_equals_without_and_takes_texts_without_labels(small, teacher, data, tmp_path):
     (tmp_path / "more.tsv").write_text("text\n" + "".join(f"a {noun} was dull\n" for noun in ("film", "play") * 9))
-    words = ("--extra-text", tmp_path / "more.tsv", "--objective_options.distance", "cosine")
+    words = ("--extra-text", tmp_path / "more.tsv", "--corrupted-copies", 1, "--objective_options.distance", "cosine")
     cached = (*words, "--teacher_outputs", tmp_path / "cache")
     distil(tmp_path / "a", small, teacher, data, "microbert-lean", *words)
     distil(tmp_path / "b", small, teacher, data, "microbert-lean", *cached)
@@ -82,7 +82,7 @@ def test_lean_with_the_cache_equals_without_and_takes_extra_text(small, teacher,
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
     kept = TeacherCache(tmp_path / "cache").info
     assert kept.pooled and kept.stored_as == "float32"
-    assert len(losses(tmp_path / "a")) == 2 * 11  # 64 + 18 texts in eights
+    assert len(losses(tmp_path / "a")) == 2 * 21  # 64 + 18 texts and their copies, in eights
     (tmp_path / "more.tsv").write_text("text\n" + "the play was dull\n" * 18)
     line = refused("distill", "--config", "microbert-lean", "--model", small, "--teacher", teacher, *TABLE,
                    "--data", data, "--output", tmp_path / "c", *SHORT, *cached)  # fmt: skip
@@ -104,6 +104,7 @@ def test_refusals(small, teacher, moe, data, tmp_path):
         ((*kd, "--a.learning_rate", "1"), "a: expected the name of a training argument, got an unknown one"),
         (("--num_train_epoch", "3"), "got an unknown one (the nearest is 'num_train_epochs')"),
         (("--config", "finetune", "--extra-text", "x.tsv"), "extra-text: expected a teacher to follow on texts"),
+        (("--config", "finetune", "--corrupted-copies", 1), "corrupted-copies: expected a teacher to follow on texts"),
         ((*kd, "--extra-text", "x.txt"), "extra-text: expected a tsv, csv or jsonl file with text, got x.txt"),
         ((*kd, "--objective_options.layer_map", "{0: 0, 1: 7}", "--loss_weights.hidden", "1"),
          "layer_map: expected teacher states between 0 and 2"),

@@ -1,6 +1,7 @@
 """Tokens as columns, and a task's metrics, from a table to a trained and judged model."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.data.columns import collator, tokenized
-from moebert_kernels.data.extra import with_extra_text
+from moebert_kernels.data.extra import CORRUPTED, corrupted_copies, with_corrupted_copies, with_extra_text
 from moebert_kernels.data.judges import judge
 from moebert_kernels.data.split import TokenizedSplit
 from moebert_kernels.data.tasks import TASKS, custom_task, load_task
@@ -178,12 +179,43 @@ def test_a_split_is_padded_masked_and_named():
 
 
 def test_extra_text_is_for_classes_and_scores_of_whole_texts():
-    split = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16)
-    joined = with_extra_text(split, reviews(2).remove_columns("label"))
+    split, more = TokenizedSplit(reviews(4), REVIEWS, words(), max_length=16), reviews(2).remove_columns("label")
+    joined = with_extra_text(split, more)
     assert joined.columns["labelled"][:] == [True] * 4 + [False] * 2
-    split.text_to_text = True
-    with pytest.raises(UserError, match=r"extra-text: expected it with classes or scores .*, got an encoder-decoder's"):
-        with_extra_text(split, reviews(2).remove_columns("label"))
-    split.text_to_text, split.task = False, TASKS["lm"]
-    with pytest.raises(UserError, match=r"extra-text: expected it with .*, got a task of kind lm"):
-        with_extra_text(split, reviews(2).remove_columns("label"))
+    assert with_corrupted_copies(joined, 1, 0).columns["labelled"][:] == [True] * 4 + [False] * 8
+    for name, make in (
+        ("extra-text", lambda: with_extra_text(split, more)),
+        ("corrupted-copies", lambda: with_corrupted_copies(split, 1, 0)),
+    ):
+        split.text_to_text, split.task = True, REVIEWS
+        with pytest.raises(UserError, match=rf"{name}: expected it with classes or scores .*, got an encoder-decoder"):
+            make()
+        split.text_to_text, split.task = False, TASKS["lm"]
+        with pytest.raises(UserError, match=rf"{name}: expected it with .*, got a task of kind lm"):
+            make()
+
+
+def test_corrupted_copies_exchange_ordinary_tokens_by_others_of_the_texts():
+    split = TokenizedSplit(reviews(400), REVIEWS, words(), max_length=16)
+    joined = with_corrupted_copies(split, 2, seed=3)
+    assert len(joined) == 1200 and joined.columns["example_id"][:] == list(range(1200))
+    assert joined.columns["labelled"][:] == [True] * 400 + [False] * 800
+    special = set(split.tokenizer.all_special_ids)
+    counts = Counter(n for ids in split.columns["input_ids"] for n in ids if n not in special)
+    ordinary = set(counts)
+    changed = total = 0
+    for row, copied in enumerate([*joined.columns["input_ids"]][400:]):
+        first = split.columns[row % 400]["input_ids"]
+        assert joined.columns[400 + row]["length"] == len(copied) == len(first)
+        assert {n for n in copied} <= ordinary | special
+        assert [n if n in special else 0 for n in copied] == [n if n in special else 0 for n in first]
+        changed += sum(a != b for a, b in zip(first, copied, strict=True))
+        total += sum(n not in special for n in first)
+    others = 1 - sum((count / counts.total()) ** 2 for count in counts.values())  # of the draws are another token
+    assert changed / total == pytest.approx(CORRUPTED * others, rel=0.1)
+    first, second = (joined.columns[slice(400 * n, 400 * n + 400)]["input_ids"] for n in (1, 2))
+    assert first != second
+    assert with_corrupted_copies(split, 2, seed=3).fingerprint == joined.fingerprint
+    assert with_corrupted_copies(split, 2, seed=4).fingerprint != joined.fingerprint
+    alone = corrupted_copies(split.columns.select([0]), split.tokenizer, 1, 0)  # a corpus of one text
+    assert len(alone) == 2

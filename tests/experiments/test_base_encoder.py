@@ -99,8 +99,8 @@ def test_teacher_student_report(study):
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
 def test_students_follow_their_teacher_on_rows_without_labels(study, modules, monkeypatch):
-    """27 of 30 rows train a teacher in batches of 12, and 18 more rows its student."""
-    options = ("--task", "cola", "--rows", 30, "--unlabelled", 100)
+    """27 of 30 rows train a teacher in batches of 12, and 18 more rows and copies of all 45 its student."""
+    options = ("--task", "cola", "--rows", 30, "--unlabelled", 100, "--corrupted", 1)
     trainer, seen = modules["encoder_study"].MoETrainer, []
 
     def watched(*args, train_dataset, **kept):
@@ -111,8 +111,8 @@ def test_students_follow_their_teacher_on_rows_without_labels(study, modules, mo
     study("teacher", *options)
     study("student", *options, "--arm", "moe")
     runs = [json.loads(file.read_text()) for file in (study.folder / "out/runs/tiny").glob("cola-*")]
-    assert {run["arm"]: run["steps"] for run in runs} == {"teacher": 2 * 3, "moe": 4}
-    assert "labelled" not in seen[0].column_names and seen[-1]["labelled"][:] == [True] * 27 + [False] * 18
+    assert {run["arm"]: run["steps"] for run in runs} == {"teacher": 2 * 3, "moe": 8}
+    assert "labelled" not in seen[0].column_names and seen[-1]["labelled"][:] == [True] * 27 + [False] * 63
 
 
 @pytest.mark.filterwarnings("ignore:batches. .* tokens are few")
