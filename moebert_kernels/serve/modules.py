@@ -155,7 +155,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedExperts(PackedModule):
-    """The experts of a layer with packed weights; residual and norm are computed in float32.
+    """The experts of a layer with packed weights; norms are computed in float32, and rounded once.
 
     Buffers: w1 (E, I or 2I, H), w2 (E, H, I), of int8 ones w1_scale (E, I or 2I) and w2_scale (E, H); b1, b2 as wide as
     the scales, or none; norm_weight, norm_bias (E, H) of `NormedExperts`.
@@ -263,6 +263,7 @@ class PackedExperts(PackedModule):
             )
         # one read of each row: `index_copy_` and `index_put_` take four times as long
         rows = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        del outputs  # what is freed is used again, where new memory costs a fault of each page
         y = rows.index_select(0, grouping.assignment_to_row)
         if top_k > 1:
             y = y.view(-1, top_k, y.shape[1]).sum(1)
@@ -301,12 +302,11 @@ class PackedExperts(PackedModule):
             hidden = self._several_hidden(first, inputs, counts)
         if not norms:
             return [layer.linear(h) for layer, h in zip(second, hidden, strict=True)]
-        outputs, size, to = [], (rows.shape[1],), rows.dtype
-        for layer, h, x, (weight, bias) in zip(second, hidden, inputs, norms, strict=True):
-            z = layer.linear(h) if to is torch.float32 else layer.linear(h).float()
-            y = torch.layer_norm(z.add_(x), size, weight, bias, self.eps)
-            outputs.append(y if to is torch.float32 else y.to(to))
-        return outputs
+        size = (rows.shape[1],)
+        return [
+            torch.layer_norm(layer.plus(h, x), size, weight, bias, self.eps)
+            for layer, h, x, (weight, bias) in zip(second, hidden, inputs, norms, strict=True)
+        ]
 
     def _several_hidden(self, first: Sequence[Packed], inputs: Sequence[Tensor], counts: list[int]) -> Iterator[Tensor]:
         """`_hidden` of each expert; with few rows, of several experts at once."""

@@ -40,6 +40,7 @@ SMALLEST = 1e-30  # a row of zeros is divided by it
 _STEPS = 255 if has_int8_instructions() else 127
 _linear_dynamic = torch.ops.quantized.linear_dynamic.default._op
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default._op
+_linear_plus = torch.ops.mkldnn._linear_pointwise.binary._op
 
 
 class Weights(NamedTuple):
@@ -70,6 +71,10 @@ class Packed:
     def fuses(self, activation: str) -> bool:
         """Whether this activation costs no pass over the outputs."""
         return False
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x (..., K) w' + bias + residual (..., N)."""
+        return self.linear(x).add_(residual)
 
     def weights(self) -> Weights:
         """What was packed, bit for bit."""
@@ -134,6 +139,9 @@ class _OneDNN(Packed):
 
     def fuses(self, activation: str) -> bool:
         return activation in _FUSED
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return _linear_plus(x, residual, self._weight, self._bias, "add")
 
     def weights(self) -> Weights:
         return Weights(self._weight.to_dense(), None, self._bias)

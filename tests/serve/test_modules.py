@@ -54,6 +54,10 @@ def test_linear_layers(dtype, engine, bias):
         exact = nn.functional.linear(x.double(), weights, None if b is None else stored.bias.double())
         same = nn.functional.linear(x, weights.to(x.dtype), stored.bias)
         assert_as_accurate(layer(x), same, exact, f"{dtype} {engine}")
+        residual = torch.randn(same.shape).to(x.dtype)
+        kept = residual.clone()
+        assert_as_accurate(layer.plus(x, residual), same + residual, exact + residual, f"plus, {dtype} {engine}")
+        assert torch.equal(residual, kept)
 
 
 @pytest.mark.parametrize("dtype, engine", [pair for pair in HERE if not pair[0].startswith("int8")])
