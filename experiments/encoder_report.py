@@ -278,8 +278,9 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
         axis.plot([], [], "o", color=colours[list(LABELS).index(arm) % len(colours)], label=LABELS[arm])
     for dtype in dict.fromkeys(point[1] for point in points):
         axis.plot([], [], markers[dtype], color="black", label=dtype)
-    axis.set(xlabel=f"time at {SHAPE.replace('x', ' x ')} tokens, relative to the teacher in float32", title=title,
-             ylabel=f"mean of {', '.join(summary.common)}, % (± error over test examples)")  # fmt: skip
+    axis.set(xlabel=f"time at {SHAPE.replace('x', ' x ')} tokens, relative to the teacher in float32",
+             title=f"{title}: {', '.join(summary.common)}",
+             ylabel=f"mean of {len(summary.common)} tasks, % (± error over test examples)")  # fmt: skip
     axis.set_xlim(0, None)
     figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(file, dpi=120)
