@@ -69,9 +69,9 @@ def with_corrupted_copies(train: TokenizedSplit, copies: int, seed: int) -> Toke
 def corrupted_copies(columns: Dataset, tokenizer: PreTrainedTokenizerBase, copies: int, seed: int) -> Dataset:
     """Texts and, after them, copies of them in which each token is with a probability of 15 % another one of the texts.
 
-    A teacher's answers to such copies tell a student more than its answers to its own training texts, which are little
-    but the labels (after the data augmentation of Tang et al., 1903.12136, who hide and exchange words). Tokens that
-    the tokenizer calls special stay.
+    A teacher's answers to its own training texts say little but the labels; copies are other text for a student to
+    follow it on (after the data augmentation of Tang et al., 1903.12136, who hide and exchange words). Tokens that the
+    tokenizer calls special stay.
 
     Args:
         columns: of `tokenized`, with or without the column `labelled`; the copies have False there.
