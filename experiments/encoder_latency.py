@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.measuring import Target
 from moebert_kernels.bench.clocks import quartiles, timer
-from moebert_kernels.bench.timing import interleaved
+from moebert_kernels.bench.timing import WARM_UP, interleaved
 from moebert_kernels.files import write_json
 
 SHAPES = ((1, 32), (1, 128), (8, 32), (8, 128))  # sequences, tokens of each
@@ -28,8 +28,9 @@ PLAIN = "teacher, float32"  # as transformers runs it; ratios are over it
 def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str]) -> None:
     """Write latency-DTYPE.json for each dtype: shape -> arm -> times and speeds over the teacher's in float32.
 
-    The weights are those before distillation, and the tokens are real text: a table's experts are as unequal as they
-    are on it. On a GPU there is no int8, and other dtypes are plain casts.
+    The weights are those before distillation, and the tokens are real text, on a CPU other in every round: a
+    table's experts are as unequal as they are on it, and no number of their rows is the one of before. On a GPU there
+    is no int8, and other dtypes are plain casts.
     """
     on_cpu = cell.place.device == "cpu"
     own = [arm for arm in arms if not ARMS[arm].timed_as]
@@ -47,16 +48,16 @@ def measure_latency(cell: Cell, arms: Sequence[str], dtypes: Sequence[str]) -> N
         where = environment(Target.of(cell.place.device))
         result = {"environment": where, "task": cell.name, "seed": cell.seed, "shapes": {}}
         for B, T in SHAPES:
-            result["shapes"][f"{B}x{T}"] = in_turns(models, real_text(cell, B, T), ROUNDS[B, T])
+            result["shapes"][f"{B}x{T}"] = in_turns(models, partial(real_text, cell, B, T), ROUNDS[B, T])
         write_json(cell.place.runs / f"latency-{cell.place.device}-{dtype}.json", result)
         print(f"{time.strftime('%H:%M:%S')} latency in {dtype}", flush=True)
 
 
-def real_text(cell: Cell, B: int, T: int) -> Tensor:
-    """(B, T) token ids of the test rows, one after another."""
+def real_text(cell: Cell, B: int, T: int, texts: int) -> list[Tensor]:
+    """So many (B, T) of token ids of the test rows, one after another and from the first one again."""
     stream = list(chain.from_iterable(cell.columns["test"]["input_ids"]))
-    stream *= 1 + B * T // len(stream)
-    return torch.tensor(stream[: B * T], device=cell.place.device).view(B, T)
+    ids = torch.tensor(list(islice(cycle(stream), texts * B * T)), device=cell.place.device)
+    return list(ids.view(texts, B, T))
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], list[float]]:
@@ -72,12 +73,18 @@ def timed(run: Callable[[], Any], device: torch.device) -> Callable[[], list[flo
     return cpu_ms
 
 
-def in_turns(models: dict[str, Any], ids: Tensor, rounds: int) -> dict[str, Any]:
+def in_turns(models: dict[str, Any], texts: Callable[[int], list[Tensor]], rounds: int) -> dict[str, Any]:
     """`ms` and `speed` over PLAIN's time in the same round, as quartiles."""
-    mask = torch.ones_like(ids)
+    on_cpu = models[PLAIN].device.type == "cpu"
+    calls = texts(WARM_UP + rounds if on_cpu else 1)  # a graph is captured for each
+    mask = torch.ones_like(calls[0])
+
+    def round_of(model: Any) -> Callable[[], list[float]]:
+        timers = cycle([timed(partial(model, ids, attention_mask=mask), ids.device) for ids in calls])
+        return lambda: next(timers)()
+
     with torch.inference_mode():
-        runs = {name: timed(partial(model, ids, attention_mask=mask), ids.device) for name, model in models.items()}
-        times = interleaved(runs, rounds)
+        times = interleaved({name: round_of(model) for name, model in models.items()}, rounds)
     return {
         name: {
             "ms": quartiles(of),

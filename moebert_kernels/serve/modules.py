@@ -25,6 +25,7 @@ from moebert_kernels.serve.packed import (
     input_dtype,
     is_int8,
     pack,
+    rounded_rows,
     with_token_scales,
 )
 from moebert_kernels.torch_backend.activation import activate
@@ -251,7 +252,13 @@ class PackedExperts(PackedModule):
             y = flat.clone() if self.adds_residual else flat.new_zeros(flat.shape)
             return y.view(x.shape)
         skips = routed < grouping.num_rows
-        outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), bounds)
+        counts = [hi - lo for lo, hi in pairwise(bounds)]
+        sizes = [*map(rounded_rows, counts)] if self._first[0].compiles or self._second[0].compiles else counts
+        if sizes == counts:
+            outputs = self._outputs(flat.index_select(0, tokens[:routed] if skips else tokens), counts)
+        else:
+            outputs = self._outputs(flat.index_select(0, _repeated_last(tokens, bounds, sizes)), sizes)
+            outputs = [y[:count] for y, count in zip(outputs, filter(None, counts), strict=True)]
         if routing_weights is not None:
             p = resolve_routing_weights(x, top_k, routing_weights)
             p_rows = p.reshape(-1, 1).index_select(0, grouping.row_to_assignment[:routed])
@@ -279,13 +286,12 @@ class PackedExperts(PackedModule):
             rows.masked_fill_(padding.index_select(0, skipped).unsqueeze(1), 0)
         return rows
 
-    def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
+    def _outputs(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
         """Of each expert that has any of the rows (R, H): its output, with residual and norm where it has them.
 
         With few tokens a fifth of the time was Python: no views but these, and no calls around the library's.
         """
         first, second, norms = self._first, self._second, self._norms
-        counts = [hi - lo for lo, hi in pairwise(bounds)]
         if 0 in counts:
             experts = [e for e, count in enumerate(counts) if count]
             counts = [counts[e] for e in experts]
@@ -295,7 +301,7 @@ class PackedExperts(PackedModule):
         hidden: Iterable[Tensor]
         if len(inputs) == 1 or first[0].fuses(self.activation):
             hidden = map(self._hidden, first, inputs)  # each when its expert's turn comes, and is in the cache then
-        elif bounds[-1] <= self._rows_together:
+        elif len(rows) <= self._rows_together:
             together = torch.cat([layer.linear(x) for layer, x in zip(first, inputs, strict=True)])
             hidden = self._activate(together).split_with_sizes(counts)
         else:
@@ -337,6 +343,14 @@ class PackedExperts(PackedModule):
             f"num_experts={self.num_experts}, activation={self.activation!r}, dtype={self.dtype}, "
             f"engine={'/'.join(engines)}"
         )
+
+
+def _repeated_last(tokens: Tensor, bounds: list[int], sizes: list[int]) -> Tensor:
+    """tokens (R,) by expert -> (sum of sizes,): the last one of each again, up to its size, which changes no scale."""
+    parts = []
+    for (lo, hi), size in zip(pairwise(bounds), sizes, strict=True):
+        parts += [tokens[lo:hi], tokens[hi - 1 : hi].expand(size - (hi - lo))]
+    return torch.cat(parts)
 
 
 def is_padding(count: int) -> Tensor | None:

@@ -58,11 +58,13 @@ class Packed:
         engine: its name.
         dtype: of inputs and outputs.
         linear: x (..., K) -> x w' + bias (..., N), with as little Python around it as can be.
+        compiles: whether the library compiles each number of rows that it has not seen lately.
     """
 
     engine: str
     dtype: torch.dtype
     linear: Callable[[Tensor], Tensor]
+    compiles = False
 
     def __call__(self, x: Tensor, activation: str = "identity") -> Tensor:
         """act(x (..., K) w' + bias) (..., N); gated activations give N / 2 columns."""
@@ -89,6 +91,7 @@ class _Int8(Packed):
 
     def __init__(self, engine: str, weights: Weights) -> None:
         self.engine = engine
+        self.compiles = engine.startswith("onednn")
         weight, scale, bias = weights
         assert scale is not None
         zeros = torch.zeros(len(scale), dtype=torch.int64)
@@ -123,6 +126,7 @@ class _Int8(Packed):
 
 class _OneDNN(Packed):
     engine = "onednn"
+    compiles = True
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
@@ -152,6 +156,7 @@ class _Plain(Packed):
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
+        self.compiles = self.dtype == torch.bfloat16  # which torch gives to oneDNN too
         self._weights = Weights(weights.weight.contiguous(), None, weights.bias)
         weight, _, bias = self._weights
         self.linear = lambda x: torch.nn.functional.linear(x, weight, bias)
@@ -166,6 +171,15 @@ def pack(engine: str, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     if weight.dtype == torch.int8:
         return _Int8(engine, weights)
     return _OneDNN(weights) if engine == "onednn" else _Plain(weights)
+
+
+def rounded_rows(count: int) -> int:
+    """At least as many, and at most a sixteenth more: from 32 on one of 16 numbers below each power of two.
+
+    oneDNN takes up to 20 times as long for a number of rows that is new to it, and remembers 1,024 products.
+    """
+    step = 1 << max(count.bit_length() - 5, 0)
+    return -(-count // step) * step
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:

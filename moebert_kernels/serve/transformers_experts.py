@@ -54,7 +54,7 @@ class PackedTransformersExperts(PackedExperts):
             return super()._activate(h_pre)
         return self.own._apply_gate(h_pre) if self.own.has_gate else self.own.act_fn(h_pre)
 
-    def _outputs(self, rows: Tensor, bounds: list[int]) -> list[Tensor]:
-        outputs = super()._outputs(rows, bounds)
+    def _outputs(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
+        outputs = super()._outputs(rows, counts)
         norm: Any = getattr(self, "post_expert_norm", None)
         return outputs if norm is None else [norm(y) for y in outputs]

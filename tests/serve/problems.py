@@ -38,7 +38,7 @@ class Problem:
         torch.manual_seed(seed)
         # of one neuron alone, plain torch's own error is that of one number, and by luck nothing
         H, I, E = rng.choice([8, 9, 16, 40]), rng.choice([5, 6, 16, 33]), rng.choice([1, 2, 4, 7])
-        T = rng.choice([0, 1, 2, 7, 33, 70])
+        T = rng.choice([0, 1, 2, 7, 33, 70, 150])
         normed = rng.random() < 0.5
         top_k = 1 if normed else rng.randint(1, min(E, 3))
         kind = NormedExperts if normed else DenseExperts

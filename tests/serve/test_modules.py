@@ -10,10 +10,22 @@ from torch import nn
 
 from moebert_kernels import cpu, reference
 from moebert_kernels.errors import UserError
+from moebert_kernels.layers import NormedExperts
 from moebert_kernels.serve import packed as packing
 from moebert_kernels.serve.embedding import PackedEmbedding
 from moebert_kernels.serve.modules import PackedExperts, PackedLinear
-from moebert_kernels.serve.packed import DTYPES, ENGINES, Weights, available, converted, fastest, pack, quantised
+from moebert_kernels.serve.packed import (
+    DTYPES,
+    ENGINES,
+    Weights,
+    available,
+    converted,
+    fastest,
+    input_dtype,
+    pack,
+    quantised,
+    rounded_rows,
+)
 from tests.helpers import assert_as_accurate
 from tests.serve.problems import SEVEN_BITS, Problem
 
@@ -31,6 +43,26 @@ def test_experts_on_random_problems(dtype):
 def test_experts_on_many_random_problems(dtype):
     for seed in range(1000, 1250):
         Problem.draw(seed, dtype).check()
+
+
+@pytest.mark.parametrize("dtype, engine", HERE)
+def test_a_library_that_compiles_each_number_of_rows_meets_few(dtype, engine, monkeypatch):
+    """Texts differ, and with them the rows of each expert."""
+    experts = NormedExperts(16, 24, 3, activation="gelu", bias="expert", eps=1e-5).to(input_dtype(dtype))
+    packed = PackedExperts.of(experts, dtype)
+    packed.pack(lambda *_: engine)
+    met, outputs = set(), packed._outputs
+    monkeypatch.setattr(packed, "_outputs", lambda rows, counts: met.update(counts) or outputs(rows, counts))
+    for T in range(64, 192):
+        packed(torch.randn(T, 16).to(input_dtype(dtype)), torch.randint(-1, 2, (T,)))
+    compiles = "onednn" in engine or (dtype, engine) == ("bfloat16", "plain")
+    assert all(rounded_rows(count) == count for count in met) == compiles
+
+
+def test_rounded_numbers_of_rows():
+    assert [rounded_rows(count) for count in (0, 1, 31, 32, 33, 63, 65, 1000)] == [0, 1, 31, 32, 34, 64, 68, 1024]
+    assert all(count <= rounded_rows(count) <= count * 17 / 16 for count in range(5000))
+    assert len({*map(rounded_rows, range(4097))}) == 145
 
 
 @pytest.mark.parametrize("dtype, engine", HERE)
