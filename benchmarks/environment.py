@@ -39,6 +39,7 @@ def environment(target: Target) -> dict[str, Any]:
         **gpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")} or None,
         "withheld": [name for name in (DESCRIPTORS, CUDA_FORMS) if os.environ.get(name) == "0"] or None,
         "load_average_before": load_average(),
     }

@@ -84,8 +84,9 @@ def main(words: list[str] | None = None) -> int:
         made = {name: way for name, way in made.items() if name not in left_out}
         for T, rounds in TOKENS.items():
             required = [(ours, over, least.get(T)) for ours, over, least in REQUIRED]
-            inputs = routed(router, T)
-            result["cases"].append(measured({"T": T}, made, inputs, 2 if options.smoke else rounds, GROUPED, required))
+            rounds = 2 if options.smoke else rounds
+            case = measured({"T": T}, made, [routed(router, T)], rounds, GROUPED, required)
+            result["cases"].append(case)
     return finished(result, None if options.smoke else f"privacy-filter-{options.threads}-threads", REQUIRED)
 
 

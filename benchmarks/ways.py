@@ -7,8 +7,9 @@ with their quartiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -65,15 +66,16 @@ def ratio(times: Mapping[str, list[float]], ours: str, over: str) -> list[float]
 
 
 def measured(
-    title: Mapping[str, int], ways: Mapping[str, Way], inputs: tuple[Tensor, ...], rounds: int, baseline: str,
+    title: Mapping[str, int], ways: Mapping[str, Way], inputs: Sequence[tuple[Tensor, ...]], rounds: int, baseline: str,
     required: Sequence[tuple[str, str, float | None]],
 ) -> dict[str, Any]:  # fmt: skip
     """One case, printed: milliseconds of each way, ratios over `baseline`, and what held of `required`.
 
-    A requirement is `ours`, `over`, and how many times as fast.
+    Rounds take the inputs in turn. A requirement is `ours`, `over`, and how many times as fast.
     """
     with torch.inference_mode():
-        times = interleaved({name: WallTimer(partial(way.run, *inputs)).warm_ms for name, way in ways.items()}, rounds)
+        timers = {name: WallTimer(partial(_next, way.run, cycle(inputs))) for name, way in ways.items()}
+        times = interleaved({name: timer.warm_ms for name, timer in timers.items()}, rounds)
     case: dict[str, Any] = {**title, "rounds": rounds, "load_average": load_average(), "ms": {}, "over": {}}
     print(f"\n{' '.join(f'{k}={v}' for k, v in title.items())}, {rounds} rounds, load {case['load_average']}")
     for name in ways:
@@ -87,6 +89,10 @@ def measured(
             word = "held  " if median >= least else "MISSED"
             print(f"  {word} {ours} over {over}: {median:.2f} [{q1:.2f}, {q3:.2f}], at least {least}")
     return case
+
+
+def _next(run: Run, inputs: Iterator[tuple[Tensor, ...]]) -> Tensor:
+    return run(*next(inputs))
 
 
 def finished(result: dict[str, Any], name: str | None, required: Sequence[tuple[str, str, Any]]) -> int:

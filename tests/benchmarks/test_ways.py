@@ -31,7 +31,7 @@ def test_requirements_and_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ways, "results_folder", lambda target: tmp_path)
     made = {name: Way("a", torch.relu) for name in times}
     required = [("a", "b", 2.0), ("b", "a", 1.0), ("a", "c", 1.0), ("a", "b", None)]
-    case = measured({"T": 3}, made, (torch.randn(2),), 3, "b", required)
+    case = measured({"T": 3}, made, [(torch.randn(2),), (torch.randn(2),)], 3, "b", required)
     assert case["over"]["a"] == [2.0, 2.0, 2.5] and case["ms"]["b"][1] == 6
     assert [entry[:3] for entry in case["required"]] == [["a", "b", 2.0], ["b", "a", 1.0]]
     assert finished({"cases": [case], "left_out": {"b": "it is too far"}}, "made-up", required) == 1
