@@ -71,3 +71,11 @@ def test_a_converted_model_has_the_flops_of_its_experts():
             model, MoEConfig(num_experts=4, expert_size=16, num_shared_neurons=0), importance=torch.rand(2, 64)
         )
         assert flops(lambda ids: moe(ids).last_hidden_state, [ids]) == before - 2 * 2 * 12 * 2 * 32 * (64 - 16)
+
+
+def test_counts_in_a_transform():
+    """Forward and two products of backward for x; torch's own custom ops fail there."""
+    tensors = [torch.randn(shape) for shape in ((T, H), (I, H), (I,), (H, I), (H,))]
+    with FlopCounterMode(display=False) as counter:
+        gradient = torch.func.grad(lambda x: ours(x, *tensors[1:]).sum())(tensors[0])
+    assert gradient.shape == tensors[0].shape and counter.get_total_flops() == 2 * flops(ours, tensors)

@@ -30,7 +30,7 @@ def balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | No
 
 def sequence_balance_loss(probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None = None) -> Tensor:
     """The mean of the sequences' own balance losses, as in GShard; shapes (B, T, E), (B, T), (B, T)."""
-    if len(expert_ids) == 0:
+    if expert_ids.shape[0] == 0:  # a symbol in torch.export, which len is not
         return probabilities.sum()
     if counted is None:
         return torch.vmap(balance_loss)(probabilities, expert_ids).mean()
@@ -72,7 +72,7 @@ class Balance(nn.Module):
     def _part_of_window(self, part: _Part, probabilities: Tensor, expert_ids: Tensor, counted: Tensor | None) -> Tensor:
         counts, share = part.counts.to(probabilities.device), part.share
         if self.per_sequence:
-            summed = sequence_balance_loss(probabilities, expert_ids, counted) * len(expert_ids)
+            summed = sequence_balance_loss(probabilities, expert_ids, counted) * expert_ids.shape[0]
             return summed if share is None else summed / (counts[0] * share)
         summed, tokens = _sums(probabilities, expert_ids, counted)
         if share is None:

@@ -13,6 +13,7 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.hot_experts import HotExperts
 from moebert_kernels.nn.mpo_weight import KeptFolds, MPOWeight, check_factors
+from moebert_kernels.ops._checks import autocast_dtype
 from moebert_kernels.ops._routing import resolve_routing
 from moebert_kernels.ops.fused_moe_ffn import fused_moe_ffn
 from moebert_kernels.ops.fused_moe_ffn_add_norm import fused_moe_ffn_add_norm
@@ -200,7 +201,7 @@ class MPOExperts(Experts):
         if hot is None or self.training or torch.is_grad_enabled():
             return super().forward(x, routing, routing_weights)
         grouping = resolve_routing(x, routing, self.num_experts, max_top_k=None)
-        y = torch.zeros_like(x)
+        y = torch.zeros_like(x, dtype=autocast_dtype(x) or x.dtype)
         with hot.lock:
             for ids, experts, w1, w2 in hot.batches(grouping, self.w1, self.w2):
                 b1, b2 = (None if b is None else b[experts] for b in self.biases())

@@ -124,11 +124,7 @@ class MPOWeight(nn.Module):
 
     def cache_key(self) -> tuple[Any, ...]:
         """The compute dtype, then what changes when a parameter may have changed."""
-        # nn.Module.__getattr__ costs as much as all the rest of a cached forward, so read the dictionaries
-        central: Any = self._parameters.get("central")
-        aux: Any = self._modules["aux"]
-        # a replica of nn.DataParallel has plain attributes instead
-        sites = self.sites if central is None else [central, *aux._parameters.values()]
+        sites = self.own_sites() or self.sites
         try:
             versions = [site._version for site in sites]
         except RuntimeError:  # made in inference mode: never changed but there
@@ -138,7 +134,19 @@ class MPOWeight(nn.Module):
             _optimizer_steps,
             *[site.data_ptr() for site in sites],
             *versions,
+            _Held(sites),
         )
+
+    def own_sites(self) -> list[Any] | None:
+        """All sites from the modules' dictionaries: `nn.Module.__getattr__` costs as much as the rest of `cache_key`.
+
+        None: one is not there, but computed by a parametrization, or an attribute of a replica of nn.DataParallel.
+        """
+        central: Any = self._parameters.get("central")
+        aux: Any = self._modules["aux"]
+        if central is None or len(aux._parameters) != len(aux):
+            return None
+        return [central, *aux._parameters.values()]
 
     def _compute_dtype(self) -> torch.dtype:
         return autocast_dtype(self.central) or self.central.dtype
@@ -212,6 +220,18 @@ class MPOWeight(nn.Module):
         return f"num_experts={self.num_experts}, shape={tuple(self.shape[1:])}, sites=[{sites}]"
 
 
+class _Held:
+    """Tensors that live as long as a key does, so that no others get their addresses; all are equal."""
+
+    def __init__(self, sites: list[Any]) -> None:
+        self._sites = sites
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class KeptFolds:
     """Folded weights that two `MPOWeight`s keep, and whether they still hold.
 
@@ -221,7 +241,12 @@ class KeptFolds:
 
     @classmethod
     def of(cls, *weights: MPOWeight) -> KeptFolds | None:
-        """What they keep; None if one keeps nothing, or for tensors made in inference mode, which count no versions."""
+        """What they keep.
+
+        None: one keeps nothing, has sites that are computed, or was made in inference mode, which counts no versions.
+        """
+        if any(weight.own_sites() is None for weight in weights):
+            return None
         keys: list[Any] = [weight._folded and weight._folded[0] for weight in weights]
         sites = [site for weight in weights for site in weight.sites]
         if None in keys or any(site.is_inference() for site in sites) or autocast_dtype(sites[0]) is not None:
@@ -257,7 +282,7 @@ class KeptFolds:
             for site in place.values():
                 if site is None or (site._version, site.data_ptr()) != next(versions, None):
                     return None
-        return found
+        return found if next(versions, None) is None else None  # a site may have become a computed one
 
 
 def site_shapes(

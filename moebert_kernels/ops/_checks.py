@@ -47,9 +47,10 @@ _MOST_PASSED = 4096
 def checked_once(check: Callable[[], None], tensors: Sequence[Tensor | None], *values: object) -> None:
     """Run `check`, unless a call whose tensors and values look the same has passed it.
 
-    What cannot be a key (symbolic sizes, arguments of wrong types) is checked at every call.
+    What cannot be a key (symbolic sizes, arguments of wrong types) is checked at every call, and in a dispatch mode,
+    in which more passes.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         check()
         return
     try:

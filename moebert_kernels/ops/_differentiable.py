@@ -101,7 +101,7 @@ class Differentiable:
     def __call__(self, opaque: bool, trains: bool, *args: Any) -> Tensor:
         """The first output; `trains`: what `needs_saving` says of the differentiable arguments."""
         check_forward_mode(self._name, *args)
-        if opaque:
+        if opaque and not transformed():  # torch's custom ops have no derivative in a transform
             return _outputs(self._forward_op(*args))[0]
         if trains or transformed():
             return _outputs(apply(self._eager, *args))[0]

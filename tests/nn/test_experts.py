@@ -99,6 +99,8 @@ def test_few_hot_experts_compute_the_same_and_are_rebuilt_when_they_cooled_down(
     for size in (1, 2, 3, E, 2 * E):
         experts.fold(hot_experts=size)
         torch.testing.assert_close(experts(x, ids, p), wanted)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert experts(x, ids, p).dtype == torch.bfloat16
     experts.fold(hot_experts=2)
 
     def folds(*tokens):

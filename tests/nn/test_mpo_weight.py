@@ -3,6 +3,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.nn import MPOWeight, shared_fold
@@ -88,6 +91,40 @@ def test_a_kept_fold_follows_an_optimizer(fused):
         after = weight()
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, copy.deepcopy(weight)())
+
+
+@torch.no_grad()
+def test_a_kept_fold_follows_tensors_that_come_and_go():
+    """Whose addresses the next ones get."""
+    experts, ids = small_experts().eval(), torch.tensor([0, 1, 0])
+    x = torch.randn(3, H)
+    for scale in range(1, 30):
+        scaled = {name: parameter * scale for name, parameter in experts.named_parameters() if "w1" in name}
+        wanted = copy.deepcopy(experts).train()
+        wanted.load_state_dict(experts.state_dict() | scaled)
+        assert torch.equal(functional_call(experts, scaled, (x, ids)), wanted(x, ids)), scale
+
+
+class Half(nn.Module):
+    def forward(self, site):
+        return site / 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept_before", [True, False])
+@pytest.mark.parametrize("of", ["central", "aux"])
+def test_parametrized_sites_are_followed(of, kept_before):
+    experts, ids = small_experts().eval(), torch.tensor([0, 1, 0])
+    x = torch.randn(3, H)
+    if kept_before:
+        experts(x, ids), experts(x, ids)
+    place, name = (experts.w1, "central") if of == "central" else (experts.w1.aux, "1")
+    parametrize.register_parametrization(place, name, Half())
+    for _ in range(3):
+        place.parametrizations[name].original.mul_(3)
+        assert torch.equal(experts(x, ids), experts(x, ids))
+        torch.testing.assert_close(experts.w1(), copy.deepcopy(experts.w1).train()())
+        torch.testing.assert_close(experts(x, ids), copy.deepcopy(experts).train()(x, ids))
 
 
 def test_training_and_wanted_gradients_fold_each_time():

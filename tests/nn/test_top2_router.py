@@ -88,3 +88,11 @@ def test_wrong_options_are_refused(options, message):
 def test_needs_sequences():
     with pytest.raises(ValueError, match=r"x: expected shape \(B, T, H=12\), got \(5, 12\)"):
         Top2Router(H, E)(torch.randn(5, H))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_is_exported_for_any_batch(strict):
+    router, sizes = Top2Router(H, E).eval(), {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}
+    program = torch.export.export(router, (torch.randn(3, 5, H),), dynamic_shapes=(sizes,), strict=strict)
+    x = torch.randn(2, 7, H)
+    torch.testing.assert_close(program.module()(x), router(x))

@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import math
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moebert_kernels import (
     Grouping,
@@ -238,3 +240,14 @@ def test_the_largest_probability_of_dropping_keeps_some_and_scales_them():
     y = fused_moe_ffn(**arguments)
     ids, others = arguments.pop("routing"), arguments
     torch.testing.assert_close(y, reference.fused_moe_ffn(others.pop("x"), ids, **others))
+
+
+def test_a_dispatch_mode_lets_nothing_pass_afterwards():
+    """Inside of one a wrapper is what the op must see as one node."""
+    x, ids = TwoTensor(torch.randn(3, 4), torch.randn(3, 4)), torch.zeros(3, dtype=torch.int64)
+    w1, w2 = torch.randn(2, 6, 4), torch.randn(2, 4, 6)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x: expected a plain tensor"):
+            fused_moe_ffn(x, ids, w1, None, w2, None)
+        with suppress(Exception), FlopCounterMode(display=False):
+            fused_moe_ffn(x, ids, w1, None, w2, None)
