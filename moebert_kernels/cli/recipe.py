@@ -122,7 +122,7 @@ def train_by_recipe(
     seed = recipe.common("seed")
     seed = DEFAULTS["seed"] if seed is None else seed
     torch.manual_seed(seed)  # a new head's weights come from torch's generator
-    student = load_model(model, loaded.task, new_head=new_head)
+    student = load_model(model, loaded.task, new_head=new_head).float()  # bfloat16 would round most steps away
     guide = None
     if recipe.needs_teacher:
         if teacher is None:

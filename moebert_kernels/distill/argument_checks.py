@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from moebert_kernels.distill.arguments import MoETrainingArguments
-from moebert_kernels.distill.objectives import Objective
+from moebert_kernels.distill.objectives import BY_SEQUENCE, Objective
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import moe_config, moe_layers
 from moebert_kernels.nn import MPOWeight
 
-_BY_SEQUENCE = ("ForSequenceClassification", "ForQuestionAnswering", "ForImageClassification", "ForMultipleChoice")
+_FEW_BITS = (torch.bfloat16, torch.float16)
 
 
 def check_given(model: Any, args: Any, options: Mapping[str, Any]) -> None:
@@ -42,10 +44,21 @@ def check_experts(model: nn.Module, args: MoETrainingArguments, fsdp: bool) -> N
         raise UserError("fsdp: expected no shared_fold and no gradient_mask, which look at whole weights, got one")
 
 
+def warn_of_few_bits(model: nn.Module) -> None:
+    """Of weights that are to be trained and that most steps would leave as they are."""
+    few = [name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype in _FEW_BITS]
+    if few:
+        warnings.warn(
+            f"model: {len(few)} parameters, as {few[0]}, are trained in {model.get_parameter(few[0]).dtype}, which"
+            " rounds away most steps of usual learning rates; load it with dtype=torch.float32, and pass bf16=True",
+            stacklevel=4,
+        )
+
+
 def check_smoothing(model: nn.Module, args: MoETrainingArguments) -> None:
     """Raise UserError for the smoothing of labels, which are not by token, of a model whose class says so."""
     name = type(model).__name__
-    if args.label_smoothing_factor and name.endswith(_BY_SEQUENCE):
+    if args.label_smoothing_factor and name.endswith(BY_SEQUENCE):
         raise UserError(
             f"label_smoothing_factor: expected 0 for a model without labels by token, a {name}, got"
             f" {args.label_smoothing_factor}"

@@ -240,11 +240,13 @@ def load_as_saved(name: str | Path) -> Any:
 
 
 def load_encoder(name: str | Path) -> Any:
-    """A model without its head.
+    """A model without its head; of T5's family without the decoder, if the checkpoint has none.
 
     Raises:
         UserError: no such model, or a damaged one.
     """
+    if (load_config(name).architectures or [""])[0].endswith("EncoderModel"):
+        return load_as_saved(name)
     with _reading("model", name) as folder:
         return AutoModel.from_pretrained(folder)
 

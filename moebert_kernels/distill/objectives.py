@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["classification", "regression", "qa"]
 Preset = Literal["default", "paper"]
+# how classes of transformers end whose models predict something of a sequence, and not of each token
+BY_SEQUENCE = ("ForSequenceClassification", "ForQuestionAnswering", "ForImageClassification", "ForMultipleChoice")
 
 
 def symmetric_kl(logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -300,10 +302,11 @@ def check_states(needed: Iterable[int], student: nn.Module, teacher: TeacherInfo
 
 
 def named_output(outputs: Any, name: str) -> Any:
+    """What transformers' outputs have by this name; `logits` (B,), as DeBERTa's of one score with labels, as (B, 1)."""
     value = getattr(outputs, name, None)
     if value is None:
         raise UserError(f"{name}: expected in the outputs of student and teacher, got none")
-    return value
+    return value[:, None] if name == "logits" and value.ndim == 1 else value
 
 
 def sequences_in(batch: Batch) -> int:
@@ -343,7 +346,7 @@ def task_loss(
     if label_smoothing and not by_token:
         raise UserError(f"label_smoothing: expected 0 for a task without labels by token, got {label_smoothing}")
     if "labelled" in batch:
-        return _loss_of_labelled(at_least_float32(outputs.logits), labels, batch["labelled"])
+        return _loss_of_labelled(at_least_float32(named_output(outputs, "logits")), labels, batch["labelled"])
     if by_token:
         labels = next_token_labels(labels) if causal else labels
         logits = at_least_float32(outputs.logits)

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 from moebert_kernels.convert.sample_loss import IGNORED, is_causal, next_token_labels
 from moebert_kernels.data.split import Batch
-from moebert_kernels.distill.objectives import (
-    Objective,
-    check_sizes,
-    label_weights,
-)
+from moebert_kernels.distill.objectives import BY_SEQUENCE, Objective, check_sizes, label_weights
 from moebert_kernels.distill.teacher import TeacherInfo
 from moebert_kernels.errors import UserError
 from moebert_kernels.graphs import is_capturing
@@ -37,6 +33,8 @@ class TokenObjective(Objective):
         return {"causal": self.causal}
 
     def check(self, student: nn.Module, teacher: TeacherInfo) -> None:
+        if (name := type(student).__name__).endswith(BY_SEQUENCE):
+            raise UserError(f"objective: expected a model that predicts something of each token, got a {name}")
         check_sizes(student.config, teacher, "vocab_size")
         if teacher.stored_as is not None:
             raise UserError("teacher: expected a model, got cached outputs, which hold no predictions by token")

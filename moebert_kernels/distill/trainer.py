@@ -107,6 +107,7 @@ class MoETrainer(JudgingTrainer):
         self._moe = moe_config(getattr(model, "config", None))
         argument_checks.check_experts(model, self.args, self.is_fsdp_enabled)
         argument_checks.check_smoothing(model, self.args)
+        argument_checks.warn_of_few_bits(model)
         self._losses = Terms(self.args.weights, self._moe, objective, self._sum)
         self._balance = BalanceWindow(model) if self._losses.weights[BALANCE] else None
         self._mask = None

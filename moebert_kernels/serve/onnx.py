@@ -235,7 +235,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     names = ["input_ids", "attention_mask"]
     if model.can_generate():
         names.append("position_ids")
-    elif getattr(model.config, "type_vocab_size", 0) >= 1:
+    elif getattr(model.config, "type_vocab_size", 0) > 1:  # with one, tokenizers make none
         names.append("token_type_ids")
     inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names if name in _parameters(model)}
     if "token_type_ids" in inputs:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, T5Config, T5EncoderModel
 
 from moebert_kernels import errors, serve
 from moebert_kernels.cli import bench_forms
@@ -162,6 +162,25 @@ def test_bench_of_a_model_as_it_was_saved(base, data, tmp_path):
     assert result["left_out"] == {} and result["models"]["model"] == {"path": str(served)}
     line = refused(*both)
     assert line == f"form: expected one, such as float32, with {served}, which is measured as it was quantized"
+
+
+def test_bench_of_an_encoder_of_t5(base, tmp_path):
+    model = T5EncoderModel(T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    model.save_pretrained(tmp_path / "t5")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "t5")
+    done(
+        "convert",
+        "--model",
+        tmp_path / "t5",
+        "--router",
+        "hash-random",
+        "--experts",
+        "copy",
+        "--output",
+        tmp_path / "moe",
+    )
+    both = ("bench", "--model", tmp_path / "moe", "--against", tmp_path / "t5", "--length", 8, "--rounds", 1)
+    assert "against float32" in done(*both, "--form", "float32") and "speed" in done(*both)
 
 
 def test_eval_draws_nothing_at_random(base):

@@ -34,6 +34,20 @@ def test_a_teacher_learns_and_names_its_classes(teacher, data):
     assert float(re.search(r"validation \(64 examples\): accuracy ([\d.]+)", printed)[1]) > 0.9
 
 
+def test_a_model_in_bfloat16_is_trained_in_float32(base, data, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(base).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    words = ("--model", tmp_path / "base", *TABLE, "--data", data, "--output", tmp_path / "out", "--max_steps", 2)
+    done("finetune", *words, "--learning_rate", 1e-6)
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / folder) for folder in ("base", "out/best")
+    )
+    assert {weight.dtype for weight in after.parameters()} == {torch.float32}
+    assert not torch.equal(
+        before.bert.encoder.layer[0].output.dense.weight, after.bert.encoder.layer[0].output.dense.weight
+    )
+
+
 def test_importance_is_that_of_the_train_split(teacher, importance, data):
     task_data = load_task(custom_task(["text"], "mood"), data)
     model = AutoModelForSequenceClassification.from_pretrained(teacher / "best")

@@ -10,6 +10,7 @@ from moebert_kernels.convert import convert_to_moe
 from moebert_kernels.distill import LayerwiseObjective
 from moebert_kernels.distill.embedding import EmbeddingObjective
 from moebert_kernels.distill.microbert import MicroBertObjective
+from moebert_kernels.distill.objectives import task_loss
 from moebert_kernels.distill.relations import Recorder
 from moebert_kernels.distill.teacher import LiveTeacher
 from moebert_kernels.errors import UserError
@@ -53,6 +54,20 @@ def test_states_and_predictions_are_followed(family):
     assert all(layer.experts.w1.grad.abs().sum() > 0 for layer in moe_layers(student))
     itself = objective(teacher(**inputs_of(batch), output_hidden_states=True), guide(batch), batch)
     assert all(term.item() < 1e-10 for term in itself.values())
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_scores_are_followed(family):
+    """DeBERTa's are (B,) with labels, and (B, 1) without them, as a teacher gets its batches."""
+    teacher, batch = classifier(family, num_labels=1), next(TinyBatches()(0))
+    batch["labels"] = torch.linspace(-1, 1, len(batch["input_ids"]))
+    guide = LiveTeacher(teacher, torch.device("cpu"))
+    outputs = teacher(**inputs_of(batch), labels=batch["labels"], output_hidden_states=True)
+    assert LayerwiseObjective("regression")(outputs, guide(batch), batch)["prediction"].item() < 1e-10
+    batch["labelled"] = torch.arange(len(batch["labels"])) > 0
+    scores = teacher(**inputs_of(batch)).logits[1:, 0]
+    wanted = (scores - batch["labels"][1:]).square().sum() / len(batch["labels"])
+    torch.testing.assert_close(task_loss(outputs, batch), wanted)
 
 
 @pytest.mark.parametrize("family", [family for family in TEXTS if family not in (OF_BIASES, *UNEQUAL)])

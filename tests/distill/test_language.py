@@ -131,3 +131,7 @@ def test_token_objective_is_zero_for_the_teacher_itself_and_checks_the_two(tmp_p
         trainer(tmp_path, model, teacher=tiny_gpt2(vocab_size=300), objective=objective)
     with pytest.raises(UserError, match="causal: expected True for a GPT2LMHeadModel, got False"):
         trainer(tmp_path, model, teacher=tiny_gpt2(1), objective=TokenObjective(False))
+    with pytest.raises(
+        UserError, match="objective: expected a model that predicts something of each token, got a Bert"
+    ):
+        trainer(tmp_path, tiny_bert(0), teacher=tiny_bert(1), objective=TokenObjective(False))

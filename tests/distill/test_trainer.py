@@ -386,3 +386,10 @@ def test_bfloat16_trains_on_a_cpu(monkeypatch):
     """Which transformers refuses unless `use_cpu` is given."""
     monkeypatch.setattr(arguments, "_accelerator", lambda: None)
     assert MoETrainingArguments("run", bf16=True).use_cpu and not MoETrainingArguments("run").use_cpu
+
+
+def test_weights_of_few_bits_are_warned_of(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"model: \d+ parameters, as bert.+, are trained in torch.bfloat16, which rounds"
+    ):
+        trainer(tmp_path, tiny_bert(0).to(torch.bfloat16))

@@ -92,6 +92,15 @@ def test_heads(auto, outputs, tmp_path):
 
 
 @needs_onnx
+def test_one_type_of_token_is_no_input(tmp_path):
+    """RoBERTa's tokenizers make none, and other packages give it none."""
+    model = made("bert", "dense", num_hidden_layers=1, type_vocab_size=1)
+    session = session_of(model, tmp_path / "model.onnx")
+    assert [entry.name for entry in session.get_inputs()] == ["input_ids", "attention_mask"]
+    check(model, session, 1)
+
+
+@needs_onnx
 @pytest.mark.slow
 def test_int8(tmp_path):
     """Every product of two matrices with a weight in it becomes one of integers; padding decides no scale of one."""
