@@ -49,7 +49,7 @@ def finetune_tasks(
     from moebert_kernels.layers import moe_config
 
     known, files = known_tasks(tasks), data_by_task(texts.data, tasks)
-    student, tokenizer = load_as_saved(name), load_tokenizer(name)
+    student, tokenizer = load_as_saved(name).float(), load_tokenizer(name)  # bfloat16 would round most steps away
     moe = moe_config(student.config)
     if moe is None or moe.task_labels is None:
         raise UserError(

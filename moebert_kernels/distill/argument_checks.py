@@ -51,7 +51,7 @@ def warn_of_few_bits(model: nn.Module) -> None:
         warnings.warn(
             f"model: {len(few)} parameters, as {few[0]}, are trained in {model.get_parameter(few[0]).dtype}, which"
             " rounds away most steps of usual learning rates; load it with dtype=torch.float32, and pass bf16=True",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 

@@ -32,6 +32,7 @@ class HotExperts:
         self.lock = threading.Lock()
         self._slots: OrderedDict[int, int] = OrderedDict()  # expert -> slot, least recently used first
         self._key: Any = None
+        self._sites: list[Tensor] = []
         self._weights: tuple[Tensor, ...] = ()
 
     def batches(self, grouping: Grouping, *weights: MPOWeight) -> Iterator[tuple[Tensor, ...]]:
@@ -76,7 +77,8 @@ class HotExperts:
     def _reset_if_changed(self, weights: tuple[MPOWeight, ...]) -> None:
         key = tuple(weight.cache_key() for weight in weights)
         if key != self._key:
-            self._key = key
+            # which live as long as the key, so that no others get their addresses
+            self._key, self._sites = key, [site.detach() for weight in weights for site in weight.all_sites()]
             self._slots.clear()
             with torch.inference_mode(False):  # or what is kept could be written in inference mode alone
                 self._weights = tuple(

@@ -69,7 +69,8 @@ class MPOWeight(nn.Module):
         self.aux = CalledParameters(torch.empty(num_experts, *shape) for k, shape in enumerate(shapes) if k != middle)
         # Per expert, whether the central tensor takes no part in its gradient; set by `GradientMask`.
         self.masked: tuple[bool, ...] = (False,) * num_experts
-        self._folded: tuple[Any, Tensor] | None = None
+        # key, weights, and the sites, which live as long: else new ones might get their addresses, and equal keys
+        self._folded: tuple[Any, Tensor, list[Tensor]] | None = None
         self._leaf: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
@@ -106,10 +107,12 @@ class MPOWeight(nn.Module):
 
     def fold(self) -> Tensor:
         """Fold all experts and keep the result, in autocast's dtype if it is enabled, else in the parameters' own."""
-        key, kept = self.cache_key(), self._folded
+        sites, kept = self.all_sites(), self._folded
+        key = _key_of(sites)
         if kept is None or kept[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # or what is kept could never meet a gradient
-                kept = key, mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+                weights = mpo_expert_weights(self.central, list(self.aux)).to(key[0])
+                kept = key, weights, [site.detach() for site in sites]
             self._folded = kept
         return kept[1]  # another thread may have replaced or dropped what is kept
 
@@ -123,19 +126,12 @@ class MPOWeight(nn.Module):
         return mpo_expert_weights(self.central, [a[list(experts)] for a in self.aux]).to(self._compute_dtype())
 
     def cache_key(self) -> tuple[Any, ...]:
-        """The compute dtype, then what changes when a parameter may have changed."""
-        sites = self.own_sites() or self.sites
-        try:
-            versions = [site._version for site in sites]
-        except RuntimeError:  # made in inference mode: never changed but there
-            versions = [_version(site) for site in sites]
-        return (
-            autocast_dtype(sites[0]) or sites[0].dtype,
-            _optimizer_steps,
-            *[site.data_ptr() for site in sites],
-            *versions,
-            _Held(sites),
-        )
+        """The compute dtype, then what changes when a parameter may have changed, while the sites of before live."""
+        return _key_of(self.all_sites())
+
+    def all_sites(self) -> list[Any]:
+        """As `sites`, in another order."""
+        return self.own_sites() or self.sites
 
     def own_sites(self) -> list[Any] | None:
         """All sites from the modules' dictionaries: `nn.Module.__getattr__` costs as much as the rest of `cache_key`.
@@ -220,16 +216,13 @@ class MPOWeight(nn.Module):
         return f"num_experts={self.num_experts}, shape={tuple(self.shape[1:])}, sites=[{sites}]"
 
 
-class _Held:
-    """Tensors that live as long as a key does, so that no others get their addresses; all are equal."""
-
-    def __init__(self, sites: list[Any]) -> None:
-        self._sites = sites
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    __hash__ = None  # type: ignore[assignment]
+def _key_of(sites: Sequence[Tensor]) -> tuple[Any, ...]:
+    try:
+        versions = [site._version for site in sites]
+    except RuntimeError:  # made in inference mode: never changed but there
+        versions = [_version(site) for site in sites]
+    dtype = autocast_dtype(sites[0]) or sites[0].dtype
+    return (dtype, _optimizer_steps, *[site.data_ptr() for site in sites], *versions)
 
 
 class KeptFolds:

@@ -101,7 +101,9 @@ class Differentiable:
     def __call__(self, opaque: bool, trains: bool, *args: Any) -> Tensor:
         """The first output; `trains`: what `needs_saving` says of the differentiable arguments."""
         check_forward_mode(self._name, *args)
-        if opaque and not transformed():  # torch's custom ops have no derivative in a transform
+        if opaque and transformed():
+            check_not_recorded(self._name)
+        elif opaque:
             return _outputs(self._forward_op(*args))[0]
         if trains or transformed():
             return _outputs(apply(self._eager, *args))[0]
@@ -141,6 +143,17 @@ def check_forward_mode(name: str, *args: Any) -> None:
         return
     if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
         _refuse_forward_mode(name)
+
+
+def check_not_recorded(name: str) -> None:
+    """Raise where a graph is made of a transform of torch.func, in which torch's custom ops have no derivative.
+
+    Other modes, as that which counts FLOPs, see the eager form; in a graph it would be the example's routing.
+    """
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # which takes long to import
+
+    if get_proxy_mode() is not None:
+        raise ValueError(f"{name}: expected no transform of torch.func while make_fx or torch.export records, got one")
 
 
 def _refuse_forward_mode(name: str) -> NoReturn:

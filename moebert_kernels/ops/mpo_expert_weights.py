@@ -22,6 +22,7 @@ from moebert_kernels.ops._checks import (
 )
 from moebert_kernels.ops._differentiable import (
     check_forward_mode,
+    check_not_recorded,
     first_order,
     or_empty,
     second_derivative,
@@ -62,7 +63,9 @@ def mpo_expert_weights(
     offsets = None if offsets is None else offsets.contiguous()  # as kernels read them
     tensors = to_dtype(autocast_dtype(central), central, *aux)
     check_forward_mode(_NAME, *tensors)
-    if opaque(central) and not transformed():  # torch's custom ops have no derivative in a transform
+    if opaque(central) and transformed():
+        check_not_recorded(_NAME)
+    elif opaque(central):
         return _mpo_expert_weights(tensors, offsets, central_site)
     if transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return _Eager.apply(offsets, central_site, *tensors)

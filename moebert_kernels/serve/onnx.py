@@ -41,9 +41,9 @@ _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler
 def export_onnx(model: Any, path: str | Path, *, dtype: str = "float32", experts: str = "matrices") -> None:
     """Write an encoder or a causal language model as an ONNX file whose batch and length are free.
 
-    Inputs are int64 `input_ids`, `attention_mask` and, where the model has it, `token_type_ids`, all (batch, sequence);
-    outputs are the model's: `logits`, or `last_hidden_state` and what else there is. A language model has
-    `position_ids` where it takes them, and the keys and values of P >= 0 earlier tokens: inputs
+    Inputs are int64 `input_ids`, `attention_mask` and, of models with several types of tokens, `token_type_ids`, all
+    (batch, sequence); outputs are the model's: `logits`, or `last_hidden_state` and what else there is. A language
+    model has `position_ids` where it takes them, and the keys and values of P >= 0 earlier tokens: inputs
     `past_key_values.0.key` and so on, (batch, heads, P, head size), and outputs `present.0.key` with those of all
     P + sequence tokens; its `attention_mask` is (batch, P + sequence). These are the names by which other packages call
     exported models. Hidden states of padding are nobody's: behind experts with a residual they are 0, not the model's.
@@ -235,7 +235,7 @@ def _example(model: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     names = ["input_ids", "attention_mask"]
     if model.can_generate():
         names.append("position_ids")
-    elif getattr(model.config, "type_vocab_size", 0) > 1:  # with one, tokenizers make none
+    elif getattr(model.config, "type_vocab_size", 0) > 1:  # RoBERTa's has one, and its tokenizers make none
         names.append("token_type_ids")
     inputs = {name: torch.ones(2, 6, dtype=torch.int64) for name in names if name in _parameters(model)}
     if "token_type_ids" in inputs:

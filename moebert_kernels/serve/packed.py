@@ -156,7 +156,7 @@ class _Plain(Packed):
 
     def __init__(self, weights: Weights) -> None:
         self.dtype = weights.weight.dtype
-        self.compiles = self.dtype == torch.bfloat16  # which torch gives to oneDNN too
+        self.compiles = self.dtype == torch.bfloat16 and _bfloat16_by_onednn()
         self._weights = Weights(weights.weight.contiguous(), None, weights.bias)
         weight, _, bias = self._weights
         self.linear = lambda x: torch.nn.functional.linear(x, weight, bias)
@@ -171,6 +171,11 @@ def pack(engine: str, weight: Tensor, scale: Tensor | None, bias: Tensor | None)
     if weight.dtype == torch.int8:
         return _Int8(engine, weights)
     return _OneDNN(weights) if engine == "onednn" else _Plain(weights)
+
+
+def _bfloat16_by_onednn() -> bool:
+    """Whether torch gives it products of this dtype on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def rounded_rows(count: int) -> int:
@@ -245,9 +250,7 @@ def available(dtype: str) -> list[str]:
         if len(found) > 1:
             found = [name for name in found if not name.startswith("qnnpack")]  # made for ARM
     else:
-        with_onednn = torch.backends.mkldnn.is_available() and (
-            dtype == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        with_onednn = torch.backends.mkldnn.is_available() if dtype == "float32" else _bfloat16_by_onednn()
         found = ["plain", "onednn"] if with_onednn else ["plain"]
     if not found:
         raise UserError(f"dtype: expected one that this build of torch can run, got {dtype!r}; take 'bfloat16'")

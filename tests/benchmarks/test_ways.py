@@ -43,6 +43,13 @@ def test_requirements_and_results(monkeypatch, tmp_path, capsys):
     assert finished({"cases": [], "left_out": {"c": "it is not installed"}}, None, required) == 0
 
 
+def test_every_way_gets_the_same_inputs_in_turn(capsys):
+    met = {"a float32": [], "b float32": []}
+    made = {name: Way("a float32", lambda x, of=of: of.append(int(x)) or x) for name, of in met.items()}
+    measured({"T": 1}, made, [(torch.tensor(n),) for n in range(3)], 2, "a float32", [])
+    assert met["a float32"] == met["b float32"] == [0, 1, 2, 0, 1]  # three of them to warm up
+
+
 def test_privacy_filter_runs(capsys):
     privacy_filter.main(["--smoke", "--threads", "1"])
     printed = capsys.readouterr().out

@@ -389,7 +389,7 @@ def test_bfloat16_trains_on_a_cpu(monkeypatch):
 
 
 def test_weights_of_few_bits_are_warned_of(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"model: \d+ parameters, as bert.+, are trained in torch.bfloat16, which rounds"
-    ):
-        trainer(tmp_path, tiny_bert(0).to(torch.bfloat16))
+    wanted = r"model: \d+ parameters, as bert.+, are trained in torch.bfloat16, which rounds"
+    with pytest.warns(UserWarning, match=wanted) as caught:
+        MoETrainer(tiny_bert(0).to(torch.bfloat16), settings(tmp_path))
+    assert caught[0].filename == __file__

@@ -1,5 +1,6 @@
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -98,11 +99,22 @@ def test_a_kept_fold_follows_tensors_that_come_and_go():
     """Whose addresses the next ones get."""
     experts, ids = small_experts().eval(), torch.tensor([0, 1, 0])
     x = torch.randn(3, H)
-    for scale in range(1, 30):
-        scaled = {name: parameter * scale for name, parameter in experts.named_parameters() if "w1" in name}
-        wanted = copy.deepcopy(experts).train()
-        wanted.load_state_dict(experts.state_dict() | scaled)
-        assert torch.equal(functional_call(experts, scaled, (x, ids)), wanted(x, ids)), scale
+    first = [(name, site) for name, site in experts.named_parameters() if "w1" in name]
+    y = [functional_call(experts, {name: site * n for name, site in first}, (x, ids)) for n in range(1, 30)]
+    fresh = copy.deepcopy(experts).train()
+    for n in range(1, 30):
+        fresh.load_state_dict(experts.state_dict() | {name: site * n for name, site in first})
+        assert torch.equal(y[n - 1], fresh(x, ids)), n
+
+
+def test_old_sites_do_not_outlive_what_was_folded():
+    experts, ids = small_experts().eval(), torch.tensor([0, 1, 0])
+    with torch.no_grad():
+        experts(torch.randn(3, H), ids)
+    old = weakref.ref(experts.w1.central.untyped_storage())
+    experts.train()
+    experts.w1.central = nn.Parameter(experts.w1.central.detach().clone())
+    assert old() is None
 
 
 class Half(nn.Module):

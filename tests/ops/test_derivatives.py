@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from moebert_kernels import fused_moe_ffn, group_tokens, group_tokens_by_hash, hash_route
 from tests.ops.every_op import NAMES, E, T, op, require_grad
@@ -47,6 +48,14 @@ def test_torch_func_gives_first_derivatives(name):
         value, pull = vjp(loss, tensor)
         assert value == loss(tensor)
         torch.testing.assert_close(pull(torch.tensor(3.0))[0], 3 * gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_graph_of_a_transform(name):
+    """It would hold the example's routing."""
+    loss, tensor = next(iter(losses(name)))
+    with pytest.raises(ValueError, match=f"^{name}: expected no transform of torch.func while make_fx"):
+        make_fx(grad(loss))(tensor)
 
 
 def refused(loss, tensor):
