@@ -271,8 +271,8 @@ class Reader:
         labels: False leaves the labels alone, which nothing reads.
 
     Raises:
-        UserError: other classes than the model's, a length that it has no positions for, or a tokenizer with ids that
-            it has no embedding for.
+        UserError: other classes than the model's, a length that it has no positions for, or a tokenizer with ids or
+            types of tokens that it has no embedding for.
     """
 
     def __init__(
@@ -302,6 +302,13 @@ class Reader:
         most = config.get_text_config().vocab_size
         if len(tokenizer) > most:
             raise UserError(f"tokenizer: expected at most {most} tokens, as the model has, got {len(tokenizer)}")
+        types = getattr(config, "type_vocab_size", 0)  # of DeBERTa 0: it has no embedding of them
+        if types and len(task.text_columns) == 2:
+            made = max(tokenizer("a", "b").get("token_type_ids") or [0])
+            if made >= types:
+                raise UserError(
+                    f"tokenizer: expected token types below {types}, as the model has, got {made} for a pair"
+                )
 
     def split(self, name: str, rows: Any = None) -> TokenizedSplit:
         """A split, or these `rows` of it; says how many of its texts are cut."""

@@ -270,6 +270,15 @@ def test_a_tokenizer_of_a_larger_vocabulary(teacher, data, tmp_path):
     assert line == "tokenizer: expected at most 22 tokens, as the model has, got 24"
 
 
+def test_a_tokenizer_of_more_types_of_tokens(tmp_path):
+    model = write_base(tmp_path / "model", type_vocab_size=1)
+    (tmp_path / "train.tsv").write_text("one\ttwo\tmood\n" + "the film\twas good\thappy\nthe film\twas bad\tsad\n" * 8)
+    words = ("--task", "custom", "--text-column", "one", "--text-column", "two", "--label-column", "mood")
+    words += ("--data", tmp_path / "train.tsv", "--hold-out", "0.25", "--output", tmp_path / "out")
+    line = refused("finetune", "--model", model, *words)
+    assert line == "tokenizer: expected token types below 1, as the model has, got 1 for a pair"
+
+
 def test_bad_options(base, data, tmp_path):
     words = ("--model", base, *TABLE, "--data", data, "--output", tmp_path / "out")
     assert refused("finetune", *words, "--bf16", "int8").startswith("bf16: expected another value, got 'int8' (Truthy")
