@@ -26,8 +26,8 @@ INTRODUCTION = (
     " chose experts (32k, 48k; without either the settings of the script), and what differs: w5 and w20 the weight of"
     " the distillation terms, u and u1 texts without labels, c1 a corrupted copy of each row, e6 six epochs, fp32 the"
     ' precision. "Kept" is the mean of student / teacher over the tasks that teacher, chosen experts, dense model and'
-    " half depth all have; so are the means. The dense model of an eighth is compared with chosen experts of an eighth, all else"
-    " with those of a quarter.\n\n"
+    " half depth all have; so are the means. The dense model of an eighth is compared with chosen experts of an eighth,"
+    " all else with those of a quarter.\n\n"
 )
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
 Run = Mapping[str, Any]
