@@ -51,7 +51,7 @@ HELP = {
     "epochs": "epochs of distillation",
     "rows": "training rows at most, of which a tenth is then held out",
     "unlabelled": "training rows beyond those, without their labels, that students follow their teacher on, at most",
-    "corrupted": "copies of all these rows, 15 % of the tokens exchanged, that students follow their teacher on",
+    "corrupted": "copies of all these rows, 15 %% of the tokens exchanged, that students follow their teacher on",
     "choosing": "tokens of the training text that choose experts, labels or not",
     "scored": "rows whose labels rank neurons",
     "weight": "weight of the layer-wise term and of the predictions' term",

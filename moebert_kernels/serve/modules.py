@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moebert_kernels.activation import ACTIVATIONS
 from moebert_kernels.errors import UserError
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.context import current
@@ -28,6 +29,8 @@ from moebert_kernels.serve.packed import (
     rounded_rows,
     with_token_scales,
 )
+from moebert_kernels.serve.tiles import ENGINE as TILES
+from moebert_kernels.serve.tiles import TiledExperts, unavailable
 from moebert_kernels.torch_backend.activation import activate
 
 # Experts whose pre-activations are no more than these numbers together get one activation: 1 MiB, for the cache.
@@ -48,9 +51,13 @@ class PackedModule(nn.Module):
         self._buffers.pop("scale", None)
         object.__setattr__(self, "source", source)  # no submodule: its tensors have one name
 
-    def products(self) -> dict[str, Packed]:
+    def products(self) -> dict[str, Packed | TiledExperts]:
         """The linear layers inside, once they are packed, by names that are this module's own."""
         return {}
+
+    def tiles(self) -> bool:
+        """Whether all that is inside runs in the engine "tiles" on this machine."""
+        return False
 
     def _pack(self, product: str, engine: str, weights: Sequence[Tensor | None]) -> Packed:
         return pack(with_token_scales(engine) if product in self.token_scales else engine, *weights)
@@ -87,7 +94,7 @@ class PackedModule(nn.Module):
         raise UserError("load_state_dict: expected a model that is not prepared; load the weights, then prepare it")
 
 
-def products_of(model: nn.Module) -> dict[str, Packed]:
+def products_of(model: nn.Module) -> dict[str, Packed | TiledExperts]:
     """The linear layers of all packed modules by name: a module's own, with w1.3 behind it for its fourth expert's."""
     return {
         f"{prefix}.{name}".removesuffix("."): packed
@@ -127,7 +134,7 @@ class PackedLinear(PackedModule):
         # models ask for their layers' shape and dtype
         self.weight = torch.empty(self.out_features, self.in_features, dtype=self._packed.dtype, device="meta")
 
-    def products(self) -> dict[str, Packed]:
+    def products(self) -> dict[str, Packed | TiledExperts]:
         return {} if self._packed is None else {"": self._packed}
 
     def _weights(self) -> Weights:
@@ -184,6 +191,7 @@ class PackedExperts(PackedModule):
         self._first: list[Packed] = []
         self._second: list[Packed] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
+        self._tiled: TiledExperts | None = None
         self._fill(tensors)
 
     @classmethod
@@ -211,7 +219,13 @@ class PackedExperts(PackedModule):
         for name in ("1", "2"):
             yield self._shapes[f"w{name}"], True, self._linears(name)
 
+    def tiles(self) -> bool:
+        return self.activation in ACTIVATIONS and unavailable(self.dtype) is None
+
     def pack(self, engines: Engines) -> None:
+        if engines(self._shapes["w1"], True) == TILES:
+            self._tiled = TiledExperts(self._take(), self.dtype, self.activation, self.eps)
+            return
         for name, packed in (("1", self._first), ("2", self._second)):
             engine = engines(self._shapes[f"w{name}"], True)
             for e, weights in enumerate(self._linears(name)):
@@ -221,11 +235,15 @@ class PackedExperts(PackedModule):
             rows = zip(taken["norm_weight"], taken["norm_bias"], strict=True)
             self._norms = [(weight.float(), bias.float()) for weight, bias in rows]
 
-    def products(self) -> dict[str, Packed]:
+    def products(self) -> dict[str, Packed | TiledExperts]:
+        if self._tiled is not None:
+            return {f"w{name}.{e}": self._tiled for name in (1, 2) for e in range(self.num_experts)}
         both = (("w1", self._first), ("w2", self._second))
         return {f"{name}.{e}": layer for name, packed in both for e, layer in enumerate(packed)}
 
     def tensors(self) -> dict[str, Tensor]:
+        if self._tiled is not None:
+            return self._tiled.tensors()
         found: dict[str, Tensor] = {}
         for name, packed in (("1", self._first), ("2", self._second)):
             parts = zip(*(layer.weights() for layer in packed), strict=True)
@@ -245,6 +263,9 @@ class PackedExperts(PackedModule):
         if not isinstance(grouping, Grouping):
             grouping = resolve_routing(x, grouping, self.num_experts, max_top_k=1 if self.adds_residual else None)
         flat = x.reshape(-1, x.shape[-1])
+        if self._tiled is not None:
+            p = None if routing_weights is None else resolve_routing_weights(x, grouping.top_k, routing_weights)
+            return self._by_tiles(flat, grouping, p).view(x.shape)
         bounds = grouping.offsets.tolist()
         routed, top_k = bounds[-1], grouping.top_k
         tokens = grouping.row_to_assignment if top_k == 1 else grouping.row_to_assignment // top_k
@@ -275,6 +296,16 @@ class PackedExperts(PackedModule):
         if top_k > 1:
             y = y.view(-1, top_k, y.shape[1]).sum(1)
         return y.view(x.shape)
+
+    def _by_tiles(self, flat: Tensor, grouping: Grouping, p: Tensor | None) -> Tensor:
+        """`forward` of (T, H)."""
+        assert self._tiled is not None
+        routed, top_k = int(grouping.offsets[-1]), grouping.top_k
+        y = self._tiled(flat, grouping, p)
+        if routed < grouping.num_rows:
+            skipped = grouping.row_to_assignment[routed:].long()
+            y[skipped] = self._passed(flat, skipped) if self.adds_residual else 0
+        return y if top_k == 1 else y.view(-1, top_k, y.shape[1]).sum(1)
 
     def _passed(self, flat: Tensor, skipped: Tensor) -> Tensor:
         """x of skipped tokens; in int8 0 of those that are padding, whose x no norm has made small.
@@ -338,7 +369,7 @@ class PackedExperts(PackedModule):
         return activate(h_pre, self.activation, inplace=True)
 
     def extra_repr(self) -> str:
-        engines = sorted({layer.engine for layer in (*self._first, *self._second)}) or ["empty"]
+        engines = sorted({layer.engine for layer in self.products().values()}) or ["empty"]
         return (
             f"num_experts={self.num_experts}, activation={self.activation!r}, dtype={self.dtype}, "
             f"engine={'/'.join(engines)}"

@@ -25,6 +25,8 @@ from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.embedding import PackedEmbedding, embed_scale_of
 from moebert_kernels.serve.modules import PackedExperts, PackedLinear, PackedModule, products_of
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
+from moebert_kernels.serve.tiles import ENGINE as TILES
+from moebert_kernels.serve.tiles import by_amx
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
@@ -278,16 +280,24 @@ def choose_engines(model: nn.Module, config: PreparedConfig) -> list[tuple[bool,
     """The fastest engine of each shape of layers, and of each shape of experts."""
     samples: dict[tuple[tuple[int, int], bool], list[Weights]] = {}
     experts: dict[tuple[tuple[int, int], bool], float] = {}
+    tiles: dict[tuple[tuple[int, int], bool], bool] = {}
     for module in model.modules():
         if isinstance(module, PackedModule):
             for shape, of_experts, weights in module.shapes():
-                found = samples.setdefault((shape, of_experts), [])
+                key = shape, of_experts
+                found = samples.setdefault(key, [])
                 found.extend(weights[: max(_SAMPLES - len(found), 0)])
-                experts[shape, of_experts] = getattr(module, "num_experts", 1) / getattr(module, "top_k", 1)
+                experts[key] = getattr(module, "num_experts", 1) / getattr(module, "top_k", 1)
+                tiles[key] = tiles.get(key, True) and module.tiles()
     return [
-        (key[1], fastest(config.dtype, weights, max(int(config.tokens / experts[key]), 1)))
+        (key[1], _engine_of(config.dtype, key[0], weights, max(int(config.tokens / experts[key]), 1), tiles[key]))
         for key, weights in samples.items()
     ]
+
+
+def _engine_of(dtype: str, shape: tuple[int, int], weights: list[Weights], rows: int, tiles: bool) -> Choice:
+    # nothing was faster at any size (docs/experiments.md, 2026-11-30), so nothing is measured
+    return Choice(TILES, shape, rows, {}) if tiles else fastest(dtype, weights, rows)
 
 
 def describe(model: Any) -> str:
@@ -298,6 +308,8 @@ def describe(model: Any) -> str:
     lines = []
     for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
         times = ", ".join(f"{name} {us:.0f} us" for name, us in best_us.items()) or "the only one"
+        if engine == TILES:
+            times = f"this package's, by {'AMX' if by_amx(model.prepared.dtype) else 'AVX-512'}"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
     scales = model.prepared.token_scales

@@ -74,9 +74,9 @@ def make(family: str, auto: Any = AutoModel, **changes: Any) -> Any:
     return auto.from_config(config).eval()
 
 
-def make_inputs(family: str, padded: bool = True) -> dict[str, torch.Tensor]:
+def make_inputs(family: str, padded: bool = True, seed: int = 1) -> dict[str, torch.Tensor]:
     """Two samples, the second one shorter."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     if family in IMAGES:
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     inputs = {"input_ids": torch.randint(3, 99, (2, 10), generator=generator)}

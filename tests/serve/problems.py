@@ -16,7 +16,15 @@ from moebert_kernels.layers import NormedExperts
 from moebert_kernels.nn import DenseExperts
 from moebert_kernels.serve.modules import PackedExperts
 from moebert_kernels.serve.packed import ENGINES, available
+from moebert_kernels.serve.tiles import ENGINE as TILES
+from moebert_kernels.serve.tiles import unavailable
 from tests.helpers import assert_as_accurate
+
+
+def engines_of_experts(dtype: str) -> list[str]:
+    """Those that this machine has."""
+    return available(dtype) + ([TILES] if unavailable(dtype) is None else [])
+
 
 SEVEN_BITS = not has_int8_instructions()  # of activations, on CPUs that add products of 8-bit numbers in 16 bits
 
@@ -57,8 +65,9 @@ class Problem:
         ids = torch.randint(low, high, (T,) if top_k == 1 else (T, top_k))
         weights = torch.rand(ids.shape, dtype=to) if rng.random() < 0.5 else None
         return Problem(
-            dtype, rng.choice([e for e in ENGINES[dtype] if e in available(dtype)]), experts, x, ids, weights
-        )
+            dtype, rng.choice([e for e in (*ENGINES[dtype], TILES) if e in engines_of_experts(dtype)]), experts, x, ids,
+            weights,
+        )  # fmt: skip
 
     def packed(self) -> PackedExperts:
         made = PackedExperts.of(self.experts, self.dtype)
@@ -90,6 +99,7 @@ class Problem:
     def _check_int8(self, got: Tensor) -> None:
         """Each expert's rows with torch's own quantisation of its inputs and activations, all else in float64."""
         tensors = PackedExperts.of(self.experts, "int8")
+        rounding = TILES if self.engine == TILES else self.dtype
         w1, w2 = (
             getattr(tensors, n).double() * getattr(tensors, f"{n}_scale").double()[..., None] for n in ("w1", "w2")
         )
@@ -104,9 +114,9 @@ class Problem:
             rows, columns = (ids == e).nonzero(as_tuple=True)
             if not len(rows):
                 continue
-            x, _ = _rounded(self.x[rows].double(), self.dtype)
+            x, _ = _rounded(self.x[rows].double(), rounding)
             h = reference.activate(_linear(x, w1[e], b1, e), experts.activation)
-            h_rounded, step_h = _rounded(h, self.dtype)
+            h_rounded, step_h = _rounded(h, rounding)
             z = _linear(h_rounded, w2[e], b2, e)
             # a number that lies between two steps may fall on either one, in a handful of the activations
             bound = 3 * step_h * w2[e].abs().max() + 1e-5 * (z.abs().max() + self.x.abs().max()) + 1e-6
@@ -138,6 +148,11 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None, e: int) -> Tensor:
 def _rounded(x: Tensor, dtype: str) -> tuple[Tensor, Any]:
     """x on the grid of 8 or 7 bits between its minimum and maximum, and the size of two steps, of all or each row."""
     x = x.float()
+    if dtype == TILES:
+        low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+        step = ((high - low) / 255).clamp(min=1e-30).double()
+        zero = (-low / step).round()
+        return ((x / step).round() + zero).clamp(0, 255).sub(zero).mul(step), step
     if dtype == "int8-token":
         largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
         rounded, step = _rounded((x / largest).double(), "int8")

@@ -13,6 +13,7 @@ from moebert_kernels.serve import calibration as module
 from moebert_kernels.serve import describe, prepare
 from moebert_kernels.serve.modules import products_of
 from moebert_kernels.serve.packed import available
+from moebert_kernels.serve.tiles import SWITCH
 from tests.convert.families import IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs
 from tests.serve.problems import SEVEN_BITS
 from tests.serve.test_prepare import CLOSE, distance, made, run, valid
@@ -24,6 +25,7 @@ WIDE = {"initializer_range": 0.3}  # feed-forwards whose outputs count
 
 @pytest.fixture(autouse=True)
 def one_engine(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")  # with tiles all experts have a scale for each token
     monkeypatch.setattr("moebert_kernels.serve.packed.available", lambda dtype: available(dtype)[-1:])
 
 

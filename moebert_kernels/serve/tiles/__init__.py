@@ -1,0 +1,263 @@
+"""All experts of a layer in one call of a kernel of our own, on x86-64 CPUs with AMX or AVX-512.
+
+torch's libraries multiply one expert at a time: rows are copied before and after, and each product is prepared anew.
+`experts.cpp` reads a token's row where it is, goes through both products with what is between and behind them while
+the operands are in the cache, and writes the row where it belongs. In int8 each row of a product's inputs has a scale
+and a zero point of its own. As torch's Inductor and Triton do, this compiles the source where it runs, once, with the
+C++ compiler of the machine (`CXX`, else c++, g++ or clang++), into the cache of the package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebert_kernels.activation import ACTIVATIONS, is_gated
+from moebert_kernels.cpu import capabilities
+from moebert_kernels.files import cache_folder, replacing
+from moebert_kernels.grouping import Grouping
+
+ENGINE = "tiles"
+SWITCH = "MOEBERT_KERNELS_TILES"
+FOLDER = Path(__file__).parent
+SOURCES = ("experts.cpp", "products.h", "numbers.h", "threads.h")
+FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
+    "-mamx-tile", "-mamx-bf16", "-mamx-int8",
+)  # fmt: skip
+# instructions by torch's names: of all that is compiled, of a dtype, and those with which AMX multiplies it
+_ALWAYS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "fma3")
+_NEEDED = {"bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",)}
+_AMX = {"bfloat16": ("amx_tile", "amx_bf16"), "int8": ("amx_tile", "amx_int8"), "int8-token": ("amx_tile", "amx_int8")}
+_ROWS, _COLUMNS, _ROW_BYTES = 16, 32, 64  # of a tile, of a block of outputs, and of a row of a tile
+
+_pointer = ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("is_int8", "activation", "experts", "hidden", "width", "amx")),
+        ("eps", ctypes.c_float),
+        *((name, _pointer) for name in ("w1", "w2", "sum1", "sum2", "scale1", "scale2", "b1", "b2")),
+        *((name, _pointer) for name in ("norm_weight", "norm_bias")),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("x", _pointer), ("y", _pointer), ("x_stride", ctypes.c_int64), ("offsets", _pointer),
+        ("assignments", _pointer), ("weights", _pointer), ("top_k", ctypes.c_int), ("threads", ctypes.c_int),
+    )  # fmt: skip
+
+
+def unavailable(dtype: str) -> str | None:
+    """Why the kernel cannot run experts of one of `serve.packed.DTYPES` on this machine, or None."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    if dtype not in _NEEDED:
+        return f"it computes in bfloat16 or int8, asked for {dtype}"
+    found = capabilities()
+    if missing := [name for name in (*_ALWAYS, *_NEEDED[dtype]) if not found.get(name)]:
+        return f"this CPU has no {missing[0]}"
+    library = _library()
+    if isinstance(library, str):
+        return library
+    return "this process may not use AMX" if dtype == "bfloat16" and not by_amx(dtype) else None
+
+
+def by_amx(dtype: str) -> bool:
+    """Whether products are AMX's where the kernel runs, and not AVX-512's."""
+    library: Any = _library()
+    return all(map(capabilities().get, _AMX[dtype])) and bool(library.mbk_tiles_amx())
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The compiled kernel, or in one line why there is none."""
+    given = os.environ.get("CXX")
+    compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+    if not compiler:
+        return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
+    command = [*compiler, *FLAGS]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for name in SOURCES:
+        digest.update((FOLDER / name).read_bytes())
+    file = cache_folder() / f"tiles-{digest.hexdigest()[:16]}.so"
+    try:
+        if not file.exists():
+            with replacing(file) as partial:
+                subprocess.run(
+                    [*command, "-o", partial, FOLDER / SOURCES[0]], capture_output=True, text=True, check=True
+                )
+        library = ctypes.CDLL(str(file))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+    except OSError as error:  # no such compiler, a cache that cannot be written, or a file that cannot be loaded
+        return f"it was not compiled: {error}"
+    library.mbk_tiles_run.argtypes = (ctypes.POINTER(_Layer), ctypes.POINTER(_Call))
+    library.mbk_tiles_run.restype = None
+    return library
+
+
+class TiledExperts:
+    """The experts of a layer in the kernel's form.
+
+    Args:
+        tensors: the buffers of `PackedExperts`; missing ones and None are not there.
+        dtype: "bfloat16", "int8" or "int8-token".
+        activation: one of `ACTIVATIONS`.
+        eps: of the norms.
+    """
+
+    engine = ENGINE
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor | None], dtype: str, activation: str, eps: float | None = None
+    ) -> None:
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.dtype, self.activation, self.eps = dtype, activation, eps
+        self.amx = by_amx(dtype)
+        w1, w2 = given["w1"], given["w2"]
+        self.input_dtype = torch.float32 if w1.dtype == torch.int8 else w1.dtype
+        (self.num_experts, self.outputs, self.hidden), self.width = w1.shape, w2.shape[2]
+        self._bias_dtypes = {name: given[name].dtype for name in ("b1", "b2") if name in given}
+        step = _ROW_BYTES // w1.element_size()
+        n1, n2 = self._padded_outputs(), _up(self.hidden, _COLUMNS)
+        width = n1 // 2 if is_gated(activation) else n1
+        held = {
+            "w1": _tiled(_padded(self._in_turns(w1), n1, _up(self.hidden, step)), step),
+            "w2": _tiled(_padded(w2, n2, _up(width, step)), step),
+        }
+        for name in ("w1_scale", "b1"):
+            if name in given:
+                held[name] = _padded(self._in_turns(given[name].float()), n1)
+        for name in ("w2_scale", "b2"):
+            if name in given:
+                held[name] = _padded(given[name].float(), n2)
+        if w1.dtype == torch.int8:
+            held["sum1"] = _padded(self._in_turns(w1.sum(2, dtype=torch.int32)), n1)
+            held["sum2"] = _padded(w2.sum(2, dtype=torch.int32), n2)
+        for name in ("norm_weight", "norm_bias"):
+            if name in given:
+                held[name] = given[name].float().contiguous()
+        self._held = held
+        self._layer = _Layer(
+            w1.dtype == torch.int8, ACTIVATIONS.index(activation), self.num_experts, self.hidden, self.width, self.amx,
+            eps or 0.0, *(
+                held[name].data_ptr() if name in held else None
+                for name in (
+                    "w1", "w2", "sum1", "sum2", "w1_scale", "w2_scale", "b1", "b2", "norm_weight", "norm_bias"
+                )
+            ),
+        )  # fmt: skip
+        self._norm_dtype = given["norm_weight"].dtype if "norm_weight" in given else None
+
+    def _padded_outputs(self) -> int:
+        """N1: of a gated expert 16 gates and their 16 factors are in turns."""
+        return 2 * _up(self.width, _ROWS) if is_gated(self.activation) else _up(self.width, _COLUMNS)
+
+    def _in_turns(self, tensor: Tensor) -> Tensor:
+        """(E, 2I, ...), gates first -> (E, N1, ...) in turns; of ungated experts itself."""
+        if not is_gated(self.activation):
+            return tensor
+        E, N, *rest = tensor.shape
+        halves = _padded_at(tensor.view(E, 2, N // 2, *rest), 2, self._padded_outputs() // 2)
+        return halves.view(E, 2, -1, _ROWS, *rest).transpose(1, 2).reshape(E, -1, *rest)
+
+    def _back(self, tensor: Tensor) -> Tensor:
+        """The opposite of `_in_turns` and of padding behind it."""
+        if not is_gated(self.activation):
+            return tensor[:, : self.outputs]
+        E, N, *rest = tensor.shape
+        halves = tensor.view(E, -1, 2, _ROWS, *rest).transpose(1, 2).reshape(E, 2, N // 2, *rest)
+        return halves[:, :, : self.width].reshape(E, -1, *rest)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it was made of, bit for bit."""
+        held = self._held
+        found = {
+            "w1": self._back(_untiled(held["w1"]))[..., : self.hidden].contiguous(),
+            "w2": _untiled(held["w2"])[:, : self.hidden, : self.width].contiguous(),
+        }
+        for name in ("w1_scale", "b1"):
+            if name in held:
+                found[name] = self._back(held[name]).contiguous()
+        for name in ("w2_scale", "b2"):
+            if name in held:
+                found[name] = held[name][:, : self.hidden].contiguous()
+        for name, dtype in self._bias_dtypes.items():
+            found[name] = found[name].to(dtype)
+        if self._norm_dtype is not None:
+            found |= {name: held[name].to(self._norm_dtype) for name in ("norm_weight", "norm_bias")}
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TiledExperts, (self.tensors(), self.dtype, self.activation, self.eps)
+
+    def __call__(self, x: Tensor, grouping: Grouping, weights: Tensor | None = None) -> Tensor:
+        """y (T top_k, H) of the assignments that have an expert; the rows of the others hold anything.
+
+        Args:
+            x: (T, H) in `input_dtype`.
+            grouping: of these tokens.
+            weights: (T, top_k) that the rows are multiplied by.
+        """
+        if x.dtype is not self.input_dtype:
+            raise ValueError(f"x: expected {self.input_dtype} in a model prepared as {self.dtype}, got {x.dtype}")
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(grouping.num_rows, self.hidden)
+        p = None if weights is None else weights.float().contiguous()
+        call = _Call(
+            x.data_ptr(), y.data_ptr(), x.stride(0), grouping.offsets.data_ptr(),
+            grouping.row_to_assignment.data_ptr(), None if p is None else p.data_ptr(), grouping.top_k,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        library: Any = _library()
+        library.mbk_tiles_run(self._layer, call)
+        return y
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _padded_at(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """With zeros behind, up to this size; contiguous."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor.contiguous()
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def _padded(tensor: Tensor, *sizes: int) -> Tensor:
+    """(E, ...) with these sizes behind the first one."""
+    for dim, size in enumerate(sizes, 1):
+        tensor = _padded_at(tensor, dim, size)
+    return tensor
+
+
+def _tiled(weight: Tensor, step: int) -> Tensor:
+    """(E, N, K), padded -> (E, N / 16, K / step, 16, 16, numbers of 4 bytes)."""
+    E, N, K = weight.shape
+    return weight.view(E, N // _ROWS, _ROWS, K // step, _ROWS, step // _ROWS).permute(0, 1, 3, 4, 2, 5).contiguous()
+
+
+def _untiled(tiles: Tensor) -> Tensor:
+    """The opposite of `_tiled`."""
+    E, N, K, rows, _, numbers = tiles.shape
+    return tiles.permute(0, 1, 4, 2, 3, 5).reshape(E, N * rows, K * rows * numbers)

@@ -1,0 +1,94 @@
+// Mathematics of 16 numbers at once, and how they lie in memory.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace mbk {
+
+// In the order of moebert_kernels.activation.ACTIVATIONS; the last four are gated.
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kRelu2, kSilu, kIdentity, kSwiGlu, kGeGlu, kGeGluTanh, kReGlu };
+
+inline bool is_gated(Activation activation) { return activation >= Activation::kSwiGlu; }
+
+using Floats = __m512;
+
+inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Floats positive(Floats x) { return _mm512_max_ps(x, _mm512_setzero_ps()); }
+
+// 2^x, at most 2^126, whose reciprocal is a number, with a relative error of 3e-7
+inline Floats exp2(Floats x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, all(-150.0f)), all(126.0f));
+  const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats part = x - whole;
+  Floats y = all(1.33336498402e-3f);
+  y = _mm512_fmadd_ps(y, part, all(9.61793571697e-3f));
+  y = _mm512_fmadd_ps(y, part, all(5.55033471e-2f));
+  y = _mm512_fmadd_ps(y, part, all(2.40226480e-1f));
+  y = _mm512_fmadd_ps(y, part, all(6.93147182e-1f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(y, part, all(1.0f)), whole);
+}
+
+inline Floats reciprocal(Floats x) {
+  const Floats y = _mm512_rcp14_ps(x);
+  return y * _mm512_fnmadd_ps(x, y, all(2.0f));
+}
+
+inline Floats sigmoid(Floats x) { return reciprocal(all(1.0f) + exp2(x * all(-1.4426950408889634f))); }
+
+// As moebert_kernels/kernels/activation.py has it where results are rounded to 16 bits.
+inline Floats gelu(Floats x) {
+  const Floats a = _mm512_min_ps(_mm512_abs_ps(x), all(16.0f));
+  const Floats t = reciprocal(_mm512_fmadd_ps(a, all(0.376f), all(1.0f)));
+  Floats p = _mm512_fmadd_ps(t, all(-0.0908573932f), all(0.1987446318f));
+  p = _mm512_fmadd_ps(p, t, all(0.0847112676f));
+  p = _mm512_fmadd_ps(p, t, all(0.1579140741f));
+  p = _mm512_fmadd_ps(p, t, all(0.1494775642f));
+  return _mm512_fnmadd_ps(a, p * t * exp2(a * a * all(-0.7213475204444817f)), positive(x));
+}
+
+// The ungated part. A factor x is held where the other one is zero: -infinity times zero would be NaN.
+inline Floats activate(Activation activation, Floats x) {
+  switch (activation) {
+    case Activation::kGelu:
+    case Activation::kGeGlu:
+      return gelu(x);
+    case Activation::kGeluTanh:
+    case Activation::kGeGluTanh:
+      return _mm512_max_ps(x, all(-16.0f)) *
+             sigmoid(all(1.5957691216057308f) * _mm512_fmadd_ps(all(0.044715f) * x * x, x, x));
+    case Activation::kSilu:
+    case Activation::kSwiGlu:
+      return _mm512_max_ps(x, all(-128.0f)) * sigmoid(x);
+    case Activation::kRelu:
+    case Activation::kReGlu:
+      return positive(x);
+    case Activation::kRelu2:
+      return positive(x) * positive(x);
+    case Activation::kIdentity:
+      break;
+  }
+  return x;
+}
+
+inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+// Of an int8 layer float32, else bfloat16.
+template <bool kInt8>
+Floats load(const void* data, int64_t index, __mmask16 mask) {
+  if (kInt8) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
+  const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+template <bool kInt8>
+void store(void* data, int64_t index, __mmask16 mask, Floats x) {
+  if (kInt8) {
+    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, x);
+  } else {
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+}
+
+}  // namespace mbk

@@ -1,0 +1,99 @@
+// Products of tiles by AMX or AVX-512, and sums of bytes that both count in.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "numbers.h"
+
+namespace mbk {
+
+constexpr int kRows = 16, kRowBytes = 64, kTileBytes = kRows * kRowBytes;
+constexpr int kBlock = 2;                 // tiles of inputs and of weights that are multiplied together
+constexpr int kColumns = kBlock * kRows;  // outputs of such a block
+
+// Products of a block: c (kA * 16, 32) = a (kA * 16, K) b' (32, K), in float32 or int32
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+inline void configure() {
+  TileConfig config;
+  std::fill_n(config.row_bytes, 8, static_cast<uint16_t>(kRowBytes));
+  std::fill_n(config.rows, 8, static_cast<uint8_t>(kRows));
+  _tile_loadconfig(&config);
+}
+
+// The numbers of tiles are part of an instruction, so that no function can have them as arguments.
+#define MBK_PRODUCT(sum, a, b)      \
+  do {                              \
+    if (kInt8) {                    \
+      _tile_dpbusd(sum, a, b);      \
+    } else {                        \
+      _tile_dpbf16ps(sum, a, b);    \
+    }                               \
+  } while (false)
+
+template <bool kInt8, int kA>
+void multiply_amx(const char* a, const char* b, int steps, float* c) {
+  const int64_t next = int64_t{steps} * kTileBytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (kA == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int k = 0; k < steps; ++k, a += kTileBytes, b += kTileBytes) {
+    _tile_loadd(6, b, kRowBytes);
+    _tile_loadd(7, b + next, kRowBytes);
+    _tile_loadd(4, a, kRowBytes);
+    MBK_PRODUCT(0, 4, 6);
+    MBK_PRODUCT(1, 4, 7);
+    if (kA == 2) {
+      _tile_loadd(5, a + next, kRowBytes);
+      MBK_PRODUCT(2, 5, 6);
+      MBK_PRODUCT(3, 5, 7);
+    }
+  }
+  constexpr int kPitch = kColumns * sizeof(float);
+  _tile_stored(0, c, kPitch);
+  _tile_stored(1, c + kRows, kPitch);
+  if (kA == 2) {
+    _tile_stored(2, c + kRows * kColumns, kPitch);
+    _tile_stored(3, c + kRows * kColumns + kRows, kPitch);
+  }
+}
+
+#undef MBK_PRODUCT
+
+// Of int8 layers alone: what AVX-512 has for bfloat16 was slower than torch.
+template <int kA>
+void multiply_avx512(const char* a, const char* b, int steps, float* c) {
+  constexpr int kTogether = 8;  // rows: 16 sums, two rows of weights and a number are in registers
+  const int64_t next = int64_t{steps} * kTileBytes;
+  for (int row = 0; row < kA * kRows; row += kTogether) {
+    const char* rows = a + row / kRows * next + row % kRows * kRowBytes;
+    __m512i sums[kTogether][kBlock];
+    for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_si512();
+    for (int k = 0; k < steps; ++k) {
+      for (int i = 0; i < kRows; ++i) {
+        const char* weights = b + int64_t{k} * kTileBytes + i * kRowBytes;
+        const __m512i left = _mm512_load_si512(weights), right = _mm512_load_si512(weights + next);
+        for (int r = 0; r < kTogether; ++r) {
+          int32_t numbers;
+          std::memcpy(&numbers, rows + int64_t{k} * kTileBytes + r * kRowBytes + i * 4, sizeof(numbers));
+          sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], _mm512_set1_epi32(numbers), left);
+          sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], _mm512_set1_epi32(numbers), right);
+        }
+      }
+    }
+    for (int r = 0; r < kTogether; ++r) {
+      for (int j = 0; j < kBlock; ++j) _mm512_store_si512(c + (row + r) * kColumns + j * kRows, sums[r][j]);
+    }
+  }
+}
+
+}  // namespace mbk
