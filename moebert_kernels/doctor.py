@@ -162,7 +162,16 @@ def _serving() -> dict[str, Any]:
         "bfloat16 instructions": cpu.has_bfloat16_instructions(),
         "int8 engines": ", ".join(e for e in torch.backends.quantized.supported_engines if e in ("fbgemm", "onednn")),
         "oneDNN": torch.backends.mkldnn.is_available(),
+        "kernel of all experts": {dtype: _tiles(dtype) for dtype in ("int8", "bfloat16")},
     }
+
+
+def _tiles(dtype: str) -> str:
+    try:
+        from moebert_kernels.serve import tiles
+    except ImportError:
+        return "transformers is not installed"
+    return tiles.unavailable(dtype) or ("AMX" if tiles.by_amx(dtype) else "AVX-512")
 
 
 def _gpus() -> list[str]:

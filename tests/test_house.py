@@ -45,7 +45,7 @@ CODE = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")
 )
-MODULES = [path for path in CODE if path.is_relative_to(ROOT / PACKAGE)]
+MODULES = [path for path in CODE if path.is_relative_to(ROOT / PACKAGE) and path.suffix == ".py"]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
 DOCS += sorted((ROOT / "experiments").rglob("*.md"))
 

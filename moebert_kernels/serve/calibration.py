@@ -42,6 +42,7 @@ def products_needing_token_scales(model: Any, batches: Iterable[Mapping[str, Any
     products, recorders = products_of(model), {}
     mask: list[Any] = [None]
     for name, packed in products.items():
+        assert isinstance(packed, Packed)
         recorders[name] = _Recorder(packed, mask)
         packed.linear = recorders[name]
     accepted = set(inspect.signature(model.forward).parameters)

@@ -20,7 +20,8 @@ from moebert_kernels.nn.context import derived_class
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
 from moebert_kernels.ops.expert_gemm import expert_gemm
 from moebert_kernels.serve.embedding import PackedEmbedding
-from moebert_kernels.serve.modules import PackedExperts, PackedLinear, is_padding
+from moebert_kernels.serve.experts import PackedExperts, is_padding
+from moebert_kernels.serve.modules import PackedLinear
 from moebert_kernels.serve.packed import DTYPES, is_int8, quantised, rounded_activation
 from moebert_kernels.serve.preparation import check, packable
 

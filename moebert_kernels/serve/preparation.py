@@ -23,7 +23,8 @@ from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.calibration import products_needing_token_scales
 from moebert_kernels.serve.config import PreparedConfig
 from moebert_kernels.serve.embedding import PackedEmbedding, embed_scale_of
-from moebert_kernels.serve.modules import PackedExperts, PackedLinear, PackedModule, products_of
+from moebert_kernels.serve.experts import PackedExperts
+from moebert_kernels.serve.modules import PackedLinear, PackedModule, products_of
 from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import by_amx

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moebert_kernels.integrations.transformers import activation_of, check_options, weights_of
-from moebert_kernels.serve.modules import PackedExperts, expert_tensors
+from moebert_kernels.serve.experts import PackedExperts, expert_tensors
 from moebert_kernels.serve.packed import Packed
 
 OWN = "own"  # the name of no activation

@@ -11,7 +11,7 @@ from moebert_kernels import errors, serve
 from moebert_kernels.cli import bench_forms
 from moebert_kernels.layers import moe_layers
 from moebert_kernels.serve import prepare
-from moebert_kernels.serve.modules import PackedExperts
+from moebert_kernels.serve.experts import PackedExperts
 from tests.cli.tiny import TABLE, done, moebert, refused
 from tests.distill.tiny_text import byte_tokenizer, tiny_gpt2
 

@@ -14,7 +14,7 @@ from moebert_kernels.activation import ACTIVATIONS
 from moebert_kernels.cpu import has_int8_instructions
 from moebert_kernels.layers import NormedExperts
 from moebert_kernels.nn import DenseExperts
-from moebert_kernels.serve.modules import PackedExperts
+from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.packed import ENGINES, available
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import unavailable

@@ -13,7 +13,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import NormedExperts
 from moebert_kernels.serve import packed as packing
 from moebert_kernels.serve.embedding import PackedEmbedding
-from moebert_kernels.serve.modules import PackedExperts, PackedLinear
+from moebert_kernels.serve.experts import PackedExperts
+from moebert_kernels.serve.modules import PackedLinear
 from moebert_kernels.serve.packed import (
     DTYPES,
     ENGINES,

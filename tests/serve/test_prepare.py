@@ -29,7 +29,8 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import PreparedConfig, describe, prepare
 from moebert_kernels.serve.embedding import PackedEmbedding
-from moebert_kernels.serve.modules import PackedExperts, PackedLinear
+from moebert_kernels.serve.experts import PackedExperts
+from moebert_kernels.serve.modules import PackedLinear
 from moebert_kernels.serve.packed import DTYPES, available
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
 from tests.helpers import misaligned

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -36,10 +37,12 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
     "-mamx-tile", "-mamx-bf16", "-mamx-int8",
 )  # fmt: skip
-# instructions by torch's names: of all that is compiled, of a dtype, and those with which AMX multiplies it
+# instructions by torch's names: of all that is compiled, then of a dtype by AVX-512 and by AMX
 _ALWAYS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "fma3")
-_NEEDED = {"bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",)}
-_AMX = {"bfloat16": ("amx_tile", "amx_bf16"), "int8": ("amx_tile", "amx_int8"), "int8-token": ("amx_tile", "amx_int8")}
+_AMX = {"bfloat16": "amx_bf16", "int8": "amx_int8", "int8-token": "amx_int8"}
+_NEEDED = {
+    "bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",),
+}  # fmt: skip
 _ROWS, _COLUMNS, _ROW_BYTES = 16, 32, 64  # of a tile, of a block of outputs, and of a row of a tile
 
 _pointer = ctypes.c_void_p
@@ -79,7 +82,7 @@ def unavailable(dtype: str) -> str | None:
 def by_amx(dtype: str) -> bool:
     """Whether products are AMX's where the kernel runs, and not AVX-512's."""
     library: Any = _library()
-    return all(map(capabilities().get, _AMX[dtype])) and bool(library.mbk_tiles_amx())
+    return all(map(capabilities().get, ("amx_tile", _AMX[dtype]))) and bool(library.mbk_tiles_amx())
 
 
 @functools.cache
@@ -90,7 +93,8 @@ def _library() -> ctypes.CDLL | str:
     if not compiler:
         return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
     command = [*compiler, *FLAGS]
-    digest = hashlib.sha256(" ".join(command).encode())
+    # a home that two systems share has a file for each C library
+    digest = hashlib.sha256(" ".join((*command, *platform.libc_ver())).encode())
     for name in SOURCES:
         digest.update((FOLDER / name).read_bytes())
     file = cache_folder() / f"tiles-{digest.hexdigest()[:16]}.so"

@@ -6,9 +6,9 @@
 // int8 with a scale for each output, with x and y in float32 and the inputs of both products quantised to eight bits,
 // with a scale and a zero point for each row. Sums are in float32 or int32, all else in float32.
 //
-// Operands lie in tiles of 16 x 64 bytes, as AMX loads them: of an input 16 rows of 32 bfloat16 or 64 int8 numbers; of a
-// weight 16 outputs, in row i the 2 or 4 numbers 2i.. or 4i.. of each output. Behind one another lie the tiles of a row
-// of tiles, along K. A gated expert's gates and factors are in turns: 16 gates, their 16 factors.
+// Operands lie in tiles of 16 x 64 bytes, as AMX loads them: of an input 16 rows of 32 bfloat16 or 64 int8 numbers; of
+// a weight 16 outputs, in row i the 2 or 4 numbers 2i.. or 4i.. of each output. Behind one another lie the tiles along
+// K. Of a gated expert 16 gates and their 16 factors are in turns.
 //
 // The rows of an expert are cut into chunks whose operands stay in the cache, and each chunk goes through five steps:
 // inputs, first product and activation, quantised activations, second product, and what is behind it. With fewer chunks
@@ -153,7 +153,7 @@ class Runner {
     const bool gated = is_gated(activation);
     const Range columns(sizes.outputs1, kColumns, part, parts);
     const int64_t expert = int64_t{chunk.expert} * sizes.outputs1;
-    product(chunk, chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, columns, [&](int row, int n, const float* sums) {
+    const auto use = [&](int row, int n, const float* sums) {
       Floats h[kBlock];
       for (int j = 0; j < kBlock; ++j) {
         const int64_t at = expert + n + j * kRows;
@@ -164,7 +164,8 @@ class Runner {
       } else {
         for (int j = 0; j < kBlock; ++j) put(chunk, row, n + j * kRows, activate(activation, h[j]));
       }
-    });
+    };
+    product(chunk, chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, columns, use);
     if (!kInt8 && part == parts - 1 && sizes.width % 32) {  // the last tile's other half, which weights of 0 meet
       for (int r = 0; r < chunk.count; ++r) put(chunk, r, sizes.width, _mm512_setzero_ps());
     }
@@ -175,22 +176,24 @@ class Runner {
     const Range rows(chunk.count, 1, part, parts);
     for (int r = rows.begin; r < rows.end; ++r) {
       const float* from = chunk.hidden + int64_t{r} * sizes.width;
-      chunk.activations_scale[r] = quantise(from, sizes.width, row_of(chunk.activations, sizes.steps2, r), sizes.steps2);
+      char* to = row_of(chunk.activations, sizes.steps2, r);
+      chunk.activations_scale[r] = quantise(from, sizes.width, to, sizes.steps2);
     }
   }
 
   void second_product(Chunk& chunk, int part, int parts) const {
     const Range columns(sizes.outputs2, kColumns, part, parts);
     const int64_t expert = int64_t{chunk.expert} * sizes.outputs2;
-    product(chunk, chunk.activations, layer.w2, sizes.steps2, sizes.outputs2, columns,
-            [&](int row, int n, const float* sums) {
-              for (int j = 0; j < kBlock; ++j) {
-                const int64_t at = expert + n + j * kRows;
-                const Floats z =
-                    finished(sums + j * kRows, chunk.activations_scale, row, layer.scale2, layer.sum2, layer.b2, at);
-                _mm512_store_ps(chunk.outputs + int64_t{row} * sizes.outputs2 + n + j * kRows, z);
-              }
-            });
+    const auto use = [&](int row, int n, const float* sums) {
+      float* to = chunk.outputs + int64_t{row} * sizes.outputs2 + n;
+      for (int j = 0; j < kBlock; ++j) {
+        const int64_t at = expert + n + j * kRows;
+        const float* own = sums + j * kRows;
+        const Floats z = finished(own, chunk.activations_scale, row, layer.scale2, layer.sum2, layer.b2, at);
+        _mm512_store_ps(to + j * kRows, z);
+      }
+    };
+    product(chunk, chunk.activations, layer.w2, sizes.steps2, sizes.outputs2, columns, use);
   }
 
   void outputs(Chunk& chunk, int part, int parts) const {
