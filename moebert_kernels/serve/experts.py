@@ -84,7 +84,7 @@ class PackedExperts(PackedModule):
         return self.activation in ACTIVATIONS and unavailable(self.dtype) is None
 
     def pack(self, engines: Engines) -> None:
-        if engines(self._shapes["w1"], True) == TILES:
+        if self.activation in ACTIVATIONS and engines(self._shapes["w1"], True) == TILES:
             self._tiled = TiledExperts(self._take(), self.dtype, self.activation, self.eps)
             return
         for name, packed in (("1", self._first), ("2", self._second)):

@@ -1,9 +1,10 @@
 """y = act(x w' + bias) by a library that keeps the weight in an order of its own: int8, bfloat16 or float32, on a CPU.
 
-The libraries are those that torch carries. An `Engine` is one way to run one dtype; `fastest` measures which one it is
-on this machine. int8: weights are symmetric, with a scale for each output; activations are quantised in the call, to
-eight bits with one scale and one zero point for all of its rows; products are added in int32. "int8-token": the same
-libraries get rows that were divided by their largest magnitudes, so that each has a scale of its own.
+The libraries are those that torch carries, and the package's own ("tiles"). An `Engine` is one way to run one dtype;
+`fastest` measures which one it is on this machine. int8: weights are symmetric, with a scale for each output;
+activations are quantised in the call, to eight bits; products are added in int32. torch's libraries have one scale and
+one zero point for all rows of a call, "tiles" one for each row. "int8-token": torch's libraries get rows that were
+divided by their largest magnitudes, so that each has a scale of its own.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from moebert_kernels.cpu import has_int8_instructions
 from moebert_kernels.errors import UserError
+from moebert_kernels.serve.tiles import ENGINE as TILES
+from moebert_kernels.serve.tiles import TiledLinear, unavailable
 from moebert_kernels.torch_backend.activation import activate
 
 DTYPES = {"int8": torch.int8, "int8-token": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ENGINES = {
-    "int8": ("fbgemm", "onednn", "qnnpack"),
-    "int8-token": ("fbgemm-token", "onednn-token", "qnnpack-token"),
-    "bfloat16": ("plain", "onednn"),
+    "int8": (TILES, "fbgemm", "onednn", "qnnpack"),
+    "int8-token": (TILES, "fbgemm-token", "onednn-token", "qnnpack-token"),
+    "bfloat16": (TILES, "plain", "onednn"),
     "float32": ("plain", "onednn"),
 }
 _TOKEN = "-token"  # at the end of the names of engines that give each token a scale
@@ -165,9 +168,22 @@ class _Plain(Packed):
         return self._weights
 
 
+class _Tiles(Packed):
+    engine = TILES
+
+    def __init__(self, weights: Weights) -> None:
+        self.linear = self._tiled = TiledLinear(*weights)
+        self.dtype = self._tiled.input_dtype
+
+    def weights(self) -> Weights:
+        return Weights(*self._tiled.weights())
+
+
 def pack(engine: str, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Packed:
     """`Weights` in the form of an engine; an int8 weight says that the layer is int8."""
     weights = Weights(weight, scale, bias)
+    if engine == TILES:
+        return _Tiles(weights)
     if weight.dtype == torch.int8:
         return _Int8(engine, weights)
     return _OneDNN(weights) if engine == "onednn" else _Plain(weights)
@@ -216,7 +232,7 @@ def rounded_activation(x: Tensor, dtype: str) -> Tensor:
 
 def with_token_scales(engine: str) -> str:
     """The engine of "int8-token" that has the library of this one of "int8"."""
-    return engine + _TOKEN
+    return engine if engine == TILES else engine + _TOKEN
 
 
 def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
@@ -252,6 +268,8 @@ def available(dtype: str) -> list[str]:
     else:
         with_onednn = torch.backends.mkldnn.is_available() if dtype == "float32" else _bfloat16_by_onednn()
         found = ["plain", "onednn"] if with_onednn else ["plain"]
+    if unavailable(dtype) is None:
+        found.insert(0, TILES)
     if not found:
         raise UserError(f"dtype: expected one that this build of torch can run, got {dtype!r}; take 'bfloat16'")
     return found

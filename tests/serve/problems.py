@@ -17,14 +17,7 @@ from moebert_kernels.nn import DenseExperts
 from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.packed import ENGINES, available
 from moebert_kernels.serve.tiles import ENGINE as TILES
-from moebert_kernels.serve.tiles import unavailable
 from tests.helpers import assert_as_accurate
-
-
-def engines_of_experts(dtype: str) -> list[str]:
-    """Those that this machine has."""
-    return available(dtype) + ([TILES] if unavailable(dtype) is None else [])
-
 
 SEVEN_BITS = not has_int8_instructions()  # of activations, on CPUs that add products of 8-bit numbers in 16 bits
 
@@ -65,7 +58,7 @@ class Problem:
         ids = torch.randint(low, high, (T,) if top_k == 1 else (T, top_k))
         weights = torch.rand(ids.shape, dtype=to) if rng.random() < 0.5 else None
         return Problem(
-            dtype, rng.choice([e for e in (*ENGINES[dtype], TILES) if e in engines_of_experts(dtype)]), experts, x, ids,
+            dtype, rng.choice([e for e in ENGINES[dtype] if e in available(dtype)]), experts, x, ids,
             weights,
         )  # fmt: skip
 

@@ -27,6 +27,8 @@ from moebert_kernels.serve.packed import (
     quantised,
     rounded_rows,
 )
+from moebert_kernels.serve.tiles import ENGINE as TILES
+from moebert_kernels.serve.tiles import SWITCH
 from tests.helpers import assert_as_accurate
 from tests.serve.problems import SEVEN_BITS, Problem
 
@@ -46,7 +48,7 @@ def test_experts_on_many_random_problems(dtype):
         Problem.draw(seed, dtype).check()
 
 
-@pytest.mark.parametrize("dtype, engine", HERE)
+@pytest.mark.parametrize("dtype, engine", [pair for pair in HERE if pair[1] != TILES])
 def test_a_library_that_compiles_each_number_of_rows_meets_few(dtype, engine, monkeypatch):
     """Texts differ, and with them the rows of each expert."""
     experts = NormedExperts(16, 24, 3, activation="gelu", bias="expert", eps=1e-5).to(input_dtype(dtype))
@@ -178,6 +180,7 @@ def test_one_engine_needs_no_measurement(monkeypatch):
 
 def test_a_torch_without_int8_engines(monkeypatch):
     monkeypatch.setattr(packing.torch.backends, "quantized", SimpleNamespace(supported_engines=[]))
+    monkeypatch.setenv(SWITCH, "0")
     with pytest.raises(UserError, match="dtype: expected one that this build of torch can run, got 'int8'"):
         available("int8")
 

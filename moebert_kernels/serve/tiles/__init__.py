@@ -60,7 +60,8 @@ class _Layer(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         ("x", _pointer), ("y", _pointer), ("x_stride", ctypes.c_int64), ("offsets", _pointer),
-        ("assignments", _pointer), ("weights", _pointer), ("top_k", ctypes.c_int), ("threads", ctypes.c_int),
+        ("assignments", _pointer), ("weights", _pointer),
+        *((name, ctypes.c_int) for name in ("tokens", "top_k", "threads")),
     )  # fmt: skip
 
 
@@ -115,6 +116,62 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
+def _run() -> Any:
+    """The kernel where it can run."""
+    library: Any = _library()
+    return library.mbk_tiles_run
+
+
+class TiledLinear:
+    """x (..., K) -> x w' + bias (..., N): one expert's first product alone.
+
+    Args:
+        weight: (N, K) bfloat16 or int8.
+        scale: (N,) of an int8 weight, else None.
+        bias: (N,) or None.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        (self.outputs, self.inputs), step = weight.shape, _ROW_BYTES // weight.element_size()
+        is_int8, n = weight.dtype == torch.int8, _up(self.outputs, _COLUMNS)
+        self.input_dtype = torch.float32 if is_int8 else weight.dtype
+        self._bias_dtype = None if bias is None else bias.dtype
+        self._held = {
+            "w1": _tiled(_padded(weight[None], n, _up(self.inputs, step)), step),
+            "sum1": _padded(weight.sum(1, dtype=torch.int32)[None], n) if is_int8 else None,
+            "scale1": None if scale is None else _padded(scale.float()[None], n),
+            "b1": None if bias is None else _padded(bias.float()[None], n),
+        }
+        amx = by_amx("int8" if is_int8 else "bfloat16")
+        pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in self._held.items()}
+        identity = ACTIVATIONS.index("identity")
+        self._layer = _Layer(is_int8, identity, 1, self.inputs, self.outputs, amx, 0.0, **pointers)
+        self._run = _run()
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What it was made of, bit for bit."""
+        weight, scale, bias = self._held["w1"], self._held["scale1"], self._held["b1"]
+        assert weight is not None
+        return (
+            _untiled(weight)[0, : self.outputs, : self.inputs].contiguous(),
+            None if scale is None else scale[0, : self.outputs].clone(),
+            None if bias is None else bias[0, : self.outputs].to(self._bias_dtype),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype is not self.input_dtype:
+            raise ValueError(f"x: expected {self.input_dtype}, got {x.dtype}")
+        rows = x.reshape(-1, self.inputs)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.outputs)
+        call = _Call(
+            rows.data_ptr(), y.data_ptr(), rows.stride(0), None, None, None, len(rows), 1, torch.get_num_threads()
+        )
+        self._run(self._layer, call)
+        return y
+
+
 class TiledExperts:
     """The experts of a layer in the kernel's form.
 
@@ -166,6 +223,7 @@ class TiledExperts:
                 )
             ),
         )  # fmt: skip
+        self._run = _run()
         self._norm_dtype = given["norm_weight"].dtype if "norm_weight" in given else None
 
     def _padded_outputs(self) -> int:
@@ -226,11 +284,10 @@ class TiledExperts:
         p = None if weights is None else weights.float().contiguous()
         call = _Call(
             x.data_ptr(), y.data_ptr(), x.stride(0), grouping.offsets.data_ptr(),
-            grouping.row_to_assignment.data_ptr(), None if p is None else p.data_ptr(), grouping.top_k,
+            grouping.row_to_assignment.data_ptr(), None if p is None else p.data_ptr(), len(x), grouping.top_k,
             torch.get_num_threads(),
         )  # fmt: skip
-        library: Any = _library()
-        library.mbk_tiles_run(self._layer, call)
+        self._run(self._layer, call)
         return y
 
 

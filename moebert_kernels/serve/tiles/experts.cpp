@@ -32,7 +32,7 @@
 struct Layer {
   int is_int8, activation, experts, hidden, width, amx;
   float eps;
-  const char *w1, *w2;                      // (E, N1 / 16, K1, tile), (E, N2 / 16, K2, tile)
+  const char *w1, *w2;                      // (E, N1 / 16, K1, tile), (E, N2 / 16, K2, tile); w2 null: y = w1 x + b1
   const int32_t *sum1, *sum2;               // (E, N1), (E, N2) of int8 layers: of an output's weights
   const float *scale1, *scale2, *b1, *b2;   // as wide; scales of int8 layers, biases or null
   const float *norm_weight, *norm_bias;     // (E, H), or null: no norm and no residual
@@ -42,10 +42,10 @@ struct Call {
   const void* x;                // (T, H), of rows that are x_stride numbers apart
   void* y;                      // (T top_k, H)
   int64_t x_stride;
-  const int32_t* offsets;       // (E + 1,)
-  const int32_t* assignments;   // of each row
+  const int32_t* offsets;       // (E + 1,), or null with one expert: it has all tokens, in their order
+  const int32_t* assignments;   // of each row, or null with offsets
   const float* weights;         // (T top_k,), or null
-  int top_k, threads;
+  int tokens, top_k, threads;
 };
 
 namespace mbk {
@@ -72,9 +72,9 @@ struct Sizes {
     const bool gated = is_gated(static_cast<Activation>(layer.activation));
     width = round_up(layer.width, gated ? kRows : kColumns);
     outputs1 = gated ? 2 * width : width;
-    outputs2 = round_up(layer.hidden, kColumns);
+    outputs2 = layer.w2 == nullptr ? 0 : round_up(layer.hidden, kColumns);
     steps1 = ceil_div(layer.hidden, step);
-    steps2 = ceil_div(width, step);
+    steps2 = layer.w2 == nullptr ? 0 : ceil_div(width, step);
   }
 };
 
@@ -89,7 +89,7 @@ struct Chunk {
       : expert(expert), start(start), count(count), tiles(static_cast<int>(ceil_div(count, kRows))) {}
 
   static int64_t bytes_of_row(const Layer& layer, const Sizes& sizes) {
-    const int64_t hidden = layer.is_int8 ? sizes.width * sizeof(float) + 2 * sizeof(Quantised) : 0;
+    const int64_t hidden = layer.is_int8 ? sizes.steps2 * kRowBytes * sizeof(float) + 2 * sizeof(Quantised) : 0;
     return int64_t{sizes.steps1 + sizes.steps2} * kRowBytes + hidden + sizes.outputs2 * sizeof(float);
   }
 
@@ -104,7 +104,7 @@ struct Chunk {
     outputs = reinterpret_cast<float*>(activations + rows * sizes.steps2 * kRowBytes);
     if (!layer.is_int8) return;
     hidden = outputs + rows * sizes.outputs2;
-    inputs_scale = reinterpret_cast<Quantised*>(hidden + rows * sizes.width);
+    inputs_scale = reinterpret_cast<Quantised*>(hidden + rows * sizes.steps2 * kRowBytes);
     activations_scale = inputs_scale + rows;
   }
 };
@@ -159,14 +159,20 @@ class Runner {
         const int64_t at = expert + n + j * kRows;
         h[j] = finished(sums + j * kRows, chunk.inputs_scale, row, layer.scale1, layer.sum1, layer.b1, at);
       }
-      if (gated) {
+      if (layer.w2 == nullptr) {
+        const int64_t y = int64_t{chunk.start + row} * layer.width;
+        for (int j = 0; j < kBlock; ++j) {
+          const int column = n + j * kRows;
+          store<kInt8>(call.y, y + column, first(layer.width - column), h[j]);
+        }
+      } else if (gated) {
         put(chunk, row, n / 2, activate(activation, h[0]) * h[1]);
       } else {
         for (int j = 0; j < kBlock; ++j) put(chunk, row, n + j * kRows, activate(activation, h[j]));
       }
     };
     product(chunk, chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, columns, use);
-    if (!kInt8 && part == parts - 1 && sizes.width % 32) {  // the last tile's other half, which weights of 0 meet
+    if (!kInt8 && layer.w2 != nullptr && part == parts - 1 && sizes.width % 32) {  // the last tile's other half, which weights of 0 meet
       for (int r = 0; r < chunk.count; ++r) put(chunk, r, sizes.width, _mm512_setzero_ps());
     }
   }
@@ -231,7 +237,10 @@ class Runner {
   }
 
  private:
-  int64_t token(const Chunk& chunk, int row) const { return call.assignments[chunk.start + row] / call.top_k; }
+  int64_t token(const Chunk& chunk, int row) const {
+    const int start = chunk.start + row;
+    return call.assignments == nullptr ? start : call.assignments[start] / call.top_k;
+  }
 
   static char* row_of(char* tiles, int steps, int row) {
     return tiles + int64_t{row / kRows} * steps * kTileBytes + row % kRows * kRowBytes;
@@ -314,11 +323,12 @@ std::vector<Chunk> chunks_of(const Layer& layer, const Call& call, const Sizes& 
   const int64_t most = std::clamp<int64_t>(fitting, kLeastRows, kMostRows);
   std::vector<Chunk> chunks;
   for (int e = 0; e < layer.experts; ++e) {
-    const int count = call.offsets[e + 1] - call.offsets[e];
+    const int begin = call.offsets == nullptr ? 0 : call.offsets[e];
+    const int count = call.offsets == nullptr ? call.tokens : call.offsets[e + 1] - begin;
     if (count == 0) continue;
     const int rows = static_cast<int>(round_up(ceil_div(count, ceil_div(count, most)), kLeastRows));
     for (int start = 0; start < count; start += rows) {
-      chunks.emplace_back(e, call.offsets[e] + start, std::min(rows, count - start));
+      chunks.emplace_back(e, begin + start, std::min(rows, count - start));
     }
   }
   return chunks;
@@ -329,14 +339,15 @@ void run(const Layer& layer, const Call& call) {
   const Sizes sizes(layer);
   const Runner<kInt8> runner(layer, call, sizes);
   using Step = void (Runner<kInt8>::*)(Chunk&, int, int) const;
-  constexpr Step kSteps[] = {&Runner<kInt8>::inputs, &Runner<kInt8>::first_product, &Runner<kInt8>::activations,
-                             &Runner<kInt8>::second_product, &Runner<kInt8>::outputs};
+  using Runs = Runner<kInt8>;
+  std::vector<Step> steps = {&Runs::inputs, &Runs::first_product};
+  if (layer.w2 != nullptr) steps.insert(steps.end(), {&Runs::activations, &Runs::second_product, &Runs::outputs});
   std::vector<Chunk> chunks = chunks_of(layer, call, sizes);
   const int count = static_cast<int>(chunks.size());
   if (count >= call.threads) {
     parallel(call.threads, count, [&](int i) {
       chunks[i].place(layer, sizes, scratch(chunks[i].bytes(layer, sizes)));
-      for (const Step step : kSteps) (runner.*step)(chunks[i], 0, 1);
+      for (const Step step : steps) (runner.*step)(chunks[i], 0, 1);
     });
     return;
   }
@@ -348,7 +359,7 @@ void run(const Layer& layer, const Call& call) {
     memory += chunk.bytes(layer, sizes);
   }
   const int parts = static_cast<int>(ceil_div(call.threads, std::max(count, 1)));
-  for (const Step step : kSteps) {
+  for (const Step step : steps) {
     parallel(call.threads, count * parts, [&](int i) { (runner.*step)(chunks[i / parts], i % parts, parts); });
   }
 }
