@@ -309,7 +309,7 @@ def describe(model: Any) -> str:
     lines = []
     for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
         times = ", ".join(f"{name} {us:.0f} us" for name, us in best_us.items()) or "the only one"
-        if engine == TILES:
+        if engine == TILES and not best_us:
             times = f"this package's, by {'AMX' if by_amx(model.prepared.dtype) else 'AVX-512'}"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")

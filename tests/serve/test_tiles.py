@@ -141,6 +141,15 @@ def test_a_compiler_that_is_missing_or_fails(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("tiles-*"))
 
 
+@here
+def test_what_is_compiled_needs_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBERT_KERNELS_CACHE", str(tmp_path))
+    assert not isinstance(tiles._library.__wrapped__(), str)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
+    assert not isinstance(tiles._library.__wrapped__(), str)
+
+
 def test_a_cpu_without_the_instructions(monkeypatch):
     monkeypatch.setattr(tiles, "capabilities", lambda: {"avx2": True})
     for dtype in DTYPES:

@@ -89,22 +89,20 @@ def by_amx(dtype: str) -> bool:
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The compiled kernel, or in one line why there is none."""
-    given = os.environ.get("CXX")
-    compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
-    if not compiler:
-        return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
-    command = [*compiler, *FLAGS]
-    # a home that two systems share has a file for each C library
-    digest = hashlib.sha256(" ".join((*command, *platform.libc_ver())).encode())
+    # a home that two systems share has a file for each C library; one that is there needs no compiler
+    digest = hashlib.sha256(" ".join((*FLAGS, *platform.libc_ver())).encode())
     for name in SOURCES:
         digest.update((FOLDER / name).read_bytes())
     file = cache_folder() / f"tiles-{digest.hexdigest()[:16]}.so"
+    given = os.environ.get("CXX")
+    compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
     try:
         if not file.exists():
+            if not compiler:
+                return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
             with replacing(file) as partial:
-                subprocess.run(
-                    [*command, "-o", partial, FOLDER / SOURCES[0]], capture_output=True, text=True, check=True
-                )
+                command = [*compiler, *FLAGS, "-o", str(partial), str(FOLDER / SOURCES[0])]
+                subprocess.run(command, capture_output=True, text=True, check=True)
         library = ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
