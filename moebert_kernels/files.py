@@ -26,8 +26,9 @@ _ABANDONED_S = 2 * 24 * 3600  # nothing is written for so long
 
 def cache_folder() -> Path:
     """Where downloads and compiled kernels are kept: `MOEBERT_KERNELS_CACHE`, else a folder in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebert_kernels"
-    return Path(os.environ.get("MOEBERT_KERNELS_CACHE") or default)
+    if own := os.environ.get("MOEBERT_KERNELS_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebert_kernels"
 
 
 def check_writable(name: str, folder: Path) -> None:

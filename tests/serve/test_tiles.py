@@ -6,12 +6,16 @@ import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moebert_kernels import group_tokens
 from moebert_kernels.activation import ACTIVATIONS
+from moebert_kernels.errors import UserError
 from moebert_kernels.layers import NormedExperts
+from moebert_kernels.nn import DenseExperts
 from moebert_kernels.serve import describe, prepare, tiles
 from moebert_kernels.serve.experts import PackedExperts
-from moebert_kernels.serve.packed import input_dtype
+from moebert_kernels.serve.packed import converted, input_dtype, pack
 from tests.convert.families import make_inputs
 from tests.serve.problems import TILES, Problem
 from tests.serve.test_prepare import made, run
@@ -89,8 +93,26 @@ def test_what_was_packed_comes_back(dtype, activation):
             assert tensor.dtype == buffers[name].dtype and torch.equal(tensor, buffers[name]), name
         assert torch.equal(one(x, ids), expected)
     assert "engine=tiles" in repr(packed)
-    with pytest.raises(ValueError, match=rf"x: expected torch\..* in a model prepared as {dtype}, got torch.float64"):
-        packed(x.double(), ids)
+
+
+@here
+def test_inputs_that_the_kernel_cannot_read():
+    """It reads and writes where it is told to."""
+    experts = PackedExperts.of(normed(40, 24, 3, "int8"), "int8")
+    experts.pack(lambda *_: TILES)
+    ids = torch.randint(0, 3, (6,))
+    linear = pack(TILES, *converted(torch.randn(33, 40), None, "int8"))
+    for x in (torch.randn(6, 40, dtype=torch.float64), torch.randn(6, 20), torch.randn(6, 40, device="meta")):
+        with pytest.raises(ValueError, match=r"x: expected torch.float32 \(..., 40\) on the CPU in this prepared"):
+            linear(x)
+        with pytest.raises(ValueError, match=r"x: expected"):
+            experts(x, group_tokens(ids, 3))
+    with pytest.raises(ValueError, match="routing: expected a Grouping of 6 tokens to 3 experts, got one of 5 to 3"):
+        experts(torch.randn(6, 40), group_tokens(ids[:5], 3))
+    with pytest.raises(RuntimeError, match="can be neither traced nor exported; prepare the model with MOEBERT_KERN"):
+        torch.jit.trace(linear.linear.__call__, torch.randn(6, 40))
+    with pytest.raises(RuntimeError, match="can be neither traced nor exported"), FakeTensorMode():
+        linear(torch.randn(6, 40))
 
 
 @here
@@ -109,6 +131,18 @@ def test_large_pre_activations_and_nan():
         found = packed(x, torch.zeros(20, dtype=torch.long))
         others = torch.arange(20) != 3
         assert torch.equal(found[others], clean[others]) and found[3].isnan().any()
+
+
+@here
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan_in_bfloat16(activation):
+    if reason := tiles.unavailable("bfloat16"):
+        pytest.skip(reason)
+    packed = PackedExperts.of(DenseExperts(32, 32, 1, activation=activation, bias="expert").bfloat16(), "bfloat16")
+    packed.pack(lambda *_: TILES)
+    x = torch.randn(5, 32).bfloat16()
+    x[3, 5] = float("nan")
+    assert packed(x, torch.zeros(5, dtype=torch.long)).isnan().sum(1).tolist() == [0, 0, 0, 32, 0]
 
 
 @here
@@ -132,7 +166,9 @@ def test_a_compiler_that_is_missing_or_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles.shutil, "which", lambda _: None)
     assert tiles.unavailable("int8") == "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
-    assert "it was not compiled: [Errno 2] No such file" in tiles.unavailable("int8")
+    assert "it could not be compiled or loaded: [Errno 2] No such file" in tiles.unavailable("int8")
+    monkeypatch.setenv("CXX", "g++ '")
+    assert tiles.unavailable("int8") == "it could not be compiled or loaded: No closing quotation"
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'a.cpp:1: error: no such instruction' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -146,8 +182,19 @@ def test_what_is_compiled_needs_no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBERT_KERNELS_CACHE", str(tmp_path))
     assert not isinstance(tiles._library.__wrapped__(), str)
     assert len(list(tmp_path.iterdir())) == 1
+    (file,) = tmp_path.iterdir()
     monkeypatch.setenv("CXX", str(tmp_path / "nothing"))
     assert not isinstance(tiles._library.__wrapped__(), str)
+    monkeypatch.delenv("CXX")
+    damaged = tmp_path / "other" / file.name
+    damaged.parent.mkdir()
+    damaged.touch()
+    monkeypatch.setenv("MOEBERT_KERNELS_CACHE", str(damaged.parent))
+    assert not isinstance(tiles._library.__wrapped__(), str) and damaged.stat().st_size  # it was made again
+    monkeypatch.delenv("MOEBERT_KERNELS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tiles.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert tiles._library.__wrapped__() == "it could not be compiled or loaded: no home"
 
 
 def test_a_cpu_without_the_instructions(monkeypatch):
@@ -155,4 +202,7 @@ def test_a_cpu_without_the_instructions(monkeypatch):
     for dtype in DTYPES:
         assert tiles.unavailable(dtype) == "this CPU has no avx512_f"
     assert tiles.unavailable("float32") == "it computes in bfloat16 or int8, asked for float32"
-    assert not PackedExperts.of(normed(16, 16, 2, "int8"), "int8").tiles()
+    experts = PackedExperts.of(normed(16, 16, 2, "int8"), "int8")
+    assert not experts.tiles()
+    with pytest.raises(UserError, match="expected a machine on which this kernel runs, got one where this CPU has no"):
+        experts.pack(lambda *_: TILES)

@@ -18,14 +18,17 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moebert_kernels.activation import ACTIVATIONS, is_gated
 from moebert_kernels.cpu import capabilities
+from moebert_kernels.errors import UserError
 from moebert_kernels.files import cache_folder, replacing
 from moebert_kernels.grouping import Grouping
 
@@ -43,6 +46,8 @@ _AMX = {"bfloat16": "amx_bf16", "int8": "amx_int8", "int8-token": "amx_int8"}
 _NEEDED = {
     "bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",),
 }  # fmt: skip
+_OF_W1, _OF_W2 = ("w1_scale", "b1"), ("w2_scale", "b2")
+_POINTERS = ("w1", "w2", "sum1", "sum2", "w1_scale", "w2_scale", "b1", "b2", "norm_weight", "norm_bias")
 _ROWS, _COLUMNS, _ROW_BYTES = 16, 32, 64  # of a tile, of a block of outputs, and of a row of a tile
 
 _pointer = ctypes.c_void_p
@@ -66,9 +71,12 @@ class _Call(ctypes.Structure):
 
 
 def unavailable(dtype: str) -> str | None:
-    """Why the kernel cannot run experts of one of `serve.packed.DTYPES` on this machine, or None."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH} is 0"
+    """Why the kernel is not taken for one of `serve.packed.DTYPES` on this machine, or None."""
+    return f"{SWITCH} is 0" if os.environ.get(SWITCH) == "0" else _lacking(dtype)
+
+
+def _lacking(dtype: str) -> str | None:
+    """Why the kernel cannot run here, or None."""
     if dtype not in _NEEDED:
         return f"it computes in bfloat16 or int8, asked for {dtype}"
     found = capabilities()
@@ -88,36 +96,65 @@ def by_amx(dtype: str) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The compiled kernel, or in one line why there is none."""
-    # a home that two systems share has a file for each C library; one that is there needs no compiler
-    digest = hashlib.sha256(" ".join((*FLAGS, *platform.libc_ver())).encode())
-    for name in SOURCES:
-        digest.update((FOLDER / name).read_bytes())
-    file = cache_folder() / f"tiles-{digest.hexdigest()[:16]}.so"
-    given = os.environ.get("CXX")
-    compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+    """The compiled kernel, or in one line why there is none: then torch's libraries run everything."""
     try:
-        if not file.exists():
-            if not compiler:
-                return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
-            with replacing(file) as partial:
-                command = [*compiler, *FLAGS, "-o", str(partial), str(FOLDER / SOURCES[0])]
-                subprocess.run(command, capture_output=True, text=True, check=True)
-        library = ctypes.CDLL(str(file))
+        # a home that two systems share has a file for each C library; one that is there needs no compiler
+        digest = hashlib.sha256(" ".join((*FLAGS, *platform.libc_ver())).encode())
+        for name in SOURCES:
+            digest.update((FOLDER / name).read_bytes())
+        file = cache_folder().resolve() / f"tiles-{digest.hexdigest()[:16]}.so"
+        if file.exists():
+            with suppress(OSError, AttributeError):  # a damaged file is made again
+                return _loaded(file)
+        given = os.environ.get("CXX")
+        compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+        if not compiler:
+            return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
+        with replacing(file) as partial:
+            command = [*compiler, *FLAGS, "-o", str(partial), str(FOLDER / SOURCES[0])]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())  # a file of which a power cut left a part would end the process
+        return _loaded(file)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
-        return f"{compiler[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
-    except OSError as error:  # no such compiler, a cache that cannot be written, or a file that cannot be loaded
-        return f"it was not compiled: {error}"
+        return f"{error.cmd[0]} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # no such compiler, no home, no quotation mark, a full disk
+        return f"it could not be compiled or loaded: {error}"
+
+
+def _loaded(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
     library.mbk_tiles_run.argtypes = (ctypes.POINTER(_Layer), ctypes.POINTER(_Call))
     library.mbk_tiles_run.restype = None
     return library
 
 
-def _run() -> Any:
-    """The kernel where it can run."""
+def _run(dtype: str) -> Any:
+    """The kernel.
+
+    Raises:
+        UserError: it cannot run here, as with a pickle of another machine.
+    """
+    if reason := _lacking(dtype):
+        raise UserError(f"tiles: expected a machine on which this kernel runs, got one where {reason}; prepare again")
     library: Any = _library()
     return library.mbk_tiles_run
+
+
+def _checked(x: Tensor, dtype: torch.dtype, inputs: int) -> Tensor:
+    """x with its last dimension without gaps; the kernel reads where it is told to."""
+    if torch.jit.is_tracing() or isinstance(x, FakeTensor):
+        raise RuntimeError(f"tiles: this kernel can be neither traced nor exported; prepare the model with {SWITCH}=0")
+    if x.dtype is not dtype or x.shape[-1] != inputs or x.device.type != "cpu":
+        got = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+        raise ValueError(f"x: expected {dtype} (..., {inputs}) on the CPU in this prepared model, got {got}")
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class TiledLinear:
@@ -130,21 +167,21 @@ class TiledLinear:
     """
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        is_int8 = weight.dtype == torch.int8
+        self._run, self.amx = _run("int8" if is_int8 else "bfloat16"), by_amx("int8" if is_int8 else "bfloat16")
         (self.outputs, self.inputs), step = weight.shape, _ROW_BYTES // weight.element_size()
-        is_int8, n = weight.dtype == torch.int8, _up(self.outputs, _COLUMNS)
         self.input_dtype = torch.float32 if is_int8 else weight.dtype
         self._bias_dtype = None if bias is None else bias.dtype
+        n = _up(self.outputs, _COLUMNS)
         self._held = {
             "w1": _tiled(_padded(weight[None], n, _up(self.inputs, step)), step),
             "sum1": _padded(weight.sum(1, dtype=torch.int32)[None], n) if is_int8 else None,
             "scale1": None if scale is None else _padded(scale.float()[None], n),
             "b1": None if bias is None else _padded(bias.float()[None], n),
         }
-        amx = by_amx("int8" if is_int8 else "bfloat16")
         pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in self._held.items()}
         identity = ACTIVATIONS.index("identity")
-        self._layer = _Layer(is_int8, identity, 1, self.inputs, self.outputs, amx, 0.0, **pointers)
-        self._run = _run()
+        self._layer = _Layer(is_int8, identity, 1, self.inputs, self.outputs, self.amx, 0.0, **pointers)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What it was made of, bit for bit."""
@@ -157,11 +194,7 @@ class TiledLinear:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype is not self.input_dtype:
-            raise ValueError(f"x: expected {self.input_dtype}, got {x.dtype}")
-        rows = x.reshape(-1, self.inputs)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        rows = _checked(x, self.input_dtype, self.inputs).reshape(-1, self.inputs)
         y = x.new_empty(*x.shape[:-1], self.outputs)
         call = _Call(
             rows.data_ptr(), y.data_ptr(), rows.stride(0), None, None, None, len(rows), 1, torch.get_num_threads()
@@ -186,43 +219,34 @@ class TiledExperts:
         self, tensors: Mapping[str, Tensor | None], dtype: str, activation: str, eps: float | None = None
     ) -> None:
         given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self._run, self.amx = _run(dtype), by_amx(dtype)
         self.dtype, self.activation, self.eps = dtype, activation, eps
-        self.amx = by_amx(dtype)
+        self._dtypes = {name: tensor.dtype for name, tensor in given.items()}
         w1, w2 = given["w1"], given["w2"]
-        self.input_dtype = torch.float32 if w1.dtype == torch.int8 else w1.dtype
+        is_int8, step = w1.dtype == torch.int8, _ROW_BYTES // w1.element_size()
+        self.input_dtype = torch.float32 if is_int8 else w1.dtype
         (self.num_experts, self.outputs, self.hidden), self.width = w1.shape, w2.shape[2]
-        self._bias_dtypes = {name: given[name].dtype for name in ("b1", "b2") if name in given}
-        step = _ROW_BYTES // w1.element_size()
         n1, n2 = self._padded_outputs(), _up(self.hidden, _COLUMNS)
         width = n1 // 2 if is_gated(activation) else n1
         held = {
             "w1": _tiled(_padded(self._in_turns(w1), n1, _up(self.hidden, step)), step),
             "w2": _tiled(_padded(w2, n2, _up(width, step)), step),
         }
-        for name in ("w1_scale", "b1"):
-            if name in given:
-                held[name] = _padded(self._in_turns(given[name].float()), n1)
-        for name in ("w2_scale", "b2"):
-            if name in given:
-                held[name] = _padded(given[name].float(), n2)
-        if w1.dtype == torch.int8:
+        if is_int8:
             held["sum1"] = _padded(self._in_turns(w1.sum(2, dtype=torch.int32)), n1)
             held["sum2"] = _padded(w2.sum(2, dtype=torch.int32), n2)
-        for name in ("norm_weight", "norm_bias"):
-            if name in given:
-                held[name] = given[name].float().contiguous()
+        for name in given.keys() - {"w1", "w2"}:
+            values = given[name].float()
+            if name in _OF_W1:
+                values = _padded(self._in_turns(values), n1)
+            elif name in _OF_W2:
+                values = _padded(values, n2)
+            held[name] = values.contiguous()
         self._held = held
         self._layer = _Layer(
-            w1.dtype == torch.int8, ACTIVATIONS.index(activation), self.num_experts, self.hidden, self.width, self.amx,
-            eps or 0.0, *(
-                held[name].data_ptr() if name in held else None
-                for name in (
-                    "w1", "w2", "sum1", "sum2", "w1_scale", "w2_scale", "b1", "b2", "norm_weight", "norm_bias"
-                )
-            ),
+            is_int8, ACTIVATIONS.index(activation), self.num_experts, self.hidden, self.width, self.amx, eps or 0.0,
+            *(held[name].data_ptr() if name in held else None for name in _POINTERS),
         )  # fmt: skip
-        self._run = _run()
-        self._norm_dtype = given["norm_weight"].dtype if "norm_weight" in given else None
 
     def _padded_outputs(self) -> int:
         """N1: of a gated expert 16 gates and their 16 factors are in turns."""
@@ -246,21 +270,18 @@ class TiledExperts:
 
     def tensors(self) -> dict[str, Tensor]:
         """What it was made of, bit for bit."""
-        held = self._held
-        found = {
-            "w1": self._back(_untiled(held["w1"]))[..., : self.hidden].contiguous(),
-            "w2": _untiled(held["w2"])[:, : self.hidden, : self.width].contiguous(),
-        }
-        for name in ("w1_scale", "b1"):
-            if name in held:
-                found[name] = self._back(held[name]).contiguous()
-        for name in ("w2_scale", "b2"):
-            if name in held:
-                found[name] = held[name][:, : self.hidden].contiguous()
-        for name, dtype in self._bias_dtypes.items():
-            found[name] = found[name].to(dtype)
-        if self._norm_dtype is not None:
-            found |= {name: held[name].to(self._norm_dtype) for name in ("norm_weight", "norm_bias")}
+        found = {}
+        for name, dtype in self._dtypes.items():
+            values = self._held[name]
+            if name == "w1":
+                values = self._back(_untiled(values))[..., : self.hidden]
+            elif name == "w2":
+                values = _untiled(values)[:, : self.hidden, : self.width]
+            elif name in _OF_W1:
+                values = self._back(values)
+            elif name in _OF_W2:
+                values = values[:, : self.hidden]
+            found[name] = values.to(dtype).contiguous()
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -274,10 +295,12 @@ class TiledExperts:
             grouping: of these tokens.
             weights: (T, top_k) that the rows are multiplied by.
         """
-        if x.dtype is not self.input_dtype:
-            raise ValueError(f"x: expected {self.input_dtype} in a model prepared as {self.dtype}, got {x.dtype}")
-        if x.stride(1) != 1:
-            x = x.contiguous()
+        x = _checked(x, self.input_dtype, self.hidden)
+        if grouping.num_rows != len(x) * grouping.top_k or grouping.num_experts != self.num_experts:
+            raise ValueError(
+                f"routing: expected a Grouping of {len(x)} tokens to {self.num_experts} experts, got one of "
+                f"{grouping.num_tokens} to {grouping.num_experts}"
+            )
         y = x.new_empty(grouping.num_rows, self.hidden)
         p = None if weights is None else weights.float().contiguous()
         call = _Call(

@@ -1,4 +1,4 @@
-// All experts of a layer in one call, for x86-64 CPUs with AMX or AVX-512: `tiles.py` compiles this file where it runs.
+// All experts of a layer in one call, for x86-64 CPUs with AMX or AVX-512. `__init__.py` compiles it where it runs.
 //
 //   y[a] = p[a] LayerNorm_e(x[t] + w2[e] act(w1[e] x[t] + b1[e]) + b2[e]), or without the norm and the residual
 //
@@ -28,7 +28,7 @@
 
 #define MBK_VISIBLE __attribute__((visibility("default")))
 
-// Both structs are those of tiles.py, field by field.
+// Both structs are those of `__init__.py`, field by field.
 struct Layer {
   int is_int8, activation, experts, hidden, width, amx;
   float eps;
@@ -172,7 +172,8 @@ class Runner {
       }
     };
     product(chunk, chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, columns, use);
-    if (!kInt8 && layer.w2 != nullptr && part == parts - 1 && sizes.width % 32) {  // the last tile's other half, which weights of 0 meet
+    // the last tile's other half, which weights of 0 meet
+    if (!kInt8 && layer.w2 != nullptr && part == parts - 1 && sizes.width % 32) {
       for (int r = 0; r < chunk.count; ++r) put(chunk, r, sizes.width, _mm512_setzero_ps());
     }
   }

@@ -15,11 +15,12 @@ inline bool is_gated(Activation activation) { return activation >= Activation::k
 using Floats = __m512;
 
 inline Floats all(float x) { return _mm512_set1_ps(x); }
-inline Floats positive(Floats x) { return _mm512_max_ps(x, _mm512_setzero_ps()); }
+// Minimum and maximum are x if that is NaN, their second operand.
+inline Floats positive(Floats x) { return _mm512_max_ps(_mm512_setzero_ps(), x); }
 
 // 2^x, at most 2^126, whose reciprocal is a number, with a relative error of 3e-7
 inline Floats exp2(Floats x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, all(-150.0f)), all(126.0f));
+  x = _mm512_min_ps(all(126.0f), _mm512_max_ps(all(-150.0f), x));
   const Floats whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Floats part = x - whole;
   Floats y = all(1.33336498402e-3f);
@@ -39,7 +40,7 @@ inline Floats sigmoid(Floats x) { return reciprocal(all(1.0f) + exp2(x * all(-1.
 
 // As moebert_kernels/kernels/activation.py has it where results are rounded to 16 bits.
 inline Floats gelu(Floats x) {
-  const Floats a = _mm512_min_ps(_mm512_abs_ps(x), all(16.0f));
+  const Floats a = _mm512_min_ps(all(16.0f), _mm512_abs_ps(x));
   const Floats t = reciprocal(_mm512_fmadd_ps(a, all(0.376f), all(1.0f)));
   Floats p = _mm512_fmadd_ps(t, all(-0.0908573932f), all(0.1987446318f));
   p = _mm512_fmadd_ps(p, t, all(0.0847112676f));
@@ -56,11 +57,11 @@ inline Floats activate(Activation activation, Floats x) {
       return gelu(x);
     case Activation::kGeluTanh:
     case Activation::kGeGluTanh:
-      return _mm512_max_ps(x, all(-16.0f)) *
+      return _mm512_max_ps(all(-16.0f), x) *
              sigmoid(all(1.5957691216057308f) * _mm512_fmadd_ps(all(0.044715f) * x * x, x, x));
     case Activation::kSilu:
     case Activation::kSwiGlu:
-      return _mm512_max_ps(x, all(-128.0f)) * sigmoid(x);
+      return _mm512_max_ps(all(-128.0f), x) * sigmoid(x);
     case Activation::kRelu:
     case Activation::kReGlu:
       return positive(x);
