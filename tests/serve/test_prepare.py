@@ -102,13 +102,13 @@ def distance(got, wanted):
     return float((got.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def mean_distance(family, prepared, model):
-    """Of three inputs: in a random model one token may multiply what rounding did to it."""
+def usual_distance(family, prepared, model):
+    """The median of three inputs: in a random model rounding may grow in one token, or send it to another expert."""
     distances = []
     for seed in (1, 2, 3):
         inputs = make_inputs(family, seed=seed)
         distances.append(distance(*(valid(family, run(one, inputs), inputs) for one in (prepared, model))))
-    return sum(distances) / 3
+    return sorted(distances)[1]
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +146,7 @@ def check_family(family, dtype, tmp_path, kinds):
         expected = run(model, inputs)
         prepared = prepare(copy.deepcopy(model), dtype)
         got = run(prepared, inputs)
-        assert mean_distance(family, prepared, model) < CLOSE[dtype], kind
+        assert usual_distance(family, prepared, model) < CLOSE[dtype], kind
         assert distance(without_experts(model, inputs), expected) > 3 * CLOSE[dtype], kind  # which is seen
         assert type(prepared).__name__ == type(model).__name__
         prepared.save_pretrained(tmp_path / kind)
