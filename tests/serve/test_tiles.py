@@ -159,6 +159,7 @@ def test_prepare_takes_it_and_says_so(monkeypatch):
 
 
 def test_a_compiler_that_is_missing_or_fails(tmp_path, monkeypatch):
+    monkeypatch.delenv(tiles.SWITCH, raising=False)
     monkeypatch.setattr(tiles, "capabilities", lambda: dict.fromkeys((*tiles._ALWAYS, "avx512_vnni"), True))
     monkeypatch.setattr(tiles, "_library", tiles._library.__wrapped__)
     monkeypatch.setenv("MOEBERT_KERNELS_CACHE", str(tmp_path))
@@ -198,6 +199,7 @@ def test_what_is_compiled_needs_no_compiler(tmp_path, monkeypatch):
 
 
 def test_a_cpu_without_the_instructions(monkeypatch):
+    monkeypatch.delenv(tiles.SWITCH, raising=False)
     monkeypatch.setattr(tiles, "capabilities", lambda: {"avx2": True})
     for dtype in DTYPES:
         assert tiles.unavailable(dtype) == "this CPU has no avx512_f"
