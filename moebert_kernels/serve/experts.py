@@ -116,7 +116,7 @@ class PackedExperts(PackedModule):
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:
-        """As `Experts.forward`; a `Grouping` is that of x, and is not checked."""
+        """As `Experts.forward`; a `Grouping` is that of x, and torch's libraries do not check it."""
         if torch.is_grad_enabled():  # `no_grad` costs as much as a LayerNorm, and most callers are inside one
             with torch.no_grad():
                 return PackedExperts.forward(self, x, routing, routing_weights)

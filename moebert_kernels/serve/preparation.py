@@ -40,11 +40,13 @@ def prepare(
 ) -> Any:
     """Make a model one for inference on a CPU: its weights get the form in which this machine multiplies fastest.
 
-    Linear layers and experts are packed for a library that torch has, the fastest one of a short measurement.
-    "int8": weights are symmetric with a scale for each output, activations are quantised in each call with one scale,
-    sums are in int32, everything else in float32, and embeddings of words have a scale for each row. "int8-token": the
-    same with a scale for each token, slower, and much closer for models in which few tokens have very large values.
-    Such a model may lose much of its score in "int8" without `batches`, by which the layers that need it are found.
+    Linear layers and experts are packed for a library that torch has, the fastest one of a short measurement, or for
+    the package's own kernel (`serve.tiles`) on CPUs with AVX-512. "int8": weights are symmetric with a scale for each
+    output, activations are quantised in each call, by torch's libraries with one scale and by the kernel with one for
+    each token, sums are in int32, everything else in float32, and embeddings of words have a scale for each row.
+    "int8-token": a scale for each token everywhere, slower in torch's libraries, and much closer for models in which
+    few tokens have very large values. Such a model may lose much of its score in "int8" by torch's libraries without
+    `batches`, by which the layers that need it are found.
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 
