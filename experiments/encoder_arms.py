@@ -15,7 +15,8 @@ from moebert_kernels.convert.sites import common_width, find_sites
 from moebert_kernels.layers import MoEConfig
 
 TEACHER = "teacher"
-DTYPES = ("float32", "bfloat16", "int8", "int8-calibrated", "int8-token")  # forms of `prepare`, see Cell.prepared
+# forms of `prepare`, see Cell.prepared
+DTYPES = ("float32", "bfloat16", "int8", "int8-calibrated", "int8-token", "int8-bfloat16")
 
 
 class Made(Protocol):

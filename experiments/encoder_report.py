@@ -268,7 +268,7 @@ def draw(summary: Summary, latency: Mapping[str, Any], file: Path, title: str) -
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    markers, colours = dict(zip(DTYPES, "osDPv", strict=True)), colormaps["tab20"].colors  # type: ignore[attr-defined]
+    markers, colours = dict(zip(DTYPES, "osDPv^", strict=True)), colormaps["tab20"].colors  # type: ignore[attr-defined]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axis = figure.subplots()
     for arm, dtype, x, y, error in points:

@@ -162,7 +162,7 @@ def _serving() -> dict[str, Any]:
         "bfloat16 instructions": cpu.has_bfloat16_instructions(),
         "int8 engines": ", ".join(e for e in torch.backends.quantized.supported_engines if e in ("fbgemm", "onednn")),
         "oneDNN": torch.backends.mkldnn.is_available(),
-        "kernel of all experts": {dtype: _tiles(dtype) for dtype in ("int8", "bfloat16")},
+        "kernel of all experts": {dtype: _tiles(dtype) for dtype in ("int8", "int8-bfloat16", "bfloat16")},
     }
 
 

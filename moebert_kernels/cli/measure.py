@@ -73,8 +73,8 @@ def bench(
         dtype: float32, bfloat16 or float16. Default: float32, on a GPU bfloat16.
         rounds: Each times both models once.
         form: On a CPU: compare the models in these forms, with their scores where --task is given: float32, compiled,
-            packed, bfloat16, int8, int8-token, onnx, onnx-int8, or all; may be repeated. What moebert quantize made is
-            measured as it was saved, whatever the forms. Default: one form, by --dtype.
+            packed, bfloat16, int8, int8-token, int8-bfloat16, onnx, onnx-int8, or all; may be repeated. What moebert
+            quantize made is measured as it was saved, whatever the forms. Default: one form, by --dtype.
         chart: With --form and --task: a PNG of the scores over the times. Default: none.
     """
     import torch

@@ -36,7 +36,7 @@ def quantize(
     they are.
 
     Args:
-        dtype: int8, int8-token (a scale for each token), bfloat16 or float32.
+        dtype: int8, int8-token (a scale for each token), int8-bfloat16 (all else in bfloat16), bfloat16 or float32.
         tokens: Of a typical call, all sequences together: engines are compared at it.
         calibrate: With int8, find the layers that need a scale for each token by 2,048 tokens of text: of --task's
             training texts, of those of --split where it has none, or without --task of those of --data (rows of a

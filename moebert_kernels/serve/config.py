@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
-from moebert_kernels.serve.packed import DTYPES
+from moebert_kernels.serve.dtypes import DTYPES
 
 METHOD = "moebert-prepared"  # the `quant_method` by which transformers finds what loads a prepared model
 FORMAT_VERSION = 1

@@ -8,29 +8,31 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moebert_kernels.serve.dtypes import input_dtype
 from moebert_kernels.serve.modules import Engines, PackedModule, as_weights
 
 
 class PackedEmbedding(PackedModule):
-    """nn.Embedding with int8 rows and a scale for each, times `embed_scale`.
+    """nn.Embedding with int8 rows and a scale for each, times `embed_scale`; it gives the model's activations.
 
     Buffers: weight (V, H) int8, scale (V,) float32; of a tied one none.
     """
 
-    dtype = "int8"
-
-    def __init__(self, weight: Tensor, scale: Tensor, padding_idx: int | None, embed_scale: float = 1.0) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, padding_idx: int | None, embed_scale: float = 1.0, dtype: str = "int8"
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
         self.embed_scale = embed_scale
         self._fill({"weight": weight, "scale": scale})
 
     @classmethod
-    def of(cls, module: Any) -> PackedEmbedding:
-        weight, scale = as_weights(module.weight, None, "int8")[:2]
+    def of(cls, module: Any, dtype: str) -> PackedEmbedding:
+        weight, scale = as_weights(module.weight, None, dtype)[:2]
         assert scale is not None
-        return cls(weight, scale, module.padding_idx, embed_scale_of(module) or 1.0)
+        return cls(weight, scale, module.padding_idx, embed_scale_of(module) or 1.0, dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "scale") and self.source is not None:
@@ -45,10 +47,11 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight).float() * F.embedding(ids, self.scale.unsqueeze(1))
-        return rows if self.embed_scale == 1.0 else rows * self.embed_scale
+        rows = rows if self.embed_scale == 1.0 else rows * self.embed_scale
+        return rows.to(input_dtype(self.dtype))
 
     def extra_repr(self) -> str:
-        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype=int8"
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, dtype={self.dtype}"
 
 
 def embed_scale_of(embedding: nn.Module) -> float | None:

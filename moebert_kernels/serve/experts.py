@@ -13,8 +13,9 @@ from moebert_kernels.activation import ACTIVATIONS
 from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.context import current
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
+from moebert_kernels.serve.dtypes import bias_dtype, is_int8
 from moebert_kernels.serve.modules import Engines, PackedModule, as_weights
-from moebert_kernels.serve.packed import Packed, Weights, input_dtype, is_int8, rounded_rows
+from moebert_kernels.serve.packed import Packed, Weights, rounded_rows
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import TiledExperts, unavailable
 from moebert_kernels.torch_backend.activation import activate
@@ -63,7 +64,7 @@ class PackedExperts(PackedModule):
             b1, b2 = experts.biases()
             tensors = expert_tensors(w1, b1, w2, b2, dtype)
             if experts.adds_residual:
-                to = input_dtype(dtype)
+                to = bias_dtype(dtype)
                 tensors |= {name: getattr(experts, name).detach().to(to) for name in ("norm_weight", "norm_bias")}
         return cls(tensors, dtype, experts.activation, getattr(experts, "eps", None))
 
@@ -90,7 +91,7 @@ class PackedExperts(PackedModule):
         for name, packed in (("1", self._first), ("2", self._second)):
             engine = engines(self._shapes[f"w{name}"], True)
             for e, weights in enumerate(self._linears(name)):
-                packed.append(self._pack(f"w{name}.{e}", engine, [_own(t) for t in weights]))
+                packed.append(self._pack(f"w{name}.{e}", engine, Weights(*map(_own, weights))))
         taken = self._take()
         if self.adds_residual:
             rows = zip(taken["norm_weight"], taken["norm_bias"], strict=True)
@@ -112,7 +113,7 @@ class PackedExperts(PackedModule):
                 if values[0] is not None:
                     found[key] = torch.stack(list(values))
         for key, values in zip(("norm_weight", "norm_bias"), zip(*self._norms, strict=True), strict=False):
-            found[key] = torch.stack(list(values)).to(input_dtype(self.dtype))
+            found[key] = torch.stack(list(values)).to(bias_dtype(self.dtype))
         return found
 
     def forward(self, x: Tensor, routing: Grouping | Tensor, routing_weights: Tensor | None = None) -> Tensor:

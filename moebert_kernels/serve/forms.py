@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from moebert_kernels.errors import MissingExtra, UserError, require_extra
+from moebert_kernels.serve.dtypes import DTYPES
 from moebert_kernels.serve.onnx import export_onnx, quantise_onnx
 from moebert_kernels.serve.onnx_decoder import PAST, PRESENT
 from moebert_kernels.serve.preparation import prepare
 
-FORMS = ("float32", "compiled", "packed", "bfloat16", "int8", "int8-token", "onnx", "onnx-int8")
-_PREPARED = {"packed": "float32", "bfloat16": "bfloat16", "int8": "int8", "int8-token": "int8-token"}
+FORMS = ("float32", "compiled", "packed", "bfloat16", "int8", "int8-token", "int8-bfloat16", "onnx", "onnx-int8")
+_PREPARED = {"packed": "float32"} | {name: name for name in FORMS if name in DTYPES and name != "float32"}
 
 
 class OnnxModel(nn.Module):

@@ -19,10 +19,11 @@ from moebert_kernels.grouping import Grouping
 from moebert_kernels.nn.context import derived_class
 from moebert_kernels.ops._routing import resolve_routing, resolve_routing_weights
 from moebert_kernels.ops.expert_gemm import expert_gemm
+from moebert_kernels.serve.dtypes import DTYPES, is_int8
 from moebert_kernels.serve.embedding import PackedEmbedding
 from moebert_kernels.serve.experts import PackedExperts, is_padding
 from moebert_kernels.serve.modules import PackedLinear
-from moebert_kernels.serve.packed import DTYPES, is_int8, quantised, rounded_activation
+from moebert_kernels.serve.packed import quantised, rounded_activation
 from moebert_kernels.serve.preparation import check, packable
 
 
@@ -34,7 +35,7 @@ class int8_forward:
 
     Args:
         model: of transformers, dense or converted; its modules' classes change while inside.
-        dtype: "int8" or "int8-token", as for `prepare`.
+        dtype: "int8", "int8-token" or "int8-bfloat16", as for `prepare`; activations stay in the dtype they are in.
 
     Raises:
         UserError: another dtype, or a model that is prepared, is inside already, or has no layer to round.
@@ -42,7 +43,7 @@ class int8_forward:
 
     def __init__(self, model: Any, dtype: str = "int8") -> None:
         if dtype not in DTYPES or not is_int8(dtype):
-            raise UserError(f"dtype: expected int8 or int8-token, got {dtype!r}")
+            raise UserError(f"dtype: expected one of {', '.join(filter(is_int8, DTYPES))}, got {dtype!r}")
         check(model, dtype, 1, any_device=True)
         if any(hasattr(module, "rounded_as") for module in model.modules()):
             raise UserError("model: expected one whose forward is not in int8 yet, got one that is")

@@ -22,8 +22,8 @@ from moebert_kernels.cpu import warn_if_slow
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers.config import MoEConfig
 from moebert_kernels.serve.config import METHOD, PreparedConfig
+from moebert_kernels.serve.dtypes import input_dtype
 from moebert_kernels.serve.modules import PackedModule
-from moebert_kernels.serve.packed import input_dtype
 from moebert_kernels.serve.preparation import finish, replace_modules, token_scales_in, untie
 
 

@@ -6,23 +6,15 @@ form of an engine, and `state_dict` turns that back into the same buffers, bit f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moebert_kernels.errors import UserError
-from moebert_kernels.serve.packed import (
-    DTYPES,
-    Packed,
-    Weights,
-    converted,
-    input_dtype,
-    is_int8,
-    pack,
-    with_token_scales,
-)
+from moebert_kernels.serve.dtypes import DTYPES, bias_dtype, input_dtype, is_int8
+from moebert_kernels.serve.packed import Packed, Weights, converted, pack, with_token_scales
 from moebert_kernels.serve.tiles import TiledExperts
 
 Engines = Callable[[tuple[int, int], bool], str]  # shape (N, K), and whether of experts -> engine
@@ -49,8 +41,9 @@ class PackedModule(nn.Module):
         """Whether all that is inside runs in the engine "tiles" on this machine."""
         return False
 
-    def _pack(self, product: str, engine: str, weights: Sequence[Tensor | None]) -> Packed:
-        return pack(with_token_scales(engine) if product in self.token_scales else engine, *weights)
+    def _pack(self, product: str, engine: str, weights: Weights) -> Packed:
+        engine = with_token_scales(engine) if product in self.token_scales else engine
+        return pack(engine, weights, input_dtype(self.dtype))
 
     def shapes(self) -> Iterator[tuple[tuple[int, int], bool, list[Weights]]]:
         """Of every kind of linear layer inside: shape (N, K), whether of experts, and the layers."""
@@ -132,7 +125,7 @@ class PackedLinear(PackedModule):
         if self.source is None:
             return own
         weight, scale = self.source.weight.detach(), getattr(self.source, "scale", None)
-        return Weights(weight.to(DTYPES[self.dtype]), scale, own.bias)
+        return Weights(weight.to(DTYPES[self.dtype].weights), scale, own.bias)
 
     def tensors(self) -> dict[str, Tensor]:
         if self._packed is None:  # a tied one without a bias, which has no buffers
@@ -156,7 +149,7 @@ def as_weights(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     """`converted`, on the meta device too, where there are no values."""
     if not weight.is_meta:
         return converted(weight, bias, dtype)
-    to = input_dtype(dtype)
-    scale = torch.empty(len(weight), device="meta") if is_int8(dtype) else None
-    bias = None if bias is None else torch.empty_like(bias, dtype=to)
-    return Weights(torch.empty_like(weight, dtype=DTYPES[dtype], memory_format=torch.contiguous_format), scale, bias)
+    scale = torch.empty(len(weight), dtype=torch.float32, device="meta") if is_int8(dtype) else None
+    bias = None if bias is None else torch.empty_like(bias, dtype=bias_dtype(dtype))
+    made = torch.empty_like(weight, dtype=DTYPES[dtype].weights, memory_format=torch.contiguous_format)
+    return Weights(made, scale, bias)

@@ -3,8 +3,8 @@
 The libraries are those that torch carries, and the package's own ("tiles"). An `Engine` is one way to run one dtype;
 `fastest` measures which one it is on this machine. int8: weights are symmetric, with a scale for each output;
 activations are quantised in the call, to eight bits; products are added in int32. torch's libraries have one scale and
-one zero point for all rows of a call, "tiles" one for each row. "int8-token": torch's libraries get rows that were
-divided by their largest magnitudes, so that each has a scale of its own.
+one zero point for all rows of a call, "tiles" one for each row. "int8-token", "int8-bfloat16": torch's libraries get
+rows that were divided by their largest magnitudes, so that each has a scale of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from moebert_kernels.cpu import has_int8_instructions
 from moebert_kernels.errors import UserError
+from moebert_kernels.serve.dtypes import DTYPES, bias_dtype, input_dtype, is_int8
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import TiledLinear, unavailable
 from moebert_kernels.torch_backend.activation import activate
 
-DTYPES = {"int8": torch.int8, "int8-token": torch.int8, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_TOKEN_ENGINES = (TILES, "fbgemm-token", "onednn-token", "qnnpack-token")
 ENGINES = {
     "int8": (TILES, "fbgemm", "onednn", "qnnpack"),
-    "int8-token": (TILES, "fbgemm-token", "onednn-token", "qnnpack-token"),
+    "int8-token": _TOKEN_ENGINES,
+    "int8-bfloat16": _TOKEN_ENGINES,
     "bfloat16": (TILES, "plain", "onednn"),
     "float32": ("plain", "onednn"),
 }
@@ -47,7 +49,10 @@ _linear_plus = torch.ops.mkldnn._linear_pointwise.binary._op
 
 
 class Weights(NamedTuple):
-    """weight (N, K) int8, bfloat16 or float32; scale (N,) float32 of int8 ones, else None; bias (N,) or None."""
+    """weight (N, K) int8, bfloat16 or float32; scale (N,) float32 of int8 ones, else None; bias (N,) or None.
+
+    An int8 one has its bias in float32, another one in its own dtype.
+    """
 
     weight: Tensor
     scale: Tensor | None
@@ -86,14 +91,12 @@ class Packed:
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return pack, (self.engine, *self.weights())
+        return pack, (self.engine, self.weights(), self.dtype)
 
 
 class _Int8(Packed):
-    dtype = torch.float32
-
-    def __init__(self, engine: str, weights: Weights) -> None:
-        self.engine = engine
+    def __init__(self, engine: str, weights: Weights, activations: torch.dtype) -> None:
+        self.engine, self.dtype = engine, activations
         self.compiles = engine.startswith("onednn")
         weight, scale, bias = weights
         assert scale is not None
@@ -101,7 +104,7 @@ class _Int8(Packed):
         self._has_bias = bias is not None
         self._late_bias = None
         if engine.endswith(_TOKEN):
-            self._late_bias = torch.zeros(len(scale)) if bias is None else bias.float()
+            self._late_bias = torch.zeros_like(scale) if bias is None else bias.float()
             bias = None
         with quantised_engine(engine.removesuffix(_TOKEN)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)  # a form torch will give up
@@ -119,7 +122,8 @@ class _Int8(Packed):
             y = _linear_dynamic(x / largest, packed, reduced)
             return torch.addcmul(late_bias, y, largest, out=y)
 
-        self.linear = linear if late_bias is None else linear_of_tokens
+        in_float32 = linear if late_bias is None else linear_of_tokens
+        self.linear = in_float32 if activations == torch.float32 else lambda x: in_float32(x.float()).to(activations)
 
     def weights(self) -> Weights:
         weight, bias = torch.ops.quantized.linear_unpack(self._packed)
@@ -171,21 +175,20 @@ class _Plain(Packed):
 class _Tiles(Packed):
     engine = TILES
 
-    def __init__(self, weights: Weights) -> None:
-        self.linear = self._tiled = TiledLinear(*weights)
-        self.dtype = self._tiled.input_dtype
+    def __init__(self, weights: Weights, activations: torch.dtype) -> None:
+        self.linear = self._tiled = TiledLinear(*weights, activations)
+        self.dtype = activations
 
     def weights(self) -> Weights:
         return Weights(*self._tiled.weights())
 
 
-def pack(engine: str, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Packed:
-    """`Weights` in the form of an engine; an int8 weight says that the layer is int8."""
-    weights = Weights(weight, scale, bias)
+def pack(engine: str, weights: Weights, activations: torch.dtype) -> Packed:
+    """Weights in the form of an engine; int8 ones can have activations in float32 or bfloat16, others in their own."""
     if engine == TILES:
-        return _Tiles(weights)
-    if weight.dtype == torch.int8:
-        return _Int8(engine, weights)
+        return _Tiles(weights, activations)
+    if weights.weight.dtype == torch.int8:
+        return _Int8(engine, weights, activations)
     return _OneDNN(weights) if engine == "onednn" else _Plain(weights)
 
 
@@ -220,7 +223,8 @@ def rounded_activation(x: Tensor, dtype: str) -> Tensor:
         return x
     with torch.no_grad():
         values = x.float()
-        largest = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) if dtype == "int8-token" else None
+        of_rows = DTYPES[dtype].token_scales
+        largest = values.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) if of_rows else None
         values = values if largest is None else values / largest
         low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
         scale = ((high - low) / _STEPS).clamp(min=SMALLEST)
@@ -237,21 +241,10 @@ def with_token_scales(engine: str) -> str:
 
 def converted(weight: Tensor, bias: Tensor | None, dtype: str) -> Weights:
     """A dense layer's weight and bias in one of `DTYPES`, in memory of their own."""
-    to = input_dtype(dtype)
-    bias = None if bias is None else bias.detach().to(to, copy=True)
+    bias = None if bias is None else bias.detach().to(bias_dtype(dtype), copy=True)
     if is_int8(dtype):
         return Weights(*quantised(weight), bias)
-    return Weights(weight.detach().to(to, copy=True), None, bias)
-
-
-def input_dtype(dtype: str) -> torch.dtype:
-    """Of activations, in a model prepared as one of `DTYPES`."""
-    return torch.float32 if is_int8(dtype) else DTYPES[dtype]
-
-
-def is_int8(dtype: str) -> bool:
-    """Whether one of `DTYPES` has int8 weights."""
-    return DTYPES[dtype] == torch.int8
+    return Weights(weight.detach().to(DTYPES[dtype].weights, copy=True), None, bias)
 
 
 def available(dtype: str) -> list[str]:
@@ -305,7 +298,7 @@ def fastest(dtype: str, samples: Sequence[Weights], rows: int) -> Choice:
     if len(engines) == 1:
         return Choice(engines[0], (N, K), rows, {})
     x = torch.linspace(-2, 2, rows * K).sin().view(rows, K).to(input_dtype(dtype))
-    layers = {engine: [pack(engine, *weights) for weights in samples] for engine in engines}
+    layers = {engine: [pack(engine, weights, x.dtype) for weights in samples] for engine in engines}
     shortest = {engine: [float("inf")] * len(samples) for engine in engines}
     with torch.inference_mode():
         for engine in engines:

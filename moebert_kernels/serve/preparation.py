@@ -22,10 +22,11 @@ from moebert_kernels.nn.context import derived_class, drop_autocast
 from moebert_kernels.nn.hash_router import HashRouter, join_tables
 from moebert_kernels.serve.calibration import products_needing_token_scales
 from moebert_kernels.serve.config import PreparedConfig
+from moebert_kernels.serve.dtypes import DTYPES, input_dtype, is_int8
 from moebert_kernels.serve.embedding import PackedEmbedding, embed_scale_of
 from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.modules import PackedLinear, PackedModule, products_of
-from moebert_kernels.serve.packed import DTYPES, Choice, Weights, fastest, input_dtype, is_int8
+from moebert_kernels.serve.packed import Choice, Weights, fastest
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import by_amx
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
@@ -47,12 +48,13 @@ def prepare(
     "int8-token": a scale for each token everywhere, slower in torch's libraries, and much closer for models in which
     few tokens have very large values. Such a model may lose much of its score in "int8" by torch's libraries without
     `batches`, by which the layers that need it are found.
+    "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX.
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 
     Args:
         model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
-        dtype: "int8", "int8-token", "bfloat16" or "float32".
+        dtype: "int8", "int8-token", "int8-bfloat16", "bfloat16" or "float32".
         tokens: of a typical call, all of its sequences together: engines are compared at that number of rows, or at as
             many as an expert gets of it.
         batches: with "int8": mappings of tensors with `input_ids` and, where there is padding, `attention_mask`, as
@@ -159,7 +161,7 @@ def replace_modules(model: Any, dtype: str, stored: Collection[str] = ()) -> int
     """
     count, tied = 0, _tied(model, stored)
     for parent, name, child, kind in packable(model, dtype, stored):
-        made: Any = PackedEmbedding.of(child) if kind is PackedEmbedding else kind.of(child, dtype)  # type: ignore[attr-defined]
+        made: Any = kind.of(child, dtype)  # type: ignore[attr-defined]
         made.training = False
         setattr(parent, name, made)
         count += kind is not PackedEmbedding

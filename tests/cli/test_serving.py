@@ -86,7 +86,7 @@ def test_quantize_refuses_what_cannot_calibrate(base, data, tmp_path):
 
 
 def test_quantize_refusals(moe, base, tmp_path):
-    assert "expected one of int8, int8-token, bfloat16, float32, got 'int4'" in refused(
+    assert "expected one of int8, int8-token, int8-bfloat16, bfloat16, float32, got 'int4'" in refused(
         "quantize", "--model", base, "--dtype", "int4", "--output", tmp_path / "x"
     )
     done("quantize", "--model", base, "--dtype", "bfloat16", "--output", tmp_path / "bf16")

@@ -16,7 +16,8 @@ from tests.serve.test_prepare import distance, made, run
 def test_forms_give_about_the_same(tmp_path):
     model, inputs = made("bert", "hash"), make_inputs("bert")
     expected = run(model, inputs)
-    forms = dict(forms_of(model, ("float32", "packed", "bfloat16", "int8", "int8-token"), inputs, tmp_path))
+    names = ("float32", "packed", "bfloat16", "int8", "int8-token", "int8-bfloat16")
+    forms = dict(forms_of(model, names, inputs, tmp_path))
     for name, form in forms.items():
         got = valid("bert", run(form, inputs), inputs)
         assert distance(got, valid("bert", expected, inputs)) < {"float32": 1e-9, "packed": 1e-5}.get(name, 0.06), name

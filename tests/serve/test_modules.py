@@ -12,17 +12,16 @@ from moebert_kernels import cpu, reference
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import NormedExperts
 from moebert_kernels.serve import packed as packing
+from moebert_kernels.serve.dtypes import DTYPES, input_dtype, is_int8
 from moebert_kernels.serve.embedding import PackedEmbedding
 from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.modules import PackedLinear
 from moebert_kernels.serve.packed import (
-    DTYPES,
     ENGINES,
     Weights,
     available,
     converted,
     fastest,
-    input_dtype,
     pack,
     quantised,
     rounded_rows,
@@ -73,7 +72,7 @@ def test_rounded_numbers_of_rows():
 def test_linear_layers(dtype, engine, bias):
     """Inputs whose quantisation is exact, so that int8 has to be exact up to the rounding of one float32 product."""
     weight, b = torch.randn(33, 20), torch.randn(33) if bias else None
-    layer = pack(engine, *converted(weight, b, dtype))
+    layer = pack(engine, converted(weight, b, dtype), input_dtype(dtype))
     stored = layer.weights()
     low, high = (-64, 63) if SEVEN_BITS else (-128, 127)
     for x in (
@@ -87,7 +86,7 @@ def test_linear_layers(dtype, engine, bias):
             x[..., 0], x[..., 1] = low, high
         weights = stored.weight.double() * (1 if stored.scale is None else stored.scale.double()[:, None])
         exact = nn.functional.linear(x.double(), weights, None if b is None else stored.bias.double())
-        same = nn.functional.linear(x, weights.to(x.dtype), stored.bias)
+        same = nn.functional.linear(x, weights.to(x.dtype), None if b is None else stored.bias.to(x.dtype))
         assert_as_accurate(layer(x), same, exact, f"{dtype} {engine}")
         residual = torch.randn(same.shape).to(x.dtype)
         kept = residual.clone()
@@ -95,23 +94,24 @@ def test_linear_layers(dtype, engine, bias):
         assert torch.equal(residual, kept)
 
 
-@pytest.mark.parametrize("dtype, engine", [pair for pair in HERE if not pair[0].startswith("int8")])
+@pytest.mark.parametrize("dtype, engine", [pair for pair in HERE if not is_int8(pair[0])])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "relu2", "identity", "swiglu"])
 def test_activations(dtype, engine, activation):
     weights = converted(torch.randn(34, 20), torch.randn(34), dtype)
-    x = torch.randn(9, 20).to(DTYPES[dtype])
+    x = torch.randn(9, 20).to(input_dtype(dtype))
 
     def run(to):
         y = nn.functional.linear(x.to(to), weights.weight.to(to), weights.bias.to(to))
         return reference.activate(y, activation)
 
-    assert_as_accurate(pack(engine, *weights)(x, activation), run(x.dtype), run(torch.float64), activation)
+    layer = pack(engine, weights, x.dtype)
+    assert_as_accurate(layer(x, activation), run(x.dtype), run(torch.float64), activation)
 
 
 @pytest.mark.parametrize("dtype, engine", HERE)
 def test_packed_layers_give_back_what_they_were_made_of(dtype, engine):
     weights = converted(torch.randn(33, 20), torch.randn(33), dtype)
-    layer = pack(engine, *weights)
+    layer = pack(engine, weights, input_dtype(dtype))
     for one in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert one.engine == engine
         for a, b in zip(one.weights(), weights, strict=True):
@@ -128,11 +128,12 @@ def test_int8_weights_are_within_half_a_step():
 
 def test_embeddings_of_int8_rows():
     dense = nn.Embedding(50, 12, padding_idx=0)
-    made = PackedEmbedding.of(dense)
+    made = PackedEmbedding.of(dense, "int8")
     ids = torch.randint(0, 50, (2, 7))
     steps = dense.weight.detach().abs().amax(1)[ids, None] / 127
     assert ((made(ids) - dense(ids)).abs() <= 0.501 * steps).all()
     assert made(ids).dtype == torch.float32
+    assert torch.equal(PackedEmbedding.of(dense, "int8-bfloat16")(ids), made(ids).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +199,7 @@ def test_what_the_cpu_has(monkeypatch):
 def test_without_int8_instructions_activations_have_seven_bits(monkeypatch):
     """Sums of two products fit into 16 bits then."""
     monkeypatch.setattr(packing, "_STEPS", 127)
-    layer = pack("fbgemm", *converted(torch.ones(1, 16), None, "int8"))
+    layer = pack("fbgemm", converted(torch.ones(1, 16), None, "int8"), torch.float32)
     x = torch.linspace(0, 1, 256).view(16, 16)
     torch.testing.assert_close(layer(x), packing.rounded_activation(x, "int8").sum(1, keepdim=True))
     error = (layer(x) - x.sum(1, keepdim=True)).abs().max()

@@ -28,10 +28,11 @@ from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
 from moebert_kernels.serve import PreparedConfig, describe, prepare
+from moebert_kernels.serve.dtypes import DTYPES
 from moebert_kernels.serve.embedding import PackedEmbedding
 from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.modules import PackedLinear
-from moebert_kernels.serve.packed import DTYPES, available
+from moebert_kernels.serve.packed import available
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make, make_inputs, valid
 from tests.helpers import misaligned
 
@@ -46,7 +47,7 @@ KINDS = {
 }
 # relative distance of the hidden states of tiny models
 WIDER = 15.0
-CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06}
+CLOSE = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06, "int8-token": 0.06, "int8-bfloat16": 0.06}
 
 
 def made(family, kind, auto=AutoModel, wider=WIDER, **changes):
@@ -138,7 +139,7 @@ def test_every_family(family, tmp_path):
 
 
 def check_family(family, dtype, tmp_path, kinds):
-    if family == "deberta" and dtype == "bfloat16":
+    if family == "deberta" and "bfloat16" in dtype:
         pytest.skip("transformers compiles parts of it for the dtype that it sees first in a process")
     inputs = make_inputs(family)
     for kind in kinds:
@@ -242,12 +243,12 @@ def test_few_and_many_rows_of_an_expert_are_the_same():
 def test_half_precision_models_too():
     for dtype in DTYPES:
         prepared = prepare(made("bert", "hash").bfloat16(), dtype)
-        assert prepared.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        assert prepared.dtype == (torch.bfloat16 if "bfloat16" in dtype else torch.float32)
         assert torch.isfinite(run(prepared, make_inputs("bert"))).all()
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dtype": "int4"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int4'"),
+    ({"dtype": "int4"}, "dtype: expected one of int8, int8-token, int8-bfloat16, bfloat16, float32, got 'int4'"),
     ({"tokens": 0}, "tokens: expected an integer of at least 1, got 0"),
     ({"tokens": True}, "tokens: expected an integer of at least 1, got True"),
     ({"model": nn.Linear(4, 4)}, "model: expected a model of transformers, got Linear"),
@@ -303,7 +304,7 @@ def test_a_missing_tensor_is_named(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"dtype": "int3"}, "dtype: expected one of int8, int8-token, bfloat16, float32, got 'int3'"),
+    ({"dtype": "int3"}, "dtype: expected one of int8, int8-token, int8-bfloat16, bfloat16, float32, got 'int3'"),
     ({"tokens": "many"}, "tokens: expected an integer of at least 1, got 'many'"),
     ({"format_version": 9}, "format_version: expected 1, got 9"),
     ({"speed": 3}, "speed: expected a field of PreparedConfig"),

@@ -14,13 +14,14 @@ from moebert_kernels.errors import UserError
 from moebert_kernels.layers import NormedExperts
 from moebert_kernels.nn import DenseExperts
 from moebert_kernels.serve import describe, prepare, tiles
+from moebert_kernels.serve.dtypes import input_dtype
 from moebert_kernels.serve.experts import PackedExperts
-from moebert_kernels.serve.packed import converted, input_dtype, pack
+from moebert_kernels.serve.packed import converted, pack
 from tests.convert.families import make_inputs
 from tests.serve.problems import TILES, Problem
 from tests.serve.test_prepare import made, run
 
-DTYPES = ("bfloat16", "int8", "int8-token")
+DTYPES = ("bfloat16", "int8", "int8-token", "int8-bfloat16")
 WAYS = [(dtype, amx) for dtype in DTYPES for amx in (True, False) if amx or dtype != "bfloat16"]
 here = pytest.mark.skipif(tiles.unavailable("int8") is not None, reason=f"tiles: {tiles.unavailable('int8')}")
 
@@ -101,7 +102,7 @@ def test_inputs_that_the_kernel_cannot_read():
     experts = PackedExperts.of(normed(40, 24, 3, "int8"), "int8")
     experts.pack(lambda *_: TILES)
     ids = torch.randint(0, 3, (6,))
-    linear = pack(TILES, *converted(torch.randn(33, 40), None, "int8"))
+    linear = pack(TILES, converted(torch.randn(33, 40), None, "int8"), torch.float32)
     for x in (torch.randn(6, 40, dtype=torch.float64), torch.randn(6, 20), torch.randn(6, 40, device="meta")):
         with pytest.raises(ValueError, match=r"x: expected torch.float32 \(..., 40\) on the CPU in this prepared"):
             linear(x)

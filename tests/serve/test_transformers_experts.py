@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification
 
 from moebert_kernels.serve import describe, prepare
+from moebert_kernels.serve.dtypes import DTYPES
 from moebert_kernels.serve.modules import PackedLinear
-from moebert_kernels.serve.packed import DTYPES, available
+from moebert_kernels.serve.packed import available
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 from tests.integrations.experts import make_experts, routing
 from tests.serve.test_prepare import CLOSE, distance

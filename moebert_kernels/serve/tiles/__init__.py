@@ -31,6 +31,7 @@ from moebert_kernels.cpu import capabilities
 from moebert_kernels.errors import UserError
 from moebert_kernels.files import cache_folder, replacing
 from moebert_kernels.grouping import Grouping
+from moebert_kernels.serve.dtypes import DTYPES, input_dtype, is_int8
 
 ENGINE = "tiles"
 SWITCH = "MOEBERT_KERNELS_TILES"
@@ -42,9 +43,9 @@ FLAGS = (
 )  # fmt: skip
 # instructions by torch's names: of all that is compiled, then of a dtype by AVX-512 and by AMX
 _ALWAYS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "fma3")
-_AMX = {"bfloat16": "amx_bf16", "int8": "amx_int8", "int8-token": "amx_int8"}
 _NEEDED = {
     "bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",),
+    "int8-bfloat16": ("avx512_vnni", "avx512_bf16"),
 }  # fmt: skip
 _OF_W1, _OF_W2 = ("w1_scale", "b1"), ("w2_scale", "b2")
 _POINTERS = ("w1", "w2", "sum1", "sum2", "w1_scale", "w2_scale", "b1", "b2", "norm_weight", "norm_bias")
@@ -55,7 +56,9 @@ _pointer = ctypes.c_void_p
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("is_int8", "activation", "experts", "hidden", "width", "amx")),
+        *((name, ctypes.c_int) for name in ("is_int8", "is_float32", "activation", "experts", "hidden")),
+        ("width", ctypes.c_int),
+        ("amx", ctypes.c_int),
         ("eps", ctypes.c_float),
         *((name, _pointer) for name in ("w1", "w2", "sum1", "sum2", "scale1", "scale2", "b1", "b2")),
         *((name, _pointer) for name in ("norm_weight", "norm_bias")),
@@ -71,7 +74,7 @@ class _Call(ctypes.Structure):
 
 
 def unavailable(dtype: str) -> str | None:
-    """Why the kernel is not taken for one of `serve.packed.DTYPES` on this machine, or None."""
+    """Why the kernel is not taken for one of `serve.dtypes.DTYPES` on this machine, or None."""
     return f"{SWITCH} is 0" if os.environ.get(SWITCH) == "0" else _lacking(dtype)
 
 
@@ -91,7 +94,8 @@ def _lacking(dtype: str) -> str | None:
 def by_amx(dtype: str) -> bool:
     """Whether products are AMX's where the kernel runs, and not AVX-512's."""
     library: Any = _library()
-    return all(map(capabilities().get, ("amx_tile", _AMX[dtype]))) and bool(library.mbk_tiles_amx())
+    products = "amx_int8" if is_int8(dtype) else "amx_bf16"
+    return all(map(capabilities().get, ("amx_tile", products))) and bool(library.mbk_tiles_amx())
 
 
 @functools.cache
@@ -164,24 +168,26 @@ class TiledLinear:
         weight: (N, K) bfloat16 or int8.
         scale: (N,) of an int8 weight, else None.
         bias: (N,) or None.
+        activations: the dtype of x and of what comes out.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-        is_int8 = weight.dtype == torch.int8
-        self._run, self.amx = _run("int8" if is_int8 else "bfloat16"), by_amx("int8" if is_int8 else "bfloat16")
+    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activations: torch.dtype) -> None:
+        dtype = next(name for name, numbers in DTYPES.items() if numbers[:2] == (weight.dtype, activations))
+        self._run, self.amx = _run(dtype), by_amx(dtype)
         (self.outputs, self.inputs), step = weight.shape, _ROW_BYTES // weight.element_size()
-        self.input_dtype = torch.float32 if is_int8 else weight.dtype
+        self.input_dtype = activations
         self._bias_dtype = None if bias is None else bias.dtype
         n = _up(self.outputs, _COLUMNS)
         self._held = {
             "w1": _tiled(_padded(weight[None], n, _up(self.inputs, step)), step),
-            "sum1": _padded(weight.sum(1, dtype=torch.int32)[None], n) if is_int8 else None,
+            "sum1": None if scale is None else _padded(weight.sum(1, dtype=torch.int32)[None], n),
             "scale1": None if scale is None else _padded(scale.float()[None], n),
             "b1": None if bias is None else _padded(bias.float()[None], n),
         }
         pointers = {name: None if tensor is None else tensor.data_ptr() for name, tensor in self._held.items()}
         identity = ACTIVATIONS.index("identity")
-        self._layer = _Layer(is_int8, identity, 1, self.inputs, self.outputs, self.amx, 0.0, **pointers)
+        sizes = identity, 1, self.inputs, self.outputs
+        self._layer = _Layer(is_int8(dtype), activations == torch.float32, *sizes, self.amx, 0.0, **pointers)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What it was made of, bit for bit."""
@@ -208,7 +214,7 @@ class TiledExperts:
 
     Args:
         tensors: the buffers of `PackedExperts`; missing ones and None are not there.
-        dtype: "bfloat16", "int8" or "int8-token".
+        dtype: one of `DTYPES`, but not "float32".
         activation: one of `ACTIVATIONS`.
         eps: of the norms.
     """
@@ -223,8 +229,8 @@ class TiledExperts:
         self.dtype, self.activation, self.eps = dtype, activation, eps
         self._dtypes = {name: tensor.dtype for name, tensor in given.items()}
         w1, w2 = given["w1"], given["w2"]
-        is_int8, step = w1.dtype == torch.int8, _ROW_BYTES // w1.element_size()
-        self.input_dtype = torch.float32 if is_int8 else w1.dtype
+        step = _ROW_BYTES // w1.element_size()
+        self.input_dtype = input_dtype(dtype)
         (self.num_experts, self.outputs, self.hidden), self.width = w1.shape, w2.shape[2]
         n1, n2 = self._padded_outputs(), _up(self.hidden, _COLUMNS)
         width = n1 // 2 if is_gated(activation) else n1
@@ -232,7 +238,7 @@ class TiledExperts:
             "w1": _tiled(_padded(self._in_turns(w1), n1, _up(self.hidden, step)), step),
             "w2": _tiled(_padded(w2, n2, _up(width, step)), step),
         }
-        if is_int8:
+        if is_int8(dtype):
             held["sum1"] = _padded(self._in_turns(w1.sum(2, dtype=torch.int32)), n1)
             held["sum2"] = _padded(w2.sum(2, dtype=torch.int32), n2)
         for name in given.keys() - {"w1", "w2"}:
@@ -244,7 +250,8 @@ class TiledExperts:
             held[name] = values.contiguous()
         self._held = held
         self._layer = _Layer(
-            is_int8, ACTIVATIONS.index(activation), self.num_experts, self.hidden, self.width, self.amx, eps or 0.0,
+            is_int8(dtype), self.input_dtype == torch.float32, ACTIVATIONS.index(activation), self.num_experts,
+            self.hidden, self.width, self.amx, eps or 0.0,
             *(held[name].data_ptr() if name in held else None for name in _POINTERS),
         )  # fmt: skip
 

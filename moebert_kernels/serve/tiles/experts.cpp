@@ -3,8 +3,8 @@
 //   y[a] = p[a] LayerNorm_e(x[t] + w2[e] act(w1[e] x[t] + b1[e]) + b2[e]), or without the norm and the residual
 //
 // for each assignment a = t top_k + j of a token t to an expert e. Weights are bfloat16, with x and y in bfloat16; or
-// int8 with a scale for each output, with x and y in float32 and the inputs of both products quantised to eight bits,
-// with a scale and a zero point for each row. Sums are in float32 or int32, all else in float32.
+// int8 with a scale for each output, with x and y in float32 or bfloat16 and the inputs of both products quantised to
+// eight bits, with a scale and a zero point for each row. Sums are in float32 or int32, all else in float32.
 //
 // Operands lie in tiles of 16 x 64 bytes, as AMX loads them: of an input 16 rows of 32 bfloat16 or 64 int8 numbers; of
 // a weight 16 outputs, in row i the 2 or 4 numbers 2i.. or 4i.. of each output. Behind one another lie the tiles along
@@ -30,7 +30,7 @@
 
 // Both structs are those of `__init__.py`, field by field.
 struct Layer {
-  int is_int8, activation, experts, hidden, width, amx;
+  int is_int8, is_float32, activation, experts, hidden, width, amx;  // of weights, of x and y
   float eps;
   const char *w1, *w2;                      // (E, N1 / 16, K1, tile), (E, N2 / 16, K2, tile); w2 null: y = w1 x + b1
   const int32_t *sum1, *sum2;               // (E, N1), (E, N2) of int8 layers: of an output's weights
@@ -120,7 +120,7 @@ struct Range {
   }
 };
 
-template <bool kInt8>
+template <bool kInt8, bool kFloat32>
 class Runner {
  public:
   Runner(const Layer& layer, const Call& call, const Sizes& sizes) : layer(layer), call(call), sizes(sizes) {}
@@ -136,7 +136,7 @@ class Runner {
       }
       const int64_t start = token(chunk, r) * call.x_stride;
       if (kInt8) {
-        chunk.inputs_scale[r] = quantise(static_cast<const float*>(call.x) + start, layer.hidden, to, sizes.steps1);
+        chunk.inputs_scale[r] = quantise<kFloat32>(call.x, start, layer.hidden, to, sizes.steps1);
       } else {
         const uint16_t* from = static_cast<const uint16_t*>(call.x) + start;
         for (int k = 0; k < sizes.steps1; ++k) {
@@ -163,7 +163,7 @@ class Runner {
         const int64_t y = int64_t{chunk.start + row} * layer.width;
         for (int j = 0; j < kBlock; ++j) {
           const int column = n + j * kRows;
-          store<kInt8>(call.y, y + column, first(layer.width - column), h[j]);
+          store<kFloat32>(call.y, y + column, first(layer.width - column), h[j]);
         }
       } else if (gated) {
         put(chunk, row, n / 2, activate(activation, h[0]) * h[1]);
@@ -182,9 +182,9 @@ class Runner {
     if (!kInt8) return;
     const Range rows(chunk.count, 1, part, parts);
     for (int r = rows.begin; r < rows.end; ++r) {
-      const float* from = chunk.hidden + int64_t{r} * sizes.width;
+      const int64_t start = int64_t{r} * sizes.width;
       char* to = row_of(chunk.activations, sizes.steps2, r);
-      chunk.activations_scale[r] = quantise(from, sizes.width, to, sizes.steps2);
+      chunk.activations_scale[r] = quantise<true>(chunk.hidden, start, sizes.width, to, sizes.steps2);
     }
   }
 
@@ -211,13 +211,13 @@ class Runner {
       const Floats p = all(call.weights == nullptr ? 1.0f : call.weights[assignment]);
       float* z = chunk.outputs + int64_t{r} * sizes.outputs2;
       if (layer.norm_weight == nullptr) {
-        for (int n = 0; n < H; n += 16) store<kInt8>(call.y, y + n, first(H - n), _mm512_load_ps(z + n) * p);
+        for (int n = 0; n < H; n += 16) store<kFloat32>(call.y, y + n, first(H - n), _mm512_load_ps(z + n) * p);
         continue;
       }
       const int64_t x = token(chunk, r) * call.x_stride, expert = int64_t{chunk.expert} * H;
       Floats sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
       for (int n = 0; n < H; n += 16) {
-        const Floats value = _mm512_load_ps(z + n) + load<kInt8>(call.x, x + n, first(H - n));
+        const Floats value = _mm512_load_ps(z + n) + load<kFloat32>(call.x, x + n, first(H - n));
         _mm512_store_ps(z + n, value);
         sum = _mm512_mask_add_ps(sum, first(H - n), sum, value);
       }
@@ -232,7 +232,7 @@ class Runner {
         const Floats weight = _mm512_maskz_loadu_ps(mask, layer.norm_weight + expert + n);
         const Floats bias = _mm512_maskz_loadu_ps(mask, layer.norm_bias + expert + n);
         const Floats normed = _mm512_fmadd_ps((_mm512_load_ps(z + n) - mean) * inverse, weight, bias);
-        store<kInt8>(call.y, y + n, mask, normed * p);
+        store<kFloat32>(call.y, y + n, mask, normed * p);
       }
     }
   }
@@ -292,10 +292,12 @@ class Runner {
     }
   }
 
-  static Quantised quantise(const float* x, int count, char* to, int steps) {
+  // `count` numbers of x from `start` on, as eight bits in a row of tiles.
+  template <bool kOfFloats>
+  static Quantised quantise(const void* x, int64_t start, int count, char* to, int steps) {
     Floats low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
     for (int i = 0; i < count; i += 16) {
-      const Floats value = _mm512_maskz_loadu_ps(first(count - i), x + i);
+      const Floats value = load<kOfFloats>(x, start + i, first(count - i));
       low = _mm512_min_ps(low, value);
       high = _mm512_max_ps(high, value);
     }
@@ -305,7 +307,7 @@ class Runner {
     const Floats inverse = all(1.0f / scale);
     const __m512i zeros = _mm512_set1_epi32(zero), most = _mm512_set1_epi32(255);
     for (int i = 0; i < steps * kRowBytes; i += 16) {
-      const Floats value = _mm512_maskz_loadu_ps(first(count - i), x + i);
+      const Floats value = load<kOfFloats>(x, start + i, first(count - i));
       __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(value * inverse), zeros);
       q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), most);
       char* part = to + i / kRowBytes * kTileBytes + i % kRowBytes;
@@ -335,12 +337,12 @@ std::vector<Chunk> chunks_of(const Layer& layer, const Call& call, const Sizes& 
   return chunks;
 }
 
-template <bool kInt8>
+template <bool kInt8, bool kFloat32>
 void run(const Layer& layer, const Call& call) {
+  using Runs = Runner<kInt8, kFloat32>;
+  using Step = void (Runs::*)(Chunk&, int, int) const;
   const Sizes sizes(layer);
-  const Runner<kInt8> runner(layer, call, sizes);
-  using Step = void (Runner<kInt8>::*)(Chunk&, int, int) const;
-  using Runs = Runner<kInt8>;
+  const Runs runner(layer, call, sizes);
   std::vector<Step> steps = {&Runs::inputs, &Runs::first_product};
   if (layer.w2 != nullptr) steps.insert(steps.end(), {&Runs::activations, &Runs::second_product, &Runs::outputs});
   std::vector<Chunk> chunks = chunks_of(layer, call, sizes);
@@ -375,5 +377,6 @@ extern "C" MBK_VISIBLE int mbk_tiles_amx() {
 }
 
 extern "C" MBK_VISIBLE void mbk_tiles_run(const Layer* layer, const Call* call) {
-  (layer->is_int8 ? mbk::run<true> : mbk::run<false>)(*layer, *call);
+  using mbk::run;
+  (layer->is_int8 ? layer->is_float32 ? run<true, true> : run<true, false> : run<false, false>)(*layer, *call);
 }

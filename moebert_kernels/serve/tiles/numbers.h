@@ -75,17 +75,17 @@ inline Floats activate(Activation activation, Floats x) {
 
 inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// Of an int8 layer float32, else bfloat16.
-template <bool kInt8>
+// Of float32 or bfloat16 numbers.
+template <bool kFloat32>
 Floats load(const void* data, int64_t index, __mmask16 mask) {
-  if (kInt8) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
+  if (kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
   const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-template <bool kInt8>
+template <bool kFloat32>
 void store(void* data, int64_t index, __mmask16 mask, Floats x) {
-  if (kInt8) {
+  if (kFloat32) {
     _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, x);
   } else {
     _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, (__m256i)_mm512_cvtneps_pbh(x));
