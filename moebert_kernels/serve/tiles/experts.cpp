@@ -152,26 +152,21 @@ class Runner {
     const auto activation = static_cast<Activation>(layer.activation);
     const bool gated = is_gated(activation);
     const Range columns(sizes.outputs1, kColumns, part, parts);
-    const int64_t expert = int64_t{chunk.expert} * sizes.outputs1;
-    const auto use = [&](int row, int n, const float* sums) {
-      Floats h[kBlock];
-      for (int j = 0; j < kBlock; ++j) {
-        const int64_t at = expert + n + j * kRows;
-        h[j] = finished(sums + j * kRows, chunk.inputs_scale, row, layer.scale1, layer.sum1, layer.b1, at);
-      }
+    const Product of = {chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, chunk.inputs_scale,
+                        layer.scale1, layer.sum1, layer.b1};
+    product(chunk, of, columns, [&](int row, int n, const Floats* h) {
       if (layer.w2 == nullptr) {
         const int64_t y = int64_t{chunk.start + row} * layer.width;
         for (int j = 0; j < kBlock; ++j) {
           const int column = n + j * kRows;
-          store<kFloat32>(call.y, y + column, first(layer.width - column), h[j]);
+          store<kFloat32>(call.y, y + column, layer.width - column, h[j]);
         }
       } else if (gated) {
         put(chunk, row, n / 2, activate(activation, h[0]) * h[1]);
       } else {
         for (int j = 0; j < kBlock; ++j) put(chunk, row, n + j * kRows, activate(activation, h[j]));
       }
-    };
-    product(chunk, chunk.inputs, layer.w1, sizes.steps1, sizes.outputs1, columns, use);
+    });
     // the last tile's other half, which weights of 0 meet
     if (!kInt8 && layer.w2 != nullptr && part == parts - 1 && sizes.width % 32) {
       for (int r = 0; r < chunk.count; ++r) put(chunk, r, sizes.width, _mm512_setzero_ps());
@@ -190,17 +185,12 @@ class Runner {
 
   void second_product(Chunk& chunk, int part, int parts) const {
     const Range columns(sizes.outputs2, kColumns, part, parts);
-    const int64_t expert = int64_t{chunk.expert} * sizes.outputs2;
-    const auto use = [&](int row, int n, const float* sums) {
+    const Product of = {chunk.activations, layer.w2, sizes.steps2, sizes.outputs2, chunk.activations_scale,
+                        layer.scale2, layer.sum2, layer.b2};
+    product(chunk, of, columns, [&](int row, int n, const Floats* z) {
       float* to = chunk.outputs + int64_t{row} * sizes.outputs2 + n;
-      for (int j = 0; j < kBlock; ++j) {
-        const int64_t at = expert + n + j * kRows;
-        const float* own = sums + j * kRows;
-        const Floats z = finished(own, chunk.activations_scale, row, layer.scale2, layer.sum2, layer.b2, at);
-        _mm512_store_ps(to + j * kRows, z);
-      }
-    };
-    product(chunk, chunk.activations, layer.w2, sizes.steps2, sizes.outputs2, columns, use);
+      for (int j = 0; j < kBlock; ++j) _mm512_store_ps(to + j * kRows, z[j]);
+    });
   }
 
   void outputs(Chunk& chunk, int part, int parts) const {
@@ -211,15 +201,15 @@ class Runner {
       const Floats p = all(call.weights == nullptr ? 1.0f : call.weights[assignment]);
       float* z = chunk.outputs + int64_t{r} * sizes.outputs2;
       if (layer.norm_weight == nullptr) {
-        for (int n = 0; n < H; n += 16) store<kFloat32>(call.y, y + n, first(H - n), _mm512_load_ps(z + n) * p);
+        for (int n = 0; n < H; n += 16) store<kFloat32>(call.y, y + n, H - n, _mm512_load_ps(z + n) * p);
         continue;
       }
       const int64_t x = token(chunk, r) * call.x_stride, expert = int64_t{chunk.expert} * H;
       Floats sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
       for (int n = 0; n < H; n += 16) {
-        const Floats value = _mm512_load_ps(z + n) + load<kFloat32>(call.x, x + n, first(H - n));
+        const Floats value = _mm512_load_ps(z + n) + load<kFloat32>(call.x, x + n, H - n);
         _mm512_store_ps(z + n, value);
-        sum = _mm512_mask_add_ps(sum, first(H - n), sum, value);
+        sum = sum + value;  // behind H there are zeros
       }
       const Floats mean = all(_mm512_reduce_add_ps(sum) / H);
       for (int n = 0; n < H; n += 16) {
@@ -232,7 +222,7 @@ class Runner {
         const Floats weight = _mm512_maskz_loadu_ps(mask, layer.norm_weight + expert + n);
         const Floats bias = _mm512_maskz_loadu_ps(mask, layer.norm_bias + expert + n);
         const Floats normed = _mm512_fmadd_ps((_mm512_load_ps(z + n) - mean) * inverse, weight, bias);
-        store<kFloat32>(call.y, y + n, mask, normed * p);
+        store<kFloat32>(call.y, y + n, H - n, normed * p);
       }
     }
   }
@@ -247,40 +237,97 @@ class Runner {
     return tiles + int64_t{row / kRows} * steps * kTileBytes + row % kRows * kRowBytes;
   }
 
-  // Every number of the chunk's rows and these columns, as `use(row, column, 32 sums)`.
-  template <typename Use>
-  void product(const Chunk& chunk, const char* a, const char* weights, int steps, int outputs, Range columns,
-               const Use& use) const {
-    alignas(64) float sums[kBlock * kRows * kColumns];
-    const char* expert = weights + int64_t{chunk.expert} * outputs * steps * kRowBytes;
-    if (layer.amx) configure();
-    for (int n = columns.begin; n < columns.end; n += kColumns) {
-      const char* b = expert + int64_t{n} * steps * kRowBytes;
-      for (int tile = 0; tile < chunk.tiles; tile += kBlock) {
-        const bool two = tile + 1 < chunk.tiles;
-        const char* rows = a + int64_t{tile} * steps * kTileBytes;
-        if (layer.amx) {
-          (two ? multiply_amx<kInt8, 2> : multiply_amx<kInt8, 1>)(rows, b, steps, sums);
-        } else {
-          (two ? multiply_avx512<2> : multiply_avx512<1>)(rows, b, steps, sums);
-        }
-        const int end = std::min((two ? 2 : 1) * kRows, chunk.count - tile * kRows);
-        for (int r = 0; r < end; ++r) use(tile * kRows + r, n, sums + r * kColumns);
+  // Operands of a product; what belongs to weights is that of all experts.
+  struct Product {
+    const char *inputs, *weights;
+    int steps, outputs;
+    const Quantised* quantised;
+    const float* scale;
+    const int32_t* sum;
+    const float* bias;
+  };
+
+  // A block's outputs from its sums: what its rows have in common is loaded once.
+  struct Outputs {
+    Floats scale[kBlock], bias[kBlock];
+    __m512i sum[kBlock];
+
+    Outputs(const Product& of, int64_t at) {
+      for (int j = 0; j < kBlock; ++j, at += kRows) {
+        bias[j] = of.bias == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(of.bias + at);
+        if (!kInt8) continue;
+        scale[j] = _mm512_loadu_ps(of.scale + at);
+        sum[j] = _mm512_loadu_si512(of.sum + at);
       }
     }
-    if (layer.amx) _tile_release();
-  }
 
-  Floats finished(const float* sums, const Quantised* quantised, int row, const float* scale, const int32_t* sum,
-                  const float* bias, int64_t at) const {
-    Floats z = _mm512_load_ps(sums);
-    if (kInt8) {
-      const Quantised x = quantised[row];
-      const __m512i zeros = _mm512_mullo_epi32(_mm512_set1_epi32(x.zero), _mm512_loadu_si512(sum + at));
-      z = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(z), zeros));
-      z = z * all(x.scale) * _mm512_loadu_ps(scale + at);
+    Floats at(int j, const float* sums, const Quantised* quantised) const {
+      const Floats z = _mm512_load_ps(sums + j * kRows);
+      if (!kInt8) return z + bias[j];
+      const __m512i zeros = _mm512_mullo_epi32(_mm512_set1_epi32(quantised->zero), sum[j]);
+      const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512(z), zeros);
+      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), all(quantised->scale) * scale[j], bias[j]);
     }
-    return bias == nullptr ? z : z + _mm512_loadu_ps(bias + at);
+  };
+
+  // Every number of the chunk's rows and these columns, as `use(row, column, 32 numbers)`.
+  //
+  // AMX multiplies beside the vector units, so between its instructions stands what becomes of the block before, and the
+  // weights of the next columns are fetched.
+  template <typename Use>
+  void product(const Chunk& chunk, const Product& of, Range columns, const Use& use) const {
+    if (columns.begin == columns.end) return;
+    alignas(64) float sums[2][kBlock * kRows * kColumns];
+    int turn = 0;
+    // of the block before: its columns, and its rows from `row` up to `end`, whose sums lie at `from`
+    int column = columns.begin, row = 0, end = 0;
+    const int64_t expert = int64_t{chunk.expert} * of.outputs;
+    Outputs outputs(of, expert + column);
+    const float* from = nullptr;
+    const auto use_rows = [&](int most) {
+      for (const int last = std::min(row + most, end); row < last; ++row, from += kColumns) {
+        Floats z[kBlock];
+        for (int j = 0; j < kBlock; ++j) z[j] = outputs.at(j, from, of.quantised + row);
+        use(row, column, z);
+      }
+    };
+    const int64_t panel = int64_t{of.steps} * kBlock * kTileBytes, steps = ceil_div(chunk.tiles, kBlock) * of.steps;
+    const char *ahead = nullptr, *ahead_end = nullptr;
+    const int rows_in_step = static_cast<int>(ceil_div(kBlock * kRows, of.steps));
+    const int64_t ahead_in_step = round_up(ceil_div(panel, steps), kRowBytes);
+    const auto between = [&] {
+      for (const char* last = std::min(ahead + ahead_in_step, ahead_end); ahead < last; ahead += kRowBytes) {
+        __builtin_prefetch(ahead, 0, 2);
+      }
+      use_rows(rows_in_step);
+    };
+    if (layer.amx) configure();
+    for (int n = columns.begin; n < columns.end; n += kColumns) {
+      const char* b = of.weights + (expert + n) * of.steps * kRowBytes;
+      if (n + kColumns < columns.end) {
+        ahead = b + panel;
+        ahead_end = ahead + panel;
+      }
+      for (int tile = 0; tile < chunk.tiles; tile += kBlock, turn = 1 - turn) {
+        const bool two = tile + 1 < chunk.tiles;
+        const char* rows = of.inputs + int64_t{tile} * of.steps * kTileBytes;
+        if (!layer.amx) {
+          (two ? multiply_avx512<2> : multiply_avx512<1>)(rows, b, of.steps, sums[turn]);
+        } else if (two) {
+          multiply_amx<kInt8, 2>(rows, b, of.steps, sums[turn], between);
+        } else {
+          multiply_amx<kInt8, 1>(rows, b, of.steps, sums[turn], between);
+        }
+        use_rows(kBlock * kRows);  // of AVX-512 all, of AMX none
+        if (tile == 0) outputs = Outputs(of, expert + n);
+        from = sums[turn];
+        column = n;
+        row = tile * kRows;
+        end = std::min(row + kBlock * kRows, chunk.count);
+      }
+    }
+    use_rows(kBlock * kRows);
+    if (layer.amx) _tile_release();
   }
 
   void put(const Chunk& chunk, int row, int column, Floats h) const {
@@ -288,31 +335,43 @@ class Runner {
       _mm512_storeu_ps(chunk.hidden + int64_t{row} * sizes.width + column, h);
     } else {
       char* to = row_of(chunk.activations, sizes.steps2, row) + column / 32 * kTileBytes + column % 32 * 2;
-      store<false>(to, 0, 0xffff, h);
+      store<false>(to, 0, kRows, h);
     }
   }
 
   // `count` numbers of x from `start` on, as eight bits in a row of tiles.
   template <bool kOfFloats>
   static Quantised quantise(const void* x, int64_t start, int count, char* to, int steps) {
-    Floats low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    for (int i = 0; i < count; i += 16) {
-      const Floats value = load<kOfFloats>(x, start + i, first(count - i));
-      low = _mm512_min_ps(low, value);
-      high = _mm512_max_ps(high, value);
+    const int whole = count / kRowBytes;  // steps that have all numbers
+    Floats low[4] = {}, high[4] = {};  // an instruction of each waits for none of the others
+    const auto meet = [&](int i, int left, int j) {
+      const Floats value = load<kOfFloats>(x, start + i, left);
+      low[j] = _mm512_min_ps(low[j], value);
+      high[j] = _mm512_max_ps(high[j], value);
+    };
+    for (int k = 0; k < whole; ++k) {
+      for (int j = 0; j < 4; ++j) meet(k * kRowBytes + 16 * j, 16, j);
     }
-    const float smallest = _mm512_reduce_min_ps(low);
-    const float scale = std::max((_mm512_reduce_max_ps(high) - smallest) / 255.0f, 1e-30f);
+    for (int i = whole * kRowBytes; i < count; i += 16) meet(i, count - i, 0);
+    for (int j = 1; j < 4; ++j) {
+      low[0] = _mm512_min_ps(low[0], low[j]);
+      high[0] = _mm512_max_ps(high[0], high[j]);
+    }
+    const float smallest = _mm512_reduce_min_ps(low[0]);
+    const float scale = std::max((_mm512_reduce_max_ps(high[0]) - smallest) / 255.0f, 1e-30f);
     const auto zero = static_cast<int32_t>(std::nearbyint(-smallest / scale));
     const Floats inverse = all(1.0f / scale);
-    const __m512i zeros = _mm512_set1_epi32(zero), most = _mm512_set1_epi32(255);
-    for (int i = 0; i < steps * kRowBytes; i += 16) {
-      const Floats value = load<kOfFloats>(x, start + i, first(count - i));
-      __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(value * inverse), zeros);
-      q = _mm512_min_epi32(_mm512_max_epi32(q, _mm512_setzero_si512()), most);
-      char* part = to + i / kRowBytes * kTileBytes + i % kRowBytes;
-      _mm_store_si128(reinterpret_cast<__m128i*>(part), _mm512_cvtepi32_epi8(q));
-    }
+    const Floats zeros = all(zero);
+    const auto put = [&](int k, int left) {
+      __m512i q[4];
+      for (int j = 0; j < 4; ++j) {
+        const Floats value = load<kOfFloats>(x, start + k * kRowBytes + 16 * j, left - 16 * j);
+        q[j] = _mm512_cvtps_epi32(_mm512_fmadd_ps(value, inverse, zeros));
+      }
+      _mm512_store_si512(to + k * kTileBytes, bytes_of(q));
+    };
+    for (int k = 0; k < whole; ++k) put(k, kRowBytes);
+    for (int k = whole; k < steps; ++k) put(k, count - k * kRowBytes);
     return {scale, zero};
   }
 

@@ -75,20 +75,34 @@ inline Floats activate(Activation activation, Floats x) {
 
 inline __mmask16 first(int64_t count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-// Of float32 or bfloat16 numbers.
+// 64 integers as unsigned bytes, those outside of [0, 255] as the nearer end.
+inline __m512i bytes_of(const __m512i* q) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+// 16 numbers of float32 or bfloat16, of which `left` are there; the others are 0.
 template <bool kFloat32>
-Floats load(const void* data, int64_t index, __mmask16 mask) {
-  if (kFloat32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
-  const __m256i bits = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(data) + index);
+Floats load(const void* data, int64_t index, int64_t left) {
+  if (kFloat32) {
+    const float* numbers = static_cast<const float*>(data) + index;
+    return left >= 16 ? _mm512_loadu_ps(numbers) : _mm512_maskz_loadu_ps(first(left), numbers);
+  }
+  const uint16_t* numbers = static_cast<const uint16_t*>(data) + index;
+  const __m256i bits = left >= 16 ? _mm256_loadu_epi16(numbers) : _mm256_maskz_loadu_epi16(first(left), numbers);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 template <bool kFloat32>
-void store(void* data, int64_t index, __mmask16 mask, Floats x) {
+void store(void* data, int64_t index, int64_t left, Floats x) {
   if (kFloat32) {
-    _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, x);
+    float* numbers = static_cast<float*>(data) + index;
+    left >= 16 ? _mm512_storeu_ps(numbers, x) : _mm512_mask_storeu_ps(numbers, first(left), x);
   } else {
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(data) + index, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    uint16_t* numbers = static_cast<uint16_t*>(data) + index;
+    const __m256i bits = (__m256i)_mm512_cvtneps_pbh(x);
+    left >= 16 ? _mm256_storeu_epi16(numbers, bits) : _mm256_mask_storeu_epi16(numbers, first(left), bits);
   }
 }
 

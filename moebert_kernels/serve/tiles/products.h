@@ -37,8 +37,9 @@ inline void configure() {
     }                               \
   } while (false)
 
-template <bool kInt8, int kA>
-void multiply_amx(const char* a, const char* b, int steps, float* c) {
+// `between` is called after each of the steps.
+template <bool kInt8, int kA, typename Between>
+void multiply_amx(const char* a, const char* b, int steps, float* c, const Between& between) {
   const int64_t next = int64_t{steps} * kTileBytes;
   _tile_zero(0);
   _tile_zero(1);
@@ -57,6 +58,7 @@ void multiply_amx(const char* a, const char* b, int steps, float* c) {
       MBK_PRODUCT(2, 5, 6);
       MBK_PRODUCT(3, 5, 7);
     }
+    between();
   }
   constexpr int kPitch = kColumns * sizeof(float);
   _tile_stored(0, c, kPitch);
