@@ -135,15 +135,17 @@ def test_large_pre_activations_and_nan():
 
 
 @here
+@pytest.mark.parametrize("dtype, amx", WAYS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_stays_nan_in_bfloat16(activation):
-    if reason := tiles.unavailable("bfloat16"):
-        pytest.skip(reason)
-    packed = PackedExperts.of(DenseExperts(32, 32, 1, activation=activation, bias="expert").bfloat16(), "bfloat16")
+def test_nan_stays_nan(way, activation):
+    to = input_dtype(way)
+    packed = PackedExperts.of(DenseExperts(80, 32, 1, activation=activation, bias="expert").to(to), way)
     packed.pack(lambda *_: TILES)
-    x = torch.randn(5, 32).bfloat16()
+    x = torch.randn(5, 80).to(to)
     x[3, 5] = float("nan")
-    assert packed(x, torch.zeros(5, dtype=torch.long)).isnan().sum(1).tolist() == [0, 0, 0, 32, 0]
+    assert packed(x, torch.zeros(5, dtype=torch.long)).isnan().sum(1).tolist() == [0, 0, 0, 80, 0]
+    linear = pack(TILES, converted(torch.randn(33, 80), None, way), to)
+    assert linear(x).isnan().sum(1).tolist() == [0, 0, 0, 33, 0]
 
 
 @here

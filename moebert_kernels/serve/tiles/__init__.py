@@ -36,7 +36,7 @@ from moebert_kernels.serve.dtypes import DTYPES, input_dtype, is_int8
 ENGINE = "tiles"
 SWITCH = "MOEBERT_KERNELS_TILES"
 FOLDER = Path(__file__).parent
-SOURCES = ("experts.cpp", "products.h", "numbers.h", "threads.h")
+SOURCES = ("experts.cpp", "chunks.h", "quantised.h", "products.h", "numbers.h", "threads.h")
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
     "-mamx-tile", "-mamx-bf16", "-mamx-int8",
