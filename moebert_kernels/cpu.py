@@ -49,7 +49,13 @@ def warn_if_slow(dtype: str) -> None:
             "this CPU has no int8 dot products (VNNI, AMX): activations get 7 bits instead of 8, and int8 gains less",
             stacklevel=3,
         )
-    if dtype.endswith("bfloat16") and not has_bfloat16_instructions():
+    if dtype == "int8-bfloat16" and not has_bfloat16_instructions():
+        warnings.warn(
+            "this CPU has no bfloat16 instructions: what is between products is converted to float32 and back; use "
+            "'int8-token', which has the same products",
+            stacklevel=3,
+        )
+    if dtype == "bfloat16" and not has_bfloat16_instructions():
         warnings.warn(
             "this CPU has no bfloat16 instructions: products are computed in float32 after conversions, so that "
             "bfloat16 saves memory but no time; use 'float32' or 'int8'",

@@ -34,11 +34,6 @@ class PackedEmbedding(PackedModule):
         assert scale is not None
         return cls(weight, scale, module.padding_idx, embed_scale_of(module) or 1.0, dtype)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("weight", "scale") and self.source is not None:
-            return getattr(self.source, name)
-        return super().__getattr__(name)
-
     def pack(self, engines: Engines) -> None:
         """Nothing: it computes with its buffers."""
 

@@ -33,6 +33,11 @@ class PackedModule(nn.Module):
         self._buffers.pop("scale", None)
         object.__setattr__(self, "source", source)  # no submodule: its tensors have one name
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "scale") and self.source is not None:
+            return getattr(self.source, name)
+        return super().__getattr__(name)
+
     def products(self) -> dict[str, Packed | TiledExperts]:
         """The linear layers inside, once they are packed, by names that are this module's own."""
         return {}

@@ -48,7 +48,8 @@ def prepare(
     "int8-token": a scale for each token everywhere, slower in torch's libraries, and much closer for models in which
     few tokens have very large values. Such a model may lose much of its score in "int8" by torch's libraries without
     `batches`, by which the layers that need it are found.
-    "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX.
+    "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX but for few
+    tokens, with which it is level with "int8".
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
 

@@ -192,8 +192,11 @@ def test_what_the_cpu_has(monkeypatch):
         assert cpu.has_int8_instructions() is has and cpu.has_bfloat16_instructions() is has
     with pytest.warns(UserWarning, match="7 bits instead of 8"):
         cpu.warn_if_slow("int8")
-    with pytest.warns(UserWarning, match="no bfloat16 instructions"):
+    with pytest.warns(UserWarning, match="no bfloat16 instructions: products are computed in float32"):
         cpu.warn_if_slow("bfloat16")
+    monkeypatch.setattr(cpu, "capabilities", lambda: {"avx512_vnni": True})
+    with pytest.warns(UserWarning, match="what is between products is converted .* use 'int8-token'"):
+        cpu.warn_if_slow("int8-bfloat16")
 
 
 def test_without_int8_instructions_activations_have_seven_bits(monkeypatch):

@@ -164,6 +164,7 @@ def check_family(family, dtype, tmp_path, kinds):
 
 @pytest.mark.parametrize("family, auto", [
     ("bert", AutoModelForMaskedLM),
+    ("modernbert", AutoModelForMaskedLM),
     ("bert", AutoModelForSequenceClassification),
     ("gpt2", AutoModelForCausalLM),
 ])  # fmt: skip

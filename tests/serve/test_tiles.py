@@ -136,6 +136,15 @@ def test_large_pre_activations_and_nan():
 
 @here
 @pytest.mark.parametrize("dtype, amx", WAYS)
+def test_large_numbers_are_not_taken_for_nan(way):
+    x = torch.zeros(1, 256)
+    x[0, ::16], x[0, 1::16] = 1e38, -0.9e38
+    linear = pack(TILES, converted(torch.full((32, 256), 1e-6), None, way), input_dtype(way))
+    assert linear(x.to(input_dtype(way))).isfinite().all()
+
+
+@here
+@pytest.mark.parametrize("dtype, amx", WAYS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_stays_nan(way, activation):
     to = input_dtype(way)
@@ -211,3 +220,7 @@ def test_a_cpu_without_the_instructions(monkeypatch):
     assert not experts.tiles()
     with pytest.raises(UserError, match="expected a machine on which this kernel runs, got one where this CPU has no"):
         experts.pack(lambda *_: TILES)
+    of_2019 = dict.fromkeys((*tiles._ALWAYS, "avx512_vnni"), True)
+    monkeypatch.setattr(tiles, "capabilities", lambda: of_2019)
+    for dtype in ("int8-bfloat16", "bfloat16"):
+        assert tiles.unavailable(dtype) == "this CPU has no avx512_bf16"

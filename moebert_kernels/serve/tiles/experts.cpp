@@ -214,13 +214,12 @@ class Runner {
       }
     };
     const int64_t panel = int64_t{of.steps} * kBlock * kTileBytes, steps = ceil_div(chunk.tiles, kBlock) * of.steps;
-    const char *ahead = nullptr, *ahead_end = nullptr;
+    const char *ahead = of.weights, *ahead_end = ahead;
     const int rows_in_step = static_cast<int>(ceil_div(kBlock * kRows, of.steps));
     const int64_t ahead_in_step = round_up(ceil_div(panel, steps), kRowBytes);
     const auto between = [&] {
-      for (const char* last = std::min(ahead + ahead_in_step, ahead_end); ahead < last; ahead += kRowBytes) {
-        __builtin_prefetch(ahead, 0, 2);
-      }
+      const char* last = ahead + std::min<int64_t>(ahead_in_step, ahead_end - ahead);
+      for (; ahead < last; ahead += kRowBytes) __builtin_prefetch(ahead, 0, 2);
       use_rows(rows_in_step);
     };
     if (layer.amx) configure();
