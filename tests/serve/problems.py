@@ -93,9 +93,10 @@ class Problem:
     def _check_int8(self, got: Tensor) -> None:
         """Each expert's rows with torch's own quantisation of its inputs and activations, all else in float64.
 
-        In bfloat16 the kernel rounds what it gives, and torch's libraries what each product and the activation give.
+        In bfloat16 the kernel rounds what it gives, and torch's libraries what each product and the activation give;
+        where a token has several experts, their sum is rounded too.
         """
-        to, ulp = self.x.dtype, 2**-8 if self.x.dtype == torch.bfloat16 else 0.0
+        to, rounding_error = self.x.dtype, 2**-8 if self.x.dtype == torch.bfloat16 else 0.0
         tensors = PackedExperts.of(self.experts, "int8")
         rounding = TILES if self.engine == TILES else self.dtype
         w1, w2 = (
@@ -122,7 +123,9 @@ class Problem:
             z = _linear(h_rounded, w2[e], b2, e)
             # a number that lies between two steps may fall on either one, in a handful of the activations
             numbers = z.abs().max() + self.x.abs().max() + h.abs().max() * w2[e].abs().max()
-            bound = 3 * step_h * w2[e].abs().max() + (1e-5 + (0 if self.engine == TILES else ulp)) * numbers + 1e-6
+            bound = 3 * step_h * w2[e].abs().max() + 1e-5 * numbers + 1e-6
+            if self.engine != TILES:  # so may one between two numbers of bfloat16; its square moves by twice as much
+                bound = bound + 4 * rounding_error * numbers
             scale = (
                 torch.ones(len(rows), 1, dtype=torch.float64)
                 if p is None
@@ -138,7 +141,9 @@ class Problem:
                 y[rows] = z * scale
             else:
                 y.index_add_(0, rows, z * scale)
-            allowed.index_add_(0, rows, ((bound + ulp * z.abs()) * scale))
+            allowed.index_add_(0, rows, (bound + rounding_error * z.abs()) * scale)
+        if top_k > 1:
+            allowed += rounding_error * y.abs()
         error = (got.double() - y).abs()
         assert got.shape == y.shape and torch.isfinite(got).all()
         assert (error <= allowed + 1e-5 * y.abs()).all(), f"{self}: {(error - allowed).max()}"
@@ -153,9 +158,11 @@ def _rounded(x: Tensor, dtype: str) -> tuple[Tensor, Any]:
     x = x.float()
     if dtype == TILES:
         low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
-        step = ((high - low) / 255).clamp(min=1e-30).double()
-        zero = (-low / step).round()
-        return ((x / step).round() + zero).clamp(0, 255).sub(zero).mul(step), step
+        step = ((high - low) / 255).clamp(min=1e-30)
+        zero = (-low / step).round().double()
+        # as the kernel computes it: a few bfloat16 numbers in a thousand lie just between two steps
+        q = (x.double() * (1 / step).double() + zero).float().round().double().clamp(0, 255)
+        return (q - zero) * step.double(), step.double()
     if DTYPES[dtype].token_scales:
         largest = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
         rounded, step = _rounded((x / largest).double(), "int8")
