@@ -146,7 +146,7 @@ class Summary:
 def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> list[str]:
     """Chosen experts minus other arms over the pairs of several models together."""
     lines = ["| chosen MoE minus | | score | p | above 0 | agreement | p | above 0 |", "|---" * 8 + "|"]
-    for arm in (*MAIN[2:], *BASELINES):
+    for arm in (*MAIN[2:], "original", *BASELINES):
         for name, summaries in (("distilled", trained), ("converted alone", untrained)):
             cells = []
             for of in (lambda run: run["scores"]["float32"], lambda run: run.get("agreement")):
@@ -154,7 +154,8 @@ def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> li
                 p = paired_t(pairs)
                 mean = f"{statistics.mean(pairs):+.2f}" if pairs else "missing"
                 cells += [mean, "" if p is None else f"{p:.4f}", f"{sum(pair > 0 for pair in pairs)} of {len(pairs)}"]
-            lines.append(f"| {LABELS[arm]} | {name} | {' | '.join(cells)} |")
+            if cells[0] != "missing" or arm in MAIN:
+                lines.append(f"| {LABELS[arm]} | {name} | {' | '.join(cells)} |")
     return lines
 
 
