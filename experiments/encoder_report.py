@@ -154,8 +154,7 @@ def joined_table(trained: Sequence[Summary], untrained: Sequence[Summary]) -> li
                 p = paired_t(pairs)
                 mean = f"{statistics.mean(pairs):+.2f}" if pairs else "missing"
                 cells += [mean, "" if p is None else f"{p:.4f}", f"{sum(pair > 0 for pair in pairs)} of {len(pairs)}"]
-            if cells[0] != "missing" or arm in MAIN:
-                lines.append(f"| {LABELS[arm]} | {name} | {' | '.join(cells)} |")
+            lines.append(f"| {LABELS[arm]} | {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -343,7 +343,7 @@ class Cell:
         scores = {"float32": self.score(model, "test", answers)}
         same = False
         for dtype in DTYPES[1:] if packs else ():
-            if same and dtype in ("int8-calibrated", "int8-token"):  # which took a third of a student's time
+            if same and dtype in ("int8-calibrated", "int8-token"):
                 scores[dtype] = scores["int8"]
                 continue
             prepared = self.prepared(copy.deepcopy(model).cpu(), dtype)
