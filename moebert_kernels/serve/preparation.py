@@ -29,6 +29,8 @@ from moebert_kernels.serve.modules import PackedLinear, PackedModule, products_o
 from moebert_kernels.serve.packed import Choice, Weights, fastest
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import by_amx
+from moebert_kernels.serve.tiles.attention import NAME as OWN_ATTENTION
+from moebert_kernels.serve.tiles.attention import use_attention
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
@@ -51,7 +53,9 @@ def prepare(
     "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX but for few
     tokens, with which it is level with "int8".
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
-    model's, up to rounding. Routers, classifiers with less than 16 outputs and attention itself are computed as before.
+    model's, up to rounding. Routers and classifiers with less than 16 outputs are computed as before, and so is
+    attention but for encoders whose attention is transformers' "sdpa": these get the package's own, for which the CPU
+    needs AVX-512 with VNNI.
 
     Args:
         model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
@@ -278,6 +282,7 @@ def finish(model: Any, config: PreparedConfig) -> None:
         raise UserError(f"token_scales: expected names of this model's products, got {unknown[0]!r}")
     object.__setattr__(model, "prepared", config)
     object.__setattr__(model, "prepared_choices", choices)
+    use_attention(model, config.dtype)
     kind: Any = type(model)
     model.__class__ = prepared_class(kind)
 
@@ -309,7 +314,8 @@ def _engine_of(dtype: str, shape: tuple[int, int], weights: list[Weights], rows:
 def describe(model: Any) -> str:
     """One line for each kind of linear layer of a prepared model: shape, engine, and what was measured.
 
-    Of a calibrated one a last line names the products that have a scale for each token.
+    One more for attention, if it is this package's; of a calibrated model a last line names the products that have a
+    scale for each token.
     """
     lines = []
     for of_experts, (engine, (N, K), rows, best_us) in model.prepared_choices:
@@ -318,6 +324,8 @@ def describe(model: Any) -> str:
             times = f"this package's, by {'AMX' if by_amx(model.prepared.dtype) else 'AVX-512'}"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
+    if model.config._attn_implementation == OWN_ATTENTION:
+        lines.append("attention: tiles (this package's)")
     scales = model.prepared.token_scales
     if scales is not None:
         names = f": {', '.join(_grouped(scales))}" if scales else ""

@@ -18,6 +18,7 @@ from moebert_kernels.serve.dtypes import input_dtype
 from moebert_kernels.serve.experts import PackedExperts
 from moebert_kernels.serve.packed import converted, pack
 from tests.convert.families import make_inputs
+from tests.serve.emulated import run_by
 from tests.serve.problems import TILES, Problem
 from tests.serve.test_prepare import made, run
 
@@ -29,11 +30,7 @@ here = pytest.mark.skipif(tiles.unavailable("int8") is not None, reason=f"tiles:
 @pytest.fixture
 def way(dtype, amx, monkeypatch):
     """This dtype in the kernel, by AMX or by AVX-512."""
-    if reason := tiles.unavailable(dtype):
-        pytest.skip(reason)
-    if amx and not tiles.by_amx(dtype):
-        pytest.skip("this CPU has no AMX")
-    monkeypatch.setattr(tiles, "by_amx", lambda _: amx)
+    run_by(amx, dtype, monkeypatch)
     return dtype
 
 

@@ -36,7 +36,8 @@ from moebert_kernels.serve.dtypes import DTYPES, input_dtype, is_int8
 ENGINE = "tiles"
 SWITCH = "MOEBERT_KERNELS_TILES"
 FOLDER = Path(__file__).parent
-SOURCES = ("experts.cpp", "chunks.h", "quantised.h", "products.h", "numbers.h", "threads.h")
+COMPILED = ("experts.cpp", "attention.cpp")
+SOURCES = (*COMPILED, "attention.h", "chunks.h", "quantised.h", "products.h", "numbers.h", "threads.h")
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
     "-mamx-tile", "-mamx-bf16", "-mamx-int8",
@@ -115,7 +116,7 @@ def _library() -> ctypes.CDLL | str:
         if not compiler:
             return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
         with replacing(file) as partial:
-            command = [*compiler, *FLAGS, "-o", str(partial), str(FOLDER / SOURCES[0])]
+            command = [*compiler, *FLAGS, "-o", str(partial), *(str(FOLDER / name) for name in COMPILED)]
             subprocess.run(command, capture_output=True, text=True, check=True)
             with partial.open("rb") as written:
                 os.fsync(written.fileno())  # a file of which a power cut left a part would end the process
@@ -135,8 +136,20 @@ def _library() -> ctypes.CDLL | str:
 def _loaded(file: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(file))
     library.mbk_tiles_run.argtypes = (ctypes.POINTER(_Layer), ctypes.POINTER(_Call))
-    library.mbk_tiles_run.restype = None
+    library.mbk_tiles_run.restype = library.mbk_attention.restype = None
     return library
+
+
+@functools.cache
+def attention_kernel(dtype: torch.dtype) -> tuple[Any, bool] | str:
+    """The kernel of attention for queries of this dtype, and whether products are AMX's; or why it cannot run here."""
+    of_bfloat16 = ("avx512_bf16",) if dtype == torch.bfloat16 else ()
+    found, library = capabilities(), _library()
+    if missing := [name for name in (*_ALWAYS, "avx512_vnni", *of_bfloat16) if not found.get(name)]:
+        return f"this CPU has no {missing[0]}"
+    if isinstance(library, str):
+        return library
+    return library.mbk_attention, dtype == torch.bfloat16 and by_amx("bfloat16")
 
 
 def _run(dtype: str) -> Any:

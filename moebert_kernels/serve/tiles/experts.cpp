@@ -233,7 +233,8 @@ class Runner {
         const bool two = tile + 1 < chunk.tiles;
         const char* rows = of.inputs + int64_t{tile} * of.steps * kTileBytes;
         if (!layer.amx) {
-          (two ? multiply_avx512<2> : multiply_avx512<1>)(rows, b, of.steps, sums[turn]);
+          // of int8 layers alone: what AVX-512 has for bfloat16 was slower than torch
+          (two ? multiply_avx512<Numbers::kInt8, 2> : multiply_avx512<Numbers::kInt8, 1>)(rows, b, of.steps, sums[turn]);
         } else if (two) {
           multiply_amx<kInt8, 2>(rows, b, of.steps, sums[turn], between);
         } else {
