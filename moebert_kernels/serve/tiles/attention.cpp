@@ -133,13 +133,14 @@ class Head {
     }
   }
 
-  void multiply(const char* a, const char* b, int of_steps, int tiles, float* c) const {
+  void multiply(const char* a, const char* b, int of_steps, int count, float* c) const {
+    const auto nothing = [] {};
     if (kFloat32 || !of.amx) {
-      (tiles == 2 ? multiply_avx512<kNumbers, 2> : multiply_avx512<kNumbers, 1>)(a, b, of_steps, c);
-    } else if (tiles == 2) {
-      multiply_amx<false, 2>(a, b, of_steps, c, [] {});
+      multiply_avx512<kNumbers>(a, b, of_steps, count, c, nothing);
+    } else if (count > kRows) {
+      multiply_amx<false, 2>(a, b, of_steps, c, nothing);
     } else {
-      multiply_amx<false, 1>(a, b, of_steps, c, [] {});
+      multiply_amx<false, 1>(a, b, of_steps, c, nothing);
     }
   }
 
@@ -149,24 +150,22 @@ class Head {
 
   // `count` queries from `first_query` on, whose outputs begin at number `y`.
   void attend(const char* q, const uint8_t* mask, int first_query, int count, int64_t y) const {
-    const int tiles = static_cast<int>(ceil_div(count, kRows));
-    for (int r = 0; r < tiles * kRows; ++r) {
+    for (int r = 0; r < round_up(count, kRows); ++r) {
       char* to = row_of(queries, steps, r);
       for (int k = 0; k < steps; ++k) {
         _mm512_store_si512(to + k * kTileBytes, row_part(q + r * of.q_strides[2] * kBytes, k * kStep, r < count));
       }
     }
     for (int n = 0; n < keys; n += kColumns) {
-      multiply(queries, keys_tiles + int64_t{n} * steps * kRowBytes, steps, tiles, scores + n * kQueries);
+      multiply(queries, keys_tiles + int64_t{n} * steps * kRowBytes, steps, count, scores + n * kQueries);
     }
     float inverse[kQueries];
-    for (int r = 0; r < tiles * kRows; ++r) {
-      const int query = first_query + std::min(r, count - 1);
-      inverse[r] = soften(r, mask == nullptr ? nullptr : mask + query * of.mask_strides[2]);
+    for (int r = 0; r < count; ++r) {
+      inverse[r] = soften(r, mask == nullptr ? nullptr : mask + (first_query + r) * of.mask_strides[2]);
     }
     alignas(64) float sums[kQueries * kColumns];
     for (int n = 0; n < width; n += kColumns) {
-      multiply(weights, values_tiles + int64_t{n} * key_steps * kRowBytes, key_steps, tiles, sums);
+      multiply(weights, values_tiles + int64_t{n} * key_steps * kRowBytes, key_steps, count, sums);
       for (int r = 0; r < count; ++r) {
         const int64_t to = y + int64_t{r} * of.heads * of.size + n;
         for (int j = 0; j < kColumns && n + j < of.size; j += 16) {

@@ -213,13 +213,17 @@ class Runner {
         use(row, column, z);
       }
     };
-    const int64_t panel = int64_t{of.steps} * kBlock * kTileBytes, steps = ceil_div(chunk.tiles, kBlock) * of.steps;
+    const int64_t panel = int64_t{of.steps} * kBlock * kTileBytes;
+    const int64_t steps = ceil_div(chunk.count, layer.amx ? kBlock * kRows : kTogether) * of.steps;
     const char *ahead = of.weights, *ahead_end = ahead;
     const int rows_in_step = static_cast<int>(ceil_div(kBlock * kRows, of.steps));
     const int64_t ahead_in_step = round_up(ceil_div(panel, steps), kRowBytes);
-    const auto between = [&] {
+    const auto fetch = [&] {
       const char* last = ahead + std::min<int64_t>(ahead_in_step, ahead_end - ahead);
       for (; ahead < last; ahead += kRowBytes) __builtin_prefetch(ahead, 0, 2);
+    };
+    const auto between = [&] {
+      fetch();
       use_rows(rows_in_step);
     };
     if (layer.amx) configure();
@@ -234,7 +238,8 @@ class Runner {
         const char* rows = of.inputs + int64_t{tile} * of.steps * kTileBytes;
         if (!layer.amx) {
           // of int8 layers alone: what AVX-512 has for bfloat16 was slower than torch
-          (two ? multiply_avx512<Numbers::kInt8, 2> : multiply_avx512<Numbers::kInt8, 1>)(rows, b, of.steps, sums[turn]);
+          const int count = std::min(kBlock * kRows, chunk.count - tile * kRows);
+          multiply_avx512<Numbers::kInt8>(rows, b, of.steps, count, sums[turn], fetch);
         } else if (two) {
           multiply_amx<kInt8, 2>(rows, b, of.steps, sums[turn], between);
         } else {

@@ -81,11 +81,13 @@ Floats add_product(Floats sum, __m512i a, __m512i b) {
   return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
 }
 
-template <Numbers kNumbers, int kA>
-void multiply_avx512(const char* a, const char* b, int steps, float* c) {
-  constexpr int kTogether = 8;  // rows: 16 sums, two rows of weights and a number are in registers
+constexpr int kTogether = 8;  // rows of AVX-512: 16 sums, two rows of weights and a number are in registers
+
+// The first `count` rows of the product, up to a multiple of kTogether; `between` is called after each of their steps.
+template <Numbers kNumbers, typename Between>
+void multiply_avx512(const char* a, const char* b, int steps, int count, float* c, const Between& between) {
   const int64_t next = int64_t{steps} * kTileBytes;
-  for (int row = 0; row < kA * kRows; row += kTogether) {
+  for (int row = 0; row < count; row += kTogether) {
     const char* rows = a + row / kRows * next + row % kRows * kRowBytes;
     Floats sums[kTogether][kBlock];
     for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
@@ -100,6 +102,7 @@ void multiply_avx512(const char* a, const char* b, int steps, float* c) {
           sums[r][1] = add_product<kNumbers>(sums[r][1], _mm512_set1_epi32(numbers), right);
         }
       }
+      between();
     }
     for (int r = 0; r < kTogether; ++r) {
       for (int j = 0; j < kBlock; ++j) _mm512_store_ps(c + (row + r) * kColumns + j * kRows, sums[r][j]);
