@@ -50,8 +50,8 @@ def prepare(
     "int8-token": a scale for each token everywhere, slower in torch's libraries, and much closer for models in which
     few tokens have very large values. Such a model may lose much of its score in "int8" by torch's libraries without
     `batches`, by which the layers that need it are found.
-    "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX but for few
-    tokens, with which it is level with "int8".
+    "int8-bfloat16": a scale for each token, and everything else in bfloat16; the fastest on CPUs with AMX or
+    AVX-512's bfloat16 instructions, but for few tokens, with which it is level with "int8".
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers and classifiers with less than 16 outputs are computed as before, and so is
     attention but for encoders whose attention is transformers' "sdpa": these get the package's own, for which the CPU

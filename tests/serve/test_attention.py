@@ -31,8 +31,7 @@ def here(request, monkeypatch):
     if isinstance(reason := attention_kernel(torch.bfloat16 if wants_bfloat16 else torch.float32), str):
         pytest.skip(reason)
     if "amx" in asked and dtype is torch.bfloat16:
-        amx = asked["amx"]
-        run_by(amx, "bfloat16" if amx else "int8-bfloat16", monkeypatch)
+        run_by(asked["amx"], "bfloat16", monkeypatch)
         monkeypatch.setattr(kernel, "attention_kernel", attention_kernel.__wrapped__)
 
 

@@ -23,7 +23,7 @@ from tests.serve.problems import TILES, Problem
 from tests.serve.test_prepare import made, run
 
 DTYPES = ("bfloat16", "int8", "int8-token", "int8-bfloat16")
-WAYS = [(dtype, amx) for dtype in DTYPES for amx in (True, False) if amx or dtype != "bfloat16"]
+WAYS = [(dtype, amx) for dtype in DTYPES for amx in (True, False)]
 here = pytest.mark.skipif(tiles.unavailable("int8") is not None, reason=f"tiles: {tiles.unavailable('int8')}")
 
 

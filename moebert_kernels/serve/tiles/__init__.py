@@ -42,10 +42,10 @@ FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
     "-mamx-tile", "-mamx-bf16", "-mamx-int8",
 )  # fmt: skip
-# instructions by torch's names: of all that is compiled, then of a dtype by AVX-512 and by AMX
+# instructions by torch's names: of all that is compiled, then of a dtype
 _ALWAYS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl", "fma3")
 _NEEDED = {
-    "bfloat16": ("avx512_bf16", "amx_tile", "amx_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",),
+    "bfloat16": ("avx512_vnni", "avx512_bf16"), "int8": ("avx512_vnni",), "int8-token": ("avx512_vnni",),
     "int8-bfloat16": ("avx512_vnni", "avx512_bf16"),
 }  # fmt: skip
 _OF_W1, _OF_W2 = ("w1_scale", "b1"), ("w2_scale", "b2")
@@ -87,9 +87,7 @@ def _lacking(dtype: str) -> str | None:
     if missing := [name for name in (*_ALWAYS, *_NEEDED[dtype]) if not found.get(name)]:
         return f"this CPU has no {missing[0]}"
     library = _library()
-    if isinstance(library, str):
-        return library
-    return "this process may not use AMX" if dtype == "bfloat16" and not by_amx(dtype) else None
+    return library if isinstance(library, str) else None
 
 
 def by_amx(dtype: str) -> bool:
@@ -143,13 +141,11 @@ def _loaded(file: Path) -> ctypes.CDLL:
 @functools.cache
 def attention_kernel(dtype: torch.dtype) -> tuple[Any, bool] | str:
     """The kernel of attention for queries of this dtype, and whether products are AMX's; or why it cannot run here."""
-    of_bfloat16 = ("avx512_bf16",) if dtype == torch.bfloat16 else ()
-    found, library = capabilities(), _library()
-    if missing := [name for name in (*_ALWAYS, "avx512_vnni", *of_bfloat16) if not found.get(name)]:
-        return f"this CPU has no {missing[0]}"
-    if isinstance(library, str):
-        return library
-    return library.mbk_attention, dtype == torch.bfloat16 and by_amx("bfloat16")
+    in_bfloat16 = dtype == torch.bfloat16
+    if reason := _lacking("bfloat16" if in_bfloat16 else "int8"):  # float32 needs what int8 needs
+        return reason
+    library: Any = _library()
+    return library.mbk_attention, in_bfloat16 and by_amx("bfloat16")
 
 
 def _run(dtype: str) -> Any:

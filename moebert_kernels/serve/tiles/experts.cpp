@@ -237,9 +237,9 @@ class Runner {
         const bool two = tile + 1 < chunk.tiles;
         const char* rows = of.inputs + int64_t{tile} * of.steps * kTileBytes;
         if (!layer.amx) {
-          // of int8 layers alone: what AVX-512 has for bfloat16 was slower than torch
+          constexpr Numbers kNumbers = kInt8 ? Numbers::kInt8 : Numbers::kBfloat16;
           const int count = std::min(kBlock * kRows, chunk.count - tile * kRows);
-          multiply_avx512<Numbers::kInt8>(rows, b, of.steps, count, sums[turn], fetch);
+          multiply_avx512<kNumbers>(rows, b, of.steps, count, sums[turn], fetch);
         } else if (two) {
           multiply_amx<kInt8, 2>(rows, b, of.steps, sums[turn], between);
         } else {
