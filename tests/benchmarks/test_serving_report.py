@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks import serving_report
 
 ROOT = Path(__file__).parents[2]
-RESULT = ROOT / "benchmarks/results/intel-xeon-processor/serving/bert-base-1-threads.json"
+RESULT = ROOT / "benchmarks/results/amd-epyc/serving/bert-base-1-threads.json"
 
 
 def test_the_readme_has_the_committed_results_table(tmp_path):
