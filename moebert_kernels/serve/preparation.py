@@ -29,8 +29,7 @@ from moebert_kernels.serve.modules import PackedLinear, PackedModule, products_o
 from moebert_kernels.serve.packed import Choice, Weights, fastest
 from moebert_kernels.serve.tiles import ENGINE as TILES
 from moebert_kernels.serve.tiles import by_amx
-from moebert_kernels.serve.tiles.attention import NAME as OWN_ATTENTION
-from moebert_kernels.serve.tiles.attention import use_attention
+from moebert_kernels.serve.tiles.attention import use_attention, uses_attention
 from moebert_kernels.serve.transformers_experts import PackedTransformersExperts
 
 FEWEST_OUTPUTS = 16  # a linear layer with fewer, as a classifier's, costs no time and its rounding costs accuracy
@@ -324,7 +323,7 @@ def describe(model: Any) -> str:
             times = f"this package's, by {'AMX' if by_amx(model.prepared.dtype) else 'AVX-512'}"
         kind = "experts" if of_experts else "linear "
         lines.append(f"{kind} {K:>5} -> {N:<5} {model.prepared.dtype}: {engine} ({rows} rows: {times})")
-    if model.config._attn_implementation == OWN_ATTENTION:
+    if uses_attention(model):
         lines.append("attention: tiles (this package's)")
     scales = model.prepared.token_scales
     if scales is not None:

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from moebert_kernels.serve import describe, prepare, tiles
 from moebert_kernels.serve.tiles import attention as kernel
 from moebert_kernels.serve.tiles import attention_kernel
-from moebert_kernels.serve.tiles.attention import NAME, attention
+from moebert_kernels.serve.tiles.attention import NAME, attend, attention
 from tests.convert.families import make, make_inputs
 from tests.helpers import assert_as_accurate
 from tests.serve.emulated import run_by
@@ -58,18 +58,31 @@ SIZES += [(1, 64, 31, 2, 7), (1, 300, 300, 2, 128)]
 
 @pytest.mark.parametrize("dtype, amx", WAYS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("masked", [None, "keys", "heads", "one row"])
-def test_equals_float64(dtype, amx, sizes, masked):
+@pytest.mark.parametrize("masked", [None, "keys", "heads", "one row", "of queries", "apart"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_equals_float64(dtype, amx, sizes, masked, biased):
     B, T, S, h, D = sizes
     q, k, v = heads(dtype, B, T, S, h, D)
-    shape = {None: (), "keys": (B, 1, 1, S), "heads": (B, h, T, S), "one row": (1, 1, T, S)}[masked]
-    mask = None if masked is None else torch.rand(shape) > 0.4
+    shapes = {"keys": (B, 1, 1, S), "heads": (B, h, T, S), "of queries": (B, 1, T, 1), "apart": (1, 1, T, 2 * S)}
+    mask = None if masked is None else torch.rand(shapes.get(masked, (1, 1, T, S))) > 0.4
     if mask is not None:
+        mask = mask[..., ::2] if masked == "apart" else mask
         mask[..., 0] = True  # some key counts
-    want = torchs(q.double(), k.double(), v.double(), mask)
-    got = attention(Layer(), q, k, v, mask)[0]
+    bias = torch.randn(1, h, T, S).to(dtype) if biased else None
+
+    def torchs(q, k, v):
+        added = bias
+        if mask is not None:
+            zero = torch.zeros(1, dtype=q.dtype) if bias is None else bias.to(q.dtype)
+            added = torch.where(mask, zero, float("-inf")).to(q.dtype)
+        return scaled_dot_product_attention(q, k, v, attn_mask=None if added is None else added.to(q.dtype))
+
+    got = attend(q, k, v, mask, bias, D**-0.5)
     assert got.is_contiguous() and got.dtype == dtype
-    assert_as_accurate(got, torchs(q, k, v, mask), want, "y")
+    want, rounded = torchs(q.double(), k.double(), v.double()), torchs(q, k, v)
+    assert_as_accurate(got, rounded.transpose(1, 2), want.transpose(1, 2), "y")
+    if bias is None:
+        torch.testing.assert_close(attention(Layer(), q, k, v, mask)[0], got, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +104,7 @@ def test_queries_without_keys_and_numbers_that_are_none(dtype):
     got = attention(Layer(), q, k, v, mask)[0]
     assert not got[0, 3].any()
     assert got[1, 5, 2].isnan().all() and int(got.isnan().sum()) == 24
-    # what does not count may be anything
+    # keys that do not count may be anything
     k[:, :, 17:], v[:, :, 17:], q[1, 2, 5] = float("inf"), 0, 1
     assert attention(Layer(), q, k, v, mask & (torch.arange(19) < 17))[0].isfinite().all()
 
@@ -167,6 +180,18 @@ def test_prepared_encoders_have_it(dtype, tmp_path):
         torch.testing.assert_close(other(**inputs).logits, want, rtol=0.02, atol=1e-3)  # engines may be others
 
 
+def test_models_of_one_configuration_and_compiled_ones():
+    """Only the prepared one has the name in its configuration. A graph of a whole call has torch's attention."""
+    before = make("bert")
+    other = type(before)(before.config).eval()
+    prepared = prepare(before, "float32")
+    assert other.config._attn_implementation == "sdpa" and prepared.config._attn_implementation == NAME
+    assert {id(m.config) for m in prepared.modules() if hasattr(m, "config")} == {id(prepared.config)}
+    q, k, v = heads(torch.float32)
+    whole = torch.compile(lambda *x: attention(Layer(), *x, None)[0], backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(q, k, v), torchs(q, k, v))
+
+
 def test_models_that_keep_theirs(monkeypatch):
     for family in ("gpt2", "llama", "bart", "t5-v1_1"):  # with a decoder
         before = make(family).config._attn_implementation
@@ -180,7 +205,18 @@ def test_models_that_keep_theirs(monkeypatch):
     assert "attention" not in describe(switched_off)
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "vit"])
+def test_mpnets_weights_of_attention_are_its_own():
+    inputs, model = make_inputs("mpnet"), make("mpnet")
+    want = model(**inputs, output_attentions=True)
+    prepared = prepare(model, "float32")
+    assert "attention: tiles" in describe(prepared)
+    got = prepared(**inputs, output_attentions=True)
+    torch.testing.assert_close(got.attentions, want.attentions, rtol=1e-4, atol=1e-6)
+    counted = inputs["attention_mask"] != 0
+    torch.testing.assert_close(prepared(**inputs)[0][counted], want[0][counted], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "mpnet", "vit"])
 def test_families_call_it(family, monkeypatch):
     """Their outputs are those of `test_prepare`; here the kernel has to be what gives them."""
     run, amx = attention_kernel(torch.float32)

@@ -1,4 +1,4 @@
-// softmax(scale q k') v of every head of every sequence, for x86-64 CPUs with AMX or AVX-512.
+// softmax(scale q k' + bias) v of every head of every sequence, for x86-64 CPUs with AMX or AVX-512.
 //
 // A thread takes a head: its keys and values become the tiles that products read (see `experts.cpp`), and then 32
 // queries at once meet all keys, so that their scores stay in the cache and softmax needs no second visit. Scores, their
@@ -63,12 +63,15 @@ class Head {
     pack_keys(at(of.k, of.k_strides, sequence, head));
     pack_values(at(of.v, of.v_strides, sequence, head));
     const char* q = at(of.q, of.q_strides, sequence, head);
-    const uint8_t* mask = of.mask == nullptr ? nullptr
-                                             : of.mask + sequence * of.mask_strides[0] + head * of.mask_strides[1];
+    const uint8_t* mask = of.mask + sequence * of.mask_strides[0] + head * of.mask_strides[1];
+    const int64_t bias = sequence * of.bias_strides[0] + head * of.bias_strides[1];
     for (int first_query = 0; first_query < of.queries; first_query += kQueries) {
       const int count = std::min(kQueries, of.queries - first_query);
       const int64_t y = ((int64_t{sequence} * of.queries + first_query) * of.heads + head) * of.size;
-      attend(q + first_query * of.q_strides[2] * kBytes, mask, first_query, count, y);
+      attend(q + first_query * of.q_strides[2] * kBytes, count, y, [&](int row) {
+        const int64_t query = first_query + row;
+        return soften(row, mask + query * of.mask_strides[2], bias + query * of.bias_strides[2]);
+      });
     }
   }
 
@@ -148,8 +151,9 @@ class Head {
     return tiles + int64_t{row / kRows} * of_steps * kTileBytes + row % kRows * kRowBytes;
   }
 
-  // `count` queries from `first_query` on, whose outputs begin at number `y`.
-  void attend(const char* q, const uint8_t* mask, int first_query, int count, int64_t y) const {
+  // `count` queries, whose outputs begin at number `y`; `soften_row` is what `soften` does with a row.
+  template <typename Soften>
+  void attend(const char* q, int count, int64_t y, const Soften& soften_row) const {
     for (int r = 0; r < round_up(count, kRows); ++r) {
       char* to = row_of(queries, steps, r);
       for (int k = 0; k < steps; ++k) {
@@ -160,9 +164,7 @@ class Head {
       multiply(queries, keys_tiles + int64_t{n} * steps * kRowBytes, steps, count, scores + n * kQueries);
     }
     float inverse[kQueries];
-    for (int r = 0; r < count; ++r) {
-      inverse[r] = soften(r, mask == nullptr ? nullptr : mask + (first_query + r) * of.mask_strides[2]);
-    }
+    for (int r = 0; r < count; ++r) inverse[r] = soften_row(r);
     alignas(64) float sums[kQueries * kColumns];
     for (int n = 0; n < width; n += kColumns) {
       multiply(weights, values_tiles + int64_t{n} * key_steps * kRowBytes, key_steps, count, sums);
@@ -176,18 +178,21 @@ class Head {
   }
 
   // The row's scores become weights, which are to be multiplied by what is returned. A row that no key counts for is 0.
-  float soften(int row, const uint8_t* mask) const {
+  // Its mask, and the number at which its bias begins, count where the call has them.
+  float soften(int row, const uint8_t* mask, int64_t bias) const {
     const auto place = [&](int n) { return scores + n / kColumns * kQueries * kColumns + row * kColumns + n % kColumns; };
-    const Floats scale = all(of.scale * 1.4426950408889634f), none = all(-std::numeric_limits<float>::infinity());
+    const Floats scale = all(of.scale), none = all(-std::numeric_limits<float>::infinity());
     Floats highest = none, sum = _mm512_setzero_ps();
     bool any = false;
     for (int n = 0; n < keys; n += 16) {
       __mmask16 counted = first(of.keys - n);
-      if (mask != nullptr) {
+      if (of.mask != nullptr) {
         const __m128i bytes = _mm_maskz_loadu_epi8(counted, mask + n);
         counted = _mm_test_epi8_mask(bytes, bytes);
       }
-      const Floats score = _mm512_mask_mul_ps(none, counted, _mm512_load_ps(place(n)), scale);
+      Floats score = _mm512_load_ps(place(n)) * scale;
+      if (of.bias != nullptr) score = score + load<kFloat32>(of.bias, bias + n, of.keys - n);
+      score = _mm512_mask_mov_ps(none, counted, score);
       _mm512_store_ps(place(n), score);
       highest = _mm512_max_ps(highest, score);
       any |= _mm512_cmp_ps_mask(score, none, _CMP_NEQ_UQ) != 0;  // NaN too, which the maximum may forget
@@ -198,7 +203,7 @@ class Head {
       const Floats score = _mm512_load_ps(place(n));
       // exp2 is of at least 2^-150
       const __mmask16 counted = _mm512_cmp_ps_mask(score, none, _CMP_NEQ_UQ);
-      const Floats weight = _mm512_maskz_mov_ps(counted, exp2(score - most));
+      const Floats weight = _mm512_maskz_mov_ps(counted, exp2((score - most) * all(1.4426950408889634f)));
       sum = sum + weight;
       store<kFloat32>(to + n / kStep * kTileBytes, n % kStep, 16, weight);
     }
