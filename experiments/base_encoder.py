@@ -42,7 +42,7 @@ WANTED = {
     "mpnet": (FOUR, (1, 2)),
     "minilm-2500": ((*FOUR, "trec"), (1, 2, 3)),
     "mpnet-2500": ((*FOUR, "trec"), (1, 2)),
-    "mpnet-32k": ((*FOUR, "trec"), (1, 2)),
+    "mpnet-32k": ((*FOUR, "trec"), (1, 2, 3)),
 }
 HELP = {
     "length": "tokens of a text at most",

@@ -28,8 +28,9 @@ INTRODUCTION = (
     ' precision. "Kept" is the mean of student / teacher over the tasks that teacher, chosen experts, dense model and'
     " half depth all have; so are the means. The dense model of an eighth is compared with chosen experts of an eighth,"
     " all else with those of a quarter. Most scores in int8, calibrated or with token scales are of torch's libraries;"
-    " speeds on the Xeon are of the package's kernel, in which the three are the same numbers and closer to float32's"
-    " ([log](../../docs/experiments.md#2026-11-30-colas-second-seed-again-and-int8-in-the-kernel)).\n\n"
+    " speeds are of the package's kernels, in which the three are the same numbers and closer to float32's"
+    " ([log](../../docs/experiments.md#2026-11-30-colas-second-seed-again-and-int8-in-the-kernel)). On the Xeon"
+    " they are of the time before attention had one.\n\n"
 )
 LABELS = {TEACHER: "teacher, dense"} | {name: arm.label for name, arm in ARMS.items()}
 Run = Mapping[str, Any]
