@@ -53,8 +53,8 @@ def prepare(
     AVX-512's bfloat16 instructions, but for few tokens, with which it is level with "int8".
     "bfloat16": the whole model, with residual and LayerNorm of each expert in float32. "float32": the numbers are the
     model's, up to rounding. Routers and classifiers with less than 16 outputs are computed as before, and so is
-    attention but for encoders whose attention is transformers' "sdpa": these get the package's own, for which the CPU
-    needs AVX-512 with VNNI.
+    attention but for encoders whose attention is transformers' "sdpa" or MPNet's: these get the package's own, where
+    the CPU has AVX-512 with VNNI.
 
     Args:
         model: of transformers, dense or converted; changed, and returned in eval mode. To keep it, pass a copy.
