@@ -21,7 +21,8 @@ def _emulated() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "emulated.so"
         sources = [tiles.FOLDER / name for name in tiles.COMPILED]
-        subprocess.run(["c++", *tiles.FLAGS, "-include", HEADER, "-o", file, *sources], check=True)
+        command = [*tiles.compiler_command(), *tiles.FLAGS, "-include", HEADER, "-o", file, *sources]
+        subprocess.run(command, check=True)
         return tiles._loaded(file)
 
 

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moebert_kernels.serve import describe, prepare, tiles
 from moebert_kernels.serve.tiles import attention as kernel
@@ -90,9 +90,8 @@ def test_scale_and_layouts(dtype):
     q, _, v = heads(dtype)
     apart = torch.randn(2, 3, 19, 48).to(dtype)[..., ::2]  # numbers that do not lie side by side
     got = attention(Layer(), q.contiguous(), apart, v, None, scaling=0.7)[0]
-    torch.testing.assert_close(
-        got, torchs(q, apart, v, scale=0.7), rtol=0.02, atol=0.02 if dtype == torch.bfloat16 else 1e-5
-    )
+    want = torchs(*(x.double() for x in (q, apart, v)), scale=0.7)
+    assert_as_accurate(got, torchs(q, apart, v, scale=0.7), want, "y")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,6 +159,8 @@ def test_traced_and_fake_ones_are_torchs():
     assert "scaled_dot_product_attention" in str(traced.graph)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert attention(Layer(), *map(mode.from_tensor, (q, k, v)), None)[0].shape == (2, 19, 3, 24)
+        mask = mode.from_tensor(torch.ones(2, 1, 19, 19, dtype=torch.bool))
+        assert isinstance(attention(Layer(), q, k, v, mask)[0], FakeTensor)  # a mask without memory alone
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int8-bfloat16"])
@@ -196,6 +197,8 @@ def test_models_that_keep_theirs(monkeypatch):
     for family in ("gpt2", "llama", "bart", "t5-v1_1"):  # with a decoder
         before = make(family).config._attn_implementation
         assert prepare(make(family), "float32").config._attn_implementation == before
+    writes = make("bert", AutoModelForCausalLM)  # without a causal mask
+    assert writes.can_generate() and prepare(writes, "float32").config._attn_implementation == "sdpa"
     own = make("bert")
     own.set_attn_implementation("eager")
     assert prepare(own, "float32").config._attn_implementation == "eager"

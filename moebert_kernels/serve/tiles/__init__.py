@@ -37,7 +37,7 @@ ENGINE = "tiles"
 SWITCH = "MOEBERT_KERNELS_TILES"
 FOLDER = Path(__file__).parent
 COMPILED = ("experts.cpp", "attention.cpp")
-SOURCES = (*COMPILED, "attention.h", "chunks.h", "quantised.h", "products.h", "numbers.h", "threads.h")
+SOURCES = (*COMPILED, "chunks.h", "quantised.h", "products.h", "numbers.h", "threads.h")
 FLAGS = (
     "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16",
     "-mamx-tile", "-mamx-bf16", "-mamx-int8",
@@ -109,8 +109,7 @@ def _library() -> ctypes.CDLL | str:
         if file.exists():
             with suppress(OSError, AttributeError):  # a damaged file is made again
                 return _loaded(file)
-        given = os.environ.get("CXX")
-        compiler = shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
+        compiler = compiler_command()
         if not compiler:
             return "no C++ compiler was found (c++, g++ or clang++; CXX names another one)"
         with replacing(file) as partial:
@@ -129,6 +128,12 @@ def _library() -> ctypes.CDLL | str:
         AttributeError,
     ) as error:  # no such compiler, no home, no quotation mark, a full disk
         return f"it could not be compiled or loaded: {error}"
+
+
+def compiler_command() -> list[str]:
+    """The machine's C++ compiler, and nothing if there is none."""
+    given = os.environ.get("CXX")
+    return shlex.split(given) if given else [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
 
 
 def _loaded(file: Path) -> ctypes.CDLL:
