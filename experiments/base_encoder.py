@@ -21,6 +21,7 @@ import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for the benchmarks
 from datasets import disable_progress_bars
@@ -53,6 +54,7 @@ HELP = {
     "unlabelled": "training rows beyond those, without their labels, that students follow their teacher on, at most",
     "corrupted": "copies of all these rows, 15 %% of the tokens exchanged, that students follow their teacher on",
     "choosing": "tokens of the training text that choose experts, labels or not",
+    "in_turn": "correct the layers of chosen experts and of the dense model one after another",
     "scored": "rows whose labels rank neurons",
     "weight": "weight of the layer-wise term and of the predictions' term",
 }
@@ -83,9 +85,10 @@ def parser() -> argparse.ArgumentParser:
         options.add_argument("--rate", nargs="+", type=float, default=list(rates), help="learning rates to try")
         for entry in fields(Settings):
             if entry.name != "autocast":
-                kind = type(entry.default)
-                text = f"{HELP[entry.name]}; default: {entry.default}"
-                options.add_argument(f"--{entry.name.replace('_', '-')}", type=kind, default=entry.default, help=text)
+                name, text = f"--{entry.name.replace('_', '-')}", f"{HELP[entry.name]}; default: {entry.default}"
+                flag: Any = argparse.BooleanOptionalAction
+                kind = {"action": flag} if entry.default is True else {"type": type(entry.default)}
+                options.add_argument(name, default=entry.default, help=text, **kind)
     options = stages.add_parser("report")
     options.add_argument("--output", type=Path, default=HERE)
     return made

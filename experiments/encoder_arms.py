@@ -33,6 +33,10 @@ class Made(Protocol):
         """So many experts of that part of the neurons, and their tables, by this text."""
         ...
 
+    def correcting(self) -> list[dict[str, Tensor]] | None:
+        """Batches of this text to correct layers in turn by; None: they are not."""
+        ...
+
     def importance(self, split: str) -> Tensor:
         """(L, D) of the teacher's neurons, by the labels of a split."""
         ...
@@ -68,7 +72,8 @@ def _converted(made: Made, config: MoEConfig, **options: Any) -> Any:
 
 
 def _chosen(made: Made, part: int = 4, experts: int = 4) -> Any:
-    return _converted(made, chosen_config(made.teacher, part, experts), chosen=made.chosen(part, experts))
+    config = chosen_config(made.teacher, part, experts)
+    return _converted(made, config, chosen=made.chosen(part, experts), batches=made.correcting())
 
 
 def _dealt(made: Made, split: str = "train", options: Mapping[str, Any] | None = None, **changes: Any) -> Any:
@@ -98,7 +103,7 @@ def _random_importance(made: Made) -> Any:
 
 
 def _dense(made: Made, part: int = 4) -> Any:
-    return dense_student(made.teacher, chosen=made.chosen(part))
+    return dense_student(made.teacher, chosen=made.chosen(part), batches=made.correcting())
 
 
 def _half_depth(made: Made) -> Any:

@@ -54,6 +54,7 @@ class Settings:
     unlabelled: int = 0
     corrupted: int = 0
     choosing: int = MOST_TOKENS
+    in_turn: bool = True
     scored: int = 1000
     weight: float = 1.0
     autocast: str = "float32"
@@ -183,6 +184,9 @@ class Cell:
                 self.teacher, self.texts(), chosen_config(self.teacher, part, experts), seed=self.seed,
                 max_tokens=self.settings.choosing, folder=self.folder / name,
             )  # fmt: skip
+
+    def correcting(self) -> list[dict[str, Tensor]] | None:
+        return self.texts() if self.settings.in_turn else None
 
     def importance(self, split: str) -> Tensor:
         name = {"train": "train", "held-out": "validation"}[split]

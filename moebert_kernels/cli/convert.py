@@ -197,10 +197,11 @@ def _converted(
         chosen = _chosen(model, texts, config or MoEConfig.chosen(expert_size=width), seed, parts)
     elif config is not None and config.needs_text:  # experts or tables that are given are part of the choice
         options["batches"] = _batches(texts, seed)
+    correcting: dict[str, Any] = {} if chosen is None else {"batches": _batches(texts, seed), "progress": True}
     if config is None:
-        model = dense_student(model, scores, width, seed, chosen=chosen)
+        model = dense_student(model, scores, width, seed, chosen=chosen, **correcting)
     else:
-        convert_to_moe(model, config, importance=scores, chosen=chosen, **options)
+        convert_to_moe(model, config, importance=scores, chosen=chosen, **options, **correcting)
     say_sizes(model, before)
     if chosen is None:
         say_kept(scores, model)

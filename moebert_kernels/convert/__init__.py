@@ -11,6 +11,7 @@ from moebert_kernels.convert.chosen_site import SiteChoice, SiteReport
 from moebert_kernels.convert.dense import dense_student, merge
 from moebert_kernels.convert.importance import importance_scores
 from moebert_kernels.convert.importance_file import Importance, load_importance, model_fingerprint, save_importance
+from moebert_kernels.convert.in_turn import Correction, correct_in_turn
 from moebert_kernels.convert.loading import MoELoader
 from moebert_kernels.convert.mpo import MPODecomposition, mpo_decompose
 from moebert_kernels.convert.mpo_plan import FactorPlan, check_caps, plan_factors
@@ -23,6 +24,7 @@ from moebert_kernels.convert.tables import balanced_hash_table, count_tokens, ra
 
 __all__ = [
     "STUDENT_SHAPES",
+    "Correction",
     "FactorPlan",
     "Importance",
     "MPODecomposition",
@@ -36,6 +38,7 @@ __all__ = [
     "check_caps",
     "choose_experts",
     "convert_to_moe",
+    "correct_in_turn",
     "count_tokens",
     "default_split",
     "dense_student",

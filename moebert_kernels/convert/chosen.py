@@ -80,7 +80,7 @@ def choose_experts(
     done: dict[int, SiteChoice] = {} if kept is None else kept.read(len(sites))
     missing = [n for n in range(len(sites)) if n not in done]
     bar = tqdm(total=len(sites), initial=len(done), desc="choosing experts", unit=" layers", disable=not progress)
-    at_once = _sites_at_once(sites, max_tokens)
+    at_once = sites_at_once(sites, max_tokens)
     if len(missing) > at_once and iter(batches) is batches:
         raise UserError(
             f"batches: expected a list, or what can be read again: the {len(missing)} feed-forwards take "
@@ -179,7 +179,7 @@ def report_chart(reports: Iterable[SiteReport], width: int = 50) -> str:
     return "\n".join(lines)
 
 
-def _sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
+def sites_at_once(sites: Sequence[Site], max_tokens: int) -> int:
     weight = max((site.weights().w2 for site in sites), key=lambda w2: w2.shape[0])
     return max(1, _MEMORY // (max_tokens * weight.shape[0] * weight.element_size()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from moebert_kernels.activation import is_gated
 from moebert_kernels.convert.chosen_site import SiteChoice
 from moebert_kernels.convert.importance_file import check_scores
+from moebert_kernels.convert.in_turn import correct_in_turn
 from moebert_kernels.convert.sites import DenseWeights, Site, common_width, find_sites
 from moebert_kernels.convert.split import default_split, expert_indices
 from moebert_kernels.errors import UserError
@@ -30,7 +31,8 @@ _WIDTHS = ("intermediate_size", "hidden_dim", "d_ff", "n_inner", "ffn_dim", "enc
 
 def dense_student(
     model: nn.Module, importance: Tensor | None = None, width: int | None = None, seed: int = 0,
-    chosen: Sequence[SiteChoice] | None = None,
+    chosen: Sequence[SiteChoice] | None = None, batches: Iterable[Mapping[str, Any]] | None = None,
+    progress: bool = False,
 ) -> Any:  # fmt: skip
     """Return a dense model of the same class whose feed-forwards keep their `width` most important neurons.
 
@@ -49,7 +51,12 @@ def dense_student(
     sites = find_sites(model)
     D = common_width(sites)
     if chosen is not None:
-        return _corrected_student(model, sites, chosen)
+        student = _corrected_student(model, sites, chosen)
+        if batches is not None:
+            correct_in_turn(student, model, batches, progress=progress)
+        return student
+    if batches is not None:
+        raise UserError("batches: expected none without `chosen`, whose feed-forwards they correct, got some")
     width = default_split(D)[0] if width is None else width
     if not 1 <= width <= D:
         raise UserError(f"width: expected 1 to the dense layer's {D} neurons, got {width}")

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from moebert_kernels.convert.card import carded_class
-from moebert_kernels.convert.chosen import choose_experts
+from moebert_kernels.convert.chosen import MOST_TOKENS, choose_experts
 from moebert_kernels.convert.chosen_site import SiteChoice
 from moebert_kernels.convert.dense import head_name
+from moebert_kernels.convert.in_turn import correct_in_turn, first_tokens
 from moebert_kernels.convert.mpo_plan import check_caps, plan_factors
 from moebert_kernels.convert.sites import DenseWeights, Site, find_sites
 from moebert_kernels.convert.split import check_split, default_split
@@ -36,6 +37,7 @@ def convert_to_moe(
     model: nn.Module, config: MoEConfig | None = None, *, importance: Tensor | None = None, seed: int = 0,
     token_counts: Tensor | None = None, tables: Any = None, num_sites: int = 5, force: bool = False, noise: float = 0.0,
     batches: Iterable[Mapping[str, Any]] | None = None, chosen: Sequence[SiteChoice] | None = None,
+    progress: bool = False,
 ) -> Any:  # fmt: skip
     """Replace every feed-forward of a transformers model by a mixture of experts.
 
@@ -61,9 +63,11 @@ def convert_to_moe(
             by one tensor after the other are refused otherwise, with the arithmetic.
         noise: with experts="copy" or "mpo", the standard deviation of normal noise on each expert's copy, or on its
             auxiliary tensors, relative to the root mean square of the values.
-        batches: with router="hash-chosen" or experts="clustered", the unlabelled text to choose by; see
-            `choose_experts`.
-        chosen: what `choose_experts` gave for this model and configuration, instead of text.
+        batches: with router="hash-chosen" or experts="clustered", the unlabelled text to choose by, see
+            `choose_experts`, and to correct "clustered" experts by, see `correct_in_turn`.
+        chosen: what `choose_experts` gave for this model and configuration; `batches` then correct alone, and without
+            them nothing does.
+        progress: show bars while text chooses and corrects.
 
     Raises:
         UserError: a model without feed-forwards of a known shape, a model that is already converted, hash routing in a
@@ -112,7 +116,11 @@ def convert_to_moe(
     if config.needs_text:
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
         neurons = [part for part in split if part is not None] or None
-        chosen = chosen or choose_experts(model, batches or (), config, indices=neurons, tables=given, seed=seed)
+        if batches is not None and iter(batches) is batches:
+            batches = first_tokens(model, batches, MOST_TOKENS)  # which are read twice
+        chosen = chosen or choose_experts(
+            model, batches or (), config, indices=neurons, tables=given, seed=seed, progress=progress
+        )
         vocabularies = [stack_of(model, site.name).get_input_embeddings().num_embeddings for site in sites]
         split = _checked(chosen, config, weights, vocabularies)
         routers = [{"router.table": made.table} for made in chosen]
@@ -126,12 +134,21 @@ def convert_to_moe(
         for made, choice, dense in zip(state, chosen or (), weights, strict=True):
             made |= choice.state(dense.w2.dtype)
     head = None if config.task_labels is None else head_name(model)
+    corrects = batches is not None and config.experts == "clustered" and config.correction
+    dense_model = _with_same_tensors(model) if corrects else None
     layers = replace_feed_forwards(model, config)
     for layer, made in zip(layers, state, strict=True):
         layer.load_state_dict(made, strict=True)
     if head is not None:
         _put_heads(model, head, config, generator)
+    if dense_model is not None:
+        correct_in_turn(model, dense_model, batches or (), progress=progress)
     return model
+
+
+def _with_same_tensors(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose parameters and buffers are the model's."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _checked(

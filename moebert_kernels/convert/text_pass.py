@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,22 +54,25 @@ class SiteText:
         )
 
 
-class _Recorder:
-    """The hooks of one site, and what they have seen."""
+class Recorder:
+    """The hooks of one feed-forward of a model.
 
-    def __init__(self, model: nn.Module, site: Site, most: int) -> None:
-        self.site, self.most = site, most
-        self.stack, self.block = stack_of(model, site.name), _block_of(model, site.name)
-        self.parts: list[tuple[Tensor, ...]] = []
-        self.gradients: list[Tensor] = []
-        self.count = self.rows = 0
-        self.is_normed: bool | None = None
+    Args:
+        model: of transformers.
+        name: dotted path of the feed-forward, dense or converted.
+        first: the module that gets its input.
+        second: the module that gives its output; None: it is not looked at.
+    """
+
+    def __init__(self, model: nn.Module, name: str, first: nn.Module, second: nn.Module | None) -> None:
+        self.stack, self.block = stack_of(model, name), _block_of(model, name)
+        self.first, self.second = first, second
+        self.count = 0  # tokens kept
         self.ids: Any = None
         self.mask: Any = None
         self.x: Any = None
         self.y: Any = None
         self.output: Any = None
-        self.last: Any = None
 
     def hooks(self) -> list[Any]:
         names = tuple(inspect.signature(self.stack.forward).parameters)
@@ -93,25 +96,44 @@ class _Recorder:
         def after_block(_: Any, args: Any, output: Any) -> None:
             self.keep((output[0] if isinstance(output, tuple) else output).detach())
 
-        return [
+        made = [
             self.stack.register_forward_pre_hook(before_stack, with_kwargs=True),
-            self.site.first_modules[0].register_forward_pre_hook(before_first),
-            self.site.second_module.register_forward_hook(after_second),
+            self.first.register_forward_pre_hook(before_first),
             self.block.register_forward_hook(after_block),
         ]
+        return made if self.second is None else [*made, self.second.register_forward_hook(after_second)]
+
+    def real(self) -> Tensor:
+        """(B, T) bool, the tokens of the forward that are no padding."""
+        if not isinstance(self.mask, Tensor) or self.mask.ndim != 2:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return self.mask[:, -self.ids.shape[1] :] != 0
 
     def keep(self, behind: Tensor) -> None:
-        """Keep the tokens of a forward, `behind` being the residual stream behind the block, up to `most` in all."""
-        ids = self.ids
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        if isinstance(self.mask, Tensor) and self.mask.ndim == 2:
-            mask = self.mask[:, -ids.shape[1] :] != 0
+        """Keep what is wanted of a forward, `behind` being the residual stream behind the block."""
+        raise NotImplementedError
+
+
+class _SiteRecorder(Recorder):
+    """Of a dense site, and what it has seen of some text, up to `most` tokens."""
+
+    def __init__(self, model: nn.Module, site: Site, most: int) -> None:
+        super().__init__(model, site.name, site.first_modules[0], site.second_module)
+        self.most = most
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.gradients: list[Tensor] = []
+        self.rows = 0
+        self.is_normed: bool | None = None
+        self.last: Any = None
+
+    def keep(self, behind: Tensor) -> None:
+        ids, mask = self.ids, self.real()
         rows = self.rows + torch.arange(len(ids), device=ids.device).unsqueeze(1).expand_as(ids)
         self.rows += len(ids)
         flat = mask.flatten().to(self.x.device)
         x, y, behind = (t.reshape(-1, t.shape[-1])[flat] for t in (self.x, self.y, behind))
         if self.is_normed is None and len(x):
-            self.is_normed = _is_normed_sum(x + y, behind)
+            self.is_normed = is_normed_sum(x + y, behind)
         kept = slice(0, max(0, self.most - self.count))
         self.last = flat.nonzero().flatten()[kept]
         stream = behind.float().square().mean(1)
@@ -134,6 +156,18 @@ class _Recorder:
         return SiteText(ids, x, held_out, stream.to(x.device), bool(self.is_normed), gradient)
 
 
+@contextmanager
+def recording(model: nn.Module, recorders: Iterable[Recorder]) -> Iterator[None]:
+    """With the recorders' hooks, in eval mode, without gradients and autocast; all is put back."""
+    device = next(model.parameters()).device
+    with ExitStack() as stack, torch.no_grad(), torch.autocast(device.type, enabled=False):
+        stack.enter_context(frozen_eval(model))
+        for recorder in recorders:
+            for hook in recorder.hooks():
+                stack.callback(hook.remove)
+        yield
+
+
 def read_text(
     model: nn.Module, sites: list[Site], batches: Iterable[Mapping[str, Any]], most: int, progress: bool = False,
     with_gradient: bool = False,
@@ -146,16 +180,11 @@ def read_text(
     Raises:
         UserError: nothing to read, no token ids, or no loss.
     """
-    recorders = [_Recorder(model, site, most) for site in sites]
-    device = sites[0].weights().w1.device
+    recorders = [_SiteRecorder(model, site, most) for site in sites]
     accepted = set(inspect.signature(model.forward).parameters) - set(() if with_gradient else unread_labels(model))
     bar = tqdm(total=most, desc="reading text", unit=" tokens", disable=not progress, leave=False)
-    with ExitStack() as stack, torch.no_grad(), torch.autocast(device.type, enabled=False), bar:
-        stack.enter_context(frozen_eval(model))
-        for recorder in recorders:
-            for hook in recorder.hooks():
-                stack.callback(hook.remove)
-        for tensors in tensors_of(batches, device):
+    with recording(model, recorders), bar:
+        for tensors in tensors_of(batches, sites[0].weights().w1.device):
             given = {name: value for name, value in tensors.items() if name in accepted}
             with reading(model, given), torch.set_grad_enabled(with_gradient):
                 output = model(**given)
@@ -173,7 +202,7 @@ def read_text(
     return [recorder.text() for recorder in recorders]
 
 
-def _keep_gradients(recorders: list[_Recorder], output: Any, batch: Mapping[str, Tensor]) -> None:
+def _keep_gradients(recorders: list[_SiteRecorder], output: Any, batch: Mapping[str, Tensor]) -> None:
     loss = getattr(output, "loss", None)
     if loss is None:
         got = f"a model that takes {', '.join(batch)} of them and gives none"
@@ -222,7 +251,7 @@ def _block_of(model: nn.Module, name: str) -> Any:
     raise UserError(f"model: expected {name} in one of a list of layers, found no list around it")
 
 
-def _is_normed_sum(total: Tensor, behind: Tensor) -> bool:
+def is_normed_sum(total: Tensor, behind: Tensor) -> bool:
     """Whether `behind` (n, H) is an affine function, column by column, of the LayerNorm of `total`."""
     if len(total) < 3:
         return False

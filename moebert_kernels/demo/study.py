@@ -118,9 +118,11 @@ class Study:
         config = MoEConfig.chosen(num_experts=self.recipe.num_experts, expert_size=size)
         chosen = self._chosen(teacher, config)
         if kind == "moe":
-            student = convert_to_moe(copy.deepcopy(teacher), config, chosen=chosen, seed=self.seed)
+            student = convert_to_moe(
+                copy.deepcopy(teacher), config, chosen=chosen, batches=self._texts(), seed=self.seed, progress=True
+            )
         else:
-            student = dense_student(teacher, chosen=chosen)
+            student = dense_student(teacher, chosen=chosen, batches=self._texts(), progress=True)
         before = self._before(name, student)
         weight = self.recipe.distill_weight
         result = self._trained(
@@ -168,9 +170,13 @@ class Study:
         return self._test(load_model(self.folder / name / "final", REVIEWS))["accuracy"]
 
     def _chosen(self, teacher: Any, config: MoEConfig) -> list[SiteChoice]:
-        """By the training sentences, in the same order for every seed; both students are of this one choice."""
-        batches = [self._train.collate(range(n, min(n + 32, len(self._train)))) for n in range(0, len(self._train), 32)]
-        return choose_experts(teacher, batches, config, seed=self.seed, folder=self.folder / "choice", progress=True)
+        """By the training sentences; both students are of this one choice."""
+        folder = self.folder / "choice"
+        return choose_experts(teacher, self._texts(), config, seed=self.seed, folder=folder, progress=True)
+
+    def _texts(self) -> list[Any]:
+        """Batches of the training sentences, in the same order for every seed."""
+        return [self._train.collate(range(n, min(n + 32, len(self._train)))) for n in range(0, len(self._train), 32)]
 
     @cached_property
     def tokenizer(self) -> Any:

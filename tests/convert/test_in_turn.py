@@ -1,0 +1,189 @@
+"""The correction of a converted model, layer after layer: least squares, any family, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+
+from moebert_kernels.convert import choose_experts, convert_to_moe, correct_in_turn, dense_student
+from moebert_kernels.convert.in_turn import RIDGE, _kind, _least_squares
+from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.errors import UserError
+from moebert_kernels.layers import MoEConfig, moe_layers
+from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make
+from tests.convert.test_chosen import CONFIG, text
+from tests.convert.test_text_pass import NORMED
+
+ALONE = ("gemma2", "gemma3_text")  # a norm stands between the feed-forward and the sum
+
+
+def lively(family):
+    """A model whose layers change their inputs much."""
+    model = make(family)
+    with torch.no_grad():
+        for site in find_sites(model):
+            for tensor in site.weights():
+                if tensor is not None:
+                    tensor.mul_(8)
+    return model
+
+
+def students(family, batches):
+    """The dense model, and the converted and the narrower one without a correction in turn."""
+    model = lively(family)
+    chosen = choose_experts(model, batches, CONFIG)
+    return model, convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen), dense_student(model, chosen=chosen)
+
+
+def states(model, batches):
+    with torch.no_grad():
+        return [model(**batch)[0] for batch in batches]
+
+
+def distance(model, other, batches):
+    pairs = zip(states(model, batches), states(other, batches), strict=True)
+    return sum(float((a - b)[batch["attention_mask"] != 0].square().sum()) for (a, b), batch in
+               zip(pairs, batches, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f in ONE_OF_EACH_SHAPE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in IMAGES],
+)
+def test_both_students_of_every_family_come_nearer_to_their_teacher(family):
+    batches, other = text(family, 40), text(family, 10, seed=1)
+    model, *made = students(family, batches)
+    state = copy.deepcopy(model.state_dict())
+    for student in made:
+        changes = second_weights(student)
+        rest = {name: t.clone() for name, t in student.state_dict().items() if not name.endswith(changes)}
+        far = distance(model, student, other)
+        done = correct_in_turn(student, model, batches)
+        assert [part.name for part in done] == [site.name for site in find_sites(model)]
+        assert all(part.after <= part.before for part in done) and any(part.after < part.before for part in done)
+        assert distance(model, student, other) < far
+        assert all(torch.equal(rest[name], student.state_dict()[name]) for name in rest)
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+
+
+def second_weights(student):
+    """How the names of the tensors end that may change."""
+    if moe_layers(student):
+        return ("experts.w2", "experts.b2")
+    seconds = {site.second.rpartition(".")[2] for site in find_sites(student)}
+    return tuple(f"{end}.{kind}" for end in seconds for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in IMAGES])
+def test_where_a_feed_forward_goes(family):
+    model = make(family)
+    wanted = "normed" if family in {*NORMED, *BERTS} else "alone" if family in ALONE else "added"
+    assert {_kind(model, site, text(family, 1)[0]) for site in find_sites(model)} == {wanted}
+
+
+BERTS = ("roberta", "xlm-roberta", "camembert", "electra", "deberta", "ernie", "layoutlm", "big_bird")
+
+
+def test_the_change_is_the_ridge_regression():
+    torch.manual_seed(0)
+    h, ahead, weight = torch.randn(50, 6).double(), torch.randn(50, 4).double(), torch.rand(50).double()
+    change, shift = _least_squares(h, ahead, weight, centred=True)
+    share = weight / weight.sum()
+    ridge = RIDGE * float((share @ (h - share @ h).square()).mean())
+    rows = torch.cat([share.sqrt()[:, None] * torch.cat([h, torch.ones(50, 1).double()], 1),
+                      ridge**0.5 * torch.eye(7).double()[:6]])  # fmt: skip
+    solved = torch.linalg.lstsq(rows, torch.cat([share.sqrt()[:, None] * ahead, torch.zeros(6, 4).double()])).solution
+    torch.testing.assert_close(change, solved[:6].T)
+    torch.testing.assert_close(shift, solved[6])
+
+
+def test_tokens_that_no_expert_has_change_nothing():
+    change, shift = _least_squares(torch.zeros(0, 6), torch.zeros(0, 4), torch.zeros(0), centred=True)
+    assert not change.any() and not shift.any()
+
+
+def test_the_first_layer_alone_cannot_gain_what_it_has():
+    """A second correction finds the least squares of the first layer done, up to the ridge."""
+    batches = text(count=40)
+    model, student, _ = students("bert", batches)
+    first = correct_in_turn(student, model, batches)[0]
+    again = correct_in_turn(student, model, batches)[0]
+    assert again.before == pytest.approx(first.after, rel=1e-4)
+    assert again.before - again.after < 0.3 * (first.before - first.after) + 1e-9
+
+
+def test_a_correction_that_does_not_help_is_left_out():
+    """Of text whose judging sequences are of another kind."""
+    batches = text(count=3)
+    for batch in batches[1::2]:
+        batch["input_ids"][3] += 40
+    model, student, _ = students("bert", text(count=40))
+    before = copy.deepcopy(student.state_dict())
+    for part, layer in zip(correct_in_turn(student, model, batches), moe_layers(student), strict=True):
+        name = part.name + ".experts.w2"
+        assert (part.after == part.before) == torch.equal(before[name], layer.experts.w2)
+
+
+def test_conversion_corrects_by_the_text_that_chose():
+    model, batches = lively("bert"), text(count=40)
+    chosen = choose_experts(model, batches, CONFIG)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
+    alone = convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen)
+    both = convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen, batches=batches)
+    correct_in_turn(alone, model, batches)
+    for layer, other, third in zip(moe_layers(student), moe_layers(alone), moe_layers(both), strict=True):
+        assert torch.equal(layer.experts.w2, other.experts.w2) and torch.equal(layer.experts.b2, third.experts.b2)
+    dense, plain = dense_student(model, chosen=chosen, batches=batches), dense_student(model, chosen=chosen)
+    correct_in_turn(plain, model, batches)
+    assert all(torch.equal(t, plain.state_dict()[name]) for name, t in dense.state_dict().items())
+
+
+def test_without_the_correction_it_corrects_nothing():
+    model, batches = lively("bert"), text(count=40)
+    config = MoEConfig.chosen(num_experts=3, expert_size=16, correction=False)
+    for layer, site in zip(moe_layers(convert_to_moe(copy.deepcopy(model), config, batches=batches)), find_sites(model),
+                           strict=True):  # fmt: skip
+        w2 = site.weights().w2
+        assert all(any(torch.equal(column, other) for other in w2.T) for column in layer.experts.w2[0].T)
+
+
+def test_moeberts_own_experts_can_be_corrected():
+    model, batches, other = lively("bert"), text(count=40), text(count=10, seed=1)
+    config = MoEConfig.moebert(num_experts=3, expert_size=16, num_shared_neurons=4)
+    student = convert_to_moe(copy.deepcopy(model), config, importance=torch.rand(2, 48))
+    far = distance(model, student, other)
+    correct_in_turn(student, model, batches)
+    assert distance(model, student, other) < far
+
+
+def test_layers_that_are_not_converted_stay():
+    model, batches = lively("bert"), text(count=40)
+    config = MoEConfig.chosen(num_experts=3, expert_size=16, target_modules=["layer.1.output"])
+    student = convert_to_moe(copy.deepcopy(model), config, batches=batches)
+    done = correct_in_turn(student, model, batches)
+    assert [part.name for part in done] == ["encoder.layer.1.output"]
+    assert torch.equal(student.encoder.layer[0].output.dense.weight, model.encoder.layer[0].output.dense.weight)
+
+
+def test_in_bfloat16():
+    model, batches = lively("bert").bfloat16(), text(count=40)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
+    assert all(layer.experts.w2.dtype == torch.bfloat16 for layer in moe_layers(student))
+
+
+def test_refuses_by_name():
+    batches = text(count=4)
+    model, student, _ = students("bert", text(count=40))
+    with pytest.raises(UserError, match="student: expected a converted copy of the teacher, got the teacher"):
+        correct_in_turn(model, model, batches)
+    with pytest.raises(UserError, match="batches: expected text to correct by, got none"):
+        correct_in_turn(student, model, [])
+    with pytest.raises(UserError, match="with its 2 feed-forwards, got a BertModel with 3"):
+        correct_in_turn(make("bert", num_hidden_layers=3), model, batches)
+    with pytest.raises(UserError, match="got another size or device"):
+        correct_in_turn(make("bert", hidden_size=16), model, batches)
+    gates = convert_to_moe(copy.deepcopy(model), MoEConfig.switch())
+    with pytest.raises(UserError, match="with weights of their own, routed by a hash table, at"):
+        correct_in_turn(gates, model, batches)
+    with pytest.raises(UserError, match="batches: expected none without `chosen`"):
+        dense_student(model, torch.rand(2, 48), 16, batches=batches)
