@@ -114,6 +114,7 @@ class Cell:
     def __init__(self, place: Place, task: str, seed: int) -> None:
         self.place, self.name, self.seed, self.settings = place, task, seed, place.settings
         self.folder = place.work / place.name / f"{task}-{seed}"
+        self._made: tuple[Arm | None, Any] = None, None
 
     # data
 
@@ -265,9 +266,15 @@ class Cell:
                 arm, rate, lambda name: self._distilled(name, ARMS[arm], rate) if rate else self._untrained(ARMS[arm])
             )
 
+    def _student(self, arm: Arm) -> Any:
+        """As it begins; what was made last is kept for another rate."""
+        if self._made[0] is not arm:
+            self._made = arm, arm.make(self)
+        return copy.deepcopy(self._made[1])
+
     def _untrained(self, arm: Arm) -> Result:
         start = time.monotonic()
-        student = arm.make(self)
+        student = self._student(arm)
         facts = {"steps": 0, "seconds": round(time.monotonic() - start, 1)}
         return facts | self._of_teacher() | self.judged(student, arm.packs)
 
@@ -276,7 +283,7 @@ class Cell:
         return {"teacher": best["scores"]["float32"], "teacher_held_out": best["held_out"]}
 
     def _distilled(self, name: str, arm: Arm, rate: float) -> Result:
-        student = arm.make(self)
+        student = self._student(arm)
         if not arm.dropout:
             without_dropout(student)
         before = self.score(student, "validation")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moebert_kernels.convert import choose_experts, convert_to_moe, correct_in_turn, dense_student
-from moebert_kernels.convert.in_turn import RIDGE, _kind, _least_squares
+from moebert_kernels.convert.in_turn import RIDGE, _Done, _kind, _least_squares
 from moebert_kernels.convert.sites import find_sites
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEConfig, moe_layers
@@ -72,6 +72,42 @@ def second_weights(student):
         return ("experts.w2", "experts.b2")
     seconds = {site.second.rpartition(".")[2] for site in find_sites(student)}
     return tuple(f"{end}.{kind}" for end in seconds for kind in ("weight", "bias"))
+
+
+@pytest.mark.parametrize("family", [*ONE_OF_EACH_SHAPE[:-1], "deberta-v2", "bart", "gemma2", "gpt_neox"])
+def test_forwards_that_begin_behind_known_blocks_are_whole_ones(family, monkeypatch):
+    layers = {"gpt2": "n_layer", "t5-v1_1": "num_layers", "bart": "encoder_layers"}.get(family, "num_hidden_layers")
+    convolves = {"conv_kernel_size": 3} if family == "deberta-v2" else {}  # behind its first block
+    model, batches = make(family, **{layers: 4}, **convolves), text(family, 12)
+    chosen, made, found = choose_experts(model, batches, CONFIG), [], []
+    for is_the_same in (_Done._is_the_same, lambda *_: False):
+        monkeypatch.setattr(_Done, "_is_the_same", lambda *a, ask=is_the_same: found.append(ask(*a)) or found[-1])
+        made.append(convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen))
+        correct_in_turn(made[-1], model, batches)
+    assert sum(found) >= 2
+    for layer, other in zip(*map(moe_layers, made), strict=True):
+        torch.testing.assert_close(layer.experts.w2, other.experts.w2)
+    assert not any("forward" in vars(module) for module in made[0].modules())
+
+
+def test_it_is_noticed_where_blocks_give_something_else(monkeypatch):
+    """As those of a model that hands more from block to block than their outputs."""
+    model, batches = make("bert", num_hidden_layers=4), text(count=12)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
+    whole, found, asked = copy.deepcopy(student), [], _Done._is_the_same
+    monkeypatch.setattr(_Done, "_is_the_same", lambda *_: False)
+    correct_in_turn(whole, model, batches)
+
+    def ask(self, got):
+        self.outputs = [output + 1 for output in self.outputs]
+        found.append(asked(self, got))
+        return found[-1]
+
+    monkeypatch.setattr(_Done, "_is_the_same", ask)
+    correct_in_turn(student, model, batches)
+    assert found == [False, False]
+    for layer, other in zip(moe_layers(student), moe_layers(whole), strict=True):
+        assert torch.equal(layer.experts.w2, other.experts.w2)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in IMAGES])
