@@ -36,14 +36,16 @@ from moebert_kernels.errors import UserError
 
 HERE = Path(__file__).resolve().parent / "base_encoder"
 FOUR = ("rte", "mrpc", "cola", "stsb")
-# the tasks and seeds of the table; the last three are what two shared cores can do, with --rows 2500 --epochs 3
-# --dtype bf16, "2500" with --choosing 12000, "32k" with more text to choose experts by; other names try a setting
+# the tasks and seeds of the table; the last four are what two shared cores can do, with --rows 2500 --epochs 3
+# --dtype bf16, "2500" with --choosing 12000, "32k" with more text to choose experts by; these and "minilm" with
+# --no-in-turn, "turn" with layers corrected in turn; other names try a setting
 WANTED = {
     "minilm": (tuple(FILES), (1, 2, 3)),
     "mpnet": (FOUR, (1, 2)),
     "minilm-2500": ((*FOUR, "trec"), (1, 2, 3)),
     "mpnet-2500": ((*FOUR, "trec"), (1, 2)),
     "mpnet-32k": ((*FOUR, "trec"), (1, 2, 3)),
+    "mpnet-turn": ((*FOUR, "trec"), (1, 2, 3)),
 }
 HELP = {
     "length": "tokens of a text at most",

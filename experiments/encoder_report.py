@@ -24,8 +24,9 @@ INTRODUCTION = (
     "# Accuracy over latency\n\n"
     "A section is a set of runs. Its name begins with the model; then come the training rows (2500) or the tokens that"
     " chose experts (32k, 48k; without either the settings of the script), and what differs: w5 and w20 the weight of"
-    " the distillation terms, u and u1 texts without labels, c1 a corrupted copy of each row, e6 six epochs, fp32 the"
-    ' precision. "Kept" is the mean of student / teacher over the tasks that teacher, chosen experts, dense model and'
+    " the distillation terms, turn layers that are corrected in turn, u and u1 texts without labels, c1 a corrupted"
+    ' copy of each row, e6 six epochs, fp32 the precision. "Kept" is the mean of student / teacher over the tasks that'
+    " teacher, chosen experts, dense model and"
     " half depth all have; so are the means. The dense model of an eighth is compared with chosen experts of an eighth,"
     " all else with those of a quarter. Most scores in int8, calibrated or with token scales are of torch's libraries;"
     " speeds are of the package's kernels, in which the three are the same numbers and closer to float32's"
@@ -315,7 +316,8 @@ def report(output: Path, wanted: Mapping[str, tuple[Sequence[str], Sequence[int]
             " held out;"
             f" {settings['teacher_epochs']} epochs for the teacher,"
             f" {settings['epochs']} for students, in {settings['autocast']}. {settings['choosing']:,} tokens choose"
-            f" experts; the layer-wise term and that of the predictions have the weight {settings['weight']:g};"
+            f" experts{', and correct layers in turn' if settings['in_turn'] else ''}; the layer-wise term and that of"
+            f" the predictions have the weight {settings['weight']:g};"
             f" at most {settings['unlabelled']:,} rows without labels and {settings['corrupted']} corrupted copies of"
             " each row train students too. Agreement is the task's metric with the teacher's answers for labels."
         )

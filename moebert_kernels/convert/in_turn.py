@@ -13,8 +13,8 @@ linear in h. K-prune (2308.03449) and others tune pruned encoders so, sublayer b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,16 @@ from moebert_kernels.convert.batches import reading, tensors_of
 from moebert_kernels.convert.chosen import MOST_TOKENS, sites_at_once
 from moebert_kernels.convert.sample_loss import unread_labels
 from moebert_kernels.convert.sites import DenseWeights, Site, find_sites
-from moebert_kernels.convert.text_pass import HELD_OUT_EVERY, Recorder, is_normed_sum, recording
+from moebert_kernels.convert.streams import KnownBlocks, Stream, kind_of, run
+from moebert_kernels.convert.text_pass import HELD_OUT_EVERY, recording
 from moebert_kernels.errors import UserError
 from moebert_kernels.layers import MoEFeedForward, moe_layers
 from moebert_kernels.nn import DenseExperts, HashRouter
 
 RIDGE = 0.1  # d, of the mean of cov(h)'s diagonal
+_FEWEST = 3  # tokens of a text that shows where an output goes
+_ROUNDING = 1e-12  # of float32's sums, in an error
 _CHUNK = 2048  # tokens whose activations are computed at once
-_TRIAL = 0.1  # of an output's size, added to it to see where it goes
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class Correction:
     Attributes:
         name: of the feed-forward.
         before, after: mean square of the difference between the two models' residual streams behind it, relative to the
-            dense model's variance (with a LayerNorm there) or mean square. Where `after` would not be less, or
-            `before` is rounding, the feed-forward is left as it was, and both are the same.
+            dense model's variance (with a LayerNorm there) or mean square; where the output is not simply added to the
+            stream, as in Gemma 2, of the difference between the two outputs, relative to the dense one's. Where `after`
+            would not be less, or `before` is rounding, the feed-forward is left as it was, and both are the same.
     """
 
     name: str
@@ -60,9 +63,11 @@ def correct_in_turn(
 ) -> list[Correction]:  # fmt: skip
     """Correct w2 and b2 of a student's feed-forwards, one after another, by unlabelled text.
 
-    One sequence in eight only judges. Time: a forward of the teacher over the text, and about two of the student.
-    Memory: `max_tokens` x H numbers for each feed-forward of the teacher, 2 GiB at most, and four times as many for the
-    student.
+    One sequence in eight only judges; with fewer than eight nothing is corrected, with a warning. Time: a forward of
+    the teacher over the text, and about two of the student; more where few batches hold all text, and for decoders
+    behind an encoder. Memory: `max_tokens` x H numbers for each feed-forward of a pass of the teacher (2 GiB in all, or
+    one feed-forward), the output of a block for all text with its padding, and at the feed-forward at work about
+    3 (H + I) float32 for each token.
 
     Args:
         student: made of `teacher` by `convert_to_moe` with parts of its neurons and hash tables, or by `dense_student`;
@@ -80,19 +85,25 @@ def correct_in_turn(
     """
     pairs = _pairs(student, teacher)
     texts = first_tokens(teacher, batches, max_tokens)
+    longest = max(texts, key=_count)
+    if (sequences := sum(len(text["input_ids"]) for text in texts)) < HELD_OUT_EVERY:
+        warnings.warn(
+            f"batches: {sequences} sequences are too few to correct layers in turn, as none could judge; nothing is"
+            f" corrected, {HELD_OUT_EVERY} or more do",
+            stacklevel=2,
+        )
     at_once = sites_at_once([site for site, _ in pairs], max_tokens)
-    found, done = [], _Done(student, texts)
+    found, done = [], KnownBlocks(student, texts)
     with tqdm(total=len(pairs), desc="correcting layers in turn", unit=" layers", disable=not progress) as bar:
         for start in range(0, len(pairs), at_once):
             some = pairs[start : start + at_once]
-            wanted = [_Stream(teacher, site, site.first_modules[0], _kind(teacher, site, texts[0])) for site, _ in some]
-            _run(teacher, wanted, texts)
+            wanted = [Stream(teacher, site, site.first_modules[0], kind_of(teacher, site, longest)) for site, _ in some]
+            run(teacher, wanted, texts)
             for (site, part), want in zip(some, wanted, strict=True):
-                got = _Stream(student, site, part.first, want.kind, is_student=True)
+                got = Stream(student, site, part.first, want.kind, is_student=True, ends=len(want.parts) == len(texts))
                 done.run(site, got)
                 with torch.no_grad():
                     found.append(_corrected(site, part, want, got, max_tokens))
-                want.parts.clear()
                 bar.update()
     return found
 
@@ -111,6 +122,11 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[Site, _Part]]:
     sites = {site.name: site for site in find_sites(teacher)}
     if student is teacher:
         raise UserError("student: expected a converted copy of the teacher, got the teacher")
+    if any(hasattr(module, "moe_layer") for module in student.modules()):
+        raise UserError(
+            "student: expected tokens in their own order, got set_expert_order; turn it off before,"
+            " set_expert_order(student, False)"
+        )
     parts: dict[str, _Part] = {}
     if moe_layers(student):
         for name, layer in student.named_modules():
@@ -146,204 +162,67 @@ def _experts(name: str, layer: MoEFeedForward) -> tuple[Tensor, list[DenseWeight
 
 
 def first_tokens(model: nn.Module, batches: Iterable[Mapping[str, Any]], most: int) -> list[dict[str, Tensor]]:
-    """The batches with the first `most` tokens, as the model takes them, on its device."""
+    """The batches with the first `most` tokens, as the model takes them, on its device.
+
+    Raises:
+        UserError: none, fewer than three tokens in each, or batches that the model cannot read.
+    """
     accepted = set(inspect.signature(model.forward).parameters) - set(unread_labels(model))
     found, count = [], 0
     for tensors in tensors_of(batches, next(model.parameters()).device):
         found.append({name: value for name, value in tensors.items() if name in accepted})
-        ids, mask = found[-1].get("input_ids"), found[-1].get("attention_mask")
-        count += 0 if ids is None else ids.numel() if mask is None or mask.ndim != 2 else int((mask != 0).sum())
+        if "input_ids" not in found[-1]:
+            raise UserError(f"batches: expected token ids (input_ids) as a tensor in each, got {', '.join(tensors)}")
+        with reading(model, found[-1]):
+            count += _count(found[-1])
         if count >= most:
             break
-    if not found:
-        raise UserError("batches: expected text to correct by, got none; an iterator that was read before is empty")
+    if max(map(_count, found), default=0) < _FEWEST:
+        raise UserError(
+            f"batches: expected text to correct by, got none of at least {_FEWEST} tokens; an iterator that was read"
+            " before is empty"
+        )
+    widest = max(found, key=lambda text: text["input_ids"].shape[-1])
+    with recording(model, ()), reading(model, widest):  # which says of lengths whether the model has positions
+        model(**widest)
     return found
 
 
-class _Enough(Exception):
-    """Ends a forward of the student, of which no more is asked."""
+def _count(text: Mapping[str, Tensor]) -> int:
+    """Tokens that are no padding."""
+    ids, mask = text["input_ids"], text.get("attention_mask")
+    return ids.numel() if mask is None or mask.ndim != 2 else int((mask != 0).sum())
 
 
-class _Stream(Recorder):
-    """At one feed-forward the tokens' ids, its input, and what the residual stream is behind it.
-
-    Args:
-        kind: of the feed-forward's output, see `_kind`.
-        is_student: its forward ends here, and its own output is not looked at.
-    """
-
-    def __init__(self, model: nn.Module, site: Site, first: nn.Module, kind: str, is_student: bool = False) -> None:
-        super().__init__(model, site.name, first, None if is_student else site.second_module)
-        self.kind, self.is_student = kind, is_student
-        self.rows = 0
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def keep(self, behind: Tensor) -> None:
-        real = self.real()
-        rows = self.rows + torch.arange(len(real), device=real.device).unsqueeze(1).expand_as(real)
-        self.rows += len(real)
-        flat = real.flatten().to(self.x.device)
-        x, behind = (t.reshape(-1, t.shape[-1])[flat] for t in (self.x, behind))
-        if self.is_student:
-            kept = x if self.kind == "normed" else behind
-            self.parts.append((self.ids[real], rows[real], x, kept))
-            raise _Enough
-        y = self.y.reshape(-1, self.y.shape[-1])[flat]
-        total = {"normed": x + y, "added": behind, "alone": y}[self.kind]
-        self.parts.append((self.ids[real], rows[real], behind.float().square().mean(1), total))
-
-    def all(self, most: int) -> list[Tensor]:
-        """The parts of `most` tokens, as they are kept."""
-        return [torch.cat(parts)[:most] for parts in zip(*self.parts, strict=True)]
-
-
-def _run(model: nn.Module, streams: Sequence[Recorder], texts: Iterable[Mapping[str, Tensor]]) -> None:
-    with recording(model, streams):
-        for given in texts:
-            with suppress(_Enough), reading(model, given):
-                model(**given)
-
-
-class _Done:
-    """Forwards of a student up to one feed-forward after another, in which blocks that are done compute nothing again.
-
-    A block's output is kept for each text, and every block up to it gives that. So a forward computes the block that
-    was corrected last and the one that is next. Where that is not the same, as in a model that hands more from block to
-    block than their outputs, whole forwards run.
-    """
-
-    def __init__(self, student: nn.Module, texts: Sequence[Mapping[str, Tensor]]) -> None:
-        self.student, self.texts = student, texts
-        self.blocks: nn.ModuleList | None = None
-        self.known = -1  # the block whose outputs are kept
-        self.outputs: list[Any] = []
-
-    def run(self, site: Site, got: _Stream) -> None:
-        """Show all texts to `got`, which ends each forward."""
-        blocks, number = _place(self.student, site.name)
-        if blocks is not self.blocks:  # a decoder's, behind those of its encoder
-            self.blocks, self.known, self.outputs = blocks, -1, []
-        if self.known >= 0 and not self._is_the_same(got):
-            self.known, self.outputs = -1, []
-        found: list[Any] = []
-        with ExitStack() as stack:
-            if number:
-                hook = blocks[number - 1].register_forward_hook(lambda _, args, output: found.append(output))
-                stack.callback(hook.remove)
-            self._run(got, self.texts)
-        if number:
-            self.known, self.outputs = number - 1, found
-
-    def _run(self, got: _Stream, texts: Sequence[Mapping[str, Tensor]]) -> None:
-        """With the blocks that are known in the way of the forwards."""
-        assert self.blocks is not None
-        coming, current = iter(self.outputs), [None]
-        known = list(self.blocks)[: self.known + 1]
-
-        def first(*_: Any, **__: Any) -> Any:
-            current[0] = next(coming)
-            return given()
-
-        def given(*_: Any, **__: Any) -> Any:
-            output: Any = current[0]  # a copy, should the next block write into it
-            return (output[0].clone(), *output[1:]) if isinstance(output, tuple) else output.clone()
-
-        for block in known:
-            block.forward = first if block is known[0] else given
-        try:
-            _run(self.student, [got], texts)
-        finally:
-            for block in known:
-                del block.forward
-
-    def _is_the_same(self, got: _Stream) -> bool:
-        """Whether the first text gives what a whole forward gives."""
-        seen = []
-        for known in (self.known, -1):
-            self.known, before = known, self.known
-            self._run(got, self.texts[:1])
-            self.known = before
-            seen.append(got.parts.pop())
-            got.rows = 0
-        return all(
-            torch.allclose(a.float(), b.float(), atol=1e-3 * float(b.float().abs().max()))
-            for a, b in zip(*seen, strict=True)
-        )
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.ModuleList, int]:
-    """The list of the model's layers that a feed-forward is in, the outermost one, and its place there."""
-    parts = name.split(".")
-    for end in range(1, len(parts)):
-        module = model.get_submodule(".".join(parts[:end]))
-        if isinstance(module, nn.ModuleList):
-            return module, int(parts[end])
-    raise UserError(f"model: expected {name} in one of a list of layers, found no list around it")
-
-
-def _kind(model: nn.Module, site: Site, text: Mapping[str, Tensor]) -> str:
-    """Where the output y of a dense feed-forward with the input x goes.
-
-    "normed": the stream behind it is a LayerNorm of x + y; "added": y is added to the stream; "alone": anything else,
-    and only y itself can be compared.
-    """
-    plain = _Trial(model, site)
-    _run(model, [plain], [text])
-    if is_normed_sum(plain.seen_x + plain.seen_y, plain.behind):
-        return "normed"
-    moved = _Trial(model, site)
-    noise = torch.randn(plain.y.shape, generator=torch.Generator().manual_seed(0)).to(plain.y)
-    noise *= _TRIAL * plain.y.float().std()
-    hook = site.second_module.register_forward_hook(lambda _, args, y: y + noise)
-    try:
-        _run(model, [moved], [text])
-    finally:
-        hook.remove()
-    change = (moved.behind - plain.behind).float()
-    wanted = noise.reshape(-1, noise.shape[-1])[plain.flat].float()
-    return "added" if (change - wanted).square().mean() < 1e-2 * wanted.square().mean() else "alone"
-
-
-class _Trial(Recorder):
-    """What is at a dense feed-forward in one forward, without padding."""
-
-    def __init__(self, model: nn.Module, site: Site) -> None:
-        super().__init__(model, site.name, site.first_modules[0], site.second_module)
-
-    def keep(self, behind: Tensor) -> None:
-        self.flat = self.real().flatten().to(self.x.device)
-        self.seen_x, self.seen_y, self.behind = (
-            t.reshape(-1, t.shape[-1])[self.flat] for t in (self.x, self.y, behind)
-        )
-        raise _Enough
-
-
-def _corrected(site: Site, part: _Part, want: _Stream, got: _Stream, most: int) -> Correction:
-    ids, rows, stream, total = want.all(most)
-    _, _, x, base = got.all(most)
+def _corrected(site: Site, part: _Part, want: Stream, got: Stream, most: int) -> Correction:
+    ids, rows, stream, total = want.taken(most)
+    _, _, x, base = got.taken(most)
+    if len(x) != len(ids):
+        raise UserError(f"student: expected the teacher's {len(ids)} tokens at {site.name}, got {len(x)}")
     total, x, base = total.float(), x.float(), base.float()
-    size = total.var(1, unbiased=False) if want.kind == "normed" else stream
-    weight = 1.0 / size.clamp(min=1e-12)
+    own_size = {"normed": lambda: total.var(1, unbiased=False), "added": lambda: stream,
+                "alone": lambda: total.square().mean().expand(len(total))}  # fmt: skip
+    weight = 1.0 / own_size[want.kind]().clamp(min=1e-12)
     judges = (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).to(x.device)
     expert = torch.zeros(len(ids), dtype=torch.long) if part.table is None else part.table[ids].long()
-    expert = expert.to(x.device)
+    expert, can_judge = expert.to(x.device), bool(judges.any())
     before = after = torch.zeros((), device=x.device)
     changes = []
     for e, weights in enumerate(part.experts):
         own = expert == e
         h, y = _activations(weights, site.activation, x[own])
         ahead = total[own] - (y if want.kind == "alone" else base[own] + y if want.kind == "normed" else base[own])
-        judging = judges[own] if bool(judges.any()) else torch.ones_like(judges[own])
+        judging = judges[own] if can_judge else torch.ones_like(judges[own])
         fits = ~judges[own]
         change, shift = _least_squares(h[fits], ahead[fits], weight[own][fits], weights.b2 is not None)
         left = ahead[judging] - F.linear(h[judging], change, shift)
         before = before + (ahead[judging].square().mean(1) * weight[own][judging]).sum()
         after = after + (left.square().mean(1) * weight[own][judging]).sum()
         changes.append((weights, change, shift))
-    count = max(int(judges.sum()) or len(judges), 1)
+    count = int(judges.sum()) if can_judge else len(judges)
     error = float(before) / count
-    rounding = (8 * torch.finfo(part.experts[0].w2.dtype).eps) ** 2
-    if not after < before or error < rounding:
+    rounding = max((0.5 * torch.finfo(part.experts[0].w2.dtype).eps) ** 2, _ROUNDING)
+    if not can_judge or not after < before or error < rounding:
         return Correction(site.name, error, error)
     for weights, change, shift in changes:
         weights.w2.add_(change.to(weights.w2.dtype))

@@ -116,8 +116,8 @@ def convert_to_moe(
     if config.needs_text:
         given = torch.stack([made["router.table"] for made in routers]) if routers else None
         neurons = [part for part in split if part is not None] or None
-        if batches is not None and iter(batches) is batches:
-            batches = first_tokens(model, batches, MOST_TOKENS)  # which are read twice
+        if batches is not None and (chosen is not None or iter(batches) is batches):
+            batches = first_tokens(model, batches, MOST_TOKENS)  # read now, while the model is what it was
         chosen = chosen or choose_experts(
             model, batches or (), config, indices=neurons, tables=given, seed=seed, progress=progress
         )
@@ -148,7 +148,13 @@ def convert_to_moe(
 
 def _with_same_tensors(model: nn.Module) -> nn.Module:
     """A copy whose modules are its own and whose parameters and buffers are the model's."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    except TypeError as error:
+        raise UserError(
+            f"model: expected one that can be copied, to correct its layers in turn, got a {type(model).__name__}"
+            f" ({error}); correction=False, or chosen= without batches, needs no copy"
+        ) from None
 
 
 def _checked(

@@ -1,15 +1,20 @@
 """The correction of a converted model, layer after layer: least squares, any family, and what it leaves alone."""
 
 import copy
+import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import BertModel, BertPreTrainedModel
 
 from moebert_kernels.convert import choose_experts, convert_to_moe, correct_in_turn, dense_student
-from moebert_kernels.convert.in_turn import RIDGE, _Done, _kind, _least_squares
+from moebert_kernels.convert.in_turn import RIDGE, _least_squares
 from moebert_kernels.convert.sites import find_sites
+from moebert_kernels.convert.streams import KnownBlocks, kind_of
+from moebert_kernels.convert.text_pass import read_text
 from moebert_kernels.errors import UserError
-from moebert_kernels.layers import MoEConfig, moe_layers
+from moebert_kernels.layers import MoEConfig, moe_layers, set_expert_order
 from tests.convert.families import FAMILIES, IMAGES, ONE_OF_EACH_SHAPE, make
 from tests.convert.test_chosen import CONFIG, text
 from tests.convert.test_text_pass import NORMED
@@ -80,8 +85,8 @@ def test_forwards_that_begin_behind_known_blocks_are_whole_ones(family, monkeypa
     convolves = {"conv_kernel_size": 3} if family == "deberta-v2" else {}  # behind its first block
     model, batches = make(family, **{layers: 4}, **convolves), text(family, 12)
     chosen, made, found = choose_experts(model, batches, CONFIG), [], []
-    for is_the_same in (_Done._is_the_same, lambda *_: False):
-        monkeypatch.setattr(_Done, "_is_the_same", lambda *a, ask=is_the_same: found.append(ask(*a)) or found[-1])
+    for is_the_same in (KnownBlocks._is_the_same, lambda *_: False):
+        monkeypatch.setattr(KnownBlocks, "_is_the_same", lambda *a, ask=is_the_same: found.append(ask(*a)) or found[-1])
         made.append(convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen))
         correct_in_turn(made[-1], model, batches)
     assert sum(found) >= 2
@@ -94,8 +99,8 @@ def test_it_is_noticed_where_blocks_give_something_else(monkeypatch):
     """As those of a model that hands more from block to block than their outputs."""
     model, batches = make("bert", num_hidden_layers=4), text(count=12)
     student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
-    whole, found, asked = copy.deepcopy(student), [], _Done._is_the_same
-    monkeypatch.setattr(_Done, "_is_the_same", lambda *_: False)
+    whole, found, asked = copy.deepcopy(student), [], KnownBlocks._is_the_same
+    monkeypatch.setattr(KnownBlocks, "_is_the_same", lambda *_: False)
     correct_in_turn(whole, model, batches)
 
     def ask(self, got):
@@ -103,7 +108,7 @@ def test_it_is_noticed_where_blocks_give_something_else(monkeypatch):
         found.append(asked(self, got))
         return found[-1]
 
-    monkeypatch.setattr(_Done, "_is_the_same", ask)
+    monkeypatch.setattr(KnownBlocks, "_is_the_same", ask)
     correct_in_turn(student, model, batches)
     assert found == [False, False]
     for layer, other in zip(moe_layers(student), moe_layers(whole), strict=True):
@@ -114,7 +119,7 @@ def test_it_is_noticed_where_blocks_give_something_else(monkeypatch):
 def test_where_a_feed_forward_goes(family):
     model = make(family)
     wanted = "normed" if family in {*NORMED, *BERTS} else "alone" if family in ALONE else "added"
-    assert {_kind(model, site, text(family, 1)[0]) for site in find_sites(model)} == {wanted}
+    assert {kind_of(model, site, text(family, 1)[0]) for site in find_sites(model)} == {wanted}
 
 
 BERTS = ("roberta", "xlm-roberta", "camembert", "electra", "deberta", "ernie", "layoutlm", "big_bird")
@@ -201,10 +206,151 @@ def test_layers_that_are_not_converted_stay():
     assert torch.equal(student.encoder.layer[0].output.dense.weight, model.encoder.layer[0].output.dense.weight)
 
 
-def test_in_bfloat16():
-    model, batches = lively("bert").bfloat16(), text(count=40)
-    student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
+@pytest.mark.parametrize("family", ["bert", "llama", "gemma2"])
+def test_in_bfloat16(family):
+    model, batches, other = lively(family).bfloat16(), text(family, 40), text(family, 10, seed=1)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, chosen=choose_experts(model, batches, CONFIG))
+    far = distance(model, student, other)
+    done = correct_in_turn(student, model, batches)
+    assert all(part.after < part.before for part in done) and distance(model, student, other) < far
     assert all(layer.experts.w2.dtype == torch.bfloat16 for layer in moe_layers(student))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0.05, 0.2])
+def test_where_small_outputs_go(dtype, size):
+    model = make("llama")
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(1 / model.embed_tokens.weight.std())
+        for site in find_sites(model):
+            site.second_module.weight.mul_(size / 0.001)
+    model, batch = model.to(dtype), text("llama", 1)[0]
+    assert {kind_of(model, site, batch) for site in find_sites(model)} == {"added"}
+
+
+def test_one_layer_is_corrected_by_the_least_squares_of_its_own_tokens():
+    """Those that are neither padding nor judge, weighted by the size of the dense model's stream."""
+    model, batches = lively("bert"), text(count=40)
+    model.encoder.layer = model.encoder.layer[:1]
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, chosen=choose_experts(model, batches, CONFIG))
+    site, layer, before = find_sites(model)[0], moe_layers(student)[0], copy.deepcopy(student)
+    correct_in_turn(student, model, batches)
+    (seen,) = read_text(model, [site], batches, 10**6)
+    w1, b1, w2, b2 = site.weights()
+    total = seen.x + F.linear(F.gelu(F.linear(seen.x, w1, b1)), w2, b2)
+    old = moe_layers(before)[0].experts
+    for e in range(3):
+        own = (layer.router.table[seen.ids] == e) & ~seen.held_out
+        h = F.gelu(F.linear(seen.x[own], old.w1[e], old.b1[e]))
+        ahead = total[own] - seen.x[own] - F.linear(h, old.w2[e], old.b2[e])
+        change, shift = _least_squares(h, ahead, 1 / total[own].var(1, unbiased=False), centred=True)
+        torch.testing.assert_close(layer.experts.w2[e], old.w2[e] + change, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(layer.experts.b2[e], old.b2[e] + shift, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [44 * 5, 44 * 5 + 7])
+def test_it_reads_so_many_tokens(tokens):
+    model, batches = lively("bert"), text(count=40)
+    chosen, read = choose_experts(model, batches, CONFIG), []
+    some, cut = (convert_to_moe(copy.deepcopy(model), CONFIG, chosen=chosen) for _ in range(2))
+    correct_in_turn(some, model, (read.append(0) or batch for batch in batches), max_tokens=tokens)
+    assert len(read) == -(-tokens // 44)
+    left, short = tokens, []
+    for batch in copy.deepcopy(batches[: len(read)]):
+        rows = batch["attention_mask"].flatten().cumsum(0).view(4, 12) <= left
+        short.append(batch | {"attention_mask": batch["attention_mask"] * rows})
+        left -= 44
+    if tokens % 44 == 0:
+        correct_in_turn(cut, model, short)
+        assert torch.equal(moe_layers(some)[1].experts.w2, moe_layers(cut)[1].experts.w2)
+
+
+def test_a_short_first_text_does_not_decide_where_outputs_go():
+    batches = text(count=40)
+    short = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+    model, student, _ = students("bert", batches)
+    last = copy.deepcopy(student)
+    near = [part.before for part in correct_in_turn(student, model, [short, *batches])]
+    assert near == pytest.approx([part.before for part in correct_in_turn(last, model, [*batches, short])], rel=0.2)
+
+
+def test_few_sequences_correct_nothing():
+    model, student, _ = students("bert", text(count=40))
+    before = copy.deepcopy(student.state_dict())
+    with pytest.warns(UserWarning, match="4 sequences are too few to correct layers in turn"):
+        done = correct_in_turn(student, model, text(count=1))
+    assert all(part.after == part.before > 0 for part in done)
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+class TwoReadings(BertPreTrainedModel):
+    """Reads its texts twice, as a model of pairs does."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = BertModel(config)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        both = [self.bert(ids, attention_mask=attention_mask)[0] for ids in (input_ids, input_ids.flip(0))]
+        return (both[0] + both[1],)
+
+
+def test_a_model_that_reads_twice():
+    torch.manual_seed(0)
+    model, batches = TwoReadings(make("bert").config).eval(), text(count=20)
+    for batch in batches:
+        batch["attention_mask"][:] = 1
+    with torch.no_grad():
+        for site in find_sites(model):
+            site.second_module.weight.mul_(30)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, chosen=choose_experts(model, batches, CONFIG))
+    far = distance(model, student, batches)
+    correct_in_turn(student, model, batches)
+    assert distance(model, student, batches) < far
+
+
+def test_blocks_that_leave_something_for_later_ones():
+    model, batches = make("bert", num_hidden_layers=4), text(count=12)
+    student = convert_to_moe(copy.deepcopy(model), CONFIG, batches=batches)
+    first, third, left = student.encoder.layer[0], student.encoder.layer[2], []
+
+    def clear(*_):
+        left.clear()
+
+    def leave(*_):
+        left.append(0)
+
+    def need(*_):
+        left.pop()  # an error where the first block was not run
+
+    student.register_forward_pre_hook(clear)
+    first.attention.register_forward_hook(leave)
+    third.register_forward_pre_hook(need)
+    own = first.forward
+    first.forward = own
+    done = correct_in_turn(student, model, batches)
+    assert len(done) == 4 and first.forward is own
+
+
+def test_a_conversion_that_fails_changes_nothing():
+    model, batches = make("bert"), text(count=40)
+    chosen = choose_experts(model, batches, CONFIG)
+    long = {"input_ids": torch.full((2, 70), 5)}
+    for wrong in (
+        [],
+        batches[0],
+        [{"input_ids": torch.full((2, 8), 1000)}],
+        [*batches[:2], long],
+        [{"x": torch.ones(2)}],
+    ):
+        with pytest.raises(UserError, match="batches: "):
+            convert_to_moe(model, CONFIG, chosen=chosen, batches=wrong)
+        assert not moe_layers(model)
+    model.lock = threading.Lock()
+    with pytest.raises(UserError, match="model: expected one that can be copied"):
+        convert_to_moe(model, CONFIG, chosen=chosen, batches=batches)
+    assert not moe_layers(model)
 
 
 def test_refuses_by_name():
@@ -218,6 +364,10 @@ def test_refuses_by_name():
         correct_in_turn(make("bert", num_hidden_layers=3), model, batches)
     with pytest.raises(UserError, match="got another size or device"):
         correct_in_turn(make("bert", hidden_size=16), model, batches)
+    ordered = copy.deepcopy(student)
+    set_expert_order(ordered)
+    with pytest.raises(UserError, match="student: expected tokens in their own order, got set_expert_order"):
+        correct_in_turn(ordered, model, batches)
     gates = convert_to_moe(copy.deepcopy(model), MoEConfig.switch())
     with pytest.raises(UserError, match="with weights of their own, routed by a hash table, at"):
         correct_in_turn(gates, model, batches)
