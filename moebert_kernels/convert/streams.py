@@ -62,6 +62,7 @@ class Stream(Recorder):
 
 
 def run(model: nn.Module, streams: Sequence[Recorder], texts: Iterable[Mapping[str, Tensor]]) -> None:
+    """Forwards over the texts, as far as the streams let each go."""
     with recording(model, streams):
         for given in texts:
             with suppress(Enough), reading(model, given):
