@@ -6,8 +6,9 @@ and r what the dense model's residual stream behind the feed-forward is ahead of
 
     w2 += D,   b2 += mean(r) - D mean(h),   D = cov(r, h) (cov(h) + d I)^-1
 
-leaves the least of r that the feed-forward can. The first layers know nothing of r, the later ones take back what is
-linear in h. K-prune (2308.03449) and others tune pruned encoders so, sublayer by sublayer.
+leaves the least of r that the feed-forward can. In the first layer r is its own error, which was fitted before; later
+layers also take back what those before have left, as far as it is linear in h. K-prune (2308.03449) tunes the weights
+of pruned encoders in such turns.
 """
 
 from __future__ import annotations
@@ -200,9 +201,12 @@ def _corrected(site: Site, part: _Part, want: Stream, got: Stream, most: int) ->
     if len(x) != len(ids):
         raise UserError(f"student: expected the teacher's {len(ids)} tokens at {site.name}, got {len(x)}")
     total, x, base = total.float(), x.float(), base.float()
-    own_size = {"normed": lambda: total.var(1, unbiased=False), "added": lambda: stream,
-                "alone": lambda: total.square().mean().expand(len(total))}  # fmt: skip
-    weight = 1.0 / own_size[want.kind]().clamp(min=1e-12)
+    if want.kind == "normed":
+        size = total.var(1, unbiased=False)
+    else:
+        size = stream if want.kind == "added" else total.square().mean().expand(len(total))
+    weight = 1.0 / size.clamp(min=1e-12)
+    lead = total if want.kind == "alone" else total - base  # of the dense model, without or with the student's output
     judges = (rows % HELD_OUT_EVERY == HELD_OUT_EVERY - 1).to(x.device)
     expert = torch.zeros(len(ids), dtype=torch.long) if part.table is None else part.table[ids].long()
     expert, can_judge = expert.to(x.device), bool(judges.any())
@@ -211,7 +215,7 @@ def _corrected(site: Site, part: _Part, want: Stream, got: Stream, most: int) ->
     for e, weights in enumerate(part.experts):
         own = expert == e
         h, y = _activations(weights, site.activation, x[own])
-        ahead = total[own] - (y if want.kind == "alone" else base[own] + y if want.kind == "normed" else base[own])
+        ahead = lead[own] if want.kind == "added" else lead[own] - y
         judging = judges[own] if can_judge else torch.ones_like(judges[own])
         fits = ~judges[own]
         change, shift = _least_squares(h[fits], ahead[fits], weight[own][fits], weights.b2 is not None)

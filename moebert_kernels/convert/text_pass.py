@@ -67,7 +67,6 @@ class Recorder:
     def __init__(self, model: nn.Module, name: str, first: nn.Module, second: nn.Module | None) -> None:
         self.stack, self.block = stack_of(model, name), _block_of(model, name)
         self.first, self.second = first, second
-        self.count = 0  # tokens kept
         self.ids: Any = None
         self.mask: Any = None
         self.x: Any = None
@@ -122,7 +121,7 @@ class _SiteRecorder(Recorder):
         self.most = most
         self.parts: list[tuple[Tensor, ...]] = []
         self.gradients: list[Tensor] = []
-        self.rows = 0
+        self.count = self.rows = 0  # tokens kept, sequences seen
         self.is_normed: bool | None = None
         self.last: Any = None
 
